@@ -1,0 +1,17 @@
+"""The one exception that means "the input is wrong", as opposed to "the code is wrong"."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A wrong input. The message is one line: the value, what was expected, what to do.
+
+    Commands print it without a traceback and exit with status 2; everything else keeps its traceback.
+    """
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`"; did you mean 'x'?"` for the known word closest to `word`, or an empty string."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""

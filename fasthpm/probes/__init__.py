@@ -1,0 +1,1 @@
+"""Probes: what a pretrained encoder is worth."""

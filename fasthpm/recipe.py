@@ -1,0 +1,250 @@
+"""`Recipe`: every number of a run in one frozen, flat dataclass, and the command line generated from it.
+
+A field, its type, its default and its help sit together; there is no second configuration language. The recipe owns
+*what* is trained (batch, accumulation, learning rate, clipping, epochs …); the DeepSpeed JSON owns *how* (ZeRO stage,
+dtype, buckets). `recipes.py` holds one short function per published run.
+"""
+
+import argparse
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fasthpm.errors import UserError, nearest
+
+MASK_POLICIES = ("random", "hpm", "hpm_easiest")
+PREDICT_LOSSES = ("relative", "absolute", "none")
+
+
+def option(default: Any, help: str, *, choices: tuple[str, ...] | None = None, run_only: bool = False) -> Any:
+    """A recipe field. `run_only` fields say where and how a run happens and may change when it is resumed."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "run_only": run_only})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One pretraining run. Lengths are in epochs of the data set; sizes in pixels; rates per MAE's conventions."""
+
+    recipe: str = option("debug", "name of the recipe that the other flags start from")
+    # model
+    model: str = option("hpm_vit_base_patch16_224", "registered model name (hpm_… predicts losses, mae_… does not)")
+    input_size: str = option("224", "side of the training crop, or HEIGHTxWIDTH")
+    patch_size: int = option(16, "side of a patch")
+    channels: int = option(3, "image channels, as the prepared set has them")
+    decoder_dim: int = option(512, "width of the reconstructor and of the loss predictor")
+    decoder_depth: int = option(8, "blocks of the reconstructor and of the loss predictor")
+    decoder_heads: int = option(16, "attention heads of both decoders")
+    # method
+    mask_ratio: float = option(0.75, "share of patches that are masked")
+    mask_policy: str = option("hpm", "which patches are masked", choices=MASK_POLICIES)
+    alpha_start: float = option(0.0, "share of the mask that the teacher chooses, at the start")
+    alpha_end: float = option(0.5, "the same at the end; linear in between (Eq. 8)")
+    predict_loss: str = option("relative", "objective of the loss predictor (Eq. 4-7)", choices=PREDICT_LOSSES)
+    norm_pix_loss: bool = option(False, "normalise each target patch to zero mean and unit variance")
+    ema_momentum: float = option(0.999, "teacher momentum at the start (Eq. 1)")
+    ema_momentum_end: float = option(0.9999, "teacher momentum after the ramp")
+    ema_ramp_epochs: int = option(100, "epochs over which the momentum ramps up linearly")
+    # optimisation
+    batch_size: int = option(64, "samples per device and micro-step")
+    accum_iter: int = option(0, "micro-steps per update; 0 = global_batch_size / (batch_size x devices), or 1")
+    global_batch_size: int = option(0, "samples per update over all devices; 0 = batch_size x devices x accum_iter")
+    epochs: int = option(200, "epochs of the whole schedule")
+    warmup_epochs: float = option(40.0, "epochs of linear learning-rate warm-up")
+    blr: float = option(1.5e-4, "base learning rate: lr = blr x global batch / 256")
+    lr: float = option(0.0, "absolute learning rate; 0 = from blr")
+    min_lr: float = option(0.0, "learning rate at the end of the cosine")
+    weight_decay: float = option(0.05, "AdamW weight decay (none on biases, norms and tokens)")
+    beta1: float = option(0.9, "AdamW beta1")
+    beta2: float = option(0.95, "AdamW beta2")
+    clip_grad: float = option(5.0, "clip the gradient norm to this; 0 = off")
+    seed: int = option(0, "seed of the weights, the sample order, the crops and the masks")
+    # data
+    data_path: str = option("", "prepared set (.beton), image folder, or synthetic:N")
+    crop_min: float = option(0.2, "smallest share of the image area that a random crop covers")
+    flip: bool = option(True, "flip training images at random")
+    steps_per_epoch: int = option(0, "updates per epoch; 0 = all full global batches of the data set")
+    # the run itself: none of these changes what is learnt
+    num_workers: int = option(0, "decoding threads per device; 0 = cores / devices on this machine", run_only=True)
+    output_dir: str = option("", "folder for checkpoints, logs, pictures and the report", run_only=True)
+    deepspeed_config: str = option("ds_configs/zero1_bf16.json", "DeepSpeed JSON: how to run", run_only=True)
+    resume: str = option("auto", "auto = newest valid checkpoint in output_dir, none, or a checkpoint", run_only=True)
+    log_every: int = option(20, "updates between two readings of the metrics", run_only=True)
+    save_every: int = option(10, "epochs between two checkpoints", run_only=True)
+    keep_checkpoints: int = option(3, "checkpoints kept; the newest valid one is never deleted", run_only=True)
+    panel_every: int = option(10, "epochs between two picture panels; 0 = off", run_only=True)
+    stop_after: int = option(0, "stop after this many updates, keeping the schedule; 0 = never", run_only=True)
+    compile: bool = option(False, "torch.compile the step (ZeRO 0-2)", run_only=True)
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        self._check_ranges()
+        self._check_patches()
+
+    # ---------------------------------------------------------------------------------------------- derived
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) of the training crop."""
+        height, _, width = self.input_size.partition("x")
+        return int(height), int(width or height)
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """(rows, columns) of patches."""
+        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        """L."""
+        return self.grid_size[0] * self.grid_size[1]
+
+    @property
+    def num_masked(self) -> int:
+        """M = L - int(L(1 - mask_ratio))."""
+        return self.num_patches - int(self.num_patches * (1 - self.mask_ratio))
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether a step needs the teacher's difficulty: the mask policy decides."""
+        return self.mask_policy != "random"
+
+    @property
+    def total_steps(self) -> int:
+        """Updates of the whole schedule; known once the recipe is resolved."""
+        return self.epochs * self.steps_per_epoch
+
+    def resolve(self, num_samples: int, world_size: int) -> "Recipe":
+        """Fill what depends on the data and the machines: accum_iter, global_batch_size, lr, steps_per_epoch.
+
+        **Raises:** `UserError` where the numbers contradict each other.
+        """
+        per_micro_step = self.batch_size * world_size
+        asked = self.global_batch_size or per_micro_step * max(self.accum_iter, 1)
+        if asked % per_micro_step:
+            raise UserError(
+                f"global_batch_size {asked} is not a multiple of batch_size {self.batch_size} x {world_size} devices "
+                f"= {per_micro_step}; choose a batch_size that divides {asked}/{world_size}, another number of "
+                f"devices, or --global_batch_size {max(1, asked // per_micro_step) * per_micro_step}"
+            )
+        accum_iter = asked // per_micro_step
+        if self.accum_iter not in (0, accum_iter):
+            raise UserError(
+                f"accum_iter {self.accum_iter} contradicts global_batch_size {asked} (batch_size {self.batch_size} x "
+                f"{world_size} devices needs accum_iter {accum_iter}); leave one of them out"
+            )
+        available = num_samples // asked
+        if available < 1:
+            raise UserError(f"the data set has {num_samples} samples, fewer than one global batch of {asked}; "
+                            f"use a smaller --batch_size or --global_batch_size")
+        if self.steps_per_epoch > available:
+            raise UserError(f"steps_per_epoch {self.steps_per_epoch} is more than the {available} full global batches "
+                            f"of {asked} that the data set has; use 0 for all of them")
+        return dataclasses.replace(
+            self, accum_iter=accum_iter, global_batch_size=asked, lr=self.lr or self.blr * asked / 256,
+            steps_per_epoch=self.steps_per_epoch or available,
+        )
+
+    # ---------------------------------------------------------------------------------------------- checks
+    def _check_types(self) -> None:
+        for field in dataclasses.fields(self):
+            value, want = getattr(self, field.name), field.type
+            if want is float and type(value) is int:
+                object.__setattr__(self, field.name, float(value))
+            elif type(value) is not want:
+                raise UserError(f"{field.name} is {value!r}, expected {getattr(want, '__name__', want)}")
+            choices = field.metadata["choices"]
+            if choices and value not in choices:
+                raise UserError(f"{field.name} is {value!r}, expected one of {', '.join(choices)}"
+                                f"{nearest(str(value), choices)}")
+
+    def _check_ranges(self) -> None:
+        positive = ("patch_size", "channels", "decoder_dim", "decoder_depth", "decoder_heads", "batch_size", "epochs",
+                    "log_every", "save_every", "keep_checkpoints")
+        not_negative = ("accum_iter", "global_batch_size", "warmup_epochs", "blr", "lr", "min_lr", "weight_decay",
+                        "clip_grad", "steps_per_epoch", "num_workers", "panel_every", "stop_after", "ema_ramp_epochs",
+                        "seed")
+        shares = ("alpha_start", "alpha_end", "ema_momentum", "ema_momentum_end", "crop_min", "beta1", "beta2")
+        for name in positive:
+            if getattr(self, name) <= 0:
+                raise UserError(f"{name} is {getattr(self, name)}, expected more than 0")
+        for name in not_negative:
+            if not getattr(self, name) >= 0:
+                raise UserError(f"{name} is {getattr(self, name)}, expected 0 or more")
+        for name in shares:
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} is {getattr(self, name)}, expected 0 to 1")
+        if self.warmup_epochs > self.epochs:
+            raise UserError(f"warmup_epochs {self.warmup_epochs:g} is more than epochs {self.epochs}; "
+                            f"lower --warmup_epochs")
+        if self.decoder_dim % self.decoder_heads or self.decoder_dim % 4:
+            raise UserError(f"decoder_dim {self.decoder_dim} must be a multiple of 4 and of decoder_heads "
+                            f"{self.decoder_heads}")
+        if self.predict_loss != "none" and self.model.startswith("mae_"):
+            raise UserError(f"model {self.model} has no loss predictor; use --predict_loss none, or the model "
+                            f"hpm_{self.model[4:]}")
+        if self.uses_teacher and self.predict_loss == "none":
+            raise UserError(f"mask_policy {self.mask_policy} follows predicted losses, but predict_loss is none; use "
+                            f"--predict_loss relative, or --mask_policy random")
+
+    def _check_patches(self) -> None:
+        parts = self.input_size.split("x")
+        if len(parts) > 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+            raise UserError(f"input_size is {self.input_size!r}, expected a side like 224 or HEIGHTxWIDTH like 96x160")
+        for side in self.image_size:
+            if side % self.patch_size:
+                near = max(1, round(side / self.patch_size)) * self.patch_size
+                raise UserError(f"input_size {self.input_size} is not a multiple of patch_size {self.patch_size}; "
+                                f"use e.g. --input_size {near}")
+        masked = self.num_masked if 0 <= self.mask_ratio <= 1 else -1
+        if not 0 < masked < self.num_patches:
+            raise UserError(f"mask_ratio {self.mask_ratio} of {self.num_patches} patches leaves no "
+                            f"{'masked' if masked == 0 else 'visible'} patch; choose one strictly between 0 and 1 that "
+                            f"masks 1 to {self.num_patches - 1} patches" if masked in (0, self.num_patches)
+                            else f"mask_ratio is {self.mask_ratio}, expected between 0 and 1")
+
+
+# -------------------------------------------------------------------------------------------------- to and from text
+def save_recipe(recipe: Recipe, path: Path) -> None:
+    """Write `recipe` as JSON that `--recipe PATH` replays."""
+    path.write_text(json.dumps(dataclasses.asdict(recipe), indent=2) + "\n")
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read what `save_recipe` wrote.
+
+    **Raises:** `UserError` for a missing or unreadable file and for unknown fields.
+    """
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"recipe file {path} cannot be read ({error}); expected the recipe.json of a run") from error
+    return build_recipe(values, source=str(path))
+
+
+def build_recipe(values: dict[str, Any], *, source: str) -> Recipe:
+    """A `Recipe` from named values; unknown names are an error that names the nearest field."""
+    known = [field.name for field in dataclasses.fields(Recipe)]
+    for name in values:
+        if name not in known:
+            raise UserError(f"{source}: unknown recipe field {name!r}{nearest(name, known)}")
+    return Recipe(**values)
+
+
+def science_of(recipe: Recipe) -> dict[str, Any]:
+    """The fields that decide what is learnt: two runs that agree on them are the same run."""
+    return {f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe) if not f.metadata["run_only"]}
+
+
+def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    """One flag per recipe field, without defaults: what is not given comes from the recipe."""
+    for field in dataclasses.fields(Recipe):
+        if field.name == "recipe":
+            continue
+        choices = field.metadata["choices"]
+        help_text = field.metadata["help"] + (f": {', '.join(choices)}" if choices else "")
+        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": f"{help_text} (base: {field.default})"}
+        if field.type is bool:
+            parser.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction, **options)
+        else:
+            parser.add_argument(f"--{field.name}", type=field.type, metavar=field.type.__name__.upper(), **options)

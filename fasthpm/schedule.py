@@ -1,0 +1,37 @@
+"""Pure functions of the update number: learning rate, share of hard patches, teacher momentum."""
+
+import math
+
+from fasthpm.recipe import Recipe
+
+
+def epoch_at(recipe: Recipe, step: int) -> int:
+    """Epoch (from 0) that update `step` (from 0) belongs to."""
+    return step // recipe.steps_per_epoch
+
+
+def lr_at(recipe: Recipe, step: int) -> float:
+    """Learning rate of update `step`: linear warm-up, then half a cosine, per iteration (MAE's recipe).
+
+    The first update of a warm-up has lr 0, as in MAE.
+    """
+    epoch = step / recipe.steps_per_epoch
+    if epoch < recipe.warmup_epochs:
+        return recipe.lr * epoch / recipe.warmup_epochs
+    progress = (epoch - recipe.warmup_epochs) / max(recipe.epochs - recipe.warmup_epochs, 1e-12)
+    return recipe.min_lr + (recipe.lr - recipe.min_lr) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def alpha_at(recipe: Recipe, step: int) -> float:
+    """Share of the mask that the teacher chooses (Eq. 8), constant within an epoch.
+
+    t/T is (epoch + 1)/epochs, as the released code has it.
+    """
+    share = min((epoch_at(recipe, step) + 1) / recipe.epochs, 1.0)
+    return recipe.alpha_start + share * (recipe.alpha_end - recipe.alpha_start)
+
+
+def ema_momentum_at(recipe: Recipe, step: int) -> float:
+    """Teacher momentum m of Eq. 1 after update `step`: a linear ramp over `ema_ramp_epochs`, then constant."""
+    ramp = min(epoch_at(recipe, step) / recipe.ema_ramp_epochs, 1.0) if recipe.ema_ramp_epochs else 1.0
+    return recipe.ema_momentum + ramp * (recipe.ema_momentum_end - recipe.ema_momentum)
