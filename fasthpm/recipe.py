@@ -135,13 +135,20 @@ class Recipe:
             )
         available = num_samples // asked
         if available < 1:
-            raise UserError(f"the data set has {num_samples} samples, fewer than one global batch of {asked}; "
-                            f"use a smaller --batch_size or --global_batch_size")
+            raise UserError(
+                f"the data set has {num_samples} samples, fewer than one global batch of {asked}; "
+                f"use a smaller --batch_size or --global_batch_size"
+            )
         if self.steps_per_epoch > available:
-            raise UserError(f"steps_per_epoch {self.steps_per_epoch} is more than the {available} full global batches "
-                            f"of {asked} that the data set has; use 0 for all of them")
+            raise UserError(
+                f"steps_per_epoch {self.steps_per_epoch} is more than the {available} full global batches "
+                f"of {asked} that the data set has; use 0 for all of them"
+            )
         return dataclasses.replace(
-            self, accum_iter=accum_iter, global_batch_size=asked, lr=self.lr or self.blr * asked / 256,
+            self,
+            accum_iter=accum_iter,
+            global_batch_size=asked,
+            lr=self.lr or self.blr * asked / 256,
             steps_per_epoch=self.steps_per_epoch or available,
         )
 
@@ -155,15 +162,39 @@ class Recipe:
                 raise UserError(f"{field.name} is {value!r}, expected {getattr(want, '__name__', want)}")
             choices = field.metadata["choices"]
             if choices and value not in choices:
-                raise UserError(f"{field.name} is {value!r}, expected one of {', '.join(choices)}"
-                                f"{nearest(str(value), choices)}")
+                raise UserError(
+                    f"{field.name} is {value!r}, expected one of {', '.join(choices)}{nearest(str(value), choices)}"
+                )
 
     def _check_ranges(self) -> None:
-        positive = ("patch_size", "channels", "decoder_dim", "decoder_depth", "decoder_heads", "batch_size", "epochs",
-                    "log_every", "save_every", "keep_checkpoints")
-        not_negative = ("accum_iter", "global_batch_size", "warmup_epochs", "blr", "lr", "min_lr", "weight_decay",
-                        "clip_grad", "steps_per_epoch", "num_workers", "panel_every", "stop_after", "ema_ramp_epochs",
-                        "seed")
+        positive = (
+            "patch_size",
+            "channels",
+            "decoder_dim",
+            "decoder_depth",
+            "decoder_heads",
+            "batch_size",
+            "epochs",
+            "log_every",
+            "save_every",
+            "keep_checkpoints",
+        )
+        not_negative = (
+            "accum_iter",
+            "global_batch_size",
+            "warmup_epochs",
+            "blr",
+            "lr",
+            "min_lr",
+            "weight_decay",
+            "clip_grad",
+            "steps_per_epoch",
+            "num_workers",
+            "panel_every",
+            "stop_after",
+            "ema_ramp_epochs",
+            "seed",
+        )
         shares = ("alpha_start", "alpha_end", "ema_momentum", "ema_momentum_end", "crop_min", "beta1", "beta2")
         for name in positive:
             if getattr(self, name) <= 0:
@@ -175,17 +206,22 @@ class Recipe:
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} is {getattr(self, name)}, expected 0 to 1")
         if self.warmup_epochs > self.epochs:
-            raise UserError(f"warmup_epochs {self.warmup_epochs:g} is more than epochs {self.epochs}; "
-                            f"lower --warmup_epochs")
+            raise UserError(
+                f"warmup_epochs {self.warmup_epochs:g} is more than epochs {self.epochs}; lower --warmup_epochs"
+            )
         if self.decoder_dim % self.decoder_heads or self.decoder_dim % 4:
-            raise UserError(f"decoder_dim {self.decoder_dim} must be a multiple of 4 and of decoder_heads "
-                            f"{self.decoder_heads}")
+            raise UserError(
+                f"decoder_dim {self.decoder_dim} must be a multiple of 4 and of decoder_heads {self.decoder_heads}"
+            )
         if self.predict_loss != "none" and self.model.startswith("mae_"):
-            raise UserError(f"model {self.model} has no loss predictor; use --predict_loss none, or the model "
-                            f"hpm_{self.model[4:]}")
+            raise UserError(
+                f"model {self.model} has no loss predictor; use --predict_loss none, or the model hpm_{self.model[4:]}"
+            )
         if self.uses_teacher and self.predict_loss == "none":
-            raise UserError(f"mask_policy {self.mask_policy} follows predicted losses, but predict_loss is none; use "
-                            f"--predict_loss relative, or --mask_policy random")
+            raise UserError(
+                f"mask_policy {self.mask_policy} follows predicted losses, but predict_loss is none; use "
+                f"--predict_loss relative, or --mask_policy random"
+            )
 
     def _check_patches(self) -> None:
         parts = self.input_size.split("x")
@@ -194,14 +230,19 @@ class Recipe:
         for side in self.image_size:
             if side % self.patch_size:
                 near = max(1, round(side / self.patch_size)) * self.patch_size
-                raise UserError(f"input_size {self.input_size} is not a multiple of patch_size {self.patch_size}; "
-                                f"use e.g. --input_size {near}")
+                raise UserError(
+                    f"input_size {self.input_size} is not a multiple of patch_size {self.patch_size}; "
+                    f"use e.g. --input_size {near}"
+                )
         masked = self.num_masked if 0 <= self.mask_ratio <= 1 else -1
         if not 0 < masked < self.num_patches:
-            raise UserError(f"mask_ratio {self.mask_ratio} of {self.num_patches} patches leaves no "
-                            f"{'masked' if masked == 0 else 'visible'} patch; choose one strictly between 0 and 1 that "
-                            f"masks 1 to {self.num_patches - 1} patches" if masked in (0, self.num_patches)
-                            else f"mask_ratio is {self.mask_ratio}, expected between 0 and 1")
+            raise UserError(
+                f"mask_ratio {self.mask_ratio} of {self.num_patches} patches leaves no "
+                f"{'masked' if masked == 0 else 'visible'} patch; choose one strictly between 0 and 1 that "
+                f"masks 1 to {self.num_patches - 1} patches"
+                if masked in (0, self.num_patches)
+                else f"mask_ratio is {self.mask_ratio}, expected between 0 and 1"
+            )
 
 
 # -------------------------------------------------------------------------------------------------- to and from text
