@@ -1,0 +1,33 @@
+# FastHPM's commands; `make` alone lists them. Everything is installed into .venv, nothing needs activating.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup test lint demo clean
+
+# DeepSpeed compiles with the environment's ninja, found on PATH. Its kernels are kept per checkout: in the shared
+# default folder, a killed compilation of one project leaves a lock that others wait for.
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export VIRTUAL_ENV := $(CURDIR)/.venv
+export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.venv/torch_extensions
+unexport PYTHONPATH PYTHONHOME
+
+help:  ## list these commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
+
+setup:  ## install everything into .venv (PYTHON=python3.12 chooses the interpreter)
+	@bash scripts/setup.sh
+
+test: setup  ## run the whole test suite (ARGS="-k mask" goes to pytest)
+	.venv/bin/python -m pytest $(ARGS)
+
+lint: setup  ## check style and types
+	.venv/bin/python -m ruff check .
+	.venv/bin/python -m ruff format --check .
+	.venv/bin/python -m mypy
+
+demo: setup  ## pretrain on Fashion-MNIST, probe, and show where the results are
+	bash scripts/demo.sh
+
+clean:  ## remove caches and build output; keeps .venv, data/ and runs/
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path ./.venv -prune -o -type d -name __pycache__ -exec rm -rf {} +
