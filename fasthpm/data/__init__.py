@@ -1,5 +1,5 @@
 """Loaders: prepared images in, batches of uint8 pixels out. `build_loader` picks one by the form of `data_path`."""
 
-from fasthpm.data.loader import Batch, DatasetInfo, Loader, build_loader
+from fasthpm.data.loader import Batch, DatasetInfo, Loader, build_loader, read_info
 
-__all__ = ["Batch", "DatasetInfo", "Loader", "build_loader"]
+__all__ = ["Batch", "DatasetInfo", "Loader", "build_loader", "read_info"]

@@ -3,10 +3,13 @@
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from fasthpm.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -63,3 +66,98 @@ class Loader(Protocol):
 
     def close(self) -> None:
         """Stop threads and free buffers; safe to call twice."""
+
+
+def read_info(data_path: str | Path) -> DatasetInfo:
+    """What a data source holds, read cheaply: a prepared set's sidecar, or some images of a folder.
+
+    **Args:** `data_path`: a prepared `.beton`, an image folder (channels, mean and std from up to 256 of its images),
+    or `synthetic:N`.
+
+    **Raises:** `UserError` if it is missing, damaged or none of these.
+    """
+    source = str(data_path)
+    if source.startswith("synthetic:"):
+        from fasthpm.data.synthetic import synthetic_info
+
+        return synthetic_info(source)
+    if _is_beton(source):
+        from fasthpm.data.beton import open_beton
+
+        return open_beton(Path(source)).info
+    from fasthpm.data.pixels import list_images
+    from fasthpm.data.plain import measure_folder
+
+    return measure_folder(list_images(Path(source)))
+
+
+def build_loader(
+    data_path: str | Path,
+    *,
+    batch_size: int,
+    image_size: tuple[int, int],
+    channels: int,
+    seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int = 0,
+    train: bool = True,
+    crop_min: float = 0.2,
+    flip: bool = True,
+    crop_pct: float | None = None,
+) -> Loader:
+    """A `Loader` of `data_path`: FFCV for a `.beton`, PIL for a folder of images, drawn images for `synthetic:N`.
+
+    **Args:**
+
+    - `batch_size`: samples per rank and batch; `image_size`: (height, width) of what comes out, in pixels.
+    - `channels`: 1 or 3, as the set has them; synthetic images have as many as asked for.
+    - `num_workers`: decoding threads of this rank, at most the cores there are; 0 = cores / LOCAL_WORLD_SIZE.
+    - `train`: shuffled by (seed, epoch), random resized crops of `crop_min` to 1 of the area and, with `flip`, random
+      mirroring; only full global batches. Otherwise in order, the centre (`crop_pct` of the largest box; None is 0.875,
+      or 1 when all stored images have `image_size` already), each sample once over all ranks, in batches of which the
+      last may be smaller, on some ranks empty.
+
+    **Raises:** `UserError` for a source that is missing, damaged or has other channels, and for values out of range.
+    """
+    from fasthpm.data.prefetch import LoaderOptions
+
+    source = str(data_path)
+    options = LoaderOptions(
+        batch_size=batch_size,
+        image_size=image_size,
+        channels=channels,
+        seed=seed,
+        rank=rank,
+        world_size=world_size,
+        num_workers=num_workers,
+        train=train,
+        crop_min=crop_min,
+        flip=flip,
+        crop_pct=crop_pct,
+    )
+    if source.startswith("synthetic:"):
+        from fasthpm.data.synthetic import SyntheticLoader
+
+        return SyntheticLoader(source, options)
+    if _is_beton(source):
+        from fasthpm.data.ffcv_images import FfcvLoader
+
+        return FfcvLoader(Path(source), options)
+    from fasthpm.data.plain import PlainLoader
+
+    return PlainLoader(Path(source), options)
+
+
+def _is_beton(source: str) -> bool:
+    """Whether `source` names a prepared set; also refuses what names no data at all."""
+    if not source:
+        raise UserError("data_path is empty; give --data_path a prepared .beton, an image folder, or synthetic:N")
+    path = Path(source)
+    if path.suffix == ".beton" or (path.is_file() and path.suffix.lower() != ".txt"):
+        if path.suffix != ".beton":
+            raise UserError(
+                f"data_path {source} is a file but no .beton; give a prepared .beton, an image folder, or synthetic:N"
+            )
+        return True
+    return False

@@ -1,0 +1,91 @@
+"""The plain loader: image files through PIL and numpy. Slow, simple, the truth that the fast one is tested against."""
+
+import warnings
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from fasthpm.data.loader import DatasetInfo
+from fasthpm.data.pixels import ImageList, is_grey, list_images, to_rgb
+from fasthpm.data.prefetch import LoaderOptions, PrefetchLoader
+from fasthpm.data.sampling import Array, crop_resize
+from fasthpm.errors import UserError
+
+PROBES = 256  # images that a folder's channels, mean and std are measured on, evenly spaced
+SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap height and width
+ORIENTATION = 0x0112
+
+
+def read_pixels(path: str) -> Array:
+    """A file as uint8 RGB [h, w, 3]; see `to_rgb`.
+
+    **Raises:** `UserError` naming the file where it cannot be read.
+    """
+    try:
+        with warnings.catch_warnings(), Image.open(path) as image:
+            warnings.simplefilter("ignore")  # PIL's remarks on odd but readable files
+            return np.asarray(to_rgb(image))
+    except Exception as error:  # PIL's decoders raise nearly anything for damaged files
+        raise UserError(f"{path} cannot be read as an image ({error}); repair or remove it") from error
+
+
+def measure_folder(images: ImageList) -> DatasetInfo:
+    """Channels (1 if all are grey), mean and std of a list of files, from at most `PROBES` of them."""
+    count = len(images.paths)
+    chosen = np.unique(np.linspace(0, count - 1, min(PROBES, count)).astype(int))
+    grey, pixels, total, squares = True, 0, np.zeros(3), np.zeros(3)
+    for index in chosen:
+        values = read_pixels(images.paths[index])
+        grey = grey and is_grey(values)
+        flat = values.reshape(-1, 3) / 255
+        pixels, total, squares = pixels + len(flat), total + flat.sum(0), squares + (flat**2).sum(0)
+    mean = total / pixels
+    std = np.sqrt(np.maximum(squares / pixels - mean**2, 0))
+    channels = 1 if grey else 3
+    return DatasetInfo(count, channels, tuple(mean[:channels].tolist()), tuple(std[:channels].tolist()), images.classes)
+
+
+class PlainLoader(PrefetchLoader):
+    """A `Loader` of image files; see `build_loader`."""
+
+    def __init__(self, path: Path, options: LoaderOptions) -> None:
+        self._images = list_images(path)
+        self._known_sizes = np.zeros((len(self._images.paths), 2), np.int64)  # 0 = not looked at yet
+        super().__init__(measure_folder(self._images), options, str(path))
+
+    def _sizes(self, ids: Array) -> Array:
+        for index in ids[self._known_sizes[ids, 0] == 0]:
+            self._known_sizes[index] = self._size(int(index))
+        return self._known_sizes[ids]
+
+    def _size(self, index: int) -> tuple[int, int]:
+        """Height and width of the upright image, from the file's header."""
+        path = self._images.paths[index]
+        try:
+            with warnings.catch_warnings(), Image.open(path) as image:
+                warnings.simplefilter("ignore")
+                width, height = image.size
+                sideways = image.getexif().get(ORIENTATION) in SIDEWAYS
+        except Exception as error:
+            raise UserError(f"{path} cannot be read as an image ({error}); repair or remove it") from error
+        return (width, height) if sideways else (height, width)
+
+    def _labels(self, ids: Array) -> Array:
+        return np.array([self._images.labels[index] for index in ids], np.int64)
+
+    def _all_sized(self, size: tuple[int, int]) -> bool:
+        return all(self._size(index) == size for index in range(len(self._images.paths)))  # stops at the first other
+
+    def _fill(self, images: Array, ids: Array, crops: Array) -> None:
+        convert = partial(_first_channels, channels=self.options.channels)
+        for row, index, crop in zip(images, ids, crops, strict=True):
+            row[:] = crop_resize(convert(read_pixels(self._images.paths[index])), crop, self.options.image_size)
+
+
+def _first_channels(pixels: Array, channels: int) -> Array:
+    """RGB, or one channel: the luma, which for grey images is exactly the shared value."""
+    if channels == 3:
+        return pixels
+    return np.asarray(Image.fromarray(pixels).convert("L"))[..., None]

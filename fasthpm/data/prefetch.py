@@ -1,0 +1,284 @@
+"""The part that every loader shares: order, ranks, position, decoding threads and a bounded look-ahead.
+
+A loader decodes with `num_workers` threads of its own (they live until `close`), fed by one thread per running
+iteration, which ends with that iteration: at its end, on `break`, on an exception, on Ctrl-C and on `close`.
+"""
+
+import os
+import queue
+import threading
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from fasthpm.data.loader import Batch, DatasetInfo
+from fasthpm.data.sampling import Array, centre_crops, random_crops, sample_order
+from fasthpm.errors import UserError
+
+AHEAD = 2  # batches that wait, decoded, for the consumer
+POLL_SECONDS = 0.05
+DEFAULT_CROP_PCT = 0.875
+
+
+@dataclass(frozen=True)
+class LoaderOptions:
+    """What `build_loader` was asked for; see there."""
+
+    batch_size: int
+    image_size: tuple[int, int]
+    channels: int
+    seed: int = 0
+    rank: int = 0
+    world_size: int = 1
+    num_workers: int = 0
+    train: bool = True
+    crop_min: float = 0.2
+    flip: bool = True
+    crop_pct: float | None = None
+
+    def __post_init__(self) -> None:
+        self._check("batch_size", self.batch_size >= 1, "1 or more")
+        self._check("image_size", min(self.image_size) >= 1, "a height and a width of 1 or more")
+        self._check("channels", self.channels in (1, 3), "1 (grey) or 3 (RGB)")
+        self._check("num_workers", self.num_workers >= 0, "0 (share the cores) or more")
+        self._check("rank", 0 <= self.rank < self.world_size, f"0 to {self.world_size - 1}")
+        self._check("crop_min", 0 < self.crop_min <= 1, "more than 0, at most 1")
+        self._check("crop_pct", self.crop_pct is None or 0 < self.crop_pct <= 1, "more than 0, at most 1")
+
+    def _check(self, name: str, good: bool, expected: str) -> None:
+        if not good:
+            raise UserError(f"{name} is {getattr(self, name)}, expected {expected}")
+
+    @property
+    def global_batch(self) -> int:
+        """G: samples of a batch over all ranks."""
+        return self.batch_size * self.world_size
+
+
+def count_workers(asked: int) -> int:
+    """Decoding threads: `asked`, at most the cores this process may use; 0 shares them among the local ranks."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    local_ranks = max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
+    return max(min(asked or cores // local_ranks, cores), 1)
+
+
+class PrefetchLoader(ABC):
+    """A `Loader` (see there) whose subclass knows the sizes of stored images and how to fill rows with pixels."""
+
+    def __init__(self, info: DatasetInfo, options: LoaderOptions, source: str) -> None:
+        self.info, self.options, self.source = info, options, source
+        self.batch_size = options.batch_size
+        self.num_workers = count_workers(options.num_workers)
+        self._epoch = self._batch = 0
+        self._order: tuple[int, Array] = (-1, np.empty(0, np.int64))
+        self._pool: ThreadPoolExecutor | None = None
+        self._current: weakref.ref[Prefetcher] | None = None
+        self._closed = False
+        self._check_info()
+        self._crop_pct = 1.0 if options.train else self._choose_crop_pct()
+
+    # ---------------------------------------------------------------------------------------------- for subclasses
+    @abstractmethod
+    def _sizes(self, ids: Array) -> Array:
+        """Height and width of the stored images `ids` [B]: int64 [B, 2]."""
+
+    @abstractmethod
+    def _labels(self, ids: Array) -> Array:
+        """Labels of the samples `ids` [B]: int64 [B]."""
+
+    @abstractmethod
+    def _fill(self, images: Array, ids: Array, crops: Array) -> None:
+        """Write crops [b, 5] of the samples `ids` [b] into `images`, uint8 [b, H, W, C]. Called from many threads.
+
+        **Raises:** `UserError` naming set and sample where a sample cannot be decoded.
+        """
+
+    @abstractmethod
+    def _all_sized(self, size: tuple[int, int]) -> bool:
+        """Whether every stored image has this height and width."""
+
+    # ---------------------------------------------------------------------------------------------- the protocol
+    def __len__(self) -> int:
+        samples, batch = self.info.num_samples, self.options.global_batch
+        return samples // batch if self.options.train else -(-samples // batch)
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self._closed:
+            raise RuntimeError(f"the loader of {self.source} is closed")
+        self._stop_current()
+        current = Prefetcher(self, self._epoch, self._batch)
+        self._current = weakref.ref(current)  # weak: a loop that breaks drops its iterator, and with it the thread
+        return current
+
+    def set_epoch(self, epoch: int) -> None:
+        self._go_to(epoch, 0)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self._epoch, "batch": self._batch}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._go_to(int(state["epoch"]), int(state["batch"]))
+
+    def close(self) -> None:
+        self._closed = True
+        self._stop_current()
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
+
+    # ---------------------------------------------------------------------------------------------- position
+    def _go_to(self, epoch: int, batch: int) -> None:
+        if epoch < 0 or not 0 <= batch <= len(self):
+            raise UserError(
+                f"position epoch {epoch}, batch {batch} is outside {self.source}, which has {len(self)} "
+                f"batches per epoch; the checkpoint is of another data set or batch size"
+            )
+        self._stop_current()
+        self._epoch, self._batch = (epoch + 1, 0) if batch == len(self) else (epoch, batch)
+
+    def _given(self, epoch: int, batch: int) -> None:
+        """The consumer now has `batch` of `epoch`."""
+        self._epoch, self._batch = (epoch, batch + 1) if batch + 1 < len(self) else (epoch + 1, 0)
+
+    def _stop_current(self) -> None:
+        current = self._current() if self._current else None
+        if current is not None:
+            current.close()
+        self._current = None
+
+    # ---------------------------------------------------------------------------------------------- batches
+    def _check_info(self) -> None:
+        options, info = self.options, self.info
+        if info.channels != options.channels:
+            raise UserError(
+                f"{self.source} has {info.channels} channel{'s' if info.channels > 1 else ''}, not "
+                f"{options.channels}; use --channels {info.channels}"
+            )
+        if options.train and info.num_samples < options.global_batch:
+            raise UserError(
+                f"{self.source} has {info.num_samples} samples, fewer than one global batch of "
+                f"{options.global_batch}; use a smaller --batch_size"
+            )
+
+    def _choose_crop_pct(self) -> float:
+        if self.options.crop_pct is not None:
+            return self.options.crop_pct
+        return 1.0 if self._all_sized(self.options.image_size) else DEFAULT_CROP_PCT
+
+    def _ids(self, epoch: int, batch: int) -> Array:
+        """This rank's rows of global batch `batch`: int64, `batch_size` of them or, in a ragged last one, fewer."""
+        if self._order[0] != epoch:
+            samples = self.info.num_samples
+            shuffled = self.options.train
+            self._order = (epoch, sample_order(self.options.seed, epoch, samples) if shuffled else np.arange(samples))
+        start = batch * self.options.global_batch + self.options.rank * self.batch_size
+        return self._order[1][start : start + self.batch_size].astype(np.int64)
+
+    def _crops(self, epoch: int, ids: Array, sizes: Array) -> Array:
+        options = self.options
+        if options.train:
+            return random_crops(options.seed, epoch, ids, sizes, options.crop_min, options.flip)
+        return centre_crops(sizes, options.image_size, self._crop_pct)
+
+    def _make(self, epoch: int, batch: int) -> Batch:
+        """Decode one batch into fresh memory, pinned where there is a CUDA device."""
+        ids = self._ids(epoch, batch)
+        sizes = self._sizes(ids)
+        crops = self._crops(epoch, ids, sizes)
+        pin = torch.cuda.is_available()
+        images = torch.empty(
+            (len(ids), *self.options.image_size, self.options.channels), dtype=torch.uint8, pin_memory=pin
+        )
+        self._fill_in_parallel(images.numpy(), ids, crops)
+        rest = [torch.from_numpy(np.ascontiguousarray(x, np.int64)) for x in (self._labels(ids), ids, crops, sizes)]
+        return Batch(images, *(tensor.pin_memory() if pin else tensor for tensor in rest))
+
+    def _fill_in_parallel(self, images: Array, ids: Array, crops: Array) -> None:
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self.num_workers, thread_name_prefix="fasthpm-decode")
+        share = max(-(-len(ids) // (2 * self.num_workers)), 1)  # two shares per thread even out large images
+        parts = [slice(start, start + share) for start in range(0, len(ids), share)]
+        for _ in self._pool.map(lambda part: self._fill(images[part], ids[part], crops[part]), parts):
+            pass  # map re-raises the first error here
+
+
+class Prefetcher:
+    """The iterator of one epoch. Dropping it, or `close`, ends its thread."""
+
+    def __init__(self, loader: PrefetchLoader, epoch: int, start: int) -> None:
+        self._loader, self._epoch, self._next, self._end = loader, epoch, start, len(loader)
+        ready: queue.Queue[Any] = queue.Queue(AHEAD)
+        stop = threading.Event()
+        device = torch.cuda.current_device() if torch.cuda.is_available() else None
+        thread = threading.Thread(
+            target=_produce,
+            args=(loader._make, epoch, range(start, self._end), ready, stop, device),
+            name="fasthpm-prefetch",
+            daemon=True,
+        )
+        self._ready, self._stop = ready, stop
+        # Also runs at interpreter exit, so that no thread is inside native code while Python is torn down.
+        self.close = weakref.finalize(self, _finish, ready, stop, thread)
+        thread.start()
+
+    def __iter__(self) -> "Prefetcher":
+        return self
+
+    def __next__(self) -> Batch:
+        if self._next == self._end:
+            self.close()
+            raise StopIteration
+        if self._stop.is_set():
+            raise RuntimeError("this iteration has ended: the loader was closed, moved, or iterated anew")
+        item = self._ready.get()
+        if isinstance(item, BaseException):
+            self.close()
+            raise item
+        self._loader._given(self._epoch, self._next)
+        self._next += 1
+        return item
+
+
+def _produce(
+    make: Callable[[int, int], Batch],
+    epoch: int,
+    batches: range,
+    ready: "queue.Queue[Any]",
+    stop: threading.Event,
+    device: int | None,
+) -> None:
+    """Body of the prefetch thread. Whatever goes wrong is handed to the consumer."""
+    try:
+        if device is not None:
+            torch.cuda.set_device(device)  # per thread: pinning from device 0's context would cost memory there
+        for batch in batches:
+            if stop.is_set() or not _put(ready, make(epoch, batch), stop):
+                return
+    except BaseException as error:
+        _put(ready, error, stop)
+
+
+def _put(ready: "queue.Queue[Any]", item: Any, stop: threading.Event) -> bool:
+    while not stop.is_set():
+        try:
+            ready.put(item, timeout=POLL_SECONDS)
+            return True
+        except queue.Full:
+            continue
+    return False
+
+
+def _finish(ready: "queue.Queue[Any]", stop: threading.Event, thread: threading.Thread) -> None:
+    """Stop the thread, wait for it, and wake a consumer that may still be waiting."""
+    stop.set()
+    if thread.is_alive() and thread is not threading.current_thread():
+        thread.join()
+    while not ready.empty():
+        ready.get_nowait()
+    ready.put_nowait(RuntimeError("this iteration has ended: the loader was closed, moved, or iterated anew"))

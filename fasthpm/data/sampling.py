@@ -1,0 +1,119 @@
+"""Which samples, which crops: pure functions of (seed, epoch, sample id), the same for any number of ranks or threads.
+
+B samples, N samples of the set. Everything is integer hashing (splitmix64) and a little float64 arithmetic in numpy,
+vectorised over samples; no generator object carries state, so any batch of any epoch can be computed on its own.
+"""
+
+import functools
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+GOLDEN = 0x9E3779B97F4A7C15
+ORDER, CROP = 1, 2  # what a key is for: the two streams must not be correlated
+TRIES = 10  # as torchvision's RandomResizedCrop
+RATIO = (3 / 4, 4 / 3)
+
+
+def mix(values: Array) -> Array:
+    """splitmix64 of every element: uint64 -> uint64, a bijection. Steele et al. 2014."""
+    x = np.asarray(values, np.uint64) + np.uint64(GOLDEN)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def key_of(seed: int, epoch: int, purpose: int) -> Array:
+    """A uint64 [1] that stands for (seed, epoch, purpose); an array, because numpy warns when scalars wrap around."""
+    key = np.zeros(1, np.uint64)
+    for part in (seed, epoch, purpose):
+        key = mix(key ^ np.array([part % 2**64], np.uint64))
+    return key
+
+
+def sample_order(seed: int, epoch: int, num_samples: int) -> Array:
+    """The order of an epoch: int64 [N], a permutation. Distinct hashes, so the sort has no ties to break."""
+    ids = np.arange(num_samples, dtype=np.uint64)
+    return np.argsort(mix(key_of(seed, epoch, ORDER) ^ mix(ids)))
+
+
+def uniforms(key: Array, ids: Array, count: int) -> Array:
+    """float64 [B, count] in [0, 1): draw j of each sample."""
+    state = mix(key ^ mix(np.asarray(ids).astype(np.uint64)))
+    counters = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(GOLDEN)
+    return (mix(state[:, None] + counters) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def random_crops(seed: int, epoch: int, ids: Array, sizes: Array, crop_min: float, flip: bool) -> Array:
+    """Random resized crops: int64 [B, 5] of top, left, height, width, flipped.
+
+    `sizes` is int64 [B, 2], height and width of the stored images. Area uniform in [crop_min, 1] of the image, aspect
+    ratio log-uniform in [3/4, 4/3], ten tries, then the largest centred box within those ratios.
+    """
+    draws = uniforms(key_of(seed, epoch, CROP), ids, 2 * TRIES + 3)
+    height, width = sizes[:, 0].astype(np.float64)[:, None], sizes[:, 1].astype(np.float64)[:, None]
+    area = height * width * (crop_min + draws[:, :TRIES] * (1 - crop_min))
+    low, high = np.log(RATIO)
+    aspect = np.exp(low + draws[:, TRIES : 2 * TRIES] * (high - low))
+    tall, wide = np.rint(np.sqrt(area / aspect)), np.rint(np.sqrt(area * aspect))
+    fits = (tall > 0) & (wide > 0) & (tall <= height) & (wide <= width)
+    rows, first = np.arange(len(draws)), fits.argmax(1)
+    box = np.where(fits.any(1)[:, None], np.stack([tall[rows, first], wide[rows, first]], 1), _widest(sizes))
+    room = sizes - box + 1
+    corner = np.where(fits.any(1)[:, None], np.floor(draws[:, -3:-1] * room), (sizes - box) // 2)
+    flipped = (draws[:, -1:] < 0.5) & flip
+    return np.concatenate([corner, box, flipped], 1).astype(np.int64)
+
+
+def _widest(sizes: Array) -> Array:
+    """float64 [B, 2]: height and width of the largest box whose width / height lies within RATIO, at least 1 x 1."""
+    height, width = sizes[:, 0].astype(np.float64), sizes[:, 1].astype(np.float64)
+    box = np.stack([np.minimum(height, np.rint(width / RATIO[0])), np.minimum(width, np.rint(height * RATIO[1]))], 1)
+    return np.maximum(box, 1)
+
+
+def centre_crops(sizes: Array, image_size: tuple[int, int], crop_pct: float) -> Array:
+    """The evaluation crop: int64 [B, 5] like `random_crops`, never flipped.
+
+    The largest centred box with the aspect ratio of `image_size`, its sides times `crop_pct`: the same pixels as
+    resizing the image to image_size / crop_pct and cutting out the centre.
+    """
+    out_height, out_width = image_size
+    height, width = sizes[:, 0].astype(np.float64), sizes[:, 1].astype(np.float64)
+    tall = np.minimum(height, width * out_height / out_width) * crop_pct
+    box = np.stack([tall, tall * out_width / out_height], 1)
+    box = np.clip(np.rint(box), 1, sizes)
+    return np.concatenate([(sizes - box) // 2, box, np.zeros((len(sizes), 1))], 1).astype(np.int64)
+
+
+@functools.lru_cache(maxsize=4096)
+def _coverage(source: int, target: int) -> Array:
+    """float32 [target, source]: the share of each target pixel that each source pixel covers; rows sum to 1."""
+    scale = source / target
+    edges, pixel = np.arange(target + 1) * scale, np.arange(source)
+    overlap = np.minimum(edges[1:, None], pixel + 1) - np.maximum(edges[:-1, None], pixel)
+    return (np.clip(overlap, 0, None) / scale).astype(np.float32)
+
+
+def area_resize(image: Array, size: tuple[int, int]) -> Array:
+    """Resize uint8 [h, w, C] to `size` by exact pixel-area averaging: uint8 [H, W, C].
+
+    What OpenCV calls INTER_AREA, which FFCV's C library uses. The two agree to one grey level where both sides shrink
+    or both grow; where one shrinks and the other grows OpenCV takes two taps, and single pixels differ by more.
+    """
+    height, width, channels = image.shape
+    if (height, width) == size:
+        return image.copy()
+    rows = _coverage(height, size[0]) @ image.reshape(height, -1).astype(np.float32)
+    grid = _coverage(width, size[1]) @ rows.reshape(size[0], width, channels)
+    return np.clip(np.rint(grid), 0, 255).astype(np.uint8)
+
+
+def crop_resize(image: Array, crop: Array, size: tuple[int, int]) -> Array:
+    """Apply one row of a crop table to uint8 [h, w, C]: cut, `area_resize`, flip."""
+    top, left, height, width, flipped = (int(value) for value in crop)
+    out = area_resize(image[top : top + height, left : left + width], size)
+    return out[:, ::-1] if flipped else out
