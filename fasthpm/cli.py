@@ -33,7 +33,8 @@ def run_command(main: Callable[[Sequence[str] | None], None], argv: Sequence[str
     try:
         main(argv)
     except UserError as error:
-        print(f"fasthpm: error: {error}", file=sys.stderr, flush=True)
+        if not error.printed_elsewhere:
+            print(f"fasthpm: error: {error}", file=sys.stderr, flush=True)
         sys.exit(EXIT_USER_ERROR)
     except KeyboardInterrupt:
         print("fasthpm: interrupted", file=sys.stderr, flush=True)

@@ -10,6 +10,16 @@ class UserError(Exception):
     Commands print it without a traceback and exit with status 2; everything else keeps its traceback.
     """
 
+    printed_elsewhere = False  # whether another rank prints this one
+
+
+class AgreedError(UserError):
+    """A `UserError` that every rank raises; only rank 0 prints it."""
+
+    def __init__(self, message: str, *, printed_elsewhere: bool) -> None:
+        super().__init__(message)
+        self.printed_elsewhere = printed_elsewhere
+
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the known word closest to `word`, or an empty string."""

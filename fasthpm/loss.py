@@ -1,4 +1,7 @@
-"""Patch targets, reconstruction loss and the two difficulty losses. All in float32; B batch, M masked patches."""
+"""Patch targets, reconstruction loss and the two difficulty losses. B batch, M masked patches.
+
+All in float32 whatever the forward pass ran in (and in float64 if it did).
+"""
 
 import torch
 import torch.nn.functional as F
@@ -7,12 +10,17 @@ from torch import Tensor
 EPS = 1e-6
 
 
+def full_precision(values: Tensor) -> Tensor:
+    """`values` in float32, or as they are if they have more."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 def pixel_target(patches: Tensor, norm_pix_loss: bool) -> Tensor:
     """Targets [B, M, P*P*C] from normalised pixels of the same shape.
 
     `norm_pix_loss`: (x - mean)/sqrt(unbiased variance + 1e-6) of each patch over all its values (MAE).
     """
-    patches = patches.float()
+    patches = full_precision(patches)
     if not norm_pix_loss:
         return patches
     variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
@@ -21,7 +29,7 @@ def pixel_target(patches: Tensor, norm_pix_loss: bool) -> Tensor:
 
 def patch_loss(prediction: Tensor, target: Tensor) -> Tensor:
     """Reconstruction loss of every patch (Eq. 3): mean squared difference, [B, M] from two [B, M, P*P*C]."""
-    return (prediction.float() - target).square().mean(dim=-1)
+    return (full_precision(prediction) - target).square().mean(dim=-1)
 
 
 def ranking_loss(predicted: Tensor, actual: Tensor) -> Tensor:
@@ -36,7 +44,7 @@ def ranking_loss(predicted: Tensor, actual: Tensor) -> Tensor:
 
     **Returns:** a scalar.
     """
-    predicted, actual = predicted.float(), actual.detach().float()
+    predicted, actual = full_precision(predicted), full_precision(actual.detach())
     # (i, j) and (j, i) say the same, so the sign folds Eq. 5's two terms into one.
     sign = torch.sign(actual[:, :, None] - actual[:, None, :])
     margin = sign * (predicted[:, :, None] - predicted[:, None, :])
@@ -50,7 +58,7 @@ def absolute_loss(predicted: Tensor, actual: Tensor, *, standardize: bool = True
     `standardize`: compare with (actual - mean)/sqrt(unbiased variance + 1e-6) of each image, as the released code
     does and the formula does not. The gradient reaches `predicted` only.
     """
-    predicted, actual = predicted.float(), actual.detach().float()
+    predicted, actual = full_precision(predicted), full_precision(actual.detach())
     if standardize:
         variance, mean = torch.var_mean(actual, dim=1, keepdim=True, correction=min(1, actual.shape[1] - 1))
         actual = (actual - mean) * (variance + EPS).rsqrt()

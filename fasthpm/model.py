@@ -43,6 +43,9 @@ class HPMViT(nn.Module):
     **Raises:** `UserError` for sizes that do not fit together.
     """
 
+    pos_embed: Tensor
+    decoder_pos_embed: Tensor
+
     def __init__(
         self,
         *,
@@ -60,6 +63,7 @@ class HPMViT(nn.Module):
         norm_pix_loss: bool = False,
     ) -> None:
         super().__init__()
+        self.num_heads = num_heads
         self.img_size = (img_size, img_size) if isinstance(img_size, int) else (img_size[0], img_size[1])
         self.patch_size, self.in_chans = patch_size, in_chans
         self.predict_loss_kind, self.norm_pix_loss = predict_loss, norm_pix_loss
@@ -206,7 +210,8 @@ class ScalarHead(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[B, N, D] -> float32 [B, N]."""
-        return F.linear(tokens.float(), self.weight.float(), self.bias.float()).squeeze(-1)
+        values = (losses.full_precision(x) for x in (tokens, self.weight, self.bias))
+        return F.linear(*values).squeeze(-1)
 
 
 class Attention(nn.Module):
@@ -289,14 +294,21 @@ def sincos_positions(dim: int, grid_size: tuple[int, int]) -> Tensor:
 
 # -------------------------------------------------------------------------------------------------- names and sizes
 SIZES: dict[str, dict[str, int]] = {
+    "nano": {"embed_dim": 128, "depth": 4, "num_heads": 4},  # for tests and laptops
     "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
     "small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
     "base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
     "large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
     "huge": {"embed_dim": 1280, "depth": 32, "num_heads": 16},
 }
-LAYOUTS = {"tiny": ((16, 224), (4, 28)), "small": ((16, 224),), "base": ((16, 224),), "large": ((16, 224),)}
-LAYOUTS["huge"] = ((14, 224),)
+LAYOUTS: dict[str, tuple[tuple[int, int], ...]] = {  # size: (patch side, image side) …
+    "nano": ((4, 28),),
+    "tiny": ((16, 224), (4, 28)),
+    "small": ((16, 224),),
+    "base": ((16, 224),),
+    "large": ((16, 224),),
+    "huge": ((14, 224),),
+}
 
 
 def model_names() -> list[str]:

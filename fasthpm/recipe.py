@@ -8,6 +8,7 @@ dtype, buckets). `recipes.py` holds one short function per published run.
 import argparse
 import dataclasses
 import json
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,10 @@ class Recipe:
     def total_steps(self) -> int:
         """Updates of the whole schedule; known once the recipe is resolved."""
         return self.epochs * self.steps_per_epoch
+
+    def with_data(self, data_path: str) -> "Recipe":
+        """The same recipe on other data."""
+        return dataclasses.replace(self, data_path=data_path)
 
     def resolve(self, num_samples: int, world_size: int) -> "Recipe":
         """Fill what depends on the data and the machines: accum_iter, global_batch_size, lr, steps_per_epoch.
@@ -288,4 +293,5 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
         if field.type is bool:
             parser.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction, **options)
         else:
-            parser.add_argument(f"--{field.name}", type=field.type, metavar=field.type.__name__.upper(), **options)
+            kind = typing.cast(type, field.type)
+            parser.add_argument(f"--{field.name}", type=kind, metavar=kind.__name__.upper(), **options)

@@ -4,7 +4,6 @@ B samples, N samples of the set. Everything is integer hashing (splitmix64) and 
 vectorised over samples; no generator object carries state, so any batch of any epoch can be computed on its own.
 """
 
-import functools
 from typing import Any
 
 import numpy as np
@@ -89,13 +88,15 @@ def centre_crops(sizes: Array, image_size: tuple[int, int], crop_pct: float) -> 
     return np.concatenate([(sizes - box) // 2, box, np.zeros((len(sizes), 1))], 1).astype(np.int64)
 
 
-@functools.lru_cache(maxsize=4096)
-def _coverage(source: int, target: int) -> Array:
-    """float32 [target, source]: the share of each target pixel that each source pixel covers; rows sum to 1."""
-    scale = source / target
-    edges, pixel = np.arange(target + 1) * scale, np.arange(source)
-    overlap = np.minimum(edges[1:, None], pixel + 1) - np.maximum(edges[:-1, None], pixel)
-    return (np.clip(overlap, 0, None) / scale).astype(np.float32)
+def _average_rows(image: Array, target: int) -> Array:
+    """Resize axis 0 of [h, w, C] to `target` rows, each the mean of the stretch that it covers: float64."""
+    source = len(image)
+    total = np.zeros((source + 1, *image.shape[1:]))
+    np.cumsum(image, axis=0, out=total[1:])
+    edges = np.arange(target + 1) * (source / target)
+    whole = np.minimum(edges.astype(np.int64), source - 1)
+    part = (edges - whole)[:, None, None]
+    return np.diff(total[whole] + part * image[whole], axis=0) * (target / source)
 
 
 def area_resize(image: Array, size: tuple[int, int]) -> Array:
@@ -104,11 +105,10 @@ def area_resize(image: Array, size: tuple[int, int]) -> Array:
     What OpenCV calls INTER_AREA, which FFCV's C library uses. The two agree to one grey level where both sides shrink
     or both grow; where one shrinks and the other grows OpenCV takes two taps, and single pixels differ by more.
     """
-    height, width, channels = image.shape
-    if (height, width) == size:
+    if image.shape[:2] == size:
         return image.copy()
-    rows = _coverage(height, size[0]) @ image.reshape(height, -1).astype(np.float32)
-    grid = _coverage(width, size[1]) @ rows.reshape(size[0], width, channels)
+    rows = _average_rows(image, size[0])
+    grid = _average_rows(rows.transpose(1, 0, 2), size[1]).transpose(1, 0, 2)
     return np.clip(np.rint(grid), 0, 255).astype(np.uint8)
 
 

@@ -1,0 +1,38 @@
+"""`fasthpm COMMAND …`, the same as `python -m fasthpm COMMAND …`."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from fasthpm.cli import run_command
+from fasthpm.errors import UserError, nearest
+
+COMMANDS = {
+    "pretrain": ("fasthpm.pretrain", "pretrain a model (one process; use deepspeed or torchrun for more)"),
+    "knn": ("fasthpm.probes.knn", "k-NN accuracy of a run's encoder"),
+    "export": ("fasthpm.export", "write a run's encoder as safetensors that timm loads"),
+    "visualize": ("fasthpm.visualize", "pictures: image, reconstruction, true and predicted loss, mask"),
+    "report": ("fasthpm.report", "report.md and curves of a run"),
+}
+
+
+def dispatch(argv: Sequence[str] | None) -> None:
+    """Run the command that the first argument names."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: fasthpm COMMAND [flags]\n\n" + "\n".join(f"  {k:10} {v[1]}" for k, v in COMMANDS.items())
+              + "\n\nfasthpm COMMAND --help explains each")  # fmt: skip
+        return
+    if arguments[0] not in COMMANDS:
+        raise UserError(f"unknown command {arguments[0]!r}{nearest(arguments[0], COMMANDS)}; expected one of "
+                        f"{', '.join(COMMANDS)}")  # fmt: skip
+    importlib.import_module(COMMANDS[arguments[0]][0]).main(arguments[1:])
+
+
+def main() -> None:
+    """Entry point of the `fasthpm` script."""
+    run_command(dispatch)
+
+
+if __name__ == "__main__":
+    main()

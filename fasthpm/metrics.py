@@ -1,0 +1,180 @@
+"""Metrics: summed on the device, read every N updates, written to TensorBoard, metrics.jsonl and a progress bar.
+
+MFU is model FLOPs per second (the rule is in `fasthpm.flops`, teacher included) over the matmul rate that this device
+reaches on 2048 x 2048 squares in the run's dtype, measured when the run starts.
+"""
+
+import collections
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from fasthpm.data import Batch
+from fasthpm.errors import UserError
+from fasthpm.step import METRICS, StepOutput
+
+FORENSICS = "nonfinite"
+
+
+class Metrics:
+    """Everything a run measures, between two readings.
+
+    - `flops_per_sample`: of a whole step; `matmul_rate`: FLOP/s of this rank's device
+    """
+
+    def __init__(
+        self,
+        output_dir: Path,
+        *,
+        rank: int,
+        world_size: int,
+        total_steps: int,
+        first_step: int,
+        flops_per_sample: float,
+        matmul_rate: float,
+        device: torch.device,
+    ) -> None:
+        self.output_dir, self.rank, self.world_size, self.device = output_dir, rank, world_size, device
+        self.flops_per_sample, self.matmul_rate = flops_per_sample, matmul_rate
+        self._recent: collections.deque[tuple[int, Tensor, StepOutput]] = collections.deque()
+        self._reset()
+        self._writer = None
+        self.progress = tqdm(
+            total=total_steps,
+            initial=first_step,
+            disable=rank != 0,
+            unit="step",
+            mininterval=1.0,
+            smoothing=0.1,
+            dynamic_ncols=True,
+            desc="pretrain",
+        )
+        if rank == 0:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(output_dir / "tensorboard"), purge_step=first_step)
+            self._log = (output_dir / "metrics.jsonl").open("a", buffering=1)
+
+    def add(self, step: int, batch: Batch, output: StepOutput) -> None:
+        """Take in one micro-step, without waiting for it."""
+        self._sum = self._sum + output.metrics
+        self._count += 1
+        self._samples += len(batch.ids)
+        self._recent.append((step, batch.ids, output))
+
+    @contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Measure the time that this host waits for its loader."""
+        begin = time.perf_counter()
+        yield
+        self._data_wait += time.perf_counter() - begin
+
+    def read(self, step: int, epoch: float, teacher_seconds: float, **values: float) -> dict[str, float]:
+        """Average over ranks and micro-steps since the last reading, write it everywhere, start afresh.
+
+        Every rank calls this after the same update. **Raises:** `UserError` on every rank if any loss was not finite,
+        after saving step, sample ids, losses and masks of the offending micro-steps under `nonfinite/`.
+        """
+        sums = torch.cat([self._sum.double(), self._sum.new_tensor([self._count, self._samples]).double()])
+        if self.world_size > 1:
+            dist.all_reduce(sums)
+        *means, count, samples = sums.tolist()  # the host waits for the device here, and only here
+        seconds = time.perf_counter() - self._begin
+        if not all(x == x and abs(x) != float("inf") for x in means):
+            self._stop(step)
+        rate = samples / seconds
+        record = (
+            {name: value / count for name, value in zip(METRICS, means, strict=True)}
+            | values
+            | {
+                "images_per_second": rate,
+                "data_wait_percent": 100 * self._data_wait / seconds,
+                "teacher_percent": 100 * teacher_seconds / seconds,
+                "mfu_percent": 100 * rate * self.flops_per_sample / (self.matmul_rate * self.world_size),
+                "memory_gib": memory_gib(self.device),
+            }
+        )
+        self._write(step, epoch, record)
+        self._reset()
+        return record
+
+    def image(self, tag: str, picture: Any, step: int) -> None:
+        """Add a picture [H, W, 3] uint8 to TensorBoard (rank 0)."""
+        if self._writer:
+            self._writer.add_image(tag, picture, step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Flush and close all files."""
+        self.progress.close()
+        if self._writer:
+            self._writer.close()
+            self._log.close()
+
+    def _reset(self) -> None:
+        self._sum = torch.zeros(len(METRICS), device=self.device)
+        self._count = self._samples = 0
+        self._data_wait = 0.0
+        self._begin = time.perf_counter()
+        self._recent.clear()
+
+    def _write(self, step: int, epoch: float, record: dict[str, float]) -> None:
+        if not self._writer:
+            return
+        self._log.write(json.dumps({"step": step, "epoch": epoch, "time": time.time(), **record}) + "\n")
+        for name, value in record.items():
+            self._writer.add_scalar(name, value, step)
+        self.progress.set_postfix(
+            loss=f"{record['loss']:.3f}",
+            img_s=f"{record['images_per_second']:.0f}",
+            wait=f"{record['data_wait_percent']:.0f}%",
+        )
+
+    def _stop(self, step: int) -> None:
+        """Save what is needed to look at a non-finite loss, then end this rank; all ranks come here together."""
+        folder = self.output_dir / FORENSICS
+        folder.mkdir(exist_ok=True)
+        bad = [
+            {"step": when, "ids": ids.cpu(), "mask": out.mask.cpu(), "metrics": out.metrics.cpu()}
+            for when, ids, out in self._recent
+            if not torch.isfinite(out.metrics).all()
+        ]
+        torch.save({"metrics": METRICS, "micro_steps": bad}, folder / f"rank{self.rank}.pt")
+        raise UserError(
+            f"the loss is not finite by update {step}; stopped, and step, sample ids and masks are in {folder}; look "
+            f"at these samples, lower --blr, or resume from the last checkpoint"
+        )
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory: allocated on the GPU, or resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return psutil.Process().memory_info().rss / 2**30
+
+
+def measure_matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 2048) -> float:
+    """FLOP/s of square matrix products on this device, the best of a few (about half a second on a CPU)."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(5):
+        _wait(device)
+        begin = time.perf_counter()
+        for _ in range(20 if device.type == "cuda" else 1):
+            a @ b
+        _wait(device)
+        best = min(best, (time.perf_counter() - begin) / (20 if device.type == "cuda" else 1))
+    return 2 * size**3 / best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

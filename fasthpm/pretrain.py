@@ -1,0 +1,291 @@
+"""Pretraining: parse → build → loop.
+
+    deepspeed --module fasthpm.pretrain --recipe NAME --data_path X.beton --output_dir OUT [flags]
+    torchrun --nproc_per_node N -m fasthpm.pretrain …      # same flags
+    fasthpm pretrain …                                      # one process
+
+Flags keep MAE's spellings; each overrides one field of the recipe. A run continues by itself from the newest valid
+checkpoint in its output_dir.
+"""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fasthpm import checkpoint, engine, flops, recipes, report, schedule, visualize, zero
+from fasthpm.cli import Parser
+from fasthpm.data import Batch, Loader, build_loader
+from fasthpm.errors import UserError
+from fasthpm.metrics import Metrics, measure_matmul_rate
+from fasthpm.recipe import Recipe, add_recipe_arguments, build_recipe, save_recipe, science_of
+from fasthpm.step import Step, model_of
+from fasthpm.teacher import EMATeacher
+
+PANEL_IMAGES = 8
+
+
+def parse_arguments(argv: Sequence[str] | None) -> Recipe:
+    """The recipe that the command line asks for. **Raises:** `UserError` for anything unknown or out of range."""
+    parser = Parser(prog="fasthpm pretrain", description=__doc__)
+    parser.add_argument("--recipe", default="debug", help=f"start from: {', '.join(recipes.RECIPES)}, or a recipe.json")
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # launchers inject it
+    add_recipe_arguments(parser)
+    given = vars(parser.parse_args(argv))
+    given.pop("local_rank")
+    base = recipes.from_name(given.pop("recipe"))
+    recipe = build_recipe({**dataclasses.asdict(base), **given}, source="command line")
+    for name in ("data_path", "output_dir"):
+        if not getattr(recipe, name):
+            raise UserError(f"--{name} is missing; see fasthpm pretrain --help")
+    return recipe
+
+
+@dataclasses.dataclass
+class Run:
+    """Everything a run holds between two updates."""
+
+    recipe: Recipe
+    launch: engine.Launch
+    loader: Loader
+    engine: Any
+    step: Step
+    teacher: EMATeacher | None
+    layout: zero.MasterLayout
+    done: int = 0  # updates
+
+    def weights(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Full float32 {"student": …, "teacher": …} state dicts on rank 0, {} elsewhere. Collective."""
+        kinds = {"student": "master", "teacher": "ema"} if self.teacher else {"student": "master"}
+        gathered = {name: zero.full_state(self.layout, kind) for name, kind in kinds.items()}
+        if self.launch.rank:
+            return {}
+        buffers = {name: value.float() for name, value in model_of(self.recipe).named_buffers()}
+        return {
+            name: {**{key.removeprefix("student."): value for key, value in (state or {}).items()}, **buffers}
+            for name, state in gathered.items()
+        }
+
+
+def build(recipe: Recipe, launch: engine.Launch) -> Run:
+    """Loader, DeepSpeed engine and teacher of a resolved run, at its first update or at its checkpoint."""
+    loader, error = None, None
+    try:
+        loader = build_loader(
+            recipe.data_path, batch_size=recipe.batch_size, image_size=recipe.image_size, channels=recipe.channels,
+            seed=recipe.seed, rank=launch.rank, world_size=launch.world_size, num_workers=recipe.num_workers,
+            crop_min=recipe.crop_min, flip=recipe.flip,
+        )  # fmt: skip
+        recipe = recipe.resolve(loader.info.num_samples, launch.world_size)
+        checkpoint.compare_recipes(recipe, science_of)
+        config = engine.merge_config(recipe.deepspeed_config, recipe, launch.world_size)
+    except UserError as caught:
+        error = caught
+    engine.agree(error)
+    assert loader is not None
+    step = Step(model_of(recipe), recipe, loader.info)
+    deepspeed_engine = engine.build_engine(step, recipe, config, launch)
+    teacher = None
+    if recipe.uses_teacher:
+        momentum = schedule.ema_momentum_at(recipe, 0)
+        teacher = EMATeacher(deepspeed_engine, step.student, "student.", model_of(recipe), momentum)
+        step.attach_teacher(teacher.module)
+    run = Run(recipe, launch, loader, deepspeed_engine, step, teacher, zero.MasterLayout(deepspeed_engine))
+    resume(run)
+    return run
+
+
+def resume(run: Run) -> None:
+    """Load the checkpoint that the recipe asks for, the same on every rank, and say so."""
+    found: list[Any] = [None, None]
+    if run.launch.rank == 0:
+        try:
+            found[0] = checkpoint.find_resume(run.recipe, lambda line: print(f"warning: {line}", file=sys.stderr))
+        except UserError as error:
+            found[1] = error
+    if run.launch.world_size > 1:
+        dist.broadcast_object_list(found)
+    folder, error = found
+    if error:
+        engine.agree(error)
+    if folder is None:
+        return
+    state = checkpoint.read_state(folder, run.launch.world_size)
+    run.engine.load_checkpoint(str(folder), tag="deepspeed")
+    if run.teacher:
+        run.teacher.refresh()
+    run.loader.load_state_dict(state.loader)
+    run.done = state.step
+    if run.launch.rank == 0:
+        print(f"resuming from {folder} at update {run.done} of {run.recipe.total_steps}", file=sys.stderr)
+
+
+def save(run: Run) -> None:
+    """Write a checkpoint of all ranks, atomically, and delete the oldest. Collective."""
+    output_dir = Path(run.recipe.output_dir)
+    aside = [str(checkpoint.begin(output_dir, run.done))] if run.launch.rank == 0 else [""]
+    if run.launch.world_size > 1:
+        dist.broadcast_object_list(aside)
+    run.engine.save_checkpoint(aside[0], tag="deepspeed", save_latest=False)
+    weights = run.weights()
+    if run.launch.world_size > 1:
+        dist.barrier()
+    if run.launch.rank == 0:
+        state = checkpoint.RunState(run.done, run.loader.state_dict(), run.launch.world_size)
+        checkpoint.commit(Path(aside[0]), run.recipe, state, weights)
+        checkpoint.rotate(output_dir, run.recipe.keep_checkpoints)
+    if run.launch.world_size > 1:
+        dist.barrier()
+
+
+def endless(loader: Loader) -> Iterator[Batch]:
+    """Batches of this epoch and all that follow."""
+    while True:
+        yield from loader
+
+
+def train(run: Run, metrics: Metrics) -> None:
+    """The loop: batch, step, log, save."""
+    recipe, device = run.recipe, run.launch.device
+    last = min(recipe.total_steps, recipe.stop_after or recipe.total_steps)
+    batches = endless(run.loader)
+    while run.done < last:
+        now = run.done
+        engine.set_lr(run.engine, schedule.lr_at(recipe, now))
+        if run.teacher:
+            run.teacher.momentum = schedule.ema_momentum_at(recipe, now)
+        alpha = torch.tensor(schedule.alpha_at(recipe, now), dtype=torch.float64, device=device)
+        update = torch.tensor(now, device=device)
+        for _ in range(recipe.accum_iter):
+            with metrics.waiting_for_data():
+                batch = next(batches).to(device)
+            output = run.engine(batch.images, batch.ids, update, alpha)
+            run.engine.backward(output.loss)
+            run.engine.step()
+            metrics.add(now, batch, output)
+        run.done += 1
+        metrics.progress.update()
+        after_update(run, metrics, last)
+
+
+def after_update(run: Run, metrics: Metrics, last: int) -> None:
+    """Read the metrics, draw the panel, save: each at its own interval, and all of them at the end."""
+    recipe, epoch_length = run.recipe, run.recipe.steps_per_epoch
+    ending, epoch_ends = run.done == last, run.done % epoch_length == 0
+    epoch = run.done // epoch_length
+    saving = ending or (epoch_ends and epoch % recipe.save_every == 0)
+    drawing = recipe.panel_every > 0 and (ending or (epoch_ends and epoch % recipe.panel_every == 0))
+    if run.done % recipe.log_every == 0 or saving or drawing:
+        metrics.read(
+            run.done, run.done / epoch_length, run.step.stopwatch.read(), lr=schedule.lr_at(recipe, run.done - 1),
+            alpha=schedule.alpha_at(recipe, run.done - 1), ema_momentum=schedule.ema_momentum_at(recipe, run.done - 1),
+            grad_norm=engine.grad_norm(run.engine),
+        )  # fmt: skip
+    if drawing:
+        draw_panel(run, metrics)
+    if saving:
+        save(run)
+    if drawing or saving:
+        metrics.restart_clock()
+
+
+def draw_panel(run: Run, metrics: Metrics) -> None:
+    """A picture of the fixed images as the run sees them now, by its teacher if it has one. Collective."""
+    weights = run.weights()
+    if run.launch.rank:
+        return
+    model = model_of(run.recipe).eval()
+    model.load_state_dict(weights.get("teacher", weights["student"]))
+    images, info = visualize.fixed_images(run.recipe, PANEL_IMAGES)
+    alpha = schedule.alpha_at(run.recipe, run.done - 1)
+    picture = visualize.panel(model, run.recipe, info, images, alpha)
+    folder = Path(run.recipe.output_dir) / "panels"
+    folder.mkdir(exist_ok=True)
+    visualize.save_png(picture, folder / f"step-{run.done:08d}.png")
+    metrics.image("panel", picture, run.done)
+
+
+def prepare_output(run: Run) -> None:
+    """Create output_dir and write what the run is: recipe, merged DeepSpeed JSON, versions (rank 0)."""
+    output_dir = Path(run.recipe.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    save_recipe(run.recipe, output_dir / checkpoint.RECIPE)
+    config = engine.merge_config(run.recipe.deepspeed_config, run.recipe, run.launch.world_size)
+    (output_dir / "deepspeed.json").write_text(json.dumps(config, indent=2) + "\n")
+    (output_dir / "versions.json").write_text(json.dumps(versions(run.launch), indent=2) + "\n")
+
+
+def versions(launch: engine.Launch) -> dict[str, Any]:
+    """Software, commit and machine of this run."""
+    names = ("fasthpm", "torch", "deepspeed", "timm", "ffcv", "numba", "numpy")
+    found = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    here = Path(__file__).parent
+    commit = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    device = torch.cuda.get_device_name() if launch.device.type == "cuda" else platform.processor() or "cpu"
+    return {**found, "python": platform.python_version(), "commit": commit.stdout.strip() or "unknown",
+            "device": device, "world_size": launch.world_size}  # fmt: skip
+
+
+def finish(run: Run) -> None:
+    """Export the encoder, write the report and say where everything is (rank 0)."""
+    output_dir = Path(run.recipe.output_dir)
+    model, recipe = checkpoint.load_weights(output_dir)
+    info = {"mean": run.loader.info.mean, "std": run.loader.info.std}
+    checkpoint.export_encoder(model, recipe, info, output_dir / "encoder.safetensors")
+    report.write(output_dir)
+    print(
+        f"finished {run.done} of {recipe.total_steps} updates\n"
+        f"  checkpoint   {checkpoint.checkpoint_path(output_dir, run.done)}\n"
+        f"  encoder      {output_dir / 'encoder.safetensors'} (timm)\n"
+        f"  TensorBoard  tensorboard --logdir {output_dir / 'tensorboard'}\n"
+        f"  report       {output_dir / 'report.md'}",
+        file=sys.stderr,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`fasthpm pretrain`, once per rank."""
+    with engine.session() as launch:
+        recipe = parse_arguments(argv)
+        run = build(recipe, launch)
+        recipe = run.recipe
+        if launch.rank == 0:
+            prepare_output(run)
+            effective = f"{recipe.global_batch_size} = {recipe.batch_size} x {launch.world_size} x {recipe.accum_iter}"
+            print(f"{recipe.recipe}: lr {recipe.lr:.3e}, global batch {effective}, {recipe.total_steps} updates, "
+                  f"{launch.device.type}", file=sys.stderr)  # fmt: skip
+        if launch.world_size > 1:
+            dist.barrier()
+        dtype = next(run.step.student.parameters()).dtype
+        metrics = Metrics(
+            Path(recipe.output_dir), rank=launch.rank, world_size=launch.world_size, total_steps=recipe.total_steps,
+            first_step=run.done, flops_per_sample=flops.step_flops(run.step.student, recipe)["total"],
+            matmul_rate=measure_matmul_rate(launch.device, dtype), device=launch.device,
+        )  # fmt: skip
+        try:
+            train(run, metrics)
+        finally:
+            metrics.close()
+            run.loader.close()
+        if launch.rank == 0:
+            finish(run)
+
+
+if __name__ == "__main__":
+    from fasthpm.cli import run_command
+
+    run_command(main)

@@ -1,0 +1,170 @@
+"""k-NN probe: DINO's weighted vote of the nearest training features, no training at all.
+
+    fasthpm knn RUN --train_path train.beton --val_path val.beton [--weights student|teacher|untrained]
+    torchrun --nproc_per_node 8 -m fasthpm knn RUN …     # features and queries are split over the ranks
+
+Protocol (DINO): features L2-normalised, votes exp(similarity / 0.07), k in {10, 20, 100, 200}; images resized and
+centre-cropped (224/256 of the short side, or whole where the set is stored at the model's size).
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from fasthpm import engine
+from fasthpm.checkpoint import load_weights
+from fasthpm.cli import Parser
+from fasthpm.data import Loader, build_loader
+from fasthpm.errors import UserError
+from fasthpm.model import HPMViT
+from fasthpm.recipe import Recipe
+from fasthpm.step import Step
+
+NEIGHBOURS = (10, 20, 100, 200)
+TEMPERATURE = 0.07
+CHUNK = 1024  # queries compared with the bank at a time: bounds memory to CHUNK x bank similarities
+
+
+@torch.inference_mode()
+def features(
+    model: HPMViT, recipe: Recipe, loader: Loader, pool: str, device: torch.device, quiet: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """This rank's L2-normalised features float32 [N, D], labels int64 [N] and sample ids int64 [N].
+
+    - `pool`: "cls" (the cls token) or "mean" (of the patch tokens), after the encoder's final norm
+    """
+    step = Step(model, recipe, loader.info)
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    for batch in tqdm(loader, desc=f"{pool} features", unit="batch", disable=quiet, leave=False):
+        tokens = model.encode(step.normalized_patches(batch.images.to(device)))
+        pooled = tokens[:, 0] if pool == "cls" else tokens[:, 1:].mean(dim=1)
+        parts.append((F.normalize(pooled.float(), dim=1), batch.labels.to(device), batch.ids.to(device)))
+    if not parts:  # a rank beyond the end of a small set
+        return model.cls_token.new_zeros(0, model.cls_token.shape[-1]), *torch.zeros(2, 0, device=device).long()
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))  # type: ignore[return-value]
+
+
+def vote(bank: Tensor, bank_labels: Tensor, queries: Tensor, num_classes: int) -> dict[int, Tensor]:
+    """Predicted classes int64 [Q] for every k in `NEIGHBOURS` that the bank can serve (DINO's weighted vote).
+
+    - `bank`: [N, D], `queries`: [Q, D], both L2-normalised; `bank_labels`: int64 [N]
+    """
+    largest = min(max(NEIGHBOURS), len(bank))
+    chosen: dict[int, list[Tensor]] = {k: [] for k in NEIGHBOURS if k <= largest} or {largest: []}
+    for chunk in queries.split(CHUNK):
+        similarity, index = (chunk @ bank.T).topk(largest, dim=1)
+        weight, label = (similarity / TEMPERATURE).exp(), bank_labels[index]
+        for k, predictions in chosen.items():
+            votes = weight.new_zeros(len(chunk), num_classes).scatter_add_(1, label[:, :k], weight[:, :k])
+            predictions.append(votes.argmax(dim=1))
+    return {k: torch.cat(parts) if parts else bank_labels.new_zeros(0) for k, parts in chosen.items()}
+
+
+def knn_accuracy(
+    bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, num_classes: int, world_size: int = 1
+) -> dict[int, float]:
+    """Top-1 accuracy in percent for every k, over the queries of all ranks."""
+    predictions = vote(bank, bank_labels, queries, num_classes)
+    hits = torch.tensor(
+        [[float((p == labels).sum()), float(len(labels))] for p in predictions.values()],
+        dtype=torch.float64,
+        device=queries.device,
+    )
+    if world_size > 1:
+        dist.all_reduce(hits)
+    return {k: 100 * float(right / total) for k, (right, total) in zip(predictions, hits, strict=True)}
+
+
+def gather_rows(rows: Tensor, world_size: int) -> Tensor:
+    """The rows of all ranks, [sum of N, …]; ranks may hold different numbers."""
+    if world_size == 1:
+        return rows
+    count = torch.tensor([len(rows)], device=rows.device)
+    counts = [torch.zeros_like(count) for _ in range(world_size)]
+    dist.all_gather(counts, count)
+    longest = int(max(counts))
+    padded = torch.cat([rows, rows.new_zeros(longest - len(rows), *rows.shape[1:])])
+    parts = [torch.empty_like(padded) for _ in range(world_size)]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[: int(n)] for part, n in zip(parts, counts, strict=True)])
+
+
+def evaluate(arguments: argparse.Namespace, launch: engine.Launch) -> dict[int, float]:
+    """Accuracy per k of one model, all ranks together."""
+    model, recipe = load_weights(arguments.run, arguments.weights)
+    model = model.to(launch.device)
+    quiet = launch.rank != 0
+    sides = []
+    for path in (arguments.train_path, arguments.val_path):
+        loader = build_loader(
+            path,
+            batch_size=arguments.batch_size,
+            image_size=recipe.image_size,
+            channels=recipe.channels,
+            rank=launch.rank,
+            world_size=launch.world_size,
+            num_workers=arguments.num_workers,
+            train=False,
+        )
+        try:
+            sides.append((features(model, recipe, loader, arguments.pool, launch.device, quiet), loader.info))
+        finally:
+            loader.close()
+    ((bank, bank_labels, _), info), ((queries, labels, _), val_info) = sides
+    if info.classes != val_info.classes:
+        raise UserError(
+            f"{arguments.train_path} has {len(info.classes)} classes, {arguments.val_path} has "
+            f"{len(val_info.classes)} or others; expected two splits of the same data set"
+        )
+    bank, bank_labels = gather_rows(bank, launch.world_size), gather_rows(bank_labels, launch.world_size)
+    return knn_accuracy(bank, bank_labels, queries, labels, len(info.classes), launch.world_size)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`fasthpm knn`."""
+    parser = Parser(prog="fasthpm knn", description=__doc__)
+    parser.add_argument("run", type=Path, help="output_dir of a run, or one of its checkpoints")
+    parser.add_argument("--train_path", required=True, help="prepared set whose labels vote")
+    parser.add_argument("--val_path", required=True, help="prepared set that is classified")
+    parser.add_argument("--weights", choices=("student", "teacher", "untrained"), default="student")
+    parser.add_argument("--pool", choices=("cls", "mean"), default="cls", help="cls token, or mean of the patches")
+    parser.add_argument("--batch_size", type=int, default=256, help="images per device and forward")
+    parser.add_argument("--num_workers", type=int, default=0, help="decoding threads; 0 = cores / ranks")
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "-o", "--output", type=Path, default=None, help="JSON result (default: RUN/knn_WEIGHTS_POOL.json)"
+    )
+    arguments = parser.parse_args(argv)
+    begin = time.perf_counter()
+    with engine.session() as launch:
+        accuracy = evaluate(arguments, launch)
+        if launch.rank == 0:
+            _report(arguments, accuracy, time.perf_counter() - begin)
+
+
+def _report(arguments: argparse.Namespace, accuracy: dict[int, float], seconds: float) -> None:
+    name = f"knn_{arguments.weights}_{arguments.pool}.json"
+    path = arguments.output or arguments.run / name
+    result = {
+        "protocol": "DINO weighted k-NN, temperature 0.07",
+        "weights": arguments.weights,
+        "pool": arguments.pool,
+        "train_path": arguments.train_path,
+        "val_path": arguments.val_path,
+        "accuracy": {str(k): round(value, 3) for k, value in accuracy.items()},
+        "seconds": round(seconds, 1),
+    }
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    best = max(accuracy, key=lambda k: accuracy[k])
+    table = "  ".join(f"k={k}: {value:.2f}" for k, value in accuracy.items())
+    print(f"k-NN top-1 ({arguments.weights}, {arguments.pool}): {table}  best {accuracy[best]:.2f} % at k={best}")
+    print(f"written to {path}", file=sys.stderr)

@@ -1,0 +1,138 @@
+"""`report.md` and `curves.png` of a run, from what the run wrote.
+
+fasthpm report RUN
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fasthpm.cli import Parser
+from fasthpm.errors import UserError
+from fasthpm.recipe import load_recipe
+
+CURVES = (
+    ("loss", ("reconstruction_loss", "difficulty_loss")),
+    ("predictor health", ("spearman", "pair_accuracy")),
+    ("images per second", ("images_per_second",)),
+    ("learning rate", ("lr",)),
+    ("schedules", ("alpha", "ema_momentum")),
+    ("percent", ("data_wait_percent", "teacher_percent", "mfu_percent")),
+)
+TABLE = ("loss", "reconstruction_loss", "difficulty_loss", "spearman", "pair_accuracy", "grad_norm",
+         "images_per_second", "data_wait_percent", "teacher_percent", "mfu_percent", "memory_gib")  # fmt: skip
+
+
+def read_metrics(run: Path) -> list[dict[str, float]]:
+    """The records of metrics.jsonl, one per update number (a resumed run overwrites what it repeats), in order.
+
+    **Raises:** `UserError` if there is none.
+    """
+    path = run / "metrics.jsonl"
+    if not path.is_file():
+        raise UserError(f"{path} is missing; expected the output_dir of a run that has logged something")
+    records = {}
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:  # a killed run may leave its last line unfinished
+            continue
+        records[record["step"]] = record
+    if not records:
+        raise UserError(f"{path} is empty; expected at least one record")
+    return [records[step] for step in sorted(records)]
+
+
+def write(run: Path) -> Path:
+    """Write RUN/report.md and RUN/curves.png. **Returns:** the report's path."""
+    records = read_metrics(run)
+    draw_curves(records, run / "curves.png")
+    panels = sorted((run / "panels").glob("*.png"))
+    sections = [_head(run, records), _figures(records), _probes(run), "## Curves\n\n![curves](curves.png)\n"]
+    if panels:
+        sections.append(f"## What the model sees\n\n![panel](panels/{panels[-1].name})\n")
+    path = run / "report.md"
+    aside = path.with_suffix(".writing")
+    aside.write_text("\n".join(section for section in sections if section))
+    aside.rename(path)
+    return path
+
+
+def draw_curves(records: list[dict[str, float]], path: Path) -> None:
+    """One small plot per group in `CURVES`, against epochs."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 6), layout="constrained")
+    axes = figure.subplots(2, 3)
+    epochs = [record["epoch"] for record in records]
+    for axis, (title, names) in zip(axes.flat, CURVES, strict=True):
+        for name in names:
+            axis.plot(epochs, [record[name] for record in records], label=name, linewidth=1.2)
+        axis.set_title(title)
+        axis.set_xlabel("epoch")
+        axis.grid(alpha=0.3)
+        if len(names) > 1:
+            axis.legend(fontsize=8)
+    figure.savefig(path, dpi=100)
+
+
+def _head(run: Path, records: list[dict[str, float]]) -> str:
+    recipe = load_recipe(run / "recipe.json")
+    versions = json.loads((run / "versions.json").read_text())
+    last = records[-1]
+    return (
+        f"# {recipe.recipe}\n\n"
+        f"{recipe.model}, {recipe.input_size} px, patch {recipe.patch_size}, mask {recipe.mask_policy} "
+        f"{recipe.mask_ratio:.0%}, predict_loss {recipe.predict_loss}; global batch {recipe.global_batch_size}, "
+        f"lr {recipe.lr:.2e}; update {last['step']:.0f} of {recipe.total_steps} (epoch {last['epoch']:.2f}).\n\n"
+        f"Data {recipe.data_path}; {versions['world_size']} x {versions['device']}; torch {versions['torch']}, "
+        f"deepspeed {versions['deepspeed']}, fasthpm {versions['fasthpm']} ({versions['commit'][:12]}).\n"
+    )
+
+
+def _figures(records: list[dict[str, float]]) -> str:
+    first, last = records[0], records[-1]
+    rows = "\n".join(f"| {name} | {first[name]:.4g} | {last[name]:.4g} |" for name in TABLE)
+    return (
+        f"## Figures\n\n| | update {first['step']:.0f} | update {last['step']:.0f} |\n|---|---|---|\n{rows}\n\n"
+        "Spearman and pair accuracy compare predicted with real loss of the masked patches. MFU counts the matrix "
+        "products that the method needs, teacher included, over the matmul rate measured on this machine.\n"
+    )
+
+
+def _probes(run: Path) -> str:
+    results: list[dict[str, Any]] = [json.loads(path.read_text()) for path in sorted(run.glob("knn_*.json"))]
+    if not results:
+        return ""
+    neighbours = list(results[0]["accuracy"])
+    rows = "\n".join(_probe_row(result, neighbours) for result in results)
+    head = " | ".join(f"k = {k}" for k in neighbours)
+    return (f"## k-NN top-1, percent\n\n| weights | pool | {head} |\n|---|---|{'---|' * len(neighbours)}\n{rows}\n"
+            + _gain(results))  # fmt: skip
+
+
+def _probe_row(result: dict[str, Any], neighbours: list[str]) -> str:
+    figures = " | ".join(f"{result['accuracy'].get(k, float('nan')):.2f}" for k in neighbours)
+    return f"| {result['weights']} | {result['pool']} | {figures} |"
+
+
+def _gain(results: list[dict[str, Any]]) -> str:
+    """Best accuracy of the student over that of the untrained encoder, where both were probed alike."""
+    lines = []
+    for pool in ("cls", "mean"):
+        best = {r["weights"]: max(r["accuracy"].values()) for r in results if r["pool"] == pool}
+        if {"student", "untrained"} <= best.keys():
+            lines.append(f"\nPretraining gains {best['student'] - best['untrained']:+.2f} points over the untrained "
+                         f"encoder ({pool}, best k of each).\n")  # fmt: skip
+    return "".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`fasthpm report`."""
+    parser = Parser(prog="fasthpm report", description=__doc__)
+    parser.add_argument("run", type=Path, help="output_dir of a run")
+    run = parser.parse_args(argv).run
+    write(run)
+    print((run / "report.md").read_text())
+    print(f"written to {run / 'report.md'} and {run / 'curves.png'}")

@@ -1,0 +1,173 @@
+"""Pictures of what a model sees: image, reconstruction, true loss, predicted loss, mask.
+
+fasthpm visualize RUN --data_path X.beton [--num_images 8] [-o panel.png]
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fasthpm import mask as masks
+from fasthpm.checkpoint import load_weights
+from fasthpm.cli import Parser
+from fasthpm.data import DatasetInfo, build_loader
+from fasthpm.errors import UserError
+from fasthpm.loss import EPS
+from fasthpm.model import HPMViT
+from fasthpm.recipe import Recipe
+from fasthpm.step import Step
+
+COLUMNS = ("image", "reconstruction", "true loss", "predicted loss", "mask")
+TRUE_LOSS_MASKS = 10  # as in the papers' figures
+MIN_SIDE = 112  # small images are enlarged to at least this many pixels
+GAP, HEADER = 4, 18
+
+
+def fixed_images(recipe: Recipe, count: int) -> tuple[Tensor, DatasetInfo]:
+    """The first `count` images of the recipe's data, uncropped as in evaluation: uint8 [count, H, W, C]."""
+    loader = build_loader(
+        recipe.data_path,
+        batch_size=count,
+        image_size=recipe.image_size,
+        channels=recipe.channels,
+        train=False,
+        num_workers=1,
+    )
+    try:
+        return next(iter(loader)).images, loader.info
+    finally:
+        loader.close()
+
+
+@torch.no_grad()
+def panel(model: HPMViT, recipe: Recipe, info: DatasetInfo, images: Tensor, alpha: float) -> np.ndarray:
+    """One row per image, one column per name in `COLUMNS`; uint8 [height, width, 3].
+
+    - `images`: uint8 [N, H, W, C]; `alpha`: share of the mask that the predicted difficulty chooses
+
+    Visible patches are pasted back into the reconstruction, and `norm_pix_loss` is undone with the true patches'
+    statistics. The true loss of a patch is averaged over the random masks that hide it. Without a loss predictor its
+    column stays empty and the mask is random.
+    """
+    step = Step(model, recipe, info)
+    patches = step.normalized_patches(images)
+    noise = torch.rand(2, *patches.shape[:2], generator=torch.Generator().manual_seed(recipe.seed))
+    predicted = model.predict_loss(patches) if recipe.predict_loss != "none" else torch.zeros(patches.shape[:2])
+    hard = alpha if recipe.uses_teacher else 0.0
+    mask = masks.easy_to_hard_mask(
+        predicted, recipe.mask_ratio, hard, noise=noise, easiest=recipe.mask_policy == "hpm_easiest"
+    )
+    rebuilt = _to_pixels(model, step, reconstruct(model, patches, mask))
+    original = images.numpy()
+    hidden = original * ~_spread(model, mask)[..., None] + 127 * _spread(model, mask)[..., None]
+    true_loss = average_loss(model, patches, recipe.mask_ratio, recipe.seed)
+    maps = [_heat(_spread(model, values)) for values in (true_loss, predicted)]
+    columns = [_rgb(original), _rgb(rebuilt), *maps, _rgb(hidden.astype(np.uint8))]
+    return _sheet(columns)
+
+
+def reconstruct(model: HPMViT, patches: Tensor, mask: Tensor) -> Tensor:
+    """Normalised patches [N, L, P*P*C] with the masked ones replaced by their reconstruction, in float32."""
+    count = int(mask[0].sum())
+    prediction = model(patches, mask, num_masked=count).reconstruction.float()
+    ids = masks.split_ids(mask, count)[1][:, :, None].expand_as(prediction)
+    if model.norm_pix_loss:
+        variance, mean = torch.var_mean(patches.gather(1, ids), dim=-1, keepdim=True)
+        prediction = prediction * (variance + EPS).sqrt() + mean
+    return patches.scatter(1, ids, prediction)
+
+
+def average_loss(model: HPMViT, patches: Tensor, mask_ratio: float, seed: int) -> Tensor:
+    """Reconstruction loss of every patch, averaged over the random masks that hide it: [N, L]."""
+    generator = torch.Generator().manual_seed(seed)
+    total, count = torch.zeros(patches.shape[:2]), torch.zeros(patches.shape[:2])
+    for _ in range(TRUE_LOSS_MASKS):
+        mask = masks.random_mask(torch.rand(patches.shape[:2], generator=generator), mask_ratio)
+        output = model(patches, mask)
+        ids = masks.split_ids(mask, output.per_patch_loss.shape[1])[1]
+        total.scatter_add_(1, ids, output.per_patch_loss)
+        count += mask
+    return total / count.clamp_min(1)
+
+
+# -------------------------------------------------------------------------------------------------- drawing
+def _to_pixels(model: HPMViT, step: Step, patches: Tensor) -> np.ndarray:
+    """Normalised patches [N, L, P*P*C] -> uint8 [N, H, W, C]."""
+    images = model.unpatchify(patches).permute(0, 2, 3, 1) * step.std + step.mean
+    return images.round().clamp(0, 255).to(torch.uint8).numpy()
+
+
+def _spread(model: HPMViT, values: Tensor) -> np.ndarray:
+    """One value per patch [N, L] -> one per pixel [N, H, W]."""
+    grid = values.reshape(len(values), *model.grid_size).numpy()
+    return grid.repeat(model.patch_size, axis=1).repeat(model.patch_size, axis=2)
+
+
+def _heat(values: np.ndarray) -> np.ndarray:
+    """[N, H, W] -> colours uint8 [N, H, W, 3], scaled per image from its lowest to its highest value."""
+    from matplotlib import colormaps
+
+    low, high = values.min(axis=(1, 2), keepdims=True), values.max(axis=(1, 2), keepdims=True)
+    return (colormaps["inferno"]((values - low) / np.maximum(high - low, 1e-12))[..., :3] * 255).astype(np.uint8)
+
+
+def _rgb(images: np.ndarray) -> np.ndarray:
+    """uint8 [N, H, W, C] -> [N, H, W, 3]; one channel becomes grey, further channels are left out."""
+    return images.repeat(3, axis=-1) if images.shape[-1] == 1 else images[..., :3]
+
+
+def _sheet(columns: list[np.ndarray]) -> np.ndarray:
+    """Columns of [N, H, W, 3] pictures side by side, under their names."""
+    from PIL import Image, ImageDraw
+
+    scale = max(1, -(-MIN_SIDE // columns[0].shape[2]))
+    columns = [column.repeat(scale, axis=1).repeat(scale, axis=2) for column in columns]
+    rows, height, width, _ = columns[0].shape
+    size = (len(columns) * (width + GAP) + GAP, rows * (height + GAP) + GAP + HEADER)
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    for x, (name, column) in enumerate(zip(COLUMNS, columns, strict=True)):
+        left = GAP + x * (width + GAP)
+        draw.text((left, 3), name, fill="black")
+        for y, picture in enumerate(column):
+            sheet.paste(Image.fromarray(picture), (left, HEADER + GAP + y * (height + GAP)))
+    return np.asarray(sheet)
+
+
+def save_png(picture: np.ndarray, path: Path) -> None:
+    """Write uint8 [H, W, 3] as PNG, atomically."""
+    from PIL import Image
+
+    aside = path.with_name(f".writing-{path.name}")
+    Image.fromarray(picture).save(aside, format="png")
+    aside.rename(path)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`fasthpm visualize`."""
+    parser = Parser(prog="fasthpm visualize", description=__doc__)
+    parser.add_argument("run", type=Path, help="output_dir of a run, or one of its checkpoints")
+    parser.add_argument("--data_path", default="", help="prepared set or image folder (default: the run's own)")
+    parser.add_argument("--num_images", type=int, default=8, help="rows of the picture")
+    parser.add_argument("--weights", choices=("student", "teacher"), default="student")
+    parser.add_argument(
+        "--alpha",
+        type=float,
+        default=-1.0,
+        help="share of the mask chosen by difficulty (default: the recipe's alpha_end)",
+    )
+    parser.add_argument("-o", "--output", type=Path, default=Path("panel.png"), help="PNG to write")
+    arguments: argparse.Namespace = parser.parse_args(argv)
+    if arguments.num_images < 1:
+        raise UserError(f"num_images is {arguments.num_images}, expected 1 or more")
+    model, recipe = load_weights(arguments.run, arguments.weights)
+    recipe = recipe if not arguments.data_path else recipe.with_data(arguments.data_path)
+    images, info = fixed_images(recipe, arguments.num_images)
+    alpha = recipe.alpha_end if arguments.alpha < 0 else arguments.alpha
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    save_png(panel(model, recipe, info, images, alpha), arguments.output)
+    print(f"{len(images)} images ({', '.join(COLUMNS)}) written to {arguments.output}")

@@ -1,0 +1,130 @@
+"""Losses, targets, health and schedules against `reference.py`: values and gradients."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import reference
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fasthpm import loss, schedule
+from fasthpm.recipe import Recipe
+
+shapes = st.tuples(st.integers(1, 3), st.integers(1, 7))
+seeds = st.integers(0, 2**31)
+
+
+def scores(seed: int, shape: tuple[int, int], ties: bool) -> tuple[Tensor, Tensor]:
+    """Random predictions that want gradients, and actual losses with or without ties; float64."""
+    generator = torch.Generator().manual_seed(seed)
+    predicted = torch.randn(shape, generator=generator, dtype=torch.float64) * 3
+    actual = torch.rand(shape, generator=generator, dtype=torch.float64)
+    return predicted.requires_grad_(), ((actual * 2).round() if ties else actual)
+
+
+def check(fast: Tensor, slow: Tensor, inputs: Tensor) -> None:
+    """Values and gradients agree."""
+    torch.testing.assert_close(fast, slow, rtol=1e-9, atol=1e-12)
+    gradients = [torch.autograd.grad(x, inputs, allow_unused=True, retain_graph=True)[0] for x in (fast, slow)]
+    gradients = [torch.zeros_like(inputs) if g is None else g for g in gradients]
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=seeds, shape=shapes, ties=st.booleans())
+def test_ranking_loss_is_eq_5(seed: int, shape: tuple[int, int], ties: bool) -> None:
+    predicted, actual = scores(seed, shape, ties)
+    check(loss.ranking_loss(predicted, actual), reference.ranking_loss(predicted, actual), predicted)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=seeds, shape=shapes, ties=st.booleans(), standardize=st.booleans())
+def test_absolute_loss_is_eq_4(seed: int, shape: tuple[int, int], ties: bool, standardize: bool) -> None:
+    predicted, actual = scores(seed, shape, ties)
+    fast = loss.absolute_loss(predicted, actual, standardize=standardize)
+    check(fast, reference.absolute_loss(predicted, actual, standardize), predicted)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=seeds, shape=st.tuples(st.integers(1, 2), st.integers(1, 4), st.integers(2, 6)))
+def test_patch_loss_is_eq_3(seed: int, shape: tuple[int, int, int]) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    prediction = torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+    target = torch.randn(shape, generator=generator, dtype=torch.float64)
+    check(loss.patch_loss(prediction, target).sum(), reference.patch_losses(prediction, target).sum(), prediction)
+    for fast, patch in zip(loss.pixel_target(target, True).flatten(0, 1), target.flatten(0, 1), strict=True):
+        torch.testing.assert_close(fast, reference.normalised_patch(patch))
+
+
+def test_difficulty_losses_send_no_gradient_to_the_actual_loss() -> None:
+    predicted, actual = scores(0, (2, 5), ties=False)
+    actual.requires_grad_()
+    for value in (loss.ranking_loss(predicted, actual), loss.absolute_loss(predicted, actual)):
+        assert torch.autograd.grad(value, actual, allow_unused=True, retain_graph=True)[0] is None
+
+
+def test_ranking_loss_without_valid_pairs_is_zero_with_zero_gradient() -> None:
+    predicted = torch.randn(2, 4, requires_grad=True)
+    value = loss.ranking_loss(predicted, torch.ones(2, 4))
+    value.backward()
+    assert value.item() == 0
+    assert predicted.grad is not None
+    assert not predicted.grad.any()
+
+
+def test_ranking_loss_keeps_the_gradient_of_badly_ordered_pairs() -> None:
+    predicted = torch.tensor([[-40.0, 40.0]], requires_grad=True)
+    loss.ranking_loss(predicted, torch.tensor([[1.0, 0.0]])).backward()
+    torch.testing.assert_close(predicted.grad, torch.tensor([[-1.0, 1.0]]))
+
+
+def test_difficulty_losses_compute_in_float32_from_bfloat16() -> None:
+    predicted, actual = torch.randn(2, 5).bfloat16(), torch.rand(2, 5)
+    assert loss.ranking_loss(predicted, actual).dtype == torch.float32
+    torch.testing.assert_close(loss.ranking_loss(predicted, actual), loss.ranking_loss(predicted.float(), actual))
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=seeds, shape=st.tuples(st.integers(1, 3), st.integers(2, 9)))
+def test_predictor_health(seed: int, shape: tuple[int, int]) -> None:
+    predicted, actual = scores(seed, shape, ties=False)
+    assert loss.spearman(predicted, actual).item() == pytest.approx(reference.spearman(predicted, actual), abs=1e-5)
+    assert loss.pair_accuracy(predicted, actual).item() == pytest.approx(reference.pair_accuracy(predicted, actual))
+
+
+def resolved(**changes: object) -> Recipe:
+    """A recipe with 100 updates per epoch."""
+    return dataclasses.replace(Recipe(batch_size=8), **changes).resolve(800, 1)  # type: ignore[arg-type]
+
+
+@settings(max_examples=50, deadline=None)
+@given(step=st.integers(0, 19999), start=st.floats(0, 1), end=st.floats(0, 1))
+def test_schedules_are_the_equations(step: int, start: float, end: float) -> None:
+    recipe = resolved(alpha_start=start, alpha_end=end, lr=1e-3, min_lr=1e-5)
+    epoch = step // 100
+    assert schedule.alpha_at(recipe, step) == pytest.approx(reference.alpha(epoch, 200, start, end))
+    assert schedule.lr_at(recipe, step) == pytest.approx(reference.lr(step / 100, 1e-3, 1e-5, 40, 200), rel=1e-12)
+    want = 0.999 + epoch / 100 * (0.9999 - 0.999) if epoch < 100 else 0.9999
+    assert schedule.ema_momentum_at(recipe, step) == pytest.approx(want, rel=1e-12)
+
+
+def test_lr_matches_the_published_grids() -> None:
+    cases = json.loads((Path(__file__).parent / "golden" / "manifest.json").read_text())["cases"]
+    grids = next(case for case in cases if case["name"] == "mae_schedules")["lr_schedules"]
+    for name in ("pretrain_mae_800", "pretrain_hpm_200"):
+        grid = grids[name]
+        recipe = dataclasses.replace(
+            Recipe(), lr=grid["lr"], min_lr=grid["min_lr"], warmup_epochs=float(grid["warmup_epochs"]),
+            epochs=grid["epochs"], steps_per_epoch=1000,
+        )  # fmt: skip
+        for epoch, want, _ in grid["points"]:
+            assert schedule.lr_at(recipe, round(epoch * 1000)) == pytest.approx(want, rel=1e-9, abs=1e-12)
+
+
+def test_lr_scales_with_the_global_batch() -> None:
+    recipe = Recipe(batch_size=64, global_batch_size=4096).resolve(10_000, 8)
+    assert (recipe.accum_iter, recipe.lr) == (8, pytest.approx(1.5e-4 * 16))
