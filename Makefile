@@ -4,11 +4,10 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .PHONY: help setup test lint demo clean
 
-# DeepSpeed compiles with the environment's ninja, found on PATH. Its kernels are kept per checkout: in the shared
-# default folder, a killed compilation of one project leaves a lock that others wait for.
+# DeepSpeed compiles with the environment's ninja, found on PATH. Its kernels stay beside the torch they are made for.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/.venv
-export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.venv/torch_extensions
+export TORCH_EXTENSIONS_DIR := $(CURDIR)/.venv/torch_extensions
 unexport PYTHONPATH PYTHONHOME
 
 help:  ## list these commands
