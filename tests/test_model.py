@@ -1,0 +1,328 @@
+"""The model: the published implementations' numbers, and its own fast paths against slow ones."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reference
+import timm
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import Tensor
+
+import fasthpm
+from fasthpm import flops, loss
+from fasthpm import mask as masks
+from fasthpm.checkpoint import load_reference
+from fasthpm.errors import UserError
+from fasthpm.model import HPMViT, attend, attend_plain, model_names, sincos_positions
+from fasthpm.recipe import Recipe
+
+GOLDEN = Path(__file__).parent / "golden"
+CASES = {case["name"]: case for case in json.loads((GOLDEN / "manifest.json").read_text())["cases"]}
+DTYPES = {"f32": torch.float32, "f64": torch.float64}
+
+
+def golden_model(case: str, dtype: torch.dtype, **options: Any) -> tuple[HPMViT, dict[str, Tensor], dict[str, Any]]:
+    """Our model with the published weights of a fixture, its tensors and its description."""
+    tensors, meta = load_file(GOLDEN / f"{case}.safetensors"), CASES[case]
+    config = {k: v for k, v in meta["config"].items() if k not in ("layernorm_eps", "norm_pix_loss")}
+    model = HPMViT(**config, **options).to(dtype)
+    state = {key[3:]: value.to(dtype) for key, value in tensors.items() if key.startswith("sd/")}
+    load_reference(model, state, case.split("_")[0])
+    return model, tensors, meta
+
+
+def tolerance(meta: dict[str, Any], name: str, flat: bool = False) -> dict[str, float]:
+    """rtol and atol of a fixture; constant patches amplify float32 rounding by 1/sqrt(1e-6)."""
+    rtol, atol = meta["tolerance"][name]
+    return {"rtol": rtol, "atol": max(atol, 2e-4) if flat and name == "f32" else atol}
+
+
+def published_gradients(model: HPMViT) -> dict[str, Tensor]:
+    """Gradients under the published names: the loss head's P*P*C rows each get 1/(P*P*C) of our single row's."""
+    rows = model.patch_size**2 * model.in_chans
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    for name in ("weight", "bias"):
+        key = f"decoder_pred_losspred.{name}"
+        if key in gradients:
+            gradients[key] = (gradients[key] / rows).expand(rows, *gradients[key].shape[1:])
+    return gradients
+
+
+def check_gradients(model: HPMViT, tensors: dict[str, Tensor], meta: dict[str, Any], norm: Tensor,
+                    limits: dict[str, float], full: str) -> None:  # fmt: skip
+    """Total norm, and (where `full` names a group of the fixture) each tensor."""
+    gradients = published_gradients(model)
+    total = torch.sqrt(sum((g.double() ** 2).sum() for g in gradients.values()))
+    torch.testing.assert_close(total, norm.double(), **limits)
+    keys = [key for key in tensors if full and key.startswith(full)]
+    assert bool(keys) == bool(full)
+    for key in keys:
+        torch.testing.assert_close(gradients[key.removeprefix(full)], tensors[key], **limits)
+    if full:
+        for name, norm_of in meta["grad_l2_by_param_f64"].items():
+            want = torch.tensor(norm_of, dtype=torch.float64)
+            torch.testing.assert_close(gradients[name].double().norm(), want, rtol=limits["rtol"], atol=1e-10)
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_published_hpm_forward(name: str) -> None:
+    model, tensors, meta = golden_model("hpm_pixel", DTYPES[name])
+    images, mask, limits = tensors["in/imgs"].to(DTYPES[name]), tensors["in/mask"].bool(), tolerance(meta, name)
+    masked = int(mask[0].sum())
+    with torch.no_grad():
+        output = model(images, mask)
+        torch.testing.assert_close(model.encode(images, mask), tensors[f"{name}/masked/latent"], **limits)
+        torch.testing.assert_close(model.predict_loss(images), tensors[f"{name}/visible/loss_pred"], **limits)
+    torch.testing.assert_close(output.reconstruction, tensors[f"{name}/masked/pix_pred"][:, -masked:], **limits)
+    torch.testing.assert_close(output.predicted_difficulty, tensors[f"{name}/masked/loss_pred"][:, -masked:], **limits)
+
+
+@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize("norm_pix", [False, True])
+@pytest.mark.parametrize("kind", ["relative", "absolute"])
+def test_published_hpm_losses_and_gradients(name: str, norm_pix: bool, kind: str) -> None:
+    model, tensors, meta = golden_model("hpm_pixel", DTYPES[name], predict_loss=kind, norm_pix_loss=norm_pix)
+    limits = tolerance(meta, name, flat=norm_pix)
+    output = model(tensors["in/imgs"].to(DTYPES[name]), tensors["in/mask"].bool())
+    output.loss.backward()
+    group = f"{name}/norm_pix_{norm_pix}"
+    torch.testing.assert_close(output.reconstruction_loss.detach(), tensors[f"{group}/rec_mean"], **limits)
+    torch.testing.assert_close(output.per_patch_loss, tensors[f"{group}/rec_matrix"], **limits)
+    # The released form adds 1e-6 inside its logarithms: at these scores that is below 1e-5 of the loss.
+    close = {"rtol": max(limits["rtol"], 1e-5), "atol": max(limits["atol"], 1e-6)} if kind == "relative" else limits
+    torch.testing.assert_close(output.difficulty_loss.detach(), tensors[f"{group}/learn_{kind}"], **close)
+    full = "f64/grad/" if name == "f64" and kind == "relative" and not norm_pix else ""
+    check_gradients(model, tensors, meta, tensors[f"{group}/grad_norm_{kind}"], close, full)
+
+
+def test_published_ties_and_saturation() -> None:
+    """Pairs that the released form does not cap agree with it; capped ones are larger here, as they should be."""
+    tensors = load_file(GOLDEN / "hpm_pixel.safetensors")
+    predicted, actual = tensors["in/ties_loss_pred"].double(), tensors["in/ties_loss_target"].double()
+    torch.testing.assert_close(loss.absolute_loss(predicted, actual), tensors["f64/ties/absolute"], rtol=1e-9, atol=0)
+    exact, capped = loss.ranking_loss(predicted, actual), released_ranking_loss(predicted, actual)
+    torch.testing.assert_close(capped, tensors["f64/ties/relative"], rtol=1e-9, atol=0)
+    assert exact > capped
+
+
+def released_ranking_loss(predicted: Tensor, actual: Tensor) -> Tensor:
+    """The released form, with 1e-6 inside the logarithms, pair by pair."""
+    terms = []
+    for s, losses in zip(predicted, actual, strict=True):
+        for i in range(len(s)):
+            for j in range(len(s)):
+                share = torch.sigmoid(s[i] - s[j])
+                if losses[i] > losses[j]:
+                    terms.append(-torch.log(share + 1e-6))
+                if losses[i] < losses[j]:
+                    terms.append(-torch.log(1 - share + 1e-6))
+    return torch.stack(terms).mean()
+
+
+@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize("ratio", [0.75, 0.6])
+@pytest.mark.parametrize("norm_pix", [False, True])
+def test_published_mae(name: str, ratio: float, norm_pix: bool) -> None:
+    options = {"predict_loss": "none", "norm_pix_loss": norm_pix}
+    model, tensors, meta = golden_model("mae", DTYPES[name], **options)
+    limits = tolerance(meta, name, flat=norm_pix)
+    mask = tensors[f"in/mask_{ratio}"].bool()
+    output = model(tensors["in/imgs"].to(DTYPES[name]), mask)
+    output.loss.backward()
+    group = f"{name}/r{ratio}"
+    torch.testing.assert_close(output.loss.detach(), tensors[f"{group}/norm_pix_{norm_pix}/loss"], **limits)
+    if ratio == 0.75:
+        want = tensors[f"{group}/pred"][mask].reshape(output.reconstruction.shape)
+        torch.testing.assert_close(output.reconstruction.detach(), want, **tolerance(meta, name))
+    full = "f64/grad/" if name == "f64" and norm_pix and ratio == 0.75 else ""
+    check_gradients(model, tensors, meta, tensors[f"{group}/norm_pix_{norm_pix}/grad_norm"], limits, full)
+
+
+def test_published_positions() -> None:
+    tensors = load_file(GOLDEN / "posembed_224.safetensors")
+    for name, dim in (("pos_embed", 768), ("decoder_pos_embed", 512)):
+        table = sincos_positions(dim, (14, 14))
+        torch.testing.assert_close(table[tensors["rows"].long()], tensors[f"{name}_rows"], rtol=0, atol=1e-6)
+        torch.testing.assert_close(table.double().sum(1), tensors[f"{name}_rowsum_f64"], rtol=0, atol=1e-4)
+
+
+@settings(max_examples=10, deadline=None)
+@given(rows=st.integers(1, 4), columns=st.integers(1, 4), quarter=st.integers(1, 4))
+def test_positions_are_a_true_rectangular_grid(rows: int, columns: int, quarter: int) -> None:
+    want = reference.sincos(4 * quarter, rows, columns).float()
+    torch.testing.assert_close(sincos_positions(4 * quarter, (rows, columns)), want)
+
+
+def small(**options: Any) -> HPMViT:
+    """A rectangular four-channel model of 24 patches with all parameters moved off their initial values."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"img_size": (8, 12), "patch_size": 2, "in_chans": 4, "embed_dim": 16, "depth": 2}
+    model = HPMViT(**sizes, num_heads=2, decoder_embed_dim=8, decoder_depth=2, decoder_num_heads=2, **options).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def slow_forward(model: HPMViT, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Per-patch loss, predicted difficulty and reconstruction of masked patches, computed for every token of one
+    image at a time, with a real convolution, boolean indexing and no shortcut."""
+    losses, difficulties, reconstructions = [], [], []
+    for image, row in zip(images, mask, strict=True):
+        weight, bias = model.patch_embed.proj.weight, model.patch_embed.proj.bias
+        grid = torch.nn.functional.conv2d(image[None], weight, bias, stride=model.patch_size)
+        tokens = grid.flatten(2).transpose(1, 2) + model.pos_embed[:, 1:]
+        hidden = torch.cat([model.cls_token + model.pos_embed[:, :1], tokens[:, ~row]], 1)
+        for block in model.blocks:
+            hidden = block(hidden)
+        hidden = model.decoder_embed(model.norm(hidden))
+        positions = model.decoder_pos_embed
+        full = torch.cat([hidden[:, :1] + positions[:, :1], hidden[:, 1:] + positions[:, 1:][:, ~row],
+                          model.mask_token + positions[:, 1:][:, row]], 1)  # fmt: skip
+        rec, dif = full, full
+        for block in model.decoder_blocks:
+            rec = block(rec)
+        for block in model.decoder_blocks_losspred:
+            dif = block(dif)
+        count = int(row.sum())
+        prediction = model.decoder_pred(model.decoder_norm(rec))[:, -count:]
+        target = reference.patches_of(image, model.patch_size)[row][None]
+        if model.norm_pix_loss:
+            target = torch.stack([reference.normalised_patch(p) for p in target[0]])[None]
+        losses.append((prediction - target).square().mean(-1))
+        difficulties.append(model.decoder_pred_losspred(model.decoder_norm_losspred(dif))[:, -count:])
+        reconstructions.append(prediction)
+    return torch.cat(losses), torch.cat(difficulties), torch.cat(reconstructions)
+
+
+@pytest.mark.parametrize("masked", [1, 12, 23])
+@pytest.mark.parametrize("kind", ["relative", "absolute"])
+@pytest.mark.parametrize("norm_pix", [False, True])
+def test_lean_forward_equals_slow_forward(masked: int, kind: str, norm_pix: bool) -> None:
+    """Values and all gradients, from one masked patch to one visible patch."""
+    model = small(predict_loss=kind, norm_pix_loss=norm_pix)
+    images = torch.randn(3, 4, 8, 12, dtype=torch.float64)
+    mask = torch.rand(3, 24).argsort(1) < masked
+    output = model(images, mask, num_masked=masked)
+    per_patch, predicted, reconstruction = slow_forward(model, images, mask)
+    torch.testing.assert_close(output.reconstruction, reconstruction)
+    torch.testing.assert_close(output.per_patch_loss, per_patch.detach())
+    torch.testing.assert_close(output.predicted_difficulty, predicted)
+    slow = reference.ranking_loss if kind == "relative" else lambda p, a: reference.absolute_loss(p, a, True)
+    total = reference.total(per_patch.mean(), slow(predicted, per_patch.detach()))
+    torch.testing.assert_close(output.loss, total)
+    parameters = list(model.parameters())
+    fast, want = (torch.autograd.grad(x, parameters, retain_graph=True) for x in (output.loss, total))
+    for a, b in zip(fast, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-12)
+
+
+def test_predict_loss_equals_the_slow_decoder_with_nothing_masked() -> None:
+    model = small()
+    images = torch.randn(2, 4, 8, 12, dtype=torch.float64)
+    hidden = model.decoder_embed(model.encode(images, torch.zeros(2, 24, dtype=torch.bool))) + model.decoder_pos_embed
+    for block in model.decoder_blocks_losspred:
+        hidden = block(hidden)
+    want = model.decoder_pred_losspred(model.decoder_norm_losspred(hidden))[:, 1:]
+    torch.testing.assert_close(model.predict_loss(images), want)
+
+
+def test_patchify_is_raster_order_and_inverts() -> None:
+    model = small()
+    images = torch.randn(2, 4, 8, 12, dtype=torch.float64)
+    patches = model.patchify(images)
+    torch.testing.assert_close(patches[1], reference.patches_of(images[1], 2))
+    torch.testing.assert_close(model.unpatchify(patches), images)
+
+
+def test_teacher_never_touches_the_reconstructor() -> None:
+    model = small()
+    for module in (model.decoder_blocks, model.decoder_norm, model.decoder_pred):
+        module.register_forward_pre_hook(lambda *_: pytest.fail("the reconstructor ran"))
+    model.predict_loss(torch.randn(1, 4, 8, 12, dtype=torch.float64))
+
+
+def test_difficulty_is_float32_in_a_bfloat16_model() -> None:
+    model = small().bfloat16()
+    assert model.predict_loss(torch.randn(1, 4, 8, 12)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_and_its_plain_twin_agree(dtype: torch.dtype) -> None:
+    query, key, value = (torch.randn(2, 3, 7, 8, requires_grad=True) for _ in range(3))
+    upstream = torch.randn(2, 3, 7, 8)
+    results = []
+    for function in (attend, attend_plain, torch.nn.functional.scaled_dot_product_attention):
+        out = function(*(x.to(dtype) for x in (query, key, value)))
+        results.append((out, *torch.autograd.grad((out.float() * upstream).sum(), (query, key, value))))
+    limits = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 3e-2, "atol": 3e-2}
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            torch.testing.assert_close(a, b, **limits)
+
+
+def test_every_name_is_registered_with_timm() -> None:
+    assert set(model_names()) <= set(timm.list_models())
+    model = timm.create_model("hpm_vit_nano_patch4_28", in_chans=1)
+    assert isinstance(model, HPMViT)
+    assert timm.create_model("mae_vit_nano_patch4_28", in_chans=1).predict_loss_kind == "none"
+
+
+@pytest.mark.parametrize(("size", "millions"), [("base", 137.27), ("large", 354.85), ("huge", 682.14)])
+def test_published_parameter_counts(size: str, millions: float) -> None:
+    """The published count less the loss head's rows that ours averages."""
+    with torch.device("meta"):
+        name = next(n for n in model_names() if n.startswith(f"hpm_vit_{size}"))
+        model = fasthpm.create_model(name)
+    rows = model.patch_size**2 * 3
+    count = sum(p.numel() for p in model.parameters()) + (rows - 1) * 513
+    assert count / 1e6 == pytest.approx(millions, abs=0.005)
+
+
+def test_wrong_inputs_are_named() -> None:
+    with pytest.raises(UserError, match="did you mean 'hpm_vit_base_patch16_224'"):
+        fasthpm.create_model("hpm_vit_bas_patch16_224")
+    with pytest.raises(UserError, match="not a multiple of patch_size 16"):
+        fasthpm.create_model("hpm_vit_tiny_patch16_224", img_size=100)
+    mask = torch.zeros(2, 24, dtype=torch.bool)
+    mask[0, 0] = True
+    with pytest.raises(ValueError, match=r"same number of masked patches, got \[1, 0\]"):
+        small().encode(torch.randn(2, 4, 8, 12), mask)
+    with pytest.raises(UserError, match="unexpected \\['extra'\\]"):
+        load_reference(small(), {**small().state_dict(), "extra": torch.zeros(1)}, "hpm")
+
+
+def test_mae_weights_leave_the_loss_predictor_alone() -> None:
+    model, donor = small(), small(predict_loss="none")
+    with torch.no_grad():
+        donor.cls_token.fill_(3)
+    before = model.decoder_pred_losspred.weight.clone()
+    load_reference(model, donor.state_dict(), "mae")
+    assert torch.equal(model.cls_token, donor.cls_token)
+    assert torch.equal(model.decoder_pred_losspred.weight, before)
+
+
+@pytest.mark.parametrize("method", ["hpm", "mae"])
+def test_flop_formula_counts_what_runs(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The formula against torch's own counter over one whole step, within 1 %."""
+    monkeypatch.setattr("fasthpm.model.attend", attend_plain)  # torch does not count its fused CPU kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    hpm = method == "hpm"
+    recipe = Recipe(model=f"{method}_vit_nano_patch4_28", input_size="28", patch_size=4, channels=1, decoder_dim=64,
+                    decoder_depth=2, decoder_heads=4, mask_policy="hpm" if hpm else "random",
+                    predict_loss="relative" if hpm else "none")  # fmt: skip
+    model = fasthpm.create_model(recipe.model, in_chans=1, decoder_embed_dim=64, decoder_depth=2, decoder_num_heads=4)
+    images = torch.randn(4, 1, 28, 28)
+    mask = masks.random_mask(torch.rand(4, 49), 0.75)
+    with FlopCounterMode(display=False) as counter:
+        if hpm:
+            with torch.no_grad():
+                model.predict_loss(images)
+        model(images, mask).loss.backward()
+    assert counter.get_total_flops() / 4 == pytest.approx(flops.step_flops(model, recipe)["total"], rel=0.01)
