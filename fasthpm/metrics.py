@@ -46,7 +46,7 @@ class Metrics:
         self.output_dir, self.rank, self.world_size, self.device = output_dir, rank, world_size, device
         self.flops_per_sample, self.matmul_rate = flops_per_sample, matmul_rate
         self._recent: collections.deque[tuple[int, Tensor, StepOutput]] = collections.deque()
-        self._reset()
+        self.restart()
         self._writer = None
         self.progress = tqdm(
             total=total_steps,
@@ -85,8 +85,7 @@ class Metrics:
         after saving step, sample ids, losses and masks of the offending micro-steps under `nonfinite/`.
         """
         sums = torch.cat([self._sum.double(), self._sum.new_tensor([self._count, self._samples]).double()])
-        if self.world_size > 1:
-            dist.all_reduce(sums)
+        dist.all_reduce(sums)
         *means, count, samples = sums.tolist()  # the host waits for the device here, and only here
         seconds = time.perf_counter() - self._begin
         if not all(x == x and abs(x) != float("inf") for x in means):
@@ -104,7 +103,7 @@ class Metrics:
             }
         )
         self._write(step, epoch, record)
-        self._reset()
+        self.restart()
         return record
 
     def image(self, tag: str, picture: Any, step: int) -> None:
@@ -119,7 +118,8 @@ class Metrics:
             self._writer.close()
             self._log.close()
 
-    def _reset(self) -> None:
+    def restart(self) -> None:
+        """Start the sums and the clock anew, so that time spent on pictures and checkpoints is not counted."""
         self._sum = torch.zeros(len(METRICS), device=self.device)
         self._count = self._samples = 0
         self._data_wait = 0.0

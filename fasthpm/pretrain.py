@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -40,13 +41,17 @@ def parse_arguments(argv: Sequence[str] | None) -> Recipe:
     parser.add_argument("--recipe", default="debug", help=f"start from: {', '.join(recipes.RECIPES)}, or a recipe.json")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # launchers inject it
     add_recipe_arguments(parser)
-    given = vars(parser.parse_args(argv))
-    given.pop("local_rank")
-    base = recipes.from_name(given.pop("recipe"))
-    recipe = build_recipe({**dataclasses.asdict(base), **given}, source="command line")
-    for name in ("data_path", "output_dir"):
-        if not getattr(recipe, name):
-            raise UserError(f"--{name} is missing; see fasthpm pretrain --help")
+    try:
+        given = vars(parser.parse_args(argv))
+        given.pop("local_rank")
+        base = recipes.from_name(given.pop("recipe"))
+        recipe = build_recipe({**dataclasses.asdict(base), **given}, source="command line")
+        for name in ("data_path", "output_dir"):
+            if not getattr(recipe, name):
+                raise UserError(f"--{name} is missing; see fasthpm pretrain --help")
+    except UserError as error:
+        error.printed_elsewhere = os.environ.get("RANK", "0") != "0"  # every rank reads the same command line
+        raise
     return recipe
 
 
@@ -78,8 +83,7 @@ class Run:
 
 def build(recipe: Recipe, launch: engine.Launch) -> Run:
     """Loader, DeepSpeed engine and teacher of a resolved run, at its first update or at its checkpoint."""
-    loader, error = None, None
-    try:
+    with engine.in_agreement():
         loader = build_loader(
             recipe.data_path, batch_size=recipe.batch_size, image_size=recipe.image_size, channels=recipe.channels,
             seed=recipe.seed, rank=launch.rank, world_size=launch.world_size, num_workers=recipe.num_workers,
@@ -88,10 +92,6 @@ def build(recipe: Recipe, launch: engine.Launch) -> Run:
         recipe = recipe.resolve(loader.info.num_samples, launch.world_size)
         checkpoint.compare_recipes(recipe, science_of)
         config = engine.merge_config(recipe.deepspeed_config, recipe, launch.world_size)
-    except UserError as caught:
-        error = caught
-    engine.agree(error)
-    assert loader is not None
     step = Step(model_of(recipe), recipe, loader.info)
     deepspeed_engine = engine.build_engine(step, recipe, config, launch)
     teacher = None
@@ -106,20 +106,16 @@ def build(recipe: Recipe, launch: engine.Launch) -> Run:
 
 def resume(run: Run) -> None:
     """Load the checkpoint that the recipe asks for, the same on every rank, and say so."""
-    found: list[Any] = [None, None]
-    if run.launch.rank == 0:
-        try:
+    found: list[Path | None] = [None]
+    with engine.in_agreement():
+        if run.launch.rank == 0:
             found[0] = checkpoint.find_resume(run.recipe, lambda line: print(f"warning: {line}", file=sys.stderr))
-        except UserError as error:
-            found[1] = error
-    if run.launch.world_size > 1:
-        dist.broadcast_object_list(found)
-    folder, error = found
-    if error:
-        engine.agree(error)
+    dist.broadcast_object_list(found)
+    folder = found[0]
     if folder is None:
         return
-    state = checkpoint.read_state(folder, run.launch.world_size)
+    with engine.in_agreement():
+        state = checkpoint.read_state(folder, run.launch.world_size)
     run.engine.load_checkpoint(str(folder), tag="deepspeed")
     if run.teacher:
         run.teacher.refresh()
@@ -133,18 +129,15 @@ def save(run: Run) -> None:
     """Write a checkpoint of all ranks, atomically, and delete the oldest. Collective."""
     output_dir = Path(run.recipe.output_dir)
     aside = [str(checkpoint.begin(output_dir, run.done))] if run.launch.rank == 0 else [""]
-    if run.launch.world_size > 1:
-        dist.broadcast_object_list(aside)
+    dist.broadcast_object_list(aside)
     run.engine.save_checkpoint(aside[0], tag="deepspeed", save_latest=False)
     weights = run.weights()
-    if run.launch.world_size > 1:
-        dist.barrier()
+    dist.barrier()
     if run.launch.rank == 0:
         state = checkpoint.RunState(run.done, run.loader.state_dict(), run.launch.world_size)
         checkpoint.commit(Path(aside[0]), run.recipe, state, weights)
         checkpoint.rotate(output_dir, run.recipe.keep_checkpoints)
-    if run.launch.world_size > 1:
-        dist.barrier()
+    dist.barrier()
 
 
 def endless(loader: Loader) -> Iterator[Batch]:
@@ -188,14 +181,14 @@ def after_update(run: Run, metrics: Metrics, last: int) -> None:
         metrics.read(
             run.done, run.done / epoch_length, run.step.stopwatch.read(), lr=schedule.lr_at(recipe, run.done - 1),
             alpha=schedule.alpha_at(recipe, run.done - 1), ema_momentum=schedule.ema_momentum_at(recipe, run.done - 1),
-            grad_norm=engine.grad_norm(run.engine),
+            grad_norm=float(engine.grad_norm(run.engine)),
         )  # fmt: skip
     if drawing:
         draw_panel(run, metrics)
     if saving:
         save(run)
     if drawing or saving:
-        metrics.restart_clock()
+        metrics.restart()
 
 
 def draw_panel(run: Run, metrics: Metrics) -> None:
@@ -259,17 +252,16 @@ def finish(run: Run) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """`fasthpm pretrain`, once per rank."""
+    asked = parse_arguments(argv)
     with engine.session() as launch:
-        recipe = parse_arguments(argv)
-        run = build(recipe, launch)
+        run = build(asked, launch)
         recipe = run.recipe
         if launch.rank == 0:
             prepare_output(run)
             effective = f"{recipe.global_batch_size} = {recipe.batch_size} x {launch.world_size} x {recipe.accum_iter}"
             print(f"{recipe.recipe}: lr {recipe.lr:.3e}, global batch {effective}, {recipe.total_steps} updates, "
                   f"{launch.device.type}", file=sys.stderr)  # fmt: skip
-        if launch.world_size > 1:
-            dist.barrier()
+        dist.barrier()
         dtype = next(run.step.student.parameters()).dtype
         metrics = Metrics(
             Path(recipe.output_dir), rank=launch.rank, world_size=launch.world_size, total_steps=recipe.total_steps,
