@@ -247,13 +247,14 @@ def scan_samples(samples: Samples, options: WriteOptions, workers: int) -> Scan:
     **Raises:** `UserError` if a process dies, as it does when memory runs out.
     """
     chunks = [range(start, min(start + CHUNK, len(samples))) for start in range(0, len(samples), CHUNK)]
-    prepared, rows = _Prepared(samples, options), []
+    prepared, tables, rejected = _Prepared(samples, options), [np.empty((0, 11))], []
     with ProcessPoolExecutor(workers, fork, initializer=_enter_worker, initargs=(prepared,)) as pool:
         with progress_bar(len(samples), "decode", "img") as bar:
             try:
-                for part in pool.map(_measure_chunk, chunks):
-                    rows += part
-                    bar.update(len(part))
+                for chunk, (table, unreadable) in zip(chunks, pool.map(_measure_chunk, chunks), strict=True):
+                    tables.append(table)
+                    rejected += unreadable
+                    bar.update(len(chunk))
             except BrokenProcessPool as error:
                 raise UserError(
                     "a decoding process died, most likely for want of memory; use fewer --num_workers"
@@ -261,7 +262,7 @@ def scan_samples(samples: Samples, options: WriteOptions, workers: int) -> Scan:
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
-    return _sum_up(rows)
+    return _sum_up(np.concatenate(tables), rejected)
 
 
 _worker_samples: Any = None
@@ -279,20 +280,24 @@ def _enter_worker(samples: Any) -> None:
     warnings.simplefilter("ignore")  # PIL's remarks on odd but readable files
 
 
-def _measure_chunk(indices: range) -> list[tuple[Any, ...]]:
-    return [_measure(index) for index in indices]
+def _measure_chunk(indices: range) -> tuple[Array, list[tuple[int, str]]]:
+    """float64 [A, 11], a row per readable sample (see `_measure`), and (index, reason) of each unreadable one."""
+    rows, rejected = [], []
+    for index in indices:
+        try:
+            rows.append(_measure(index))
+        except Exception as error:  # decoders raise nearly anything for damaged files
+            rejected.append((index, _reason(error)))
+    return np.array(rows, np.float64).reshape(-1, 11), rejected
 
 
-def _measure(index: int) -> tuple[Any, ...]:
-    """(index, reason) or (index, "", label, height, width, grey, mean [3], mean square [3])."""
+def _measure(index: int) -> list[float]:
+    """index, label, height, width, grey, mean [3], mean square [3]."""
     import cv2
 
-    try:
-        pixels, label = _worker_samples[index]
-    except Exception as error:  # decoders raise nearly anything for damaged files
-        return index, _reason(error)
+    pixels, label = _worker_samples[index]
     mean, std = (values.ravel() / 255 for values in cv2.meanStdDev(pixels))
-    return index, "", label, *pixels.shape[:2], is_grey(pixels), mean, mean**2 + std**2
+    return [index, label, *pixels.shape[:2], is_grey(pixels), *mean, *(mean**2 + std**2)]
 
 
 def _reason(error: Exception) -> str:
@@ -300,19 +305,18 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(text.split())}"
 
 
-def _sum_up(rows: list[tuple[Any, ...]]) -> Scan:
-    good = [row for row in rows if not row[1]]
-    sizes = np.array([row[3:5] for row in good], np.int64).reshape(-1, 2)
+def _sum_up(table: Array, rejected: list[tuple[int, str]]) -> Scan:
+    sizes = table[:, 2:4].astype(np.int64)
     weights = sizes.prod(1)[:, None] / max(sizes.prod(1).sum(), 1)
-    mean, square = ((weights * np.array([row[k] for row in good]).reshape(-1, 3)).sum(0) for k in (6, 7))
+    mean, square = (weights * table[:, 5:8]).sum(0), (weights * table[:, 8:11]).sum(0)
     return Scan(
-        accepted=np.array([row[0] for row in good], np.int64),
-        labels=np.array([row[2] for row in good], np.int64),
+        accepted=table[:, 0].astype(np.int64),
+        labels=table[:, 1].astype(np.int64),
         sizes=sizes,
-        grey=all(row[5] for row in good),
+        grey=bool(table[:, 4].all()),
         mean=mean,
         std=np.sqrt(np.maximum(square - mean**2, 0)),
-        rejected=[row for row in rows if row[1]],
+        rejected=rejected,
     )
 
 

@@ -1,0 +1,593 @@
+"""The contract of every loader (see `fasthpm.data.Loader`), and what is particular to each."""
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from data_fixtures import image_folder, jpeg_bytes, picture, prepare
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from fasthpm.data import Batch, build_loader, read_info
+from fasthpm.data.beton import open_beton
+from fasthpm.data.prefetch import count_workers
+from fasthpm.data.sampling import area_resize, centre_crops, crop_resize, mix, random_crops, sample_order
+from fasthpm.errors import UserError
+
+N, SIZE = 23, (16, 24)
+KINDS = ("ffcv", "plain", "synthetic")
+FIELDS = ("images", "labels", "ids", "crops", "sizes")
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """The three kinds of source, N samples each; the file set has two image sizes."""
+    root = tmp_path_factory.mktemp("sources")
+    folder = image_folder(root / "folder", N, sizes=((40, 48), (33, 20)))
+    beton = prepare(folder, root / "set.beton", "--write_mode", "proportion", "--jpeg_quality", "100")
+    return {"ffcv": str(beton), "plain": str(folder), "synthetic": f"synthetic:{N}"}
+
+
+@pytest.fixture(params=KINDS)
+def make(request, sources):
+    """Builds loaders of one kind and closes them afterwards."""
+    loaders = []
+
+    def build(**options):
+        values = {"batch_size": 4, "image_size": SIZE, "channels": 3, "seed": 5, "num_workers": 2} | options
+        loaders.append(build_loader(sources[request.param], **values))
+        return loaders[-1]
+
+    yield build
+    for loader in loaders:
+        loader.close()
+
+
+def same(a: Batch, b: Batch) -> bool:
+    return all(torch.equal(getattr(a, field), getattr(b, field)) for field in FIELDS)
+
+
+def joined(batches: list[Batch]) -> Batch:
+    return Batch(*(torch.cat([getattr(batch, field) for batch in batches]) for field in FIELDS))
+
+
+def our_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("fasthpm")]
+
+
+# ------------------------------------------------------------------------------------------------------- contract
+def test_batches_have_the_promised_form(make):
+    loader = make()
+    batches = list(loader)
+    assert len(batches) == len(loader) == N // 4
+    assert loader.info.num_samples == N
+    assert loader.batch_size == 4
+    for batch in batches:
+        assert batch.images.shape == (4, *SIZE, 3)
+        assert batch.images.dtype == torch.uint8
+        assert batch.crops.shape == (4, 5)
+        assert batch.sizes.shape == (4, 2)
+        assert batch.labels.shape == batch.ids.shape == (4,)
+        assert all(getattr(batch, field).dtype == torch.int64 for field in FIELDS[1:])
+        top, left, height, width, flipped = batch.crops.T
+        assert min(top.min(), left.min()) >= 0
+        assert min(height.min(), width.min()) > 0
+        assert (top + height <= batch.sizes[:, 0]).all()
+        assert (left + width <= batch.sizes[:, 1]).all()
+        assert set(flipped.tolist()) <= {0, 1}
+
+
+def test_every_batch_is_memory_of_its_own(make):
+    loader = make()
+    batches = list(loader)
+    assert len({batch.images.untyped_storage().data_ptr() for batch in batches}) == len(batches)
+    kept = [batch.images.clone() for batch in batches]
+    list(loader)
+    assert all(torch.equal(a, b.images) for a, b in zip(kept, batches, strict=True))
+
+
+def test_an_epoch_gives_no_sample_twice_and_epochs_differ(make):
+    loader = make()
+    first, second = joined(list(loader)), joined(list(loader))
+    for epoch in (first, second):
+        assert len(set(epoch.ids.tolist())) == 4 * (N // 4)
+    assert first.ids.tolist() != second.ids.tolist()
+    assert first.crops.tolist() != second.crops.tolist()
+
+
+def test_seed_and_epoch_decide_everything_for_any_number_of_threads(make):
+    reference = list(make())
+    assert all(same(a, b) for a, b in zip(reference, make(num_workers=1), strict=True))
+    assert not all(same(a, b) for a, b in zip(reference, make(seed=6), strict=True))
+    again = make()
+    list(again)
+    again.set_epoch(0)
+    assert all(same(a, b) for a, b in zip(reference, again, strict=True))
+
+
+@pytest.mark.parametrize("given", range(6))
+def test_resume_continues_at_the_batch_that_was_not_given(make, given):
+    whole = make()
+    reference = [*whole, *whole]
+    first = make()
+    iterator = iter(first)
+    for _ in range(given):
+        next(iterator)
+    state = json.loads(json.dumps(first.state_dict()))
+    assert state == ({"epoch": 0, "batch": given} if given < len(whole) else {"epoch": 1, "batch": 0})
+    second = make()
+    second.load_state_dict(state)
+    rest = [*second, *second][: 2 * len(whole) - given]
+    assert all(same(a, b) for a, b in zip(reference[given:], rest, strict=given > 0))
+
+
+def test_a_loop_that_breaks_goes_on_where_it_was(make):
+    reference = list(make())
+    loader = make()
+    for batch in loader:
+        assert same(batch, reference[0])
+        break
+    assert same(next(iter(loader)), reference[1])
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_any_number_of_ranks_gives_the_same_global_batches(make, world_size):
+    whole = list(make(batch_size=6))
+    ranks = [list(make(batch_size=6 // world_size, rank=r, world_size=world_size)) for r in range(world_size)]
+    for reference, *parts in zip(whole, *ranks, strict=True):
+        assert same(reference, joined(parts))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_evaluation_gives_each_sample_once_in_order(make, world_size):
+    ranks = [list(make(train=False, batch_size=5, rank=r, world_size=world_size)) for r in range(world_size)]
+    lengths = {len(batches) for batches in ranks}
+    assert lengths == {-(-N // (5 * world_size))}
+    everything = joined([batch for step in zip(*ranks, strict=True) for batch in step])
+    assert everything.ids.tolist() == list(range(N))
+    assert not everything.crops[:, 4].any()
+    if world_size == 3:
+        assert [len(batches[-1].ids) for batches in ranks] == [5, 3, 0]
+        assert ranks[2][-1].images.shape == (0, *SIZE, 3)
+
+
+def test_labels_belong_to_their_images(make, sources):
+    loader = make(train=False)
+    found = joined(list(loader))
+    assert len(loader.info.classes) > found.labels.max()
+    if loader.source == sources["ffcv"]:
+        assert np.array_equal(found.labels, open_beton(Path(sources["ffcv"])).labels)
+    elif loader.source == sources["plain"]:
+        assert found.labels.tolist() == sorted(index % 2 for index in range(N))
+    else:
+        assert found.labels.tolist() == [index % 10 for index in range(N)]
+
+
+def test_no_thread_outlives_its_loader(make):
+    before = our_threads()
+    loader = make()
+    for _ in loader:
+        break
+    assert "fasthpm-prefetch" not in our_threads()
+    iterator = iter(loader)
+    next(iterator)
+    loader.close()
+    loader.close()
+    assert our_threads() == before
+    with pytest.raises(RuntimeError, match="ended"):
+        next(iterator)
+    with pytest.raises(RuntimeError, match="closed"):
+        iter(loader)
+
+
+def test_an_exception_in_the_loop_stops_the_thread(make):
+    loader = make()
+
+    def fails():
+        for _ in loader:
+            raise KeyError("of the consumer")
+
+    with pytest.raises(KeyError):
+        fails()
+    loader.close()
+    assert not our_threads()
+
+
+def test_moving_the_loader_ends_the_running_iteration(make):
+    loader = make()
+    iterator = iter(loader)
+    next(iterator)
+    loader.set_epoch(3)
+    with pytest.raises(RuntimeError, match="ended"):
+        next(iterator)
+    assert loader.state_dict() == {"epoch": 3, "batch": 0}
+
+
+def test_an_error_in_the_thread_reaches_the_consumer_once(make, monkeypatch):
+    loader = make()
+    monkeypatch.setattr(loader, "_sizes", lambda ids: (_ for _ in ()).throw(ValueError("broken disk")))
+    iterator = iter(loader)
+    with pytest.raises(ValueError, match="broken disk"):
+        next(iterator)
+    with pytest.raises(RuntimeError, match="ended"):
+        next(iterator)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"channels": 2}, "channels is 2"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"batch_size": 24}, f"{N} samples, fewer than one global batch of 24"),
+        ({"crop_min": 0.0}, "crop_min is 0.0"),
+        ({"crop_pct": 1.5}, "crop_pct is 1.5"),
+        ({"rank": 2, "world_size": 2}, "rank is 2"),
+        ({"num_workers": -1}, "num_workers is -1"),
+        ({"image_size": (0, 8)}, "image_size is"),
+    ],
+)
+def test_wrong_options_are_one_line(make, options, message):
+    with pytest.raises(UserError, match=message) as error:
+        make(**options)
+    assert "\n" not in str(error.value)
+
+
+def test_positions_outside_the_set_are_refused(make):
+    loader = make()
+    with pytest.raises(UserError, match="batch 6 is outside"):
+        loader.load_state_dict({"epoch": 0, "batch": 6})
+
+
+# ------------------------------------------------------------------------------------------------------- pixels
+def test_ffcv_pixels_agree_with_the_plain_truth(tmp_path):
+    """Raw sets, same boxes: at most one grey level where both sides shrink or both grow, close elsewhere."""
+    folder = image_folder(tmp_path / "folder", 12, sizes=((40, 48), (61, 37), (24, 24)))
+    loader = build_loader(
+        prepare(folder, tmp_path / "set.beton", "--write_mode", "raw"),
+        batch_size=12,
+        image_size=(24, 24),
+        channels=3,
+        num_workers=2,
+    )
+    stored = build_loader(folder, batch_size=1, image_size=(8, 8), channels=3, train=False)
+    originals = {np.asarray(Image.open(path)).tobytes(): path for path in map(Path, stored._images.paths)}
+    decoded = raw_images(Path(loader.source))
+    assert {image.tobytes() for image in decoded} == set(originals)
+    mixed = 0
+    for epoch in range(6):
+        loader.set_epoch(epoch)
+        (batch,) = loader
+        for row, index, crop in zip(batch.images.numpy(), batch.ids.tolist(), batch.crops.numpy(), strict=True):
+            truth = crop_resize(decoded[index], crop, (24, 24))
+            difference = np.abs(row.astype(int) - truth)
+            same_way = (crop[2] >= 24) == (crop[3] >= 24) or 24 in (crop[2], crop[3])
+            mixed += not same_way
+            assert difference.max() <= 1 if same_way else difference.mean() <= 3
+    assert 0 < mixed < 36
+    loader.close()
+    stored.close()
+
+
+def raw_images(path: Path) -> list[np.ndarray]:
+    """The stored pixels of a raw set, read through FFCV's own reader."""
+    from ffcv.reader import Reader
+
+    reader, data = Reader(str(path)), path.read_bytes()
+    images = []
+    for row in reader.metadata["f0"]:
+        shape = (int(row["height"]), int(row["width"]), 3)
+        start = int(row["data_ptr"])
+        images.append(np.frombuffer(data, np.uint8, int(np.prod(shape)), start).reshape(shape))
+    return images
+
+
+def test_jpeg_pixels_agree_with_pil(tmp_path):
+    folder = image_folder(tmp_path / "folder", 6)
+    out = prepare(folder, tmp_path / "set.beton", "--write_mode", "jpg", "--jpeg_quality", "90")
+    beton, data = open_beton(out), out.read_bytes()
+    loader = build_loader(out, batch_size=6, image_size=(40, 48), channels=3, train=False)
+    (batch,) = loader
+    loader.close()
+    for index in range(6):
+        start, length = int(beton.positions[index]), int(beton.lengths[index])
+        (tmp_path / "x.jpg").write_bytes(data[start : start + length])
+        truth = np.asarray(Image.open(tmp_path / "x.jpg")).astype(int)
+        # FFCV decodes with turbojpeg's fast DCT: 1.03 levels on average at quality 90 (1.6 at 95, 2.7 at 100).
+        difference = np.abs(batch.images[index].numpy() - truth)
+        assert difference.mean() < 1.25
+        assert difference.max() <= 8
+
+
+@pytest.mark.parametrize("kind", ["ffcv", "plain"])
+def test_grey_sets_come_out_with_one_channel(tmp_path, kind):
+    folder = image_folder(tmp_path / "folder", 4, grey=True)
+    source = prepare(folder, tmp_path / "set.beton", "--write_mode", "raw") if kind == "ffcv" else folder
+    info = read_info(source)
+    assert info.channels == len(info.mean) == len(info.std) == 1
+    loader = build_loader(source, batch_size=4, image_size=(40, 48), channels=1, train=False)
+    (batch,) = loader
+    loader.close()
+    truth = sorted(np.asarray(picture(index, grey=True)).tobytes() for index in range(4))
+    assert batch.images.shape == (4, 40, 48, 1)
+    assert sorted(image.numpy().tobytes() for image in batch.images) == truth
+    with pytest.raises(UserError, match="use --channels 1"):
+        build_loader(source, batch_size=2, image_size=(8, 8), channels=3)
+
+
+def test_evaluation_crop_is_whole_for_images_of_the_right_size(tmp_path):
+    folder = image_folder(tmp_path / "folder", 3)
+    for source in (str(folder), "synthetic:3", str(prepare(folder, tmp_path / "set.beton"))):
+        options = {"batch_size": 3, "channels": 3, "train": False}
+        loader = build_loader(source, image_size=(40, 48), **options)
+        (batch,) = loader
+        assert batch.crops.tolist() == [[0, 0, 40, 48, 0]] * 3
+        loader.close()
+        if not source.startswith("synthetic"):
+            loader = build_loader(source, image_size=(16, 16), **options)
+            (batch,) = loader
+            assert batch.crops.tolist() == [[2, 6, 35, 35, 0]] * 3  # 0.875 of the largest square
+            loader.close()
+
+
+def test_plain_loader_sees_rotated_images_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    upright = Image.open(io.BytesIO(jpeg_bytes(picture(0))))
+    (tmp_path / "a.jpg").write_bytes(jpeg_bytes(picture(0), exif=exif))
+    loader = build_loader(tmp_path, batch_size=1, image_size=(48, 40), channels=3, train=False)
+    (batch,) = loader
+    loader.close()
+    assert batch.sizes.tolist() == [[48, 40]]
+    assert np.array_equal(batch.images[0], np.asarray(upright.transpose(Image.Transpose.ROTATE_270)))
+
+
+# ------------------------------------------------------------------------------------------------------- sampling
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 900), st.integers(1, 900)), min_size=1, max_size=8),
+    st.floats(0.01, 1.0),
+    st.integers(0, 2**40),
+    st.integers(0, 1000),
+)
+def test_crops_lie_inside_and_depend_on_nothing_else(sizes, crop_min, seed, epoch):
+    sizes, ids = np.array(sizes, np.int64), np.arange(len(sizes)) * 7919
+    crops = random_crops(seed, epoch, ids, sizes, crop_min, True)
+    top, left, height, width, _ = crops.T
+    assert crops[:, :2].min() >= 0
+    assert crops[:, 2:4].min() >= 1
+    assert (top + height <= sizes[:, 0]).all()
+    assert (left + width <= sizes[:, 1]).all()
+    alone = np.concatenate(
+        [random_crops(seed, epoch, ids[k:][:1], sizes[k:][:1], crop_min, True) for k in range(len(ids))]
+    )
+    assert np.array_equal(crops, alone)
+    assert np.array_equal(crops[:, :4], random_crops(seed, epoch, ids, sizes, crop_min, False)[:, :4])
+    centre = centre_crops(sizes, (32, 48), crop_min)
+    assert centre[:, :2].min() >= 0
+    assert centre[:, 2:4].min() >= 1
+    assert (centre[:, :2] + centre[:, 2:4] <= sizes).all()
+
+
+def test_crops_are_distributed_as_random_resized_crop():
+    ids = np.arange(20000)
+    sizes = np.tile(np.array([[300, 400]]), (len(ids), 1))
+    crops = random_crops(0, 0, ids, sizes, 0.2, True)
+    area, aspect = crops[:, 2] * crops[:, 3] / 120000, np.log(crops[:, 3] / crops[:, 2])
+    assert 0.19 < area.min() < 0.21
+    assert 0.98 < area.max() <= 1
+    levels = np.linspace(0.05, 0.95, 19)
+    for ours, theirs in zip((area, aspect), drawn_one_by_one(4000), strict=True):
+        assert np.abs(np.quantile(ours, levels) - np.quantile(theirs, levels)).max() < 0.03
+    assert np.abs(aspect).max() < np.log(4 / 3) + 0.01
+    assert abs(crops[:, 4].mean() - 0.5) < 0.015
+    room = sizes - crops[:, 2:4]
+    place = (crops[:, :2] + 0.5) / (room + 1)
+    assert np.abs(place.mean(0) - 0.5).max() < 0.01
+    assert np.abs(np.corrcoef(np.column_stack([place, area, crops[:, 4]]).T) - np.eye(4)).max() < 0.03
+
+
+def drawn_one_by_one(count: int) -> tuple[list[float], list[float]]:
+    """Areas and log aspect ratios of random resized crops of 300 x 400 images, by the textbook's loop."""
+    rng, areas, aspects = np.random.default_rng(0), [], []
+    while len(areas) < count:
+        area, aspect = 120000 * rng.uniform(0.2, 1), np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
+        height, width = round((area / aspect) ** 0.5), round((area * aspect) ** 0.5)
+        if height <= 300 and width <= 400:
+            areas.append(height * width / 120000)
+            aspects.append(np.log(width / height))
+    return areas, aspects
+
+
+def test_extreme_shapes_fall_back_to_the_centre():
+    crops = random_crops(0, 0, np.arange(2), np.array([[1000, 10], [10, 1000]]), 0.9, False)
+    assert crops.tolist() == [[493, 0, 13, 10, 0], [0, 493, 10, 13, 0]]
+
+
+def test_orders_are_permutations_and_fixed_for_ever():
+    for epoch in range(3):
+        assert sorted(sample_order(1, epoch, 1000)) == list(range(1000))
+    # Recorded: a change here would silently change the order of every run that is resumed.
+    assert sample_order(0, 0, 10).tolist() == RECORDED_ORDER
+    assert random_crops(0, 0, np.arange(2), np.array([[300, 400], [28, 28]]), 0.2, True).tolist() == RECORDED_CROPS
+
+
+RECORDED_ORDER = [2, 0, 5, 7, 3, 6, 4, 1, 8, 9]
+RECORDED_CROPS = [[26, 62, 217, 166, 0], [3, 0, 23, 28, 0]]
+
+
+def test_mix_is_splitmix64():
+    def plain(x: int) -> int:
+        x = (x + 0x9E3779B97F4A7C15) % 2**64
+        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+        return x ^ x >> 31
+
+    values = [0, 1, 2**63, 2**64 - 1, 12345678901234567]
+    assert mix(np.array(values, np.uint64)).tolist() == [plain(value) for value in values]
+    assert plain(0) == 0xE220A8397B1DCDAF  # the published generator's first output for seed 0
+
+
+def test_area_resize_is_the_mean_of_what_a_pixel_covers():
+    image = np.random.default_rng(0).integers(0, 256, (12, 10, 3), dtype=np.uint8)
+    means = image.reshape(4, 3, 5, 2, 3).mean((1, 3))
+    assert np.abs(area_resize(image, (4, 5)) - means).max() <= 0.5 + 1e-9
+    assert np.array_equal(area_resize(image, (24, 30)), image.repeat(2, 0).repeat(3, 1))
+    assert np.array_equal(area_resize(image, (12, 10)), image)
+    ramp = np.arange(3, dtype=np.uint8)[:, None, None] * 100
+    assert area_resize(ramp, (2, 1)).ravel().tolist() == [33, 167]
+
+
+def test_workers_share_the_cores(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert [count_workers(asked) for asked in (0, 3, 99)] == [2, 3, 8]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "100")
+    assert count_workers(0) == 1
+
+
+# ------------------------------------------------------------------------------------------------------- bad files
+@pytest.fixture
+def beton(sources, tmp_path):
+    """A copy of the prepared set, to be damaged."""
+    for suffix in (".beton", ".json"):
+        shutil.copy(Path(sources["ffcv"]).with_suffix(suffix), tmp_path / f"set{suffix}")
+    return tmp_path / "set.beton"
+
+
+def overwrite(path: Path, position: int, data: bytes) -> None:
+    with path.open("r+b") as file:
+        file.seek(position)
+        file.write(data)
+
+
+def refused(path: Path, message: str) -> None:
+    for build in (read_info, lambda p: build_loader(p, batch_size=2, image_size=(8, 8), channels=3)):
+        with pytest.raises(UserError, match=message) as error:
+            build(path)
+        assert "\n" not in str(error.value)
+
+
+def test_missing_sources_are_named(tmp_path):
+    refused(tmp_path / "no.beton", "no.beton does not exist")
+    refused(tmp_path / "nothing", "nothing is not there")
+    refused(tmp_path, "holds no image files")
+    refused("", "data_path is empty")
+    refused("synthetic:many", "expected synthetic:N")
+    (tmp_path / "a.bin").write_bytes(b"x")
+    refused(tmp_path / "a.bin", "no .beton")
+
+
+def test_truncated_and_foreign_files_are_refused(beton):
+    whole = beton.read_bytes()
+    beton.write_bytes(whole[:-100])
+    refused(beton, "truncated")
+    beton.write_bytes(whole[: len(whole) // 2])
+    refused(beton, "truncated")
+    beton.write_bytes(bytes(len(whole)))
+    refused(beton, "not an FFCV file")
+    beton.write_bytes(whole)
+    overwrite(beton, 16, bytes(8))
+    refused(beton, "incomplete")
+    beton.write_bytes(whole)
+    overwrite(beton, len(whole) - 8, (2**40).to_bytes(8, "little"))
+    refused(beton, "damaged: 1 of 23")
+
+
+def test_table_entries_outside_the_file_are_refused_even_if_they_wrap(beton):
+    whole = beton.read_bytes()
+    for size in (2**64 - 1, 0):
+        beton.write_bytes(whole)
+        overwrite(beton, len(whole) - 8, size.to_bytes(8, "little"))
+        refused(beton, "damaged")
+
+
+def test_bad_sidecars_are_refused(beton):
+    sidecar = beton.with_suffix(".json")
+    good = json.loads(sidecar.read_text())
+    for change, message in (
+        ({"num_samples": 7}, "holds 23 samples"),
+        ({"bytes": 7}, "sidecar says 7"),
+        ({"mean": [0.5]}, "contradicts itself"),
+        ({"classes": None}, "no list named 'classes'"),
+    ):
+        sidecar.write_text(json.dumps(good | change))
+        refused(beton, message)
+    sidecar.write_text("[]")
+    refused(beton, "not the sidecar")
+    sidecar.write_text("{")
+    refused(beton, "cannot be read")
+    sidecar.unlink()
+    refused(beton, "set.json cannot be read")
+
+
+def test_an_image_that_does_not_decode_is_named(tmp_path):
+    out = prepare(image_folder(tmp_path / "folder", 4), tmp_path / "set.beton")
+    table = open_beton(out)
+    overwrite(out, int(table.positions[2]), bytes(int(table.lengths[2])))
+    loader = build_loader(out, batch_size=2, image_size=(8, 8), channels=3, train=False)
+    iterator = iter(loader)
+    next(iterator)
+    with pytest.raises(UserError, match=r"set\.beton: sample 2 does not decode"):
+        next(iterator)
+    loader.close()
+
+
+def test_a_damaged_file_in_a_folder_is_named(tmp_path):
+    folder = image_folder(tmp_path / "folder", 4)
+    loader = build_loader(folder, batch_size=4, image_size=(8, 8), channels=3)
+    (folder / "ant" / "002.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"002\.png cannot be read"):
+        list(loader)
+    loader.close()
+    with pytest.raises(UserError, match=r"002\.png cannot be read"):
+        read_info(folder)
+
+
+# ------------------------------------------------------------------------------------------------------- processes
+WITHOUT_FFCV = """
+import sys
+for name in ("ffcv", "numba", "llvmlite", "cv2"):
+    sys.modules[name] = None
+from fasthpm.data import build_loader
+from fasthpm.errors import UserError
+for source in sys.argv[2:]:
+    assert len(list(build_loader(source, batch_size=4, image_size=(8, 8), channels=3))) == 5
+try:
+    build_loader(sys.argv[1], batch_size=4, image_size=(8, 8), channels=3)
+except UserError as error:
+    assert "needs FFCV" in str(error), error
+else:
+    raise SystemExit("a .beton without FFCV was not refused")
+"""
+
+INTERRUPTED = """
+import os, signal, sys, threading, time
+from fasthpm.data import build_loader
+loader = build_loader(sys.argv[1], batch_size=4, image_size=(8, 8), channels=3)
+threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+while True:
+    for batch in loader:
+        time.sleep(0.01)
+"""
+
+
+def test_folders_and_synthetic_images_work_without_ffcv(sources):
+    command = [sys.executable, "-c", WITHOUT_FFCV, sources["ffcv"], sources["plain"], sources["synthetic"]]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_ctrl_c_ends_a_process_with_a_running_loader(sources):
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, sources["ffcv"]], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode in (-2, 130, 1)
+    assert done.stderr.rstrip().endswith("KeyboardInterrupt"), done.stderr
