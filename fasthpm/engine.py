@@ -1,0 +1,381 @@
+"""Starting ranks, agreeing on errors, and building the DeepSpeed engine from a recipe and a DeepSpeed JSON.
+
+The recipe owns what is learnt (batch, accumulation, clipping, learning rate); the JSON owns how it runs (ZeRO stage,
+dtypes, buckets) and says "auto" for the rest. A contradiction is an error that names both.
+"""
+
+import copy
+import io
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fasthpm.errors import AgreedError, UserError, nearest
+from fasthpm.recipe import Recipe
+from fasthpm.zero import MasterLayout, prepare_deepspeed
+
+TIMEOUT = "FASTHPM_TIMEOUT_MINUTES"
+DEFAULT_TIMEOUT_MINUTES = 10.0
+
+# What launchers call rank, rank on this machine, number of ranks, number on this machine (its alternatives).
+LAUNCHERS = (
+    ("RANK", "LOCAL_RANK", "WORLD_SIZE", ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")),  # torchrun, deepspeed
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE", ("OMPI_COMM_WORLD_LOCAL_SIZE",)),
+    ("PMI_RANK", "MPI_LOCALRANKID", "PMI_SIZE", ("MPI_LOCALNRANKS",)),  # MPICH, Intel MPI
+    ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", ("SLURM_STEP_TASKS_PER_NODE",)),  # srun
+)
+
+
+# ------------------------------------------------------------------------------------------------------ ranks
+@dataclass(frozen=True)
+class Launch:
+    """This process's place among the ranks."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+    device: torch.device
+
+
+@contextmanager
+def session() -> Iterator[Launch]:
+    """A rank's life: joins the others, and leaves them at the end or after an error that all of them agreed on.
+
+    After any other error the process must die at once, so that its launcher stops the ranks that wait for it.
+    """
+    launch = start()
+    try:
+        yield launch
+    except AgreedError:
+        finish()
+        raise
+    finish()
+
+
+def start() -> Launch:
+    """Join the process group that the environment describes, or a group of one.
+
+    gloo on CPUs, NCCL on GPUs; a rank that waits longer than `FASTHPM_TIMEOUT_MINUTES` for another gives up.
+
+    **Raises:** `UserError` for an environment that makes no sense.
+    """
+    timeout = _timeout(os.environ)
+    rank, local_rank, world_size, local_world_size = _place(os.environ)
+    _own_tools_first()
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    _quieten(rank)
+    device = _device(deepspeed.get_accelerator().device_name(), local_rank, local_world_size)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if world_size == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    else:
+        bound = {"device_id": device} if device.type == "cuda" else {}
+        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout, **bound)  # type: ignore[arg-type]
+    prepare_deepspeed(timeout)
+    deepspeed.init_distributed(backend, verbose=False, timeout=timeout)
+    return Launch(rank, local_rank, world_size, local_world_size, device)
+
+
+def finish() -> None:
+    """Leave the process group; safe to call twice. All ranks must call it."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _place(env: Any) -> tuple[int, int, int, int]:
+    """(rank, local rank, world size, local world size), written back under the names that DeepSpeed reads."""
+    place = (0, 0, 1, 1)
+    for rank, local_rank, size, local_sizes in LAUNCHERS:
+        if rank in env and local_rank in env and size in env:
+            local_size = next((name for name in local_sizes if name in env), size)
+            place = tuple(_number(env, name) for name in (rank, local_rank, size, local_size))  # type: ignore[assignment]
+            break
+    if not (0 <= place[0] < place[2] and 0 <= place[1] < place[3] <= place[2]):
+        raise UserError(
+            f"rank {place[0]} of {place[2]} (local rank {place[1]} of {place[3]}) is impossible; check the launcher's "
+            f"environment variables"
+        )
+    if place[2] > place[3] and "MASTER_ADDR" not in env:
+        raise UserError(
+            f"{place[2]} ranks, {place[3]} of them here, and no MASTER_ADDR; set it to the first machine's address"
+        )
+    env.setdefault("MASTER_ADDR", "127.0.0.1")
+    env.setdefault("MASTER_PORT", "29500")
+    env.update(zip(("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"), map(str, place), strict=True))
+    return place
+
+
+def _number(env: Mapping[str, str], name: str) -> int:
+    text = env.get(name, "")
+    digits = text.partition("(")[0]  # SLURM writes "2(x3)" for two tasks on each of three machines
+    if not digits.isdecimal():
+        raise UserError(f"environment variable {name} is {text!r}, expected a number; check the launcher")
+    return int(digits)
+
+
+def _timeout(env: Mapping[str, str]) -> timedelta:
+    text = env.get(TIMEOUT, str(DEFAULT_TIMEOUT_MINUTES))
+    try:
+        minutes = float(text)
+        if not 0 < minutes < 1e6:
+            raise ValueError
+    except ValueError:
+        raise UserError(f"{TIMEOUT} is {text!r}, expected minutes, more than 0") from None
+    return timedelta(minutes=minutes)
+
+
+def _device(accelerator: str, local_rank: int, local_world_size: int) -> torch.device:
+    """This rank's GPU; or the CPU, whose cores the ranks of this machine share."""
+    if accelerator == "cpu":
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
+        return torch.device("cpu")
+    if accelerator != "cuda":
+        raise UserError(
+            f"DeepSpeed chose the accelerator {accelerator!r}, expected cuda or cpu; set DS_ACCELERATOR=cpu"
+        )
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"local rank {local_rank} has no GPU, {torch.cuda.device_count()} are visible here; start fewer ranks"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def _own_tools_first() -> None:
+    """Compilers called later (torch.compile, DeepSpeed) look for ninja on the PATH, where no one activated a venv."""
+    folder = str(Path(sys.executable).parent)
+    paths = os.environ.get("PATH", "").split(os.pathsep)
+    if folder not in paths:
+        os.environ["PATH"] = os.pathsep.join([folder, *paths])
+
+
+def _quieten(rank: int) -> None:
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR if rank else logging.WARNING)
+    for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):  # DeepSpeed 0.19 calls them by their old names
+        message = rf"`torch\.distributed\.{name}` is deprecated"
+        warnings.filterwarnings("ignore", message=message, category=FutureWarning)
+
+
+# ------------------------------------------------------------------------------------------------------ errors
+def agree(error: UserError | None) -> None:
+    """Raise the first rank's error on every rank, or return on all of them (collective).
+
+    **Raises:** `AgreedError` with the text of the lowest rank that has an error, and that rank's number unless it is 0.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        if error is not None:
+            raise error
+        return
+    texts: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(texts, None if error is None else str(error))
+    for rank, text in enumerate(texts):
+        if text is not None:
+            message = f"rank {rank}: {text}" if rank else text
+            raise AgreedError(message, printed_elsewhere=dist.get_rank() != 0)
+
+
+@contextmanager
+def in_agreement() -> Iterator[None]:
+    """Run a block in which any rank may find wrong input; at its end all ranks go on, or all raise (collective).
+
+    The block itself must hold no collective call: a rank that fails would leave the others waiting in it.
+    """
+    error = None
+    try:
+        yield
+    except UserError as found:
+        error = found
+    agree(error)
+
+
+# ------------------------------------------------------------------------------------------------------ configuration
+RECIPE_OWNS = {
+    "train_micro_batch_size_per_gpu": "batch_size",
+    "gradient_accumulation_steps": "accum_iter",
+    "train_batch_size": "global_batch_size",
+    "gradient_clipping": "clip_grad",
+}
+# Every key that is known to work with the EMA teacher and with our own metrics and checkpoints.
+JSON_OWNS: dict[str, tuple[str, ...] | None] = {  # None: anything inside
+    "zero_optimization": (
+        "stage", "reduce_bucket_size", "allgather_bucket_size", "allgather_partitions", "reduce_scatter",
+        "overlap_comm", "contiguous_gradients", "round_robin_gradients", "sub_group_size",
+        "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold", "stage3_max_live_parameters",
+        "stage3_max_reuse_distance", "stage3_gather_16bit_weights_on_model_save",
+    ),
+    "bf16": ("enabled", "immediate_grad_update", "check_grad_overflow"),
+    "data_types": ("grad_accum_dtype", "buffer_dtype"),
+    "communication_data_type": None,
+    "prescale_gradients": None,
+    "gradient_predivide_factor": None,
+    "activation_checkpointing": None,
+    "flops_profiler": None,
+    "comms_logger": None,
+    "wall_clock_breakdown": None,
+    "memory_breakdown": None,
+    "steps_per_print": None,
+}  # fmt: skip
+REFUSED = {
+    "optimizer": "the recipe owns the optimizer (lr, betas, weight_decay); remove the block",
+    "scheduler": "the recipe owns the schedule (warmup_epochs, min_lr, epochs); remove the block",
+    "fp16": 'use bf16 instead: {"enabled": true}',
+    "amp": 'use bf16 instead: {"enabled": true}',
+    "torch_autocast": 'use bf16 instead: {"enabled": true}',
+    **dict.fromkeys(("tensorboard", "wandb", "csv_monitor", "comet"), "FastHPM writes the metrics; remove the block"),
+    "checkpoint": "FastHPM writes the checkpoints; remove the block",
+}
+OFFLOAD = "offload is not supported with the EMA teacher yet; remove it, or use stage 3 on more devices"
+
+
+def merge_config(path: str | Path, recipe: Recipe, world_size: int) -> dict[str, Any]:
+    """The DeepSpeed JSON at `path`, with what the recipe owns filled in.
+
+    - `recipe`: resolved for `world_size`
+
+    **Raises:** `UserError` for a file that cannot be read, keys that are unknown or refused, and contradictions.
+    """
+    if recipe.global_batch_size != recipe.batch_size * recipe.accum_iter * world_size or not recipe.accum_iter:
+        raise ValueError(f"the recipe is not resolved for {world_size} ranks")
+    config = _read_json(Path(path))
+    _check_keys(config, str(path))
+    _check_stage(config, str(path))
+    for key, owner in RECIPE_OWNS.items():
+        value, wanted = config.get(key, "auto"), getattr(recipe, owner)
+        if value != "auto" and (isinstance(value, bool) or value != wanted):
+            raise UserError(
+                f"{path}: {key} is {value!r}, but the recipe's {owner} is {wanted!r}; the recipe owns it: write "
+                f'"auto" there, or change --{owner}'
+            )
+        config[key] = wanted
+    if _uses_bf16(config):
+        config.setdefault("data_types", {}).setdefault("buffer_dtype", "bf16")
+    return config
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"DeepSpeed config {path} cannot be read ({reason}); ds_configs/ has working ones") from error
+    if not isinstance(config, dict):
+        raise UserError(f"DeepSpeed config {path} holds a {type(config).__name__}, expected an object {{...}}")
+    return config
+
+
+def _check_keys(config: dict[str, Any], path: str) -> None:
+    known = [*RECIPE_OWNS, *JSON_OWNS]
+    for key, value in config.items():
+        if key in REFUSED:
+            raise UserError(f"{path}: {key!r} is not allowed: {REFUSED[key]}")
+        if key not in known:
+            raise UserError(f"{path}: unknown key {key!r}{nearest(key, known)}")
+        inner = JSON_OWNS.get(key)
+        if inner is not None:
+            _check_block(key, value, inner, path)
+
+
+def _check_block(block: str, value: Any, known: tuple[str, ...], path: str) -> None:
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: {block} is {value!r}, expected an object {{...}}")
+    for key in value:
+        if "offload" in key:
+            raise UserError(f"{path}: {block}.{key}: {OFFLOAD}")
+        if key not in known:
+            raise UserError(f"{path}: unknown or unsupported key {block}.{key}{nearest(key, known)}")
+
+
+def _check_stage(config: dict[str, Any], path: str) -> None:
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
+        raise UserError(f"{path}: zero_optimization.stage is {stage!r}, expected 0, 1, 2 or 3")
+    if stage == 0 and not _uses_bf16(config):
+        raise UserError(f"{path}: ZeRO stage 0 without bf16 has no float32 masters of its own; use stage 1 for float32")
+    accumulation = config.get("data_types", {}).get("grad_accum_dtype")
+    if stage == 0 and accumulation not in (None, "bf16"):
+        raise UserError(
+            f"{path}: data_types.grad_accum_dtype is {accumulation!r}, but ZeRO stage 0 accumulates in bf16; "
+            f"remove it, or use stage 1"
+        )
+
+
+def _uses_bf16(config: dict[str, Any]) -> bool:
+    return bool(config.get("bf16", {}).get("enabled", False))
+
+
+# ------------------------------------------------------------------------------------------------------ engine
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW's parameter groups, in the order of the parameters' names; frozen parameters are left out.
+
+    No weight decay on biases, norms (every 1-D tensor) and tokens.
+    """
+    groups: dict[str, list[nn.Parameter]] = {"no_decay": [], "decay": []}
+    for name, parameter in sorted(model.named_parameters()):
+        if parameter.requires_grad:
+            exempt = parameter.ndim <= 1 or name.rpartition(".")[2] in ("bias", "cls_token", "mask_token")
+            groups["no_decay" if exempt else "decay"].append(parameter)
+    return [
+        {"name": name, "params": params, "weight_decay": weight_decay if name == "decay" else 0.0}
+        for name, params in groups.items()
+        if params
+    ]
+
+
+def build_engine(step_module: nn.Module, recipe: Recipe, config: dict[str, Any], launch: Launch) -> Any:
+    """Wrap `step_module` in DeepSpeed with AdamW (fused), its state allocated and its step count at 0.
+
+    - `config`: from `merge_config`
+
+    **Returns:** a `deepspeed.DeepSpeedEngine`.
+    """
+    import deepspeed
+
+    optimizer = torch.optim.AdamW(
+        parameter_groups(step_module.to(launch.device), recipe.weight_decay),
+        lr=0.0,  # ZeRO 0 takes an empty step while it starts, which must not decay the weights
+        betas=(recipe.beta1, recipe.beta2),
+        eps=1e-8,
+        fused=True,
+    )
+    with hush():
+        engine, *_ = deepspeed.initialize(
+            model=step_module, optimizer=optimizer, config=copy.deepcopy(config), dist_init_required=False
+        )
+    MasterLayout(engine).create_optimizer_state()
+    set_lr(engine, recipe.lr)
+    return engine
+
+
+@contextmanager
+def hush() -> Iterator[None]:
+    """Swallow what DeepSpeed prints: while it starts or loads a checkpoint, some of its optimizers do."""
+    with redirect_stdout(io.StringIO()):
+        yield
+
+
+def set_lr(engine: Any, lr: float) -> None:
+    """Learning rate of every parameter group, from the next update on."""
+    for group in engine.basic_optimizer.param_groups:
+        group["lr"] = lr
+
+
+def grad_norm(engine: Any) -> Tensor | float:
+    """Global gradient norm of the last update, before clipping; infinite if the update was skipped."""
+    norm = engine.get_global_grad_norm()
+    return 0.0 if norm is None else norm

@@ -1,0 +1,249 @@
+"""Where DeepSpeed keeps the float32 master weights: the only file that knows its private layout.
+
+With W ranks and one AdamW parameter group at a time, there are three layouts:
+
+- whole: every rank holds every master, parameter by parameter (ZeRO 0);
+- flat: the group's parameters laid end to end, padded, and cut into W equal shards (ZeRO 1 and 2);
+- striped: each parameter padded and cut into W stripes; a rank's shard is its stripes end to end (ZeRO 3).
+
+Optimizer state (moments, EMA) has its master's shape, so whoever knows where the masters lie can gather all of them.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from importlib.metadata import version
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fasthpm.errors import UserError
+
+State = Literal["master", "ema", "exp_avg", "exp_avg_sq"]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One parameter's place in a group."""
+
+    name: str  # as in engine.module.named_parameters()
+    shape: torch.Size
+    offset: int  # first element: in the gathered group (whole, flat) or in every rank's shard (striped)
+    stripe: int  # elements per rank in a striped group, 0 in the others
+
+
+@dataclass(frozen=True)
+class Group:
+    """A master tensor of this rank, and what lies in the group that all ranks' shards make up."""
+
+    master: Tensor  # float32 [S], or the parameter's shape in the whole layout; the client optimizer's own parameter
+    dtype: torch.dtype  # of the weights in the forward pass
+    slots: tuple[Slot, ...]
+    shards: int  # W, or 1 where every rank holds everything
+    index: int  # which shard is this rank's
+
+    @property
+    def numel(self) -> int:
+        """Elements of the gathered group, padding included: W * S."""
+        return self.master.numel() * self.shards
+
+    def shard_of(self, gathered: Tensor) -> Tensor:
+        """This rank's part [S] of a gathered group [W * S], as a view."""
+        return gathered.view(self.shards, -1)[self.index]
+
+    def part(self, gathered: Tensor, slot: Slot) -> Tensor:
+        """A parameter's elements in a gathered group, as a view: [numel], or padded [W, stripe] if striped."""
+        if slot.stripe:
+            return gathered.view(self.shards, -1)[:, slot.offset : slot.offset + slot.stripe]
+        return gathered[slot.offset : slot.offset + slot.shape.numel()]
+
+
+class MasterLayout:
+    """Which piece of which named parameter this rank's float32 master tensors hold.
+
+    Concerns trainable parameters only; buffers live in the module.
+
+    **Raises:** `UserError` where the installed DeepSpeed keeps its masters in a way this file does not know.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self.optimizer: torch.optim.Optimizer = engine.basic_optimizer
+        self.process_group: dist.ProcessGroup = engine.seq_data_parallel_group
+        self._engine = engine
+        try:
+            self.groups = self._read_groups()
+            self._check()
+        except (AttributeError, IndexError, TypeError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"deepspeed {version('deepspeed')} ({type(engine.optimizer).__name__}) keeps its master weights "
+                f"differently from what this version of FastHPM knows ({error}); install the version in constraints.txt"
+            ) from error
+
+    @property
+    def masters(self) -> list[Tensor]:
+        """This rank's float32 master tensors."""
+        return [group.master for group in self.groups]
+
+    def shards(self, which: State) -> list[Tensor]:
+        """This rank's masters or optimizer states, aligned with `masters`."""
+        if which == "master":
+            return self.masters
+        return [self.optimizer.state[master][which] for master in self.masters]
+
+    @torch.no_grad()
+    def gather(self, shards: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Whole parameters from every rank's shards (collective: all ranks must run it to its end).
+
+        - `shards`: aligned with `masters`, any dtype
+
+        **Returns:** (name, whole tensor) of every trainable parameter; may share memory with `shards`.
+        """
+        for group, shard in zip(self.groups, shards, strict=True):
+            gathered = self.all_gather(group, shard)
+            for slot in group.slots:
+                yield slot.name, group.part(gathered, slot).reshape(-1)[: slot.shape.numel()].view(slot.shape)
+
+    def all_gather(self, group: Group, shard: Tensor) -> Tensor:
+        """[S] on every rank -> [W * S]. One rank alone gets its own shard back, uncopied."""
+        if group.shards == 1:
+            return shard.detach().reshape(-1)
+        gathered = torch.empty(group.numel, dtype=shard.dtype, device=shard.device)
+        self.all_gather_into(gathered, shard.detach())
+        return gathered
+
+    def all_gather_into(self, gathered: Tensor, shard: Tensor) -> None:
+        """Fill `gathered` [W * S] with every rank's `shard` [S]; `shard` may be its own place in `gathered`."""
+        # torch 2.13 renamed the call and warns about the old name.
+        collective = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        collective(gathered, shard, group=self.process_group)
+
+    @torch.no_grad()
+    def create_optimizer_state(self) -> None:
+        """Give every master fresh moments and a step count of 0, as if before the first update.
+
+        torch creates them at the first step only, too late for a checkpoint of step 0, and DeepSpeed's ZeRO 0 counts
+        an empty step of its own. A step with lr 0 and no gradient changes no weight and allocates everything.
+        """
+        groups = self.optimizer.param_groups
+        saved = [(group["params"], group["lr"]) for group in groups]
+        # ZeRO 3 takes the masters out of the optimizer between steps.
+        groups[0]["params"] = self.masters
+        for group in groups:
+            group["lr"] = 0.0
+        for group in groups[1:]:
+            group["params"] = []
+        for master in self.masters:
+            master.grad = torch.zeros_like(master)
+        self.optimizer.step()
+        for master in self.masters:
+            master.grad = None
+            self.optimizer.state[master]["step"].zero_()
+        for group, (params, lr) in zip(groups, saved, strict=True):
+            group["params"], group["lr"] = params, lr
+
+    # ---------------------------------------------------------------------------------------------- private layouts
+    def _read_groups(self) -> list[Group]:
+        self._names = {id(p): name for name, p in self._engine.module.named_parameters()}
+        stage = self._engine.zero_optimization_stage()
+        return [self._whole_groups, self._flat_groups, self._flat_groups, self._striped_groups][stage]()
+
+    def _whole_groups(self) -> list[Group]:
+        """FP16_UnfusedOptimizer, which also serves bfloat16."""
+        wrapper = self._engine.optimizer
+        pairs = [
+            pair
+            for weights, masters in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True)
+            for pair in zip(weights, masters, strict=True)
+        ]
+        return [
+            Group(master, weight.dtype, (Slot(self._names[id(weight)], weight.shape, 0, 0),), shards=1, index=0)
+            for weight, master in pairs
+        ]
+
+    def _flat_groups(self) -> list[Group]:
+        """DeepSpeedZeroOptimizer, or BF16_Optimizer (ZeRO 1 with float32 accumulation)."""
+        wrapper = self._engine.optimizer
+        prefix = "bit16" if hasattr(wrapper, "bit16_groups") else "bf16"
+        flats, weights = getattr(wrapper, f"{prefix}_groups_flat"), getattr(wrapper, f"{prefix}_groups")
+        masters = [group["params"] for group in self.optimizer.param_groups]
+        return [
+            self._group(master, flat.dtype, [self._flat_slot(weight, flat) for weight in group])
+            for flat, group, (master,) in zip(flats, weights, masters, strict=True)
+        ]
+
+    def _flat_slot(self, weight: Tensor, flat: Tensor) -> Slot:
+        if weight.untyped_storage().data_ptr() != flat.untyped_storage().data_ptr():
+            raise ValueError(f"{self._names[id(weight)]} is not in its flat group")
+        return Slot(self._names[id(weight)], weight.shape, int(weight.storage_offset() - flat.storage_offset()), 0)
+
+    def _striped_groups(self) -> list[Group]:
+        """DeepSpeedZeroOptimizer_Stage3."""
+        wrapper = self._engine.optimizer
+        groups = []
+        for weights, master in zip(wrapper.fp16_groups, wrapper.fp32_partitioned_groups_flat, strict=True):
+            slots, offset = [], 0
+            for weight in weights:
+                slots.append(Slot(self._names[id(weight)], weight.ds_shape, offset, weight.partition_numel()))
+                offset += weight.partition_numel()
+            groups.append(self._group(master, weights[0].dtype, slots))
+        return groups
+
+    def _group(self, master: Tensor, dtype: torch.dtype, slots: Sequence[Slot]) -> Group:
+        shards, index = dist.get_world_size(self.process_group), dist.get_rank(self.process_group)
+        return Group(master, dtype, tuple(slots), shards, index)
+
+    def _check(self) -> None:
+        """Compare the claimed layout with the weights themselves, which are the rounded masters between two steps."""
+        weights = dict(self._engine.module.named_parameters())
+        wanted = sorted(name for name, weight in weights.items() if weight.requires_grad)
+        found = sorted(slot.name for group in self.groups for slot in group.slots)
+        if found != wanted:
+            raise ValueError(f"{len(found)} parameters found, {len(wanted)} expected")
+        for group in self.groups:
+            if group.master.dtype != torch.float32:
+                raise TypeError(f"a master tensor is {group.master.dtype}")
+            rounded = group.master.detach().reshape(-1).to(group.dtype)
+            for slot in group.slots:
+                if not torch.equal(*_common_elements(group, slot, rounded, weights[slot.name])):
+                    raise ValueError(f"the master of {slot.name} is not where it should be")
+
+
+def _common_elements(group: Group, slot: Slot, shard: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The elements of a parameter that this rank's shard claims to hold: out of the shard, and out of the parameter."""
+    if slot.stripe:
+        own = weight.ds_tensor  # type: ignore[attr-defined]  # set by ZeRO 3
+        return shard[slot.offset : slot.offset + slot.stripe], own.detach().reshape(-1)
+    start = group.index * len(shard)
+    first, last = max(slot.offset, start), min(slot.offset + slot.shape.numel(), start + len(shard))
+    if first >= last:
+        return shard[:0], shard[:0]
+    return shard[first - start : last - start], weight.detach().reshape(-1)[first - slot.offset : last - slot.offset]
+
+
+def full_state(layout: MasterLayout, which: State) -> dict[str, Tensor] | None:
+    """Masters or optimizer states as whole parameters, by name (collective).
+
+    **Returns:** name -> float32 CPU tensor on rank 0, `None` on the other ranks.
+    """
+    keep = dist.get_rank() == 0
+    state = {}
+    for name, tensor in layout.gather(layout.shards(which)):
+        if keep:
+            state[name] = tensor.detach().to("cpu", copy=True)
+    return state if keep else None
+
+
+def prepare_deepspeed(timeout: timedelta) -> None:
+    """What must be set before DeepSpeed joins the ranks: settings for which it has no option.
+
+    - It would compile a shared-memory all-reduce that only its inference uses, needs a compiler, takes half a minute,
+      and leaves buffers in /dev/shm behind when a rank is killed.
+    - It would give its own process group torch's default timeout instead of ours.
+    """
+    import deepspeed
+    from deepspeed.utils import groups
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    groups._WORLD_GROUP = dist.new_group(timeout=timeout)
