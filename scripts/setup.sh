@@ -134,7 +134,7 @@ install_python_packages() {
     # By environment, the pins also hold where pip builds FFCV and DeepSpeed; the two names are for pip before and after 25.3.
     PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
         .venv/bin/python -m pip install --disable-pip-version-check -e ".[$extras]" -c constraints.txt ||
-        die "pip failed, see above; mend the cause (network, disk space), then repeat: make setup"
+        die "pip failed, see above; mend the cause (network or disk space, most often), then repeat: make setup"
 }
 
 # -P keeps this folder off sys.path, so that fasthpm is found as installed.
