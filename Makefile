@@ -4,10 +4,8 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .PHONY: help setup test lint demo clean
 
-# DeepSpeed compiles with the environment's ninja, found on PATH. Its kernels stay beside the torch they are made for.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/.venv
-export TORCH_EXTENSIONS_DIR := $(CURDIR)/.venv/torch_extensions
 unexport PYTHONPATH PYTHONHOME
 
 help:  ## list these commands

@@ -56,7 +56,7 @@ choose_python() {
 
 # ---- system packages ------------------------------------------------------------------------------------------------
 
-# Prints, by their Debian names, what building FFCV and DeepSpeed's kernels needs and does not find.
+# Prints, by their Debian names, what building FFCV needs and does not find.
 missing_packages() {
     local python=$1
     command -v g++ >/dev/null || echo g++
@@ -152,26 +152,10 @@ PYTHON
     say "$(tail -n 1 "$log")"
 }
 
-# Without a GPU, DeepSpeed compiles its shared-memory kernel on first use; here a missing tool shows at once.
-# A kernel older than the pins may not fit the new torch.
-compile_kernel() {
-    local log=.venv/setup-compile.log kernels=$TORCH_EXTENSIONS_DIR
-    [ "$kernels" -nt constraints.txt ] || rm -rf "$kernels"
-    say "compiling DeepSpeed's CPU kernel (about a minute, once)"
-    PATH="$root/.venv/bin:$PATH" .venv/bin/python -W ignore - >"$log" 2>&1 <<'PYTHON' || { tail -n 20 "$log" >&2 && die "DeepSpeed's CPU kernel does not compile, see above (all of it: $log)"; }
-import torch
-from deepspeed.accelerator import get_accelerator
-
-builder = None if torch.cuda.is_available() else get_accelerator().create_op_builder("ShareMemCommBuilder")
-if builder is not None and builder.is_compatible():
-    builder.load()
-PYTHON
-}
-
 # ---- all of it ------------------------------------------------------------------------------------------------------
 
 main() {
-    # DeepSpeed's kernels are linked by torch, which does not quote the path of its own libraries.
+    # torch does not quote the paths of its own libraries when it compiles.
     [[ $root != *[[:space:]]* ]] || die "the path '$root' has a space in it, which torch's compiler calls do not survive; move the folder"
     if is_up_to_date; then
         say ".venv is up to date"
@@ -185,12 +169,10 @@ main() {
     make_venv "$python"
     install_python_packages
     check_imports
-    compile_kernel
     fingerprint >"$stamp.new" && mv "$stamp.new" "$stamp"
     say "done in $((SECONDS / 60)) min $((SECONDS % 60)) s: FastHPM is installed in .venv; next: make demo, or make test"
 }
 
-export TORCH_EXTENSIONS_DIR="$root/.venv/torch_extensions" # as in the Makefile
 # Settings that would send pip, or Python, somewhere other than .venv.
 unset PIP_USER PIP_TARGET PIP_PREFIX PIP_ROOT PYTHONPATH PYTHONHOME
 PATH=:$PATH:

@@ -1,0 +1,1 @@
+"""Benchmarks: a speed is a ratio to its baseline, measured in the same run. `bench/LOG.md` keeps what did not help."""

@@ -1,0 +1,141 @@
+"""Checkpoints as files: atomic, verified, rotated, refused when wrong; weights that leave for timm."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import pytest
+import timm.models
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from fasthpm import checkpoint, recipes
+from fasthpm.checkpoint import RunState
+from fasthpm.errors import UserError
+from fasthpm.recipe import Recipe, save_recipe, science_of
+from fasthpm.step import model_of
+
+
+def recipe_in(folder: Path, **changes: object) -> Recipe:
+    """The debug recipe with its output in `folder`."""
+    return dataclasses.replace(recipes.debug(), output_dir=str(folder), **changes)  # type: ignore[arg-type]
+
+
+def write(folder: Path, step: int) -> Path:
+    """A small but complete checkpoint."""
+    recipe = recipe_in(folder)
+    aside = checkpoint.begin(folder, step)
+    (aside / "deepspeed").mkdir()
+    (aside / "deepspeed" / "shard.pt").write_bytes(os.urandom(1000))
+    state = RunState(step, {"epoch": 1, "batch": 2}, 2)
+    return checkpoint.commit(aside, recipe, state, {"student": checkpoint.cpu_state(model_of(recipe))})
+
+
+def test_commit_is_complete_and_leaves_nothing_aside(tmp_path: Path) -> None:
+    folder = write(tmp_path, 7)
+    assert folder == tmp_path / "checkpoints" / "step-00000007"
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == [folder.name]
+    assert checkpoint.damage(folder) == ""
+    assert checkpoint.read_state(folder, 2) == RunState(7, {"epoch": 1, "batch": 2}, 2)
+
+
+def test_a_killed_save_is_never_seen(tmp_path: Path) -> None:
+    good = write(tmp_path, 1)
+    aside = checkpoint.begin(tmp_path, 2)
+    (aside / "student.safetensors").write_bytes(b"half")
+    assert checkpoint.newest_valid(tmp_path, pytest.fail) == good
+    assert write(tmp_path, 2).is_dir()  # the next attempt at the same step clears what the first one left
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "no manifest"])
+def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, damage: str) -> None:
+    old, new = write(tmp_path, 1), write(tmp_path, 2)
+    shard = new / "deepspeed" / "shard.pt"
+    data = shard.read_bytes()
+    if damage == "flip":
+        shard.write_bytes(data[:500] + bytes([data[500] ^ 1]) + data[501:])
+    elif damage == "truncate":
+        shard.write_bytes(data[:-1])
+    elif damage == "remove":
+        shard.unlink()
+    else:
+        (new / "manifest.json").unlink()
+    warnings: list[str] = []
+    assert checkpoint.newest_valid(tmp_path, warnings.append) == old
+    assert len(warnings) == 1
+    assert str(new) in warnings[0]
+
+
+def test_rotation_keeps_the_newest(tmp_path: Path) -> None:
+    folders = [write(tmp_path, step) for step in (1, 2, 10, 3)]
+    checkpoint.rotate(tmp_path, 2)
+    assert [f.exists() for f in folders] == [False, False, True, True]
+
+
+def test_resume_choices(tmp_path: Path) -> None:
+    assert checkpoint.find_resume(recipe_in(tmp_path), pytest.fail) is None
+    first, second = write(tmp_path, 1), write(tmp_path, 2)
+    assert checkpoint.find_resume(recipe_in(tmp_path), pytest.fail) == second
+    assert checkpoint.find_resume(recipe_in(tmp_path, resume=str(first)), pytest.fail) == first
+    with pytest.raises(UserError, match="already holds checkpoints and --resume is none"):
+        checkpoint.find_resume(recipe_in(tmp_path, resume="none"), pytest.fail)
+    with pytest.raises(UserError, match=r"nowhere: manifest\.json is missing"):
+        checkpoint.find_resume(recipe_in(tmp_path, resume="nowhere"), pytest.fail)
+    with pytest.raises(UserError, match="was written by 2 ranks and this run has 3; start it on 2"):
+        checkpoint.read_state(second, 3)
+
+
+def test_another_recipes_folder_is_refused(tmp_path: Path) -> None:
+    recipe = recipe_in(tmp_path)
+    checkpoint.compare_recipes(recipe, science_of)
+    save_recipe(recipe, tmp_path / "recipe.json")
+    checkpoint.compare_recipes(dataclasses.replace(recipe, log_every=3, resume="none"), science_of)
+    with pytest.raises(UserError, match=r"belongs to a run with mask_ratio 0\.75, this one has 0\.5; use another"):
+        checkpoint.compare_recipes(dataclasses.replace(recipe, mask_ratio=0.5), science_of)
+
+
+def test_load_weights(tmp_path: Path) -> None:
+    folder = write(tmp_path, 1)
+    model, recipe = checkpoint.load_weights(tmp_path)
+    assert not model.training
+    assert recipe.recipe == "debug"
+    assert torch.equal(model.cls_token, load_file(folder / "student.safetensors")["cls_token"])
+    untrained, _ = checkpoint.load_weights(folder, "untrained")
+    assert torch.equal(untrained.blocks[0].attn.qkv.weight, model_of(recipe).blocks[0].attn.qkv.weight)
+    with pytest.raises(UserError, match="has no teacher weights; use --weights student"):
+        checkpoint.load_weights(folder, "teacher")
+    with pytest.raises(UserError, match="holds no valid checkpoint"):
+        checkpoint.load_weights(tmp_path / "empty")
+
+
+def test_timm_computes_what_the_encoder_computes(tmp_path: Path) -> None:
+    recipe = recipe_in(tmp_path, input_size="20x28")
+    model = model_of(recipe).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    path = tmp_path / "encoder.safetensors"
+    checkpoint.export_encoder(model, recipe, {"mean": [0.5]}, path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    assert json.loads(metadata["mean"]) == [0.5]
+    vit = timm.models.VisionTransformer(**json.loads(metadata["timm"])).eval()
+    vit.load_state_dict(load_file(path), strict=True)
+    images = torch.randn(2, 1, 20, 28)
+    with torch.no_grad():
+        torch.testing.assert_close(vit.forward_features(images), model.encode(images), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(vit(images), model.encode(images)[:, 0], rtol=1e-4, atol=1e-5)
+
+
+def test_timm_create_model_loads_the_file(tmp_path: Path) -> None:
+    """As README says it, at the published size."""
+    recipe = Recipe(model="hpm_vit_tiny_patch16_224", decoder_dim=64, decoder_depth=1, decoder_heads=4)
+    model = model_of(recipe).eval()
+    path = tmp_path / "encoder.safetensors"
+    checkpoint.export_encoder(model, recipe, {}, path)
+    vit = timm.create_model("vit_tiny_patch16_224", num_classes=0, checkpoint_path=str(path)).eval()
+    images = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        torch.testing.assert_close(vit.forward_features(images), model.encode(images), rtol=1e-4, atol=1e-4)
