@@ -170,6 +170,8 @@ def _quieten(rank: int) -> None:
     for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):  # DeepSpeed 0.19 calls them by their old names
         message = rf"`torch\.distributed\.{name}` is deprecated"
         warnings.filterwarnings("ignore", message=message, category=FutureWarning)
+    # A single GPU is not bound to its group: there is no one to reach.
+    warnings.filterwarnings("ignore", message=r"barrier\(\): using the device under current context")
 
 
 # ------------------------------------------------------------------------------------------------------ errors
