@@ -105,7 +105,7 @@ def write_beton(
     """
     check_output(out, overwrite)
     remove_stale(out)
-    workers = count_workers(num_workers)
+    workers = min(count_workers(num_workers), -(-len(samples) // CHUNK))  # no process without a chunk
     with _one_line_for_a_full_disk(out), temporary(out) as partial:
         scan = scan_samples(samples, options, workers)
         _settle_rejected(out, scan, name_of, max_rejected)

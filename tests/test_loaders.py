@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fasthpm.data import Batch, build_loader, read_info
-from fasthpm.data.beton import open_beton
+from fasthpm.data.beton import ALLOCATION, JPEG, open_beton
 from fasthpm.data.prefetch import count_workers
 from fasthpm.data.sampling import area_resize, centre_crops, crop_resize, mix, random_crops, sample_order
 from fasthpm.errors import UserError
@@ -501,12 +501,16 @@ def test_truncated_and_foreign_files_are_refused(beton):
     refused(beton, "damaged: 1 of 23")
 
 
-def test_table_entries_outside_the_file_are_refused_even_if_they_wrap(beton):
+def test_table_entries_of_impossible_length_are_refused(beton):
+    """Of a JPEG, whose length nothing else tells; 2**64 - 1 makes its end wrap around to inside the file."""
     whole = beton.read_bytes()
-    for size in (2**64 - 1, 0):
+    sample = int((open_beton(beton).modes == JPEG).argmax())
+    table_at = len(whole) - N * ALLOCATION.itemsize
+    entry = np.frombuffer(whole, ALLOCATION, N, table_at)["sample_id"].tolist().index(sample)
+    for length in (2**64 - 1, 0):
         beton.write_bytes(whole)
-        overwrite(beton, len(whole) - 8, size.to_bytes(8, "little"))
-        refused(beton, "damaged")
+        overwrite(beton, table_at + entry * ALLOCATION.itemsize + 16, length.to_bytes(8, "little"))
+        refused(beton, f"damaged: 1 of 23 samples, the first of them {sample}")
 
 
 def test_bad_sidecars_are_refused(beton):
@@ -572,6 +576,7 @@ INTERRUPTED = """
 import os, signal, sys, threading, time
 from fasthpm.data import build_loader
 loader = build_loader(sys.argv[1], batch_size=4, image_size=(8, 8), channels=3)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started us with it ignored
 threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
 while True:
     for batch in loader:
