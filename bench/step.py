@@ -22,10 +22,10 @@ from fasthpm.cli import Parser, run_command
 from fasthpm.data import DatasetInfo
 from fasthpm.errors import UserError
 from fasthpm.metrics import measure_matmul_rate, wait_for
-from fasthpm.pretrain import versions
 from fasthpm.recipe import Recipe
 from fasthpm.step import Step, model_of
 from fasthpm.teacher import EMATeacher
+from fasthpm.versions import versions
 
 SIZES = {"base": "vit_base_patch16_224", "large": "vit_large_patch16_224", "nano": "vit_nano_patch4_28"}
 VARIANTS = ("mae", "hpm")
@@ -35,7 +35,7 @@ INFO = DatasetInfo(1, 3, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), ("any",))
 def recipe_of(variant: str, arguments: argparse.Namespace) -> Recipe:
     """The published 200-epoch recipe of a variant at the bench's size and batch."""
     base = recipes.from_name(f"{variant}_vit_base_in1k_200e")
-    small = {"input_size": "28", "patch_size": 4} if arguments.size == "nano" else {}
+    small: dict[str, Any] = {"input_size": "28", "patch_size": 4} if arguments.size == "nano" else {}
     return dataclasses.replace(
         base, model=f"{variant}_{SIZES[arguments.size]}", batch_size=arguments.batch_size, global_batch_size=0,
         clip_grad=5.0, deepspeed_config=arguments.deepspeed_config, **small,
@@ -53,10 +53,10 @@ def build(recipe: Recipe, launch: engine.Launch) -> tuple[Callable[[int], None],
     shape = (recipe.batch_size, *recipe.image_size, recipe.channels)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).to(launch.device)
     ids = torch.arange(recipe.batch_size, device=launch.device)
-    alpha = torch.tensor(0.25, dtype=torch.float64, device=launch.device)
+    alpha = torch.full((), 0.25, dtype=torch.float64, device=launch.device)
 
     def update(number: int) -> None:
-        output = deepspeed_engine(images, ids, torch.tensor(number, device=launch.device), alpha)
+        output = deepspeed_engine(images, ids, torch.full((), number, device=launch.device), alpha)
         deepspeed_engine.backward(output.loss)
         deepspeed_engine.step()
 
@@ -99,7 +99,7 @@ def summary(arguments: argparse.Namespace, launch: engine.Launch) -> dict[str, A
         "hpm_over_mae_flops": work["hpm"]["total"] / work["mae"]["total"],
         "matmul_gflops_per_second": rate / 1e9,
         "mfu": {n: work[n]["total"] * arguments.batch_size / median[n] / rate for n in VARIANTS},
-        "versions": versions(launch),
+        "versions": versions(launch.device, launch.world_size),
     }  # fmt: skip
 
 
@@ -121,8 +121,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(result, indent=2) + "\n")
     for name in VARIANTS:
-        print(f"{name}: {result['median_seconds'][name]:.3f} s per step of {arguments.batch_size}, "
-              f"{result['gflops_per_sample'][name]['total']:.1f} GFLOP per image, MFU {result['mfu'][name]:.0%}")  # fmt: skip
+        gflop, mfu = result["gflops_per_sample"][name]["total"], result["mfu"][name]
+        print(f"{name}: {result['median_seconds'][name]:.3f} s per step, {gflop:.1f} GFLOP per image, MFU {mfu:.0%}")
     low, high = result["hpm_over_mae_range"]
     print(f"HPM / MAE: {result['hpm_over_mae']:.2f} (rounds {low:.2f} to {high:.2f}); by FLOPs "
           f"{result['hpm_over_mae_flops']:.2f}")  # fmt: skip

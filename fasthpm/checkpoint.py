@@ -28,6 +28,8 @@ from fasthpm.step import model_of
 
 MANIFEST, STATE, RECIPE = "manifest.json", "state.json", "recipe.json"
 HASH_CHUNK = 1 << 22
+# float32 master, two moments, EMA, student and teacher files; bf16 weights; a little for names and hashes.
+BYTES_PER_PARAMETER = 27
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,21 @@ def commit(aside: Path, recipe: Recipe, state: RunState, weights: dict[str, dict
     aside.rename(final)
     _fsync(final.parent)
     return final
+
+
+def require_space(output_dir: Path, parameters: int) -> None:
+    """Refuse to begin a checkpoint that the disk cannot hold; what is there stays untouched.
+
+    - `parameters`: of the student
+
+    **Raises:** `UserError` naming the space needed and the space there is.
+    """
+    needed, free = parameters * BYTES_PER_PARAMETER, shutil.disk_usage(output_dir).free
+    if free < needed:
+        raise UserError(
+            f"output_dir {output_dir} has {free / 2**30:.2f} GiB left and a checkpoint needs about "
+            f"{needed / 2**30:.2f} GiB; free some space or use another --output_dir, then start again to resume"
+        )
 
 
 def rotate(output_dir: Path, keep: int) -> None:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from fasthpm import engine
 from fasthpm.data import Batch
 from fasthpm.errors import UserError
 from fasthpm.step import METRICS, StepOutput
@@ -46,6 +47,8 @@ class Metrics:
         self.output_dir, self.rank, self.world_size, self.device = output_dir, rank, world_size, device
         self.flops_per_sample, self.matmul_rate = flops_per_sample, matmul_rate
         self._recent: collections.deque[tuple[int, Tensor, StepOutput]] = collections.deque()
+        self._sum = torch.zeros(len(METRICS), device=device)
+        self._count = self._samples = 0
         self.restart()
         self._writer = None
         self.progress = tqdm(
@@ -148,9 +151,11 @@ class Metrics:
             if not torch.isfinite(out.metrics).all()
         ]
         torch.save({"metrics": METRICS, "micro_steps": bad}, folder / f"rank{self.rank}.pt")
-        raise UserError(
-            f"the loss is not finite by update {step}; stopped, and step, sample ids and masks are in {folder}; look "
-            f"at these samples, lower --blr, or resume from the last checkpoint"
+        engine.agree(
+            UserError(
+                f"the loss is not finite by update {step}; step, sample ids and masks are in {folder}; look at these "
+                f"samples, lower --blr, or resume from the last checkpoint"
+            )
         )
 
 
@@ -166,15 +171,16 @@ def measure_matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 20
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best = float("inf")
     for _ in range(5):
-        _wait(device)
+        wait_for(device)
         begin = time.perf_counter()
         for _ in range(20 if device.type == "cuda" else 1):
             a @ b
-        _wait(device)
+        wait_for(device)
         best = min(best, (time.perf_counter() - begin) / (20 if device.type == "cuda" else 1))
     return 2 * size**3 / best
 
 
-def _wait(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
+    """Let the device finish what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

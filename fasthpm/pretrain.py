@@ -10,11 +10,8 @@ checkpoint in its output_dir.
 
 import argparse
 import dataclasses
-import importlib.metadata
 import json
 import os
-import platform
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -31,6 +28,7 @@ from fasthpm.metrics import Metrics, measure_matmul_rate
 from fasthpm.recipe import Recipe, add_recipe_arguments, build_recipe, save_recipe, science_of
 from fasthpm.step import Step, model_of
 from fasthpm.teacher import EMATeacher
+from fasthpm.versions import versions
 
 PANEL_IMAGES = 8
 
@@ -68,9 +66,16 @@ class Run:
     layout: zero.MasterLayout
     done: int = 0  # updates
 
+    @property
+    def num_parameters(self) -> int:
+        """Trainable parameters of the student, whatever share of them this rank holds."""
+        return sum(slot.shape.numel() for group in self.layout.groups for slot in group.slots)
+
     def weights(self) -> dict[str, dict[str, torch.Tensor]]:
         """Full float32 {"student": …, "teacher": …} state dicts on rank 0, {} elsewhere. Collective."""
-        kinds = {"student": "master", "teacher": "ema"} if self.teacher else {"student": "master"}
+        kinds: dict[str, zero.State] = {"student": "master"}
+        if self.teacher:
+            kinds["teacher"] = "ema"
         gathered = {name: zero.full_state(self.layout, kind) for name, kind in kinds.items()}
         if self.launch.rank:
             return {}
@@ -116,7 +121,8 @@ def resume(run: Run) -> None:
         return
     with engine.in_agreement():
         state = checkpoint.read_state(folder, run.launch.world_size)
-    run.engine.load_checkpoint(str(folder), tag="deepspeed")
+    with engine.hush():
+        run.engine.load_checkpoint(str(folder), tag="deepspeed")
     if run.teacher:
         run.teacher.refresh()
     run.loader.load_state_dict(state.loader)
@@ -128,7 +134,11 @@ def resume(run: Run) -> None:
 def save(run: Run) -> None:
     """Write a checkpoint of all ranks, atomically, and delete the oldest. Collective."""
     output_dir = Path(run.recipe.output_dir)
-    aside = [str(checkpoint.begin(output_dir, run.done))] if run.launch.rank == 0 else [""]
+    aside = [""]
+    with engine.in_agreement():
+        if run.launch.rank == 0:
+            checkpoint.require_space(output_dir, run.num_parameters)
+            aside = [str(checkpoint.begin(output_dir, run.done))]
     dist.broadcast_object_list(aside)
     run.engine.save_checkpoint(aside[0], tag="deepspeed", save_latest=False)
     weights = run.weights()
@@ -156,8 +166,8 @@ def train(run: Run, metrics: Metrics) -> None:
         engine.set_lr(run.engine, schedule.lr_at(recipe, now))
         if run.teacher:
             run.teacher.momentum = schedule.ema_momentum_at(recipe, now)
-        alpha = torch.tensor(schedule.alpha_at(recipe, now), dtype=torch.float64, device=device)
-        update = torch.tensor(now, device=device)
+        alpha = torch.full((), schedule.alpha_at(recipe, now), dtype=torch.float64, device=device)
+        update = torch.full((), now, device=device)
         for _ in range(recipe.accum_iter):
             with metrics.waiting_for_data():
                 batch = next(batches).to(device)
@@ -214,23 +224,9 @@ def prepare_output(run: Run) -> None:
     save_recipe(run.recipe, output_dir / checkpoint.RECIPE)
     config = engine.merge_config(run.recipe.deepspeed_config, run.recipe, run.launch.world_size)
     (output_dir / "deepspeed.json").write_text(json.dumps(config, indent=2) + "\n")
-    (output_dir / "versions.json").write_text(json.dumps(versions(run.launch), indent=2) + "\n")
-
-
-def versions(launch: engine.Launch) -> dict[str, Any]:
-    """Software, commit and machine of this run."""
-    names = ("fasthpm", "torch", "deepspeed", "timm", "ffcv", "numba", "numpy")
-    found = {}
-    for name in names:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    here = Path(__file__).parent
-    commit = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    device = torch.cuda.get_device_name() if launch.device.type == "cuda" else platform.processor() or "cpu"
-    return {**found, "python": platform.python_version(), "commit": commit.stdout.strip() or "unknown",
-            "device": device, "world_size": launch.world_size}  # fmt: skip
+    (output_dir / "versions.json").write_text(
+        json.dumps(versions(run.launch.device, run.launch.world_size), indent=2) + "\n"
+    )
 
 
 def finish(run: Run) -> None:

@@ -1,0 +1,183 @@
+"""Whole runs as users start them: real launchers, real DeepSpeed, every preset; wrong input, NaN, Ctrl-C, resume."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from launch import ROOT, check_ranks, run_ranks
+from safetensors.torch import load_file
+
+from fasthpm.checkpoint import damage, newest_valid
+from fasthpm.report import read_metrics
+
+PRESETS = sorted(path.stem for path in (ROOT / "ds_configs").glob("*.json"))
+SHORT = ("--recipe", "debug", "--data_path", "synthetic:64", "--epochs", 1, "--warmup_epochs", 0)
+MODULE = "fasthpm.pretrain"
+
+
+def preset(name: str) -> tuple[str, str]:
+    """The flag for a file of ds_configs/."""
+    return "--deepspeed_config", f"ds_configs/{name}.json"
+
+
+def weights(run: Path, which: str = "student") -> dict[str, torch.Tensor]:
+    """Float32 weights of the newest checkpoint."""
+    folder = newest_valid(run, pytest.fail)
+    assert folder is not None
+    return load_file(folder / f"{which}.safetensors")
+
+
+def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """Largest difference of two sets of weights."""
+    assert a.keys() == b.keys()
+    return max(float((a[key] - b[key]).abs().max()) for key in a)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_two_deepspeed_ranks_run_every_preset(name: str, tmp_path: Path) -> None:
+    output = check_ranks(MODULE, *SHORT, *preset(name), "--batch_size", 8, "--log_every", 2, "--output_dir", tmp_path)
+    assert "finished 4 of 4 updates" in output
+    records = read_metrics(tmp_path)
+    assert [record["step"] for record in records] == [2, 4]
+    assert all(0 < record["loss"] < 10 for record in records)
+    assert records[0]["images_per_second"] > 0
+    assert 0 < records[0]["teacher_percent"] < 100
+    for name_of_file in (
+        "report.md",
+        "curves.png",
+        "encoder.safetensors",
+        "deepspeed.json",
+        "panels/step-00000004.png",
+    ):
+        assert (tmp_path / name_of_file).stat().st_size > 0
+    assert list((tmp_path / "tensorboard").iterdir())
+    folder = newest_valid(tmp_path, pytest.fail)
+    assert folder is not None
+    assert damage(folder) == ""
+    student, teacher = weights(tmp_path), weights(tmp_path, "teacher")
+    moved = distance(student, teacher)
+    assert 0 < moved < 0.1  # the teacher follows the student, and is not the student
+    assert {value.dtype for value in student.values()} == {torch.float32}
+
+
+def test_ranks_and_accumulation_share_one_trajectory(tmp_path: Path) -> None:
+    """The same global batch on 1 rank, on 2 ranks and in 2 micro-steps gives the same weights but for rounding."""
+    common = (*SHORT, *preset("zero1_fp32"), "--global_batch_size", 16, "--clip_grad", 0)
+    runs = {"one": (1, 16), "two": (2, 8), "accumulated": (1, 8)}
+    for name, (ranks, batch_size) in runs.items():
+        launcher = "torchrun" if ranks > 1 else "python"
+        arguments = (*common, "--batch_size", batch_size, "--output_dir", tmp_path / name)
+        check_ranks(MODULE, *arguments, ranks=ranks, launcher=launcher)
+    one = weights(tmp_path / "one")
+    start = check_start(one)
+    for name in ("two", "accumulated"):
+        # Adam turns the rounding noise of gradients that are exactly zero into steps: leave those tensors out.
+        other = {key: value for key, value in weights(tmp_path / name).items() if key in start}
+        assert distance(start, other) < 2e-5
+    losses = [read_metrics(tmp_path / name)[-1]["loss"] for name in runs]
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-4)
+
+
+def check_start(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors whose gradients are not exactly zero (METHOD: key biases, the predictor's last biases)."""
+    zero = ("attn.qkv.bias", "decoder_norm_losspred.bias", "decoder_pred_losspred.bias")
+    return {key: value for key, value in state.items() if not key.endswith(zero)}
+
+
+def test_resume_continues_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    common = (*SHORT, "--batch_size", 8, "--log_every", 1)
+    check_ranks(MODULE, *common, "--output_dir", tmp_path / "straight", launcher="python")
+    broken = (*common, "--output_dir", tmp_path / "broken")
+    check_ranks(MODULE, *broken, "--stop_after", 3, launcher="python")
+    output = check_ranks(MODULE, *broken, launcher="python")
+    assert "resuming from" in output
+    assert "at update 3 of 8" in output
+    for which in ("student", "teacher"):
+        assert distance(weights(tmp_path / "straight", which), weights(tmp_path / "broken", which)) == 0
+    losses = [[r["loss"] for r in read_metrics(tmp_path / name)] for name in ("straight", "broken")]
+    assert losses[0] == losses[1]
+    again = check_ranks(MODULE, *broken, launcher="python")  # nothing is left to do
+    assert "finished 8 of 8 updates" in again
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data_path", "/nowhere/train.beton"], "/nowhere/train.beton"),
+        (["--global_batch_size", "20"], "global_batch_size 20 is not a multiple of batch_size 8 x 2 devices"),
+        (["--mask_ration", "0.5"], "unknown argument '--mask_ration'; did you mean '--mask_ratio'"),
+    ],
+)
+def test_wrong_input_ends_all_ranks_with_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    finished = run_ranks(MODULE, *SHORT, *arguments, "--output_dir", run, launcher="torchrun")
+    assert finished.status != 0
+    lines = [line for line in finished.output.splitlines() if "fasthpm: error" in line]
+    assert len(lines) == 1, finished.output
+    assert message in lines[0]
+    assert not run.exists()
+
+
+def test_wrong_input_on_one_machine(tmp_path: Path) -> None:
+    """The remaining wrong inputs, one process each: a line with value and remedy, status 2, nothing half-written."""
+    contradiction = tmp_path / "contradiction.json"
+    contradiction.write_text(json.dumps({"zero_optimization": {"stage": 1}, "gradient_clipping": 1.0}))
+    taken = tmp_path / "taken"
+    check_ranks(MODULE, *SHORT, "--stop_after", 1, "--output_dir", taken, launcher="python")
+    before = sorted(path for path in taken.rglob("*"))
+    truncated = tmp_path / "truncated.beton"
+    truncated.write_bytes(b"\0" * 100)
+    cases = {
+        "gradient_clipping is 1.0, but the recipe's clip_grad is 5.0": ("--deepspeed_config", contradiction),
+        "belongs to a run with mask_ratio 0.75, this one has 0.6": ("--mask_ratio", 0.6, "--output_dir", taken),
+        "truncated.beton": ("--data_path", truncated),
+    }
+    for message, arguments in cases.items():
+        output_dir = tmp_path / "fresh"
+        finished = run_ranks(MODULE, *SHORT, "--output_dir", output_dir, *arguments, launcher="python")
+        assert finished.status == 2, finished.output
+        lines = [line for line in finished.output.splitlines() if line.startswith("fasthpm: error")]
+        assert len(lines) == 1, finished.output
+        assert message in lines[0]
+        assert "Traceback" not in finished.output
+        assert not output_dir.exists()
+    assert sorted(path for path in taken.rglob("*")) == before
+
+
+def test_a_loss_that_is_not_finite_stops_all_ranks_and_is_kept(tmp_path: Path) -> None:
+    finished = run_ranks(
+        MODULE, *SHORT, "--batch_size", 4, "--lr", 1e30, "--clip_grad", 0, "--log_every", 4, "--output_dir", tmp_path
+    )  # fmt: skip
+    assert finished.status != 0
+    lines = [line for line in finished.output.splitlines() if "fasthpm: error" in line]
+    assert len(lines) == 1, finished.output
+    assert "the loss is not finite by update 4" in lines[0]
+    for rank in (0, 1):
+        saved = torch.load(tmp_path / "nonfinite" / f"rank{rank}.pt")
+        bad = saved["micro_steps"][0]
+        assert bad["step"] < 4
+        assert bad["ids"].shape == (4,)
+        assert bad["mask"].shape == (4, 49)
+        assert not torch.isfinite(bad["metrics"]).all()
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_ctrl_c_leaves_nothing_half_written(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fasthpm", "pretrain", *map(str, SHORT), "--epochs", "500", "--save_every", "1",
+               "--output_dir", str(tmp_path)]  # fmt: skip
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env={**os.environ,
+                               "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"})  # fmt: skip
+    deadline = time.monotonic() + 90
+    while not list(tmp_path.glob("checkpoints/step-*")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "fasthpm: interrupted" in errors
+    assert newest_valid(tmp_path, lambda line: None) is not None
