@@ -60,8 +60,9 @@ class Step(nn.Module):
         self.mean, self.std = self.mean.to(images.device), self.std.to(images.device)
         batch, height, width, channels = images.shape
         side = self.recipe.patch_size
-        patches = images.reshape(batch, height // side, side, width // side, side, channels).transpose(2, 3)
-        return ((patches.float() - self.mean) / self.std).reshape(batch, -1, side * side * channels)
+        rows, columns = height // side, width // side
+        patches = images.reshape(batch, rows, side, columns, side, channels).transpose(2, 3)
+        return ((patches.float() - self.mean) / self.std).reshape(batch, rows * columns, side * side * channels)
 
     def _mask(self, patches: Tensor, ids: Tensor, step: Tensor, alpha: Tensor) -> Tensor:
         noise = sample_noise(self.recipe.seed, step, ids, self.recipe.num_patches)
