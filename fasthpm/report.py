@@ -14,14 +14,26 @@ from fasthpm.recipe import load_recipe
 
 CURVES = (
     ("loss", ("reconstruction_loss", "difficulty_loss")),
-    ("predictor health", ("spearman", "pair_accuracy")),
+    ("predictor health", ("spearman", "pair_accuracy", "teacher_spearman")),
     ("images per second", ("images_per_second",)),
     ("learning rate", ("lr",)),
     ("schedules", ("alpha", "ema_momentum")),
     ("percent", ("data_wait_percent", "teacher_percent", "mfu_percent")),
 )
-TABLE = ("loss", "reconstruction_loss", "difficulty_loss", "spearman", "pair_accuracy", "grad_norm",
-         "images_per_second", "data_wait_percent", "teacher_percent", "mfu_percent", "memory_gib")  # fmt: skip
+TABLE = (
+    "loss",
+    "reconstruction_loss",
+    "difficulty_loss",
+    "spearman",
+    "pair_accuracy",
+    "teacher_spearman",
+    "grad_norm",
+    "images_per_second",
+    "data_wait_percent",
+    "teacher_percent",
+    "mfu_percent",
+    "memory_gib",
+)
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
@@ -96,8 +108,9 @@ def _figures(records: list[dict[str, float]]) -> str:
     rows = "\n".join(f"| {name} | {first[name]:.4g} | {last[name]:.4g} |" for name in TABLE)
     return (
         f"## Figures\n\n| | update {first['step']:.0f} | update {last['step']:.0f} |\n|---|---|---|\n{rows}\n\n"
-        "Spearman and pair accuracy compare predicted with real loss of the masked patches. MFU counts the matrix "
-        "products that the method needs, teacher included, over the matmul rate measured on this machine.\n"
+        "Spearman and pair accuracy compare the student's predicted with its real loss of the masked patches; "
+        "teacher_spearman compares the teacher's prediction, the one that makes the masks, with the same. MFU counts "
+        "the matrix products that the method needs, teacher included, over the matmul rate measured on this machine.\n"
     )
 
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from fasthpm import loss as losses
 from fasthpm.clock import Stopwatch
 from fasthpm.data import DatasetInfo
-from fasthpm.mask import easy_to_hard_mask, random_mask, sample_noise
+from fasthpm.mask import easy_to_hard_mask, random_mask, sample_noise, split_ids
 from fasthpm.model import HPMViT, Output, create_model
 from fasthpm.recipe import Recipe
 
-METRICS = ("loss", "reconstruction_loss", "difficulty_loss", "spearman", "pair_accuracy")
+METRICS = ("loss", "reconstruction_loss", "difficulty_loss", "spearman", "pair_accuracy", "teacher_spearman")
 HEALTH_SAMPLES = 16  # predictor health is measured on this many samples of a batch
 
 
@@ -51,9 +51,9 @@ class Step(nn.Module):
         - `step`: int64 0-dim, the update; `alpha`: float64 0-dim, share of the mask chosen by the teacher
         """
         patches = self.normalized_patches(images)
-        mask = self._mask(patches, ids, step, alpha)
+        mask, difficulty = self._mask(patches, ids, step, alpha)
         output = self.student(patches, mask, num_masked=self.recipe.num_masked)
-        return StepOutput(output.loss, self._metrics(output), mask)
+        return StepOutput(output.loss, self._metrics(output, mask, difficulty), mask)
 
     def normalized_patches(self, images: Tensor) -> Tensor:
         """uint8 [B, H, W, C] -> float32 [B, L, P*P*C], zero mean and unit variance over the data set."""
@@ -64,20 +64,31 @@ class Step(nn.Module):
         patches = images.reshape(batch, rows, side, columns, side, channels).transpose(2, 3)
         return ((patches.float() - self.mean) / self.std).reshape(batch, rows * columns, side * side * channels)
 
-    def _mask(self, patches: Tensor, ids: Tensor, step: Tensor, alpha: Tensor) -> Tensor:
+    def _mask(self, patches: Tensor, ids: Tensor, step: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+        """The mask [B, L], and the teacher's difficulty [B, L] that chose its hard part (zeros without a teacher)."""
         noise = sample_noise(self.recipe.seed, step, ids, self.recipe.num_patches)
         if not self.recipe.uses_teacher:
-            return random_mask(noise[0], self.recipe.mask_ratio)
+            return random_mask(noise[0], self.recipe.mask_ratio), torch.zeros_like(noise[0])
         easiest = self.recipe.mask_policy == "hpm_easiest"
         with torch.no_grad(), self.stopwatch.measure(patches.device):
             difficulty = self._teacher[0].predict_loss(patches)
-        return easy_to_hard_mask(difficulty, self.recipe.mask_ratio, alpha, easiest=easiest, noise=noise)
+        mask = easy_to_hard_mask(difficulty, self.recipe.mask_ratio, alpha, easiest=easiest, noise=noise)
+        return mask, difficulty
 
     @torch.no_grad()
-    def _metrics(self, output: Output) -> Tensor:
+    def _metrics(self, output: Output, mask: Tensor, difficulty: Tensor) -> Tensor:
+        """Losses and predictor health. The teacher predicts with every patch visible, which nothing trains directly:
+        `teacher_spearman` tells whether its difficulty, the one that makes the masks, agrees with the student's loss.
+        """
         predicted = output.predicted_difficulty[:HEALTH_SAMPLES]
         actual = output.per_patch_loss[:HEALTH_SAMPLES]
-        health = (losses.spearman(predicted, actual), losses.pair_accuracy(predicted, actual))
+        masked = split_ids(mask[:HEALTH_SAMPLES], self.recipe.num_masked)[1]
+        seen = difficulty[:HEALTH_SAMPLES].gather(1, masked)
+        health = (
+            losses.spearman(predicted, actual),
+            losses.pair_accuracy(predicted, actual),
+            losses.spearman(seen, actual),
+        )
         return torch.stack([x.detach().float() for x in (*output[:3], *health)])
 
 

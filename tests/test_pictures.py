@@ -1,0 +1,145 @@
+"""Panels and reports: the right pixels in the right column, and figures from what a run wrote."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fasthpm import recipes, report, visualize
+from fasthpm.checkpoint import require_space
+from fasthpm.data import DatasetInfo
+from fasthpm.errors import UserError
+from fasthpm.mask import random_mask
+from fasthpm.model import HPMViT
+from fasthpm.recipe import Recipe, save_recipe
+from fasthpm.report import TABLE
+from fasthpm.step import Step, model_of
+
+INFO = DatasetInfo(100, 1, (0.3,), (0.2,), ("a",))
+
+
+class Oracle(HPMViT):
+    """A model whose reconstruction is the target itself."""
+
+    def forward(self, images: torch.Tensor, mask: torch.Tensor, *, num_masked: int | None = None) -> Any:
+        output = super().forward(images, mask, num_masked=num_masked)
+        patches = images[mask].reshape(output.reconstruction.shape)
+        if self.norm_pix_loss:
+            variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+            patches = (patches - mean) * (variance + 1e-6).rsqrt()
+        return output._replace(reconstruction=patches)
+
+
+def oracle(recipe: Recipe) -> HPMViT:
+    """The recipe's model as an `Oracle`."""
+    model = model_of(recipe).eval()
+    model.__class__ = Oracle
+    return model
+
+
+@pytest.mark.parametrize("norm_pix", [False, True])
+def test_a_perfect_reconstruction_is_the_image(norm_pix: bool) -> None:
+    """Patches land where they belong, visible ones are pasted back, and normalised targets are undone."""
+    recipe = dataclasses.replace(recipes.debug(), norm_pix_loss=norm_pix)
+    model = oracle(recipe)
+    images = torch.randint(0, 256, (3, 28, 28, 1), dtype=torch.uint8)
+    patches = Step(model, recipe, INFO).normalized_patches(images)
+    with torch.no_grad():
+        rebuilt = visualize.reconstruct(model, patches, random_mask(torch.rand(3, 49), 0.75))
+    torch.testing.assert_close(rebuilt, patches, atol=1e-4, rtol=1e-4)
+
+
+def test_visible_patches_stay_and_masked_ones_are_the_models() -> None:
+    recipe = recipes.debug()
+    model = model_of(recipe).eval()
+    patches = torch.randn(2, 49, 16)
+    mask = random_mask(torch.rand(2, 49), 0.75)
+    with torch.no_grad():
+        rebuilt, output = visualize.reconstruct(model, patches, mask), model(patches, mask)
+    assert torch.equal(rebuilt[~mask], patches[~mask])
+    torch.testing.assert_close(rebuilt[mask].reshape(output.reconstruction.shape), output.reconstruction)
+
+
+def test_true_loss_is_averaged_over_the_masks_that_hide_a_patch() -> None:
+    recipe = recipes.debug()
+    model, patches = model_of(recipe).eval(), torch.randn(2, 49, 16)
+    with torch.no_grad():
+        got = visualize.average_loss(model, patches, 0.75, seed=3)
+        generator = torch.Generator().manual_seed(3)
+        kept: list[list[list[float]]] = [[[] for _ in range(49)] for _ in range(2)]
+        for _ in range(visualize.TRUE_LOSS_MASKS):
+            mask = random_mask(torch.rand(2, 49, generator=generator), 0.75)
+            losses = model(patches, mask).per_patch_loss
+            for row in range(2):
+                for position, value in zip(mask[row].nonzero().flatten().tolist(), losses[row].tolist(), strict=True):
+                    kept[row][position].append(value)
+    want = torch.tensor([[sum(v) / len(v) if v else 0.0 for v in row] for row in kept])
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("changes", [{}, {"model": "mae_vit_nano_patch4_28", "mask_policy": "random",
+                                          "predict_loss": "none"}, {"channels": 3, "input_size": "24x40"}])  # fmt: skip
+def test_panel_has_a_row_per_image_and_a_column_per_name(changes: dict[str, Any]) -> None:
+    recipe = dataclasses.replace(recipes.debug(), **changes)
+    info = DatasetInfo(9, recipe.channels, (0.3,) * recipe.channels, (0.2,) * recipe.channels, ("a",))
+    height, width = recipe.image_size
+    images = torch.randint(0, 256, (2, height, width, recipe.channels), dtype=torch.uint8)
+    picture = visualize.panel(model_of(recipe).eval(), recipe, info, images, 0.5)
+    scale = -(-visualize.MIN_SIDE // width)
+    rows = 2 * (height * scale + visualize.GAP) + visualize.GAP + visualize.HEADER
+    assert picture.shape == (rows, 5 * (width * scale + visualize.GAP) + visualize.GAP, 3)
+    top = visualize.HEADER + visualize.GAP
+    first = picture[top : top + height * scale : scale, visualize.GAP : visualize.GAP + width * scale : scale]
+    assert np.array_equal(first, np.broadcast_to(images[0].numpy(), (height, width, 3)))
+
+
+def test_png_is_written_whole(tmp_path: Path) -> None:
+    picture = np.arange(300, dtype=np.uint8).reshape(10, 10, 3)
+    visualize.save_png(picture, tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as written:
+        assert np.array_equal(np.asarray(written), picture)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+def written_run(folder: Path) -> Path:
+    """What a run leaves: recipe, versions, and metrics with a repeated and an unfinished line."""
+    save_recipe(dataclasses.replace(recipes.debug(), steps_per_epoch=2), folder / "recipe.json")
+    versions = {"torch": "1", "deepspeed": "2", "fasthpm": "3", "commit": "abc", "world_size": 2, "device": "CPU"}
+    (folder / "versions.json").write_text(json.dumps(versions))
+    more = ("lr", "alpha", "ema_momentum")
+    lines = [json.dumps({"step": s, "epoch": s / 2, **dict.fromkeys((*TABLE, *more), v)}) for s, v in
+             ((1, 9.0), (2, 8.0), (2, 7.5), (3, 7.0))]  # fmt: skip
+    (folder / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 4, "los']))
+    return folder
+
+
+def test_report_tells_first_last_and_gain(tmp_path: Path) -> None:
+    run = written_run(tmp_path)
+    assert [record["loss"] for record in report.read_metrics(run)] == [9.0, 7.5, 7.0]
+    for weights, best in (("untrained", 60.0), ("student", 77.5)):
+        result = {"weights": weights, "pool": "mean", "accuracy": {"10": best, "20": 50.0}}
+        (run / f"knn_{weights}_mean.json").write_text(json.dumps(result))
+    text = report.write(run).read_text()
+    assert "| loss | 9 | 7 |" in text
+    assert "| student | mean | 77.50 | 50.00 |" in text
+    assert "+17.50 points over the untrained" in text
+    with Image.open(run / "curves.png") as curves:
+        assert curves.size == (1200, 600)
+
+
+def test_report_without_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"metrics\.jsonl is missing"):
+        report.write(tmp_path)
+
+
+def test_a_checkpoint_is_not_begun_without_space(tmp_path: Path) -> None:
+    require_space(tmp_path, 1000)
+    with pytest.raises(UserError, match="GiB left and a checkpoint needs about") as caught:
+        require_space(tmp_path, 10**13)
+    assert str(tmp_path) in str(caught.value)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,150 @@
+"""The fused step: masks that depend on samples alone, a teacher that is only held, and no waiting for the device."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import reference
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fasthpm import loss, recipes
+from fasthpm.data import DatasetInfo
+from fasthpm.mask import split_ids
+from fasthpm.recipe import Recipe
+from fasthpm.step import METRICS, Step, model_of
+
+INFO = DatasetInfo(100, 1, (0.3,), (0.2,), ("a",))
+ALPHA = torch.tensor(0.5, dtype=torch.float64)
+
+
+def step_of(**changes: Any) -> Step:
+    """The debug recipe's step, with a teacher unlike the student where the recipe has one."""
+    recipe = dataclasses.replace(recipes.debug(), **changes)
+    step = Step(model_of(recipe), recipe, INFO)
+    if recipe.uses_teacher:
+        step.attach_teacher(model_of(dataclasses.replace(recipe, seed=1)).eval().requires_grad_(False))
+    return step
+
+
+def batch(count: int = 6, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """uint8 images [count, 28, 28, 1] and their ids."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count, 28, 28, 1), dtype=torch.uint8, generator=generator), torch.arange(count) * 7
+
+
+def test_pixels_are_normalised_and_cut_as_the_model_cuts_them() -> None:
+    step = step_of()
+    images, _ = batch()
+    floats = ((images.float() / 255 - 0.3) / 0.2).permute(0, 3, 1, 2)
+    torch.testing.assert_close(step.normalized_patches(images), step.student.patchify(floats))
+    torch.testing.assert_close(step.normalized_patches(images)[2], reference.patches_of(floats[2], 4))
+    assert step.normalized_patches(images[:0]).shape == (0, 49, 16)
+
+
+def test_the_hardest_patches_by_the_teacher_are_masked() -> None:
+    step = step_of()
+    images, ids = batch()
+    mask = step(images, ids, torch.tensor(3), ALPHA).mask
+    masked, hard = reference.mask_counts(49, 0.75, 0.5)
+    assert (mask.sum(1) == masked).all()
+    difficulty = step._teacher[0].predict_loss(step.normalized_patches(images))
+    for row, values in zip(mask, difficulty, strict=True):
+        assert row[values.argsort(descending=True)[:hard]].all()
+
+
+def test_a_samples_mask_does_not_depend_on_its_batch() -> None:
+    step = step_of()
+    images, ids = batch()
+    whole = step(images, ids, torch.tensor(3), ALPHA).mask
+    parts = torch.cat([step(images[i : i + 2], ids[i : i + 2], torch.tensor(3), ALPHA).mask for i in (0, 2, 4)])
+    assert torch.equal(whole, parts)
+    assert not torch.equal(whole, step(images, ids, torch.tensor(4), ALPHA).mask)
+
+
+def test_the_easiest_policy_masks_the_other_end() -> None:
+    step = step_of(mask_policy="hpm_easiest")
+    images, ids = batch()
+    mask = step(images, ids, torch.tensor(0), ALPHA).mask
+    difficulty = step._teacher[0].predict_loss(step.normalized_patches(images))
+    for row, values in zip(mask, difficulty, strict=True):
+        assert row[values.argsort()[:18]].all()
+
+
+def test_teacher_is_not_part_of_the_module() -> None:
+    step = step_of()
+    assert not [name for name, _ in step.named_parameters() if not name.startswith("student.")]
+    assert sum(p.numel() for p in step.parameters()) == sum(p.numel() for p in step.student.parameters())
+
+
+def test_mae_is_the_same_step_without_teacher_and_predictor() -> None:
+    step = step_of(model="mae_vit_nano_patch4_28", mask_policy="random", predict_loss="none")
+    output = step(*batch(), torch.tensor(0), ALPHA)
+    metrics = dict(zip(METRICS, output.metrics.tolist(), strict=True))
+    assert metrics["loss"] == metrics["reconstruction_loss"]
+    assert metrics["difficulty_loss"] == 0
+    assert (output.mask.sum(1) == 37).all()
+
+
+def test_metrics_are_what_they_are_called() -> None:
+    step = step_of()
+    images, ids = batch()
+    output = step(images, ids, torch.tensor(3), ALPHA)
+    patches = step.normalized_patches(images)
+    with torch.no_grad():
+        again = step.student(patches, output.mask)
+    want = {"loss": again.loss, "reconstruction_loss": again.reconstruction_loss, "spearman":
+            reference.spearman(again.predicted_difficulty, again.per_patch_loss)}  # fmt: skip
+    seen = step._teacher[0].predict_loss(patches).gather(1, split_ids(output.mask, 37)[1])
+    want["teacher_spearman"] = loss.spearman(seen, again.per_patch_loss)
+    got = dict(zip(METRICS, output.metrics.tolist(), strict=True))
+    for name, value in want.items():
+        assert got[name] == pytest.approx(float(value), abs=1e-5), name
+
+
+class NoSynchronisation(TorchDispatchMode):
+    """Fails on operations that wait for a GPU: reading a number, and shapes that depend on values."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique2", "repeat_interleave", "equal")
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function._schema.name.split("::")[1]
+        assert name not in self.WAITING, f"{name} waits for the device"
+        if name in ("index", "index_put_"):
+            assert all(i is None or i.dtype != torch.bool for i in args[1]), "boolean indexing waits for the device"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("policy", ["hpm", "random"])
+def test_a_step_never_waits_for_the_device(policy: str) -> None:
+    step = step_of(mask_policy=policy)
+    images, ids = batch()
+    update = torch.tensor(3)
+    with NoSynchronisation():
+        step(images, ids, update, ALPHA).loss.backward()
+    with pytest.raises(AssertionError, match="waits for the device"), NoSynchronisation():
+        images[torch.ones(6, dtype=torch.bool)]
+
+
+def test_weights_follow_the_seed_alone() -> None:
+    recipe = recipes.debug()
+    torch.manual_seed(123)
+    one = model_of(recipe)
+    torch.manual_seed(456)
+    two = model_of(recipe)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    other = model_of(dataclasses.replace(recipe, seed=1))
+    assert not torch.equal(one.cls_token, other.cls_token)
+
+
+def test_gradients_reach_encoder_and_both_decoders_but_no_teacher() -> None:
+    step = step_of()
+    step(*batch(), torch.tensor(0), ALPHA).loss.backward()
+    missing = [name for name, p in step.named_parameters() if p.grad is None]
+    assert not missing
+    assert all(p.grad is None for p in step._teacher[0].parameters())
+
+
+def test_recipes_of_the_papers_have_the_papers_sizes() -> None:
+    assert Recipe().num_patches == 196
+    assert Recipe().num_masked == 147
