@@ -121,7 +121,9 @@ def _probes(run: Path) -> str:
     neighbours = list(results[0]["accuracy"])
     rows = "\n".join(_probe_row(result, neighbours) for result in results)
     head = " | ".join(f"k = {k}" for k in neighbours)
-    return (f"## k-NN top-1, percent\n\n| weights | pool | {head} |\n|---|---|{'---|' * len(neighbours)}\n{rows}\n"
+    banks = {result.get("bank_size", 0) for result in results}
+    voters = " and ".join(f"{bank:,}" if bank else "all" for bank in sorted(banks))
+    return (f"## k-NN top-1, percent\n\n{voters} labelled training images vote.\n\n| weights | pool | {head} |\n|---|---|{'---|' * len(neighbours)}\n{rows}\n"
             + _gain(results))  # fmt: skip
 
 

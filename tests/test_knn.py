@@ -8,7 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fasthpm import recipes
+from fasthpm.data import build_loader
 from fasthpm.probes import knn
+from fasthpm.step import model_of
 
 
 def slow_vote(bank: Tensor, bank_labels: Tensor, query: Tensor, k: int, num_classes: int) -> int:
@@ -49,3 +52,25 @@ def test_accuracy_counts_queries() -> None:
     assert accuracy[10] == 100
     wrong = knn.knn_accuracy(bank, labels, bank, (labels + 1) % 3, 3)
     assert wrong[10] == 0
+
+
+def test_a_limited_bank_is_the_first_samples_of_any_rank_count() -> None:
+    recipe = recipes.debug()
+    model = model_of(recipe).eval()
+    whole, shares = [], []
+    for world in (1, 3):
+        for rank in range(world):
+            loader = build_loader(
+                "synthetic:100", batch_size=8, image_size=(28, 28), channels=1, rank=rank, world_size=world, train=False
+            )
+            try:
+                rows, labels = knn.features(model, recipe, loader, "mean", torch.device("cpu"), 37, world, quiet=True)
+            finally:
+                loader.close()
+            (whole if world == 1 else shares).append((rows, labels))
+    assert whole[0][0].shape == (37, 128)
+    assert sum(len(rows) for rows, _ in shares) == 37
+    own, split = (torch.cat([rows for rows, _ in parts]) for parts in (whole, shares))
+    order, other = own[:, 0].argsort(), split[:, 0].argsort()
+    torch.testing.assert_close(own[order], split[other])
+    torch.testing.assert_close(own.norm(dim=1), torch.ones(37))

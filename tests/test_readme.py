@@ -76,7 +76,7 @@ def test_the_debug_command_runs_and_its_output_is_usable(tmp_path: Path) -> None
     assert (tmp_path / "panel.png").read_bytes()[:4] == b"\x89PNG"
     exported = check_ranks("fasthpm", "export", run, "-o", tmp_path / "encoder.safetensors", launcher="python")
     assert "timm agrees within" in exported
-    paths = ("--train_path", "synthetic:150", "--val_path", "synthetic:45", "--batch_size", 16)
+    paths = ("--train_path", "synthetic:150", "--val_path", "synthetic:45", "--batch_size", 16, "--bank_size", 101)
     one = check_ranks("fasthpm", "knn", run, *paths, "-o", tmp_path / "one.json", launcher="python")
     two = check_ranks("fasthpm", "knn", run, *paths, "-o", tmp_path / "two.json", launcher="torchrun")
     assert "k-NN top-1 (student, cls)" in one

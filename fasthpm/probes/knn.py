@@ -8,6 +8,7 @@ centre-cropped (224/256 of the short side, or whole where the set is stored at t
 """
 
 import argparse
+import itertools
 import json
 import sys
 import time
@@ -23,7 +24,7 @@ from tqdm import tqdm
 from fasthpm import engine
 from fasthpm.checkpoint import load_weights
 from fasthpm.cli import Parser
-from fasthpm.data import Loader, build_loader
+from fasthpm.data import DatasetInfo, Loader, build_loader
 from fasthpm.errors import UserError
 from fasthpm.model import HPMViT
 from fasthpm.recipe import Recipe
@@ -36,21 +37,31 @@ CHUNK = 1024  # queries compared with the bank at a time: bounds memory to CHUNK
 
 @torch.inference_mode()
 def features(
-    model: HPMViT, recipe: Recipe, loader: Loader, pool: str, device: torch.device, quiet: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
-    """This rank's L2-normalised features float32 [N, D], labels int64 [N] and sample ids int64 [N].
+    model: HPMViT,
+    recipe: Recipe,
+    loader: Loader,
+    pool: str,
+    device: torch.device,
+    limit: int = 0,
+    world_size: int = 1,
+    quiet: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """This rank's L2-normalised features float32 [N, D] and labels int64 [N].
 
     - `pool`: "cls" (the cls token) or "mean" (of the patch tokens), after the encoder's final norm
+    - `limit`: only samples whose id is below this; 0 = all
     """
     step = Step(model, recipe, loader.info)
-    parts: list[tuple[Tensor, Tensor, Tensor]] = []
-    for batch in tqdm(loader, desc=f"{pool} features", unit="batch", disable=quiet, leave=False):
+    parts = [(model.cls_token.new_zeros(0, model.cls_token.shape[-1]), torch.zeros(0, device=device).long())]
+    total = -(-limit // (loader.batch_size * world_size)) if limit else len(loader)
+    batches = itertools.islice(loader, total)
+    for batch in tqdm(batches, desc=f"{pool} features", unit="batch", disable=quiet, leave=False, total=total):
         tokens = model.encode(step.normalized_patches(batch.images.to(device)))
         pooled = tokens[:, 0] if pool == "cls" else tokens[:, 1:].mean(dim=1)
-        parts.append((F.normalize(pooled.float(), dim=1), batch.labels.to(device), batch.ids.to(device)))
-    if not parts:  # a rank beyond the end of a small set
-        return model.cls_token.new_zeros(0, model.cls_token.shape[-1]), *torch.zeros(2, 0, device=device).long()
-    return tuple(torch.cat(column) for column in zip(*parts, strict=True))  # type: ignore[return-value]
+        kept = batch.ids < (limit or loader.info.num_samples)
+        parts.append((F.normalize(pooled.float(), dim=1)[kept], batch.labels.to(device)[kept]))
+    rows, labels = (torch.cat(column) for column in zip(*parts, strict=True))
+    return rows, labels
 
 
 def vote(bank: Tensor, bank_labels: Tensor, queries: Tensor, num_classes: int) -> dict[int, Tensor]:
@@ -100,33 +111,41 @@ def gather_rows(rows: Tensor, world_size: int) -> Tensor:
 
 def evaluate(arguments: argparse.Namespace, launch: engine.Launch) -> dict[int, float]:
     """Accuracy per k of one model, all ranks together."""
-    model, recipe = load_weights(arguments.run, arguments.weights)
-    model = model.to(launch.device)
-    quiet = launch.rank != 0
-    sides = []
-    for path in (arguments.train_path, arguments.val_path):
-        loader = build_loader(
-            path,
-            batch_size=arguments.batch_size,
-            image_size=recipe.image_size,
-            channels=recipe.channels,
-            rank=launch.rank,
-            world_size=launch.world_size,
-            num_workers=arguments.num_workers,
-            train=False,
-        )
-        try:
-            sides.append((features(model, recipe, loader, arguments.pool, launch.device, quiet), loader.info))
-        finally:
-            loader.close()
-    ((bank, bank_labels, _), info), ((queries, labels, _), val_info) = sides
-    if info.classes != val_info.classes:
-        raise UserError(
-            f"{arguments.train_path} has {len(info.classes)} classes, {arguments.val_path} has "
-            f"{len(val_info.classes)} or others; expected two splits of the same data set"
-        )
+    with engine.in_agreement():
+        model, recipe = load_weights(arguments.run, arguments.weights)
+        model = model.to(launch.device)
+        (bank, bank_labels), info = _side(arguments, arguments.train_path, model, recipe, launch, arguments.bank_size)
+        (queries, labels), val_info = _side(arguments, arguments.val_path, model, recipe, launch)
+        if info.classes != val_info.classes:
+            raise UserError(
+                f"{arguments.train_path} has {len(info.classes)} classes, {arguments.val_path} has "
+                f"{len(val_info.classes)} or others; expected two splits of the same data set"
+            )
     bank, bank_labels = gather_rows(bank, launch.world_size), gather_rows(bank_labels, launch.world_size)
     return knn_accuracy(bank, bank_labels, queries, labels, len(info.classes), launch.world_size)
+
+
+def _side(
+    arguments: argparse.Namespace, path: str, model: HPMViT, recipe: Recipe, launch: engine.Launch, limit: int = 0
+) -> tuple[tuple[Tensor, Tensor], DatasetInfo]:
+    """Features and labels of this rank's share of one data set."""
+    loader = build_loader(
+        path,
+        batch_size=arguments.batch_size,
+        image_size=recipe.image_size,
+        channels=recipe.channels,
+        rank=launch.rank,
+        world_size=launch.world_size,
+        num_workers=arguments.num_workers,
+        train=False,
+    )
+    try:
+        quiet = launch.rank != 0
+        return features(
+            model, recipe, loader, arguments.pool, launch.device, limit, launch.world_size, quiet
+        ), loader.info
+    finally:
+        loader.close()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -138,12 +157,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--weights", choices=("student", "teacher", "untrained"), default="student")
     parser.add_argument("--pool", choices=("cls", "mean"), default="cls", help="cls token, or mean of the patches")
     parser.add_argument("--batch_size", type=int, default=256, help="images per device and forward")
+    parser.add_argument("--bank_size", type=int, default=0, help="vote with the first N training images; 0 = all")
     parser.add_argument("--num_workers", type=int, default=0, help="decoding threads; 0 = cores / ranks")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument(
         "-o", "--output", type=Path, default=None, help="JSON result (default: RUN/knn_WEIGHTS_POOL.json)"
     )
     arguments = parser.parse_args(argv)
+    if arguments.batch_size < 1 or arguments.bank_size < 0:
+        raise UserError(
+            f"batch_size is {arguments.batch_size}, expected 1 or more; bank_size is {arguments.bank_size}, expected 0 "
+            f"or more"
+        )
     begin = time.perf_counter()
     with engine.session() as launch:
         accuracy = evaluate(arguments, launch)
@@ -160,6 +185,7 @@ def _report(arguments: argparse.Namespace, accuracy: dict[int, float], seconds: 
         "pool": arguments.pool,
         "train_path": arguments.train_path,
         "val_path": arguments.val_path,
+        "bank_size": arguments.bank_size,
         "accuracy": {str(k): round(value, 3) for k, value in accuracy.items()},
         "seconds": round(seconds, 1),
     }
