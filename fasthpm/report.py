@@ -123,8 +123,8 @@ def _probes(run: Path) -> str:
     head = " | ".join(f"k = {k}" for k in neighbours)
     banks = {result.get("bank_size", 0) for result in results}
     voters = " and ".join(f"{bank:,}" if bank else "all" for bank in sorted(banks))
-    return (f"## k-NN top-1, percent\n\n{voters} labelled training images vote.\n\n| weights | pool | {head} |\n|---|---|{'---|' * len(neighbours)}\n{rows}\n"
-            + _gain(results))  # fmt: skip
+    table = f"| weights | pool | {head} |\n|---|---|{'---|' * len(neighbours)}\n{rows}\n"
+    return f"## k-NN top-1, percent\n\n{voters} labelled training images vote.\n\n{table}" + _gain(results)
 
 
 def _probe_row(result: dict[str, Any], neighbours: list[str]) -> str:
