@@ -218,15 +218,23 @@ def draw_panel(run: Run, metrics: Metrics) -> None:
 
 
 def prepare_output(run: Run) -> None:
-    """Create output_dir and write what the run is: recipe, merged DeepSpeed JSON, versions (rank 0)."""
+    """Create output_dir and write what the run is: recipe, merged DeepSpeed JSON, versions (rank 0).
+
+    **Raises:** `UserError` if the folder cannot be written or has no space for a checkpoint.
+    """
     output_dir = Path(run.recipe.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    save_recipe(run.recipe, output_dir / checkpoint.RECIPE)
     config = engine.merge_config(run.recipe.deepspeed_config, run.recipe, run.launch.world_size)
-    (output_dir / "deepspeed.json").write_text(json.dumps(config, indent=2) + "\n")
-    (output_dir / "versions.json").write_text(
-        json.dumps(versions(run.launch.device, run.launch.world_size), indent=2) + "\n"
-    )
+    made_with = versions(run.launch.device, run.launch.world_size)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        checkpoint.require_space(output_dir, run.num_parameters)
+        save_recipe(run.recipe, output_dir / checkpoint.RECIPE)
+        (output_dir / "deepspeed.json").write_text(json.dumps(config, indent=2) + "\n")
+        (output_dir / "versions.json").write_text(json.dumps(made_with, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(
+            f"output_dir {output_dir} cannot be written ({error.strerror}); choose another --output_dir"
+        ) from error
 
 
 def finish(run: Run) -> None:
@@ -252,12 +260,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     with engine.session() as launch:
         run = build(asked, launch)
         recipe = run.recipe
+        with engine.in_agreement():
+            if launch.rank == 0:
+                prepare_output(run)
         if launch.rank == 0:
-            prepare_output(run)
             effective = f"{recipe.global_batch_size} = {recipe.batch_size} x {launch.world_size} x {recipe.accum_iter}"
             print(f"{recipe.recipe}: lr {recipe.lr:.3e}, global batch {effective}, {recipe.total_steps} updates, "
                   f"{launch.device.type}", file=sys.stderr)  # fmt: skip
-        dist.barrier()
         dtype = next(run.step.student.parameters()).dtype
         metrics = Metrics(
             Path(recipe.output_dir), rank=launch.rank, world_size=launch.world_size, total_steps=recipe.total_steps,

@@ -76,7 +76,6 @@ class Recipe:
     keep_checkpoints: int = option(3, "checkpoints kept; the newest valid one is never deleted", run_only=True)
     panel_every: int = option(10, "epochs between two picture panels; 0 = off", run_only=True)
     stop_after: int = option(0, "stop after this many updates, keeping the schedule; 0 = never", run_only=True)
-    compile: bool = option(False, "torch.compile the step (ZeRO 0-2)", run_only=True)
 
     def __post_init__(self) -> None:
         self._check_types()

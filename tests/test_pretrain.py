@@ -137,6 +137,7 @@ def test_wrong_input_on_one_machine(tmp_path: Path) -> None:
         "gradient_clipping is 1.0, but the recipe's clip_grad is 5.0": ("--deepspeed_config", contradiction),
         "belongs to a run with mask_ratio 0.75, this one has 0.6": ("--mask_ratio", 0.6, "--output_dir", taken),
         "truncated.beton": ("--data_path", truncated),
+        "cannot be written (Not a directory)": ("--output_dir", truncated / "run"),
     }
     for message, arguments in cases.items():
         output_dir = tmp_path / "fresh"
