@@ -9,7 +9,6 @@ import io
 import json
 import logging
 import os
-import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
@@ -74,7 +73,6 @@ def start() -> Launch:
     """
     timeout = _timeout(os.environ)
     rank, local_rank, world_size, local_world_size = _place(os.environ)
-    _own_tools_first()
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
@@ -155,14 +153,6 @@ def _device(accelerator: str, local_rank: int, local_world_size: int) -> torch.d
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
-
-
-def _own_tools_first() -> None:
-    """Compilers called later (torch.compile, DeepSpeed) look for ninja on the PATH, where no one activated a venv."""
-    folder = str(Path(sys.executable).parent)
-    paths = os.environ.get("PATH", "").split(os.pathsep)
-    if folder not in paths:
-        os.environ["PATH"] = os.pathsep.join([folder, *paths])
 
 
 def _quieten(rank: int) -> None:

@@ -213,8 +213,10 @@ class MasterLayout:
 def _common_elements(group: Group, slot: Slot, shard: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """The elements of a parameter that this rank's shard claims to hold: out of the shard, and out of the parameter."""
     if slot.stripe:
-        own = weight.ds_tensor  # type: ignore[attr-defined]  # set by ZeRO 3
-        return shard[slot.offset : slot.offset + slot.stripe], own.detach().reshape(-1)
+        own = weight.ds_tensor.detach().reshape(-1)  # type: ignore[attr-defined]  # set by ZeRO 3
+        # Behind the parameter's last element lies uninitialised padding, in which a NaN would equal nothing.
+        count = min(max(slot.shape.numel() - group.index * slot.stripe, 0), slot.stripe)
+        return shard[slot.offset : slot.offset + count], own[:count]
     start = group.index * len(shard)
     first, last = max(slot.offset, start), min(slot.offset + slot.shape.numel(), start + len(shard))
     if first >= last:

@@ -16,13 +16,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from launch import run_ranks
 from torch import nn
 
 from fasthpm import engine
 from fasthpm.cli import run_command
 from fasthpm.errors import UserError
 from fasthpm.recipe import Recipe
-from tests.launch import run_ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 PRESETS = sorted((ROOT / "ds_configs").glob("*.json"))

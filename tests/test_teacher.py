@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from launch import check_ranks
 from torch import Tensor, nn
 
 from fasthpm import engine as engines
 from fasthpm.errors import UserError
 from fasthpm.recipe import Recipe
 from fasthpm.teacher import EMATeacher
-from fasthpm.zero import MasterLayout, full_state
-from tests.launch import check_ranks
+from fasthpm.zero import Group, MasterLayout, Slot, _common_elements, full_state
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, CHECKPOINT_STEP = 20, 10
@@ -296,6 +296,18 @@ def test_an_unknown_deepspeed_is_one_clear_error(stage: int) -> None:
     )  # fmt: skip
     with pytest.raises(UserError, match=r"deepspeed .* keeps its master weights differently .* constraints\.txt"):
         MasterLayout(changed)
+
+
+@pytest.mark.parametrize(("rank", "known"), [(0, [1.0, 2.0]), (1, [3.0])])
+def test_padding_behind_a_parameter_is_not_compared(rank: int, known: list[float]) -> None:
+    """ZeRO 3 leaves it uninitialised, and it may well read as NaN."""
+    stripe = torch.tensor([*known, *[float("nan")] * (2 - len(known))])
+    group = Group(stripe, torch.float32, (Slot("w", torch.Size([3]), 0, 2),), shards=2, index=rank)
+    weight = nn.Parameter(torch.zeros(3))
+    weight.ds_tensor = stripe.clone()  # type: ignore[attr-defined]
+    assert torch.equal(*_common_elements(group, group.slots[0], stripe, weight))
+    weight.ds_tensor[0] += 1  # type: ignore[attr-defined]
+    assert not torch.equal(*_common_elements(group, group.slots[0], stripe, weight))
 
 
 def test_one_and_two_ranks_learn_the_same(measured: dict[int, Path]) -> None:
