@@ -24,6 +24,12 @@ from fasthpm.errors import UserError
 from fasthpm.step import METRICS, StepOutput
 
 FORENSICS = "nonfinite"
+TENSORBOARD_GROUPS = {
+    "loss": ("loss", "reconstruction_loss", "difficulty_loss"),
+    "predictor": ("spearman", "pair_accuracy", "teacher_spearman"),
+    "schedule": ("lr", "alpha", "ema_momentum", "grad_norm"),
+    "speed": ("images_per_second", "data_wait_percent", "teacher_percent", "mfu_percent", "memory_gib"),
+}
 
 
 class Metrics:
@@ -133,8 +139,9 @@ class Metrics:
         if not self._writer:
             return
         self._log.write(json.dumps({"step": step, "epoch": epoch, "time": time.time(), **record}) + "\n")
-        for name, value in record.items():
-            self._writer.add_scalar(name, value, step)
+        for group, names in TENSORBOARD_GROUPS.items():
+            for name in names:
+                self._writer.add_scalar(f"{group}/{name}", record[name], step)
         self.progress.set_postfix(
             loss=f"{record['loss']:.3f}",
             img_s=f"{record['images_per_second']:.0f}",

@@ -12,6 +12,7 @@ import pytest
 import torch
 from launch import ROOT, check_ranks, run_ranks
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fasthpm.checkpoint import damage, newest_valid
 from fasthpm.report import read_metrics
@@ -56,7 +57,11 @@ def test_two_deepspeed_ranks_run_every_preset(name: str, tmp_path: Path) -> None
         "panels/step-00000004.png",
     ):
         assert (tmp_path / name_of_file).stat().st_size > 0
-    assert list((tmp_path / "tensorboard").iterdir())
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in board.Scalars("predictor/teacher_spearman")] == [2, 4]
+    shown = {tag.partition("/")[2] for tag in board.Tags()["scalars"]}
+    assert shown == set(records[0]) - {"step", "epoch", "time"}
+    assert board.Tags()["images"] == ["panel"]
     folder = newest_valid(tmp_path, pytest.fail)
     assert folder is not None
     assert damage(folder) == ""
