@@ -2,12 +2,14 @@
 
 import argparse
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from fasthpm.errors import UserError, nearest
 
 EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
+LINGER = 3.0  # seconds: a launcher kills all ranks as soon as one has left, and one of them may not have printed yet
 
 
 class Parser(argparse.ArgumentParser):
@@ -33,7 +35,9 @@ def run_command(main: Callable[[Sequence[str] | None], None], argv: Sequence[str
     try:
         main(argv)
     except UserError as error:
-        if not error.printed_elsewhere:
+        if error.printed_elsewhere:
+            time.sleep(LINGER)
+        else:
             print(f"fasthpm: error: {error}", file=sys.stderr, flush=True)
         sys.exit(EXIT_USER_ERROR)
     except KeyboardInterrupt:

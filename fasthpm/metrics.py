@@ -52,7 +52,7 @@ class Metrics:
     ) -> None:
         self.output_dir, self.rank, self.world_size, self.device = output_dir, rank, world_size, device
         self.flops_per_sample, self.matmul_rate = flops_per_sample, matmul_rate
-        self._recent: collections.deque[tuple[int, Tensor, StepOutput]] = collections.deque()
+        self._recent: collections.deque[tuple[int, Tensor, Tensor, Tensor]] = collections.deque()
         self._sum = torch.zeros(len(METRICS), device=device)
         self._count = self._samples = 0
         self.restart()
@@ -78,7 +78,7 @@ class Metrics:
         self._sum = self._sum + output.metrics
         self._count += 1
         self._samples += len(batch.ids)
-        self._recent.append((step, batch.ids, output))
+        self._recent.append((step, batch.ids, output.mask, output.metrics))
 
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:
@@ -153,9 +153,9 @@ class Metrics:
         folder = self.output_dir / FORENSICS
         folder.mkdir(exist_ok=True)
         bad = [
-            {"step": when, "ids": ids.cpu(), "mask": out.mask.cpu(), "metrics": out.metrics.cpu()}
-            for when, ids, out in self._recent
-            if not torch.isfinite(out.metrics).all()
+            {"step": when, "ids": ids.cpu(), "mask": mask.cpu(), "metrics": values.cpu()}
+            for when, ids, mask, values in self._recent
+            if not torch.isfinite(values).all()
         ]
         torch.save({"metrics": METRICS, "micro_steps": bad}, folder / f"rank{self.rank}.pt")
         engine.agree(

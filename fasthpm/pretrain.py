@@ -206,7 +206,7 @@ def draw_panel(run: Run, metrics: Metrics) -> None:
     weights = run.weights()
     if run.launch.rank:
         return
-    model = model_of(run.recipe).eval()
+    model = model_of(run.recipe).eval().to(run.launch.device)
     model.load_state_dict(weights.get("teacher", weights["student"]))
     images, info = visualize.fixed_images(run.recipe, PANEL_IMAGES)
     alpha = schedule.alpha_at(run.recipe, run.done - 1)

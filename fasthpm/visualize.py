@@ -54,9 +54,9 @@ def panel(model: HPMViT, recipe: Recipe, info: DatasetInfo, images: Tensor, alph
     column stays empty and the mask is random.
     """
     step = Step(model, recipe, info)
-    patches = step.normalized_patches(images)
-    noise = torch.rand(2, *patches.shape[:2], generator=torch.Generator().manual_seed(recipe.seed))
-    predicted = model.predict_loss(patches) if recipe.predict_loss != "none" else torch.zeros(patches.shape[:2])
+    patches = step.normalized_patches(images.to(model.cls_token.device))
+    noise = torch.rand(2, *patches.shape[:2], generator=torch.Generator().manual_seed(recipe.seed)).to(patches.device)
+    predicted = model.predict_loss(patches) if recipe.predict_loss != "none" else torch.zeros_like(noise[0])
     hard = alpha if recipe.uses_teacher else 0.0
     mask = masks.easy_to_hard_mask(
         predicted, recipe.mask_ratio, hard, noise=noise, easiest=recipe.mask_policy == "hpm_easiest"
@@ -84,9 +84,9 @@ def reconstruct(model: HPMViT, patches: Tensor, mask: Tensor) -> Tensor:
 def average_loss(model: HPMViT, patches: Tensor, mask_ratio: float, seed: int) -> Tensor:
     """Reconstruction loss of every patch, averaged over the random masks that hide it: [N, L]."""
     generator = torch.Generator().manual_seed(seed)
-    total, count = torch.zeros(patches.shape[:2]), torch.zeros(patches.shape[:2])
+    total, count = torch.zeros_like(patches[:, :, 0]), torch.zeros_like(patches[:, :, 0])
     for _ in range(TRUE_LOSS_MASKS):
-        mask = masks.random_mask(torch.rand(patches.shape[:2], generator=generator), mask_ratio)
+        mask = masks.random_mask(torch.rand(patches.shape[:2], generator=generator).to(patches.device), mask_ratio)
         output = model(patches, mask)
         ids = masks.split_ids(mask, output.per_patch_loss.shape[1])[1]
         total.scatter_add_(1, ids, output.per_patch_loss)
@@ -98,12 +98,12 @@ def average_loss(model: HPMViT, patches: Tensor, mask_ratio: float, seed: int) -
 def _to_pixels(model: HPMViT, step: Step, patches: Tensor) -> np.ndarray:
     """Normalised patches [N, L, P*P*C] -> uint8 [N, H, W, C]."""
     images = model.unpatchify(patches).permute(0, 2, 3, 1) * step.std + step.mean
-    return images.round().clamp(0, 255).to(torch.uint8).numpy()
+    return images.round().clamp(0, 255).to(torch.uint8).cpu().numpy()
 
 
 def _spread(model: HPMViT, values: Tensor) -> np.ndarray:
     """One value per patch [N, L] -> one per pixel [N, H, W]."""
-    grid = values.reshape(len(values), *model.grid_size).numpy()
+    grid = values.reshape(len(values), *model.grid_size).cpu().numpy()
     return grid.repeat(model.patch_size, axis=1).repeat(model.patch_size, axis=2)
 
 

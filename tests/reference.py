@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-def ema(teacher: float, student: float, momentum: float) -> float:
+def ema(teacher: Tensor, student: Tensor, momentum: float) -> Tensor:
     """Eq. 1."""
     return momentum * teacher + (1 - momentum) * student
 

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
+import reference
 import torch
 from launch import check_ranks
 from torch import Tensor, nn
@@ -140,7 +141,7 @@ def measure(config: dict[str, Any], recipe: Recipe, launch: engines.Launch, fold
     for step in run.train(range(STEPS)):
         found["copy_equal"] &= run.copy_is_rounded_ema()
         master, m = to_double(full_state(run.layout, "master")), momentum_at(step)
-        exact = {name: m * exact[name] + (1 - m) * master[name] for name in master}
+        exact = {name: reference.ema(exact[name], master[name], m) for name in master}
         bf16 = {name: (m * bf16[name] + (1 - m) * master[name]).bfloat16().double() for name in master}
         if step == CHECKPOINT_STEP - 1:
             middle = run.states()
