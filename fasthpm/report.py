@@ -118,29 +118,34 @@ def _probes(run: Path) -> str:
     results: list[dict[str, Any]] = [json.loads(path.read_text()) for path in sorted(run.glob("knn_*.json"))]
     if not results:
         return ""
+    results.sort(key=lambda result: (result["bank_size"], result["pool"], result["weights"]))
     neighbours = list(results[0]["accuracy"])
-    rows = "\n".join(_probe_row(result, neighbours) for result in results)
     head = " | ".join(f"k = {k}" for k in neighbours)
-    banks = {result.get("bank_size", 0) for result in results}
-    voters = " and ".join(f"{bank:,}" if bank else "all" for bank in sorted(banks))
-    table = f"| weights | pool | {head} |\n|---|---|{'---|' * len(neighbours)}\n{rows}\n"
-    return f"## k-NN top-1, percent\n\n{voters} labelled training images vote.\n\n{table}" + _gain(results)
+    rows = "\n".join(_probe_row(result, neighbours) for result in results)
+    table = f"| voters | weights | pool | {head} |\n|---|---|---|{'---|' * len(neighbours)}\n{rows}\n"
+    return f"## k-NN top-1, percent\n\n{table}" + _gains(results)
+
+
+def _voters(result: dict[str, Any]) -> str:
+    return f"{result['bank_size']:,}" if result["bank_size"] else "all"
 
 
 def _probe_row(result: dict[str, Any], neighbours: list[str]) -> str:
     figures = " | ".join(f"{result['accuracy'].get(k, float('nan')):.2f}" for k in neighbours)
-    return f"| {result['weights']} | {result['pool']} | {figures} |"
+    return f"| {_voters(result)} | {result['weights']} | {result['pool']} | {figures} |"
 
 
-def _gain(results: list[dict[str, Any]]) -> str:
-    """Best accuracy of the student over that of the untrained encoder, where both were probed alike."""
-    lines = []
-    for pool in ("cls", "mean"):
-        best = {r["weights"]: max(r["accuracy"].values()) for r in results if r["pool"] == pool}
-        if {"student", "untrained"} <= best.keys():
-            lines.append(f"\nPretraining gains {best['student'] - best['untrained']:+.2f} points over the untrained "
-                         f"encoder ({pool}, best k of each).\n")  # fmt: skip
-    return "".join(lines)
+def _gains(results: list[dict[str, Any]]) -> str:
+    """Best accuracy of the student over that of the untrained encoder, wherever both were probed alike."""
+    best: dict[tuple[str, str], dict[str, float]] = {}
+    for result in results:
+        best.setdefault((_voters(result), result["pool"]), {})[result["weights"]] = max(result["accuracy"].values())
+    return "".join(
+        f"\nPretraining gains {found['student'] - found['untrained']:+.2f} points over the untrained encoder with "
+        f"{voters} labelled training images voting ({pool}, best k of each).\n"
+        for (voters, pool), found in best.items()
+        if {"student", "untrained"} <= found.keys()
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -19,7 +19,7 @@ probe() {
     local weights=$1 result=$out/knn_$1_mean.json
     [ "$result" -nt "$out/encoder.safetensors" ] && return
     "$python" -m torch.distributed.run --standalone --nproc-per-node "$ranks" -m fasthpm knn "$out" \
-        --train_path "$data/train.beton" --val_path "$data/val.beton" --weights "$weights" --pool mean --bank_size 10000
+        --train_path "$data/train.beton" --val_path "$data/val.beton" --weights "$weights" --pool mean --bank_size 10000 0
 }
 
 step "1/4 Fashion-MNIST as FFCV files"

@@ -64,13 +64,15 @@ def test_a_limited_bank_is_the_first_samples_of_any_rank_count() -> None:
                 "synthetic:100", batch_size=8, image_size=(28, 28), channels=1, rank=rank, world_size=world, train=False
             )
             try:
-                rows, labels = knn.features(model, recipe, loader, "mean", torch.device("cpu"), 37, world, quiet=True)
+                found = knn.features(model, recipe, loader, "mean", torch.device("cpu"), 37, world, quiet=True)
             finally:
                 loader.close()
-            (whole if world == 1 else shares).append((rows, labels))
-    assert whole[0][0].shape == (37, 128)
-    assert sum(len(rows) for rows, _ in shares) == 37
-    own, split = (torch.cat([rows for rows, _ in parts]) for parts in (whole, shares))
-    order, other = own[:, 0].argsort(), split[:, 0].argsort()
-    torch.testing.assert_close(own[order], split[other])
+            (whole if world == 1 else shares).append(found)
+    assert whole[0].ids.tolist() == list(range(37))
+    own, split = (torch.cat([found.rows for found in parts]) for parts in (whole, shares))
+    ids = torch.cat([found.ids for found in shares])
+    torch.testing.assert_close(own, split[ids.argsort()])
+    fewer = knn.first(whole[0], 5)
+    assert torch.equal(fewer.rows, own[:5])
+    assert torch.equal(fewer.labels, whole[0].labels[:5])
     torch.testing.assert_close(own.norm(dim=1), torch.ones(37))

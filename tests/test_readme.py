@@ -79,7 +79,7 @@ def test_the_debug_command_runs_and_its_output_is_usable(tmp_path: Path) -> None
     paths = ("--train_path", "synthetic:150", "--val_path", "synthetic:45", "--batch_size", 16, "--bank_size", 101)
     one = check_ranks("fasthpm", "knn", run, *paths, "-o", tmp_path / "one.json", launcher="python")
     two = check_ranks("fasthpm", "knn", run, *paths, "-o", tmp_path / "two.json", launcher="torchrun")
-    assert "k-NN top-1 (student, cls)" in one
+    assert "k-NN top-1 (student, cls, 101 voters)" in one
     line = next(line for line in one.splitlines() if "k-NN top-1" in line)
     assert line in two  # any number of ranks gives the same accuracy
     assert "Pretraining" not in check_ranks("fasthpm", "report", run, launcher="python")

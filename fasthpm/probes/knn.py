@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -35,6 +36,14 @@ TEMPERATURE = 0.07
 CHUNK = 1024  # queries compared with the bank at a time: bounds memory to CHUNK x bank similarities
 
 
+class Features(NamedTuple):
+    """Features of some samples."""
+
+    rows: Tensor  # float32 [N, D], L2-normalised
+    labels: Tensor  # int64 [N]
+    ids: Tensor  # int64 [N], each sample's number in its data set
+
+
 @torch.inference_mode()
 def features(
     model: HPMViT,
@@ -45,23 +54,28 @@ def features(
     limit: int = 0,
     world_size: int = 1,
     quiet: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """This rank's L2-normalised features float32 [N, D] and labels int64 [N].
+) -> Features:
+    """This rank's features of its share of a data set.
 
     - `pool`: "cls" (the cls token) or "mean" (of the patch tokens), after the encoder's final norm
     - `limit`: only samples whose id is below this; 0 = all
     """
     step = Step(model, recipe, loader.info)
-    parts = [(model.cls_token.new_zeros(0, model.cls_token.shape[-1]), torch.zeros(0, device=device).long())]
+    none = torch.zeros(0, device=device).long()
+    parts = [Features(model.cls_token.new_zeros(0, model.cls_token.shape[-1]), none, none)]
     total = -(-limit // (loader.batch_size * world_size)) if limit else len(loader)
     batches = itertools.islice(loader, total)
     for batch in tqdm(batches, desc=f"{pool} features", unit="batch", disable=quiet, leave=False, total=total):
         tokens = model.encode(step.normalized_patches(batch.images.to(device)))
         pooled = tokens[:, 0] if pool == "cls" else tokens[:, 1:].mean(dim=1)
-        kept = batch.ids < (limit or loader.info.num_samples)
-        parts.append((F.normalize(pooled.float(), dim=1)[kept], batch.labels.to(device)[kept]))
-    rows, labels = (torch.cat(column) for column in zip(*parts, strict=True))
-    return rows, labels
+        rows = F.normalize(pooled.float(), dim=1)
+        parts.append(first(Features(rows, batch.labels.to(device), batch.ids.to(device)), limit))
+    return Features(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def first(bank: Features, size: int) -> Features:
+    """Those of `bank` whose id is below `size`; 0 = all."""
+    return Features(*(column[bank.ids < size] for column in bank)) if size else bank
 
 
 def vote(bank: Tensor, bank_labels: Tensor, queries: Tensor, num_classes: int) -> dict[int, Tensor]:
@@ -109,26 +123,32 @@ def gather_rows(rows: Tensor, world_size: int) -> Tensor:
     return torch.cat([part[: int(n)] for part, n in zip(parts, counts, strict=True)])
 
 
-def evaluate(arguments: argparse.Namespace, launch: engine.Launch) -> dict[int, float]:
-    """Accuracy per k of one model, all ranks together."""
+def evaluate(arguments: argparse.Namespace, launch: engine.Launch) -> dict[int, dict[int, float]]:
+    """Accuracy per k of one model for every bank size, all ranks together."""
+    sizes = arguments.bank_size
     with engine.in_agreement():
         model, recipe = load_weights(arguments.run, arguments.weights)
         model = model.to(launch.device)
-        (bank, bank_labels), info = _side(arguments, arguments.train_path, model, recipe, launch, arguments.bank_size)
-        (queries, labels), val_info = _side(arguments, arguments.val_path, model, recipe, launch)
+        largest = 0 if 0 in sizes else max(sizes)
+        bank, info = _side(arguments, arguments.train_path, model, recipe, launch, largest)
+        queries, val_info = _side(arguments, arguments.val_path, model, recipe, launch)
         if info.classes != val_info.classes:
             raise UserError(
                 f"{arguments.train_path} has {len(info.classes)} classes, {arguments.val_path} has "
                 f"{len(val_info.classes)} or others; expected two splits of the same data set"
             )
-    bank, bank_labels = gather_rows(bank, launch.world_size), gather_rows(bank_labels, launch.world_size)
-    return knn_accuracy(bank, bank_labels, queries, labels, len(info.classes), launch.world_size)
+    bank = Features(*(gather_rows(column, launch.world_size) for column in bank))
+    results = {}
+    for size in sizes:
+        rows, labels, _ = first(bank, size)
+        results[size] = knn_accuracy(rows, labels, queries.rows, queries.labels, len(info.classes), launch.world_size)
+    return results
 
 
 def _side(
     arguments: argparse.Namespace, path: str, model: HPMViT, recipe: Recipe, launch: engine.Launch, limit: int = 0
-) -> tuple[tuple[Tensor, Tensor], DatasetInfo]:
-    """Features and labels of this rank's share of one data set."""
+) -> tuple[Features, DatasetInfo]:
+    """Features of this rank's share of one data set, and what its sidecar says."""
     loader = build_loader(
         path,
         batch_size=arguments.batch_size,
@@ -157,27 +177,35 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--weights", choices=("student", "teacher", "untrained"), default="student")
     parser.add_argument("--pool", choices=("cls", "mean"), default="cls", help="cls token, or mean of the patches")
     parser.add_argument("--batch_size", type=int, default=256, help="images per device and forward")
-    parser.add_argument("--bank_size", type=int, default=0, help="vote with the first N training images; 0 = all")
+    parser.add_argument(
+        "--bank_size", type=int, nargs="+", default=[0], metavar="N",
+        help="only the first N training images vote; 0 = all; several sizes give several results",
+    )  # fmt: skip
     parser.add_argument("--num_workers", type=int, default=0, help="decoding threads; 0 = cores / ranks")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument(
-        "-o", "--output", type=Path, default=None, help="JSON result (default: RUN/knn_WEIGHTS_POOL.json)"
+        "-o", "--output", type=Path, default=None, help="JSON result (default: RUN/knn_WEIGHTS_POOL[_N].json)"
     )
     arguments = parser.parse_args(argv)
-    if arguments.batch_size < 1 or arguments.bank_size < 0:
+    if arguments.output and len(arguments.bank_size) > 1:
         raise UserError(
-            f"batch_size is {arguments.batch_size}, expected 1 or more; bank_size is {arguments.bank_size}, expected 0 "
-            f"or more"
+            f"--output {arguments.output} names one file for {len(arguments.bank_size)} results; leave it out"
+        )
+    if arguments.batch_size < 1 or min(arguments.bank_size) < 0:
+        raise UserError(
+            f"batch_size is {arguments.batch_size}, expected 1 or more; bank_size is {min(arguments.bank_size)}, "
+            f"expected 0 or more"
         )
     begin = time.perf_counter()
     with engine.session() as launch:
-        accuracy = evaluate(arguments, launch)
+        results = evaluate(arguments, launch)
         if launch.rank == 0:
-            _report(arguments, accuracy, time.perf_counter() - begin)
+            for size, accuracy in results.items():
+                _report(arguments, size, accuracy, time.perf_counter() - begin)
 
 
-def _report(arguments: argparse.Namespace, accuracy: dict[int, float], seconds: float) -> None:
-    name = f"knn_{arguments.weights}_{arguments.pool}.json"
+def _report(arguments: argparse.Namespace, size: int, accuracy: dict[int, float], seconds: float) -> None:
+    name = f"knn_{arguments.weights}_{arguments.pool}{f'_{size}' if size else ''}.json"
     path = arguments.output or arguments.run / name
     result = {
         "protocol": "DINO weighted k-NN, temperature 0.07",
@@ -185,12 +213,13 @@ def _report(arguments: argparse.Namespace, accuracy: dict[int, float], seconds: 
         "pool": arguments.pool,
         "train_path": arguments.train_path,
         "val_path": arguments.val_path,
-        "bank_size": arguments.bank_size,
+        "bank_size": size,
         "accuracy": {str(k): round(value, 3) for k, value in accuracy.items()},
         "seconds": round(seconds, 1),
     }
     path.write_text(json.dumps(result, indent=2) + "\n")
     best = max(accuracy, key=lambda k: accuracy[k])
     table = "  ".join(f"k={k}: {value:.2f}" for k, value in accuracy.items())
-    print(f"k-NN top-1 ({arguments.weights}, {arguments.pool}): {table}  best {accuracy[best]:.2f} % at k={best}")
+    who = f"{arguments.weights}, {arguments.pool}, {size or 'all'} voters"
+    print(f"k-NN top-1 ({who}): {table}  best {accuracy[best]:.2f} % at k={best}")
     print(f"written to {path}", file=sys.stderr)
