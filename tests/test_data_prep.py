@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from data_fixtures import image_folder, jpeg_bytes, picture, prepare
 from PIL import Image
@@ -397,11 +398,12 @@ def test_a_killed_run_leaves_nothing_final_and_the_next_one_cleans_up(tmp_path):
     (temporary,) = tmp_path.glob(".a.*.tmp")
     writer.remove_stale(tmp_path / "a.beton")
     assert temporary.exists()  # of a run that is alive
+    workers = [Path("/proc") / str(child.pid) for child in psutil.Process(process.pid).children(recursive=True)]
+    assert Path("/proc") / hanging.name.removeprefix("hanging-") in workers
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not list(tmp_path.glob("a.*"))
-    worker = Path("/proc") / hanging.name.removeprefix("hanging-")
-    while is_running(worker):  # the workers die with the parent
+    while any(map(is_running, workers)):  # they die with the parent, and hold its file's lock until then
         assert time.monotonic() < deadline
         time.sleep(0.02)
     trap = Trap(tmp_path, "nothing")
