@@ -80,7 +80,7 @@ def test_ranks_and_accumulation_share_one_trajectory(tmp_path: Path) -> None:
         arguments = (*common, "--batch_size", batch_size, "--output_dir", tmp_path / name)
         check_ranks(MODULE, *arguments, ranks=ranks, launcher=launcher)
     one = weights(tmp_path / "one")
-    start = check_start(one)
+    start = comparable(one)
     for name in ("two", "accumulated"):
         # Adam turns the rounding noise of gradients that are exactly zero into steps: leave those tensors out.
         other = {key: value for key, value in weights(tmp_path / name).items() if key in start}
@@ -89,8 +89,8 @@ def test_ranks_and_accumulation_share_one_trajectory(tmp_path: Path) -> None:
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-4)
 
 
-def check_start(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors whose gradients are not exactly zero (METHOD: key biases, the predictor's last biases)."""
+def comparable(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors whose gradients are not exactly zero: not key biases, nor the predictor's last ones."""
     zero = ("attn.qkv.bias", "decoder_norm_losspred.bias", "decoder_pred_losspred.bias")
     return {key: value for key, value in state.items() if not key.endswith(zero)}
 
