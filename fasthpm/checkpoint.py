@@ -1,9 +1,9 @@
 """Checkpoints: written aside, hashed, renamed; found, verified, resumed; exported to and imported from other code.
 
 OUT/checkpoints/step-00001200/
-    deepspeed/            sharded masters, optimizer moments and EMA, as DeepSpeed writes them
-    student.safetensors   float32 weights of the whole student, on their own (teacher.safetensors likewise)
+    shards/rank-00000.safetensors …   masters, optimizer moments and EMA as each rank holds them (fasthpm/shards.py)
     recipe.json, state.json (position of the run), manifest.json (size and sha256 of every file; written last)
+Instead of shards/ a folder may hold student.safetensors and teacher.safetensors: weights alone, nothing to resume.
 """
 
 import dataclasses
@@ -21,15 +21,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fasthpm import shards, zero
 from fasthpm.errors import UserError
 from fasthpm.model import LOSS_HEAD, HPMViT
 from fasthpm.recipe import Recipe, load_recipe, save_recipe
 from fasthpm.step import model_of
 
 MANIFEST, STATE, RECIPE = "manifest.json", "state.json", "recipe.json"
+WRITING = ".writing-"
 HASH_CHUNK = 1 << 22
-# float32 master, two moments, EMA, student and teacher files; bf16 weights; a little for names and hashes.
-BYTES_PER_PARAMETER = 27
+BYTES_PER_PARAMETER = 17  # float32 master, two moments and EMA; a little for names and hashes
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class RunState:
 
     step: int  # updates done
     loader: dict[str, Any]  # the loader's state_dict
-    world_size: int  # ranks that wrote the sharded part
+    world_size: int  # ranks that wrote it
+    accum_iter: int  # the loader's batches per update
 
 
 # -------------------------------------------------------------------------------------------------- write
@@ -50,34 +52,40 @@ def checkpoint_path(output_dir: Path, step: int) -> Path:
 def begin(output_dir: Path, step: int) -> Path:
     """An empty folder beside the final one, to write a checkpoint into (one rank calls this)."""
     folder = checkpoint_path(output_dir, step)
-    aside = folder.with_name(f".writing-{folder.name}")
+    aside = folder.with_name(f"{WRITING}{folder.name}")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     return aside
 
 
-def commit(aside: Path, recipe: Recipe, state: RunState, weights: dict[str, dict[str, Tensor]]) -> Path:
+def commit(aside: Path, recipe: Recipe, state: RunState, written: dict[str, Any] | None = None) -> Path:
     """Complete what the ranks wrote into `aside`, hash it, and move it to its final name (one rank calls this).
 
-    - `weights`: {"student": …, "teacher": …} full float32 state dicts
+    - `written`: {file: [bytes, sha256]} of files that are hashed and synced already
 
     **Returns:** the checkpoint's folder. A reader never sees it half-written.
     """
-    for name, tensors in weights.items():
-        save_file({key: value.contiguous() for key, value in tensors.items()}, aside / f"{name}.safetensors")
     save_recipe(recipe, aside / RECIPE)
     (aside / STATE).write_text(json.dumps(dataclasses.asdict(state), indent=2) + "\n")
-    files = sorted(path for path in aside.rglob("*") if path.is_file())
-    manifest = {str(path.relative_to(aside)): [path.stat().st_size, file_hash(path)] for path in files}
+    manifest = dict(written or {})
+    names = sorted(str(path.relative_to(aside)) for path in aside.rglob("*") if path.is_file())
+    rest = [name for name in names if name not in manifest]
+    manifest |= {name: [(aside / name).stat().st_size, file_hash(aside / name)] for name in rest}
     (aside / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-    for path in [*files, aside / MANIFEST]:
-        _fsync(path)
-    final = aside.with_name(aside.name.removeprefix(".writing-"))
+    for name in [*rest, MANIFEST]:
+        fsync(aside / name)
+    final = aside.with_name(aside.name.removeprefix(WRITING))
     if final.exists():  # only an invalid checkpoint of the same step can be here: resume would have started from it
         shutil.rmtree(final)
     aside.rename(final)
-    _fsync(final.parent)
+    fsync(final.parent)
     return final
+
+
+def clear_unfinished(output_dir: Path) -> None:
+    """Delete what killed runs left half-written."""
+    for folder in (output_dir / "checkpoints").glob(f"{WRITING}*"):
+        shutil.rmtree(folder)
 
 
 def require_space(output_dir: Path, parameters: int) -> None:
@@ -110,7 +118,8 @@ def file_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -172,15 +181,33 @@ def find_resume(recipe: Recipe, warn: Callable[[str], None]) -> Path | None:
     return folder
 
 
-def read_state(folder: Path, world_size: int) -> RunState:
-    """Position of a checkpoint, checked against this run's number of ranks."""
-    state = RunState(**json.loads((folder / STATE).read_text()))
-    if state.world_size != world_size:
+def read_state(folder: Path) -> RunState:
+    """Position of a checkpoint."""
+    return RunState(**json.loads((folder / STATE).read_text()))
+
+
+def continued(recipe: Recipe, world_size: int) -> Recipe:
+    """`recipe` with the global batch of the run that output_dir holds, whatever the number of devices is now.
+
+    Without a run there, or with another `global_batch_size` asked for, the recipe comes back as it is. The batch per
+    device shrinks, if it must, to one that divides the global batch; accumulation follows.
+
+    **Raises:** `UserError` if the devices do not divide the global batch.
+    """
+    path = Path(recipe.output_dir) / RECIPE
+    if not path.is_file():
+        return recipe
+    total = load_recipe(path).global_batch_size
+    if recipe.global_batch_size not in (0, total):
+        return recipe
+    if total % world_size:
         raise UserError(
-            f"checkpoint {folder} was written by {state.world_size} ranks and this run has {world_size}; start it on "
-            f"{state.world_size}"
+            f"the run in {recipe.output_dir} has a global batch of {total}, which {world_size} devices do not divide; "
+            f"use a number of devices that does, or another --output_dir"
         )
-    return state
+    share = total // world_size
+    batch_size = max(size for size in range(1, min(recipe.batch_size, share) + 1) if share % size == 0)
+    return dataclasses.replace(recipe, global_batch_size=total, batch_size=batch_size, accum_iter=share // batch_size)
 
 
 # -------------------------------------------------------------------------------------------------- weights in and out
@@ -201,11 +228,19 @@ def load_weights(source: Path, which: str = "student") -> tuple[HPMViT, Recipe]:
     recipe = load_recipe(folder / RECIPE)
     model = model_of(recipe).eval()
     if which != "untrained":
-        path = folder / f"{which}.safetensors"
-        if not path.is_file():
-            raise UserError(f"{folder} has no {which} weights; use --weights student")
-        model.load_state_dict(load_file(path), strict=True)
+        model.load_state_dict({**dict(model.named_buffers()), **_read_weights(folder, which)}, strict=True)
     return model, recipe
+
+
+def _read_weights(folder: Path, which: str) -> dict[str, Tensor]:
+    path = folder / f"{which}.safetensors"
+    if path.is_file():
+        return load_file(path)
+    kinds: dict[str, zero.State] = {"student": "master", "teacher": "ema"}
+    saved = shards.SavedState(folder)
+    if not saved.has(kinds[which]):
+        raise UserError(f"{folder} has no {which} weights; use --weights student")
+    return {name.removeprefix("student."): saved.whole(kinds[which], name) for name in saved.names}
 
 
 def load_reference(model: HPMViT, state_dict: dict[str, Tensor], source: str) -> None:

@@ -71,7 +71,7 @@ def start() -> Launch:
 
     **Raises:** `UserError` for an environment that makes no sense.
     """
-    timeout = _timeout(os.environ)
+    limit = timeout()
     rank, local_rank, world_size, local_world_size = _place(os.environ)
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -81,12 +81,12 @@ def start() -> Launch:
     device = _device(deepspeed.get_accelerator().device_name(), local_rank, local_world_size)
     backend = "nccl" if device.type == "cuda" else "gloo"
     if world_size == 1:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
     else:
         bound = {"device_id": device} if device.type == "cuda" else {}
-        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout, **bound)  # type: ignore[arg-type]
-    prepare_deepspeed(timeout)
-    deepspeed.init_distributed(backend, verbose=False, timeout=timeout)
+        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=limit, **bound)  # type: ignore[arg-type]
+    prepare_deepspeed(limit)
+    deepspeed.init_distributed(backend, verbose=False, timeout=limit)
     return Launch(rank, local_rank, world_size, local_world_size, device)
 
 
@@ -127,7 +127,11 @@ def _number(env: Mapping[str, str], name: str) -> int:
     return int(digits)
 
 
-def _timeout(env: Mapping[str, str]) -> timedelta:
+def timeout(env: Mapping[str, str] = os.environ) -> timedelta:
+    """How long a rank waits for another before it gives up: `FASTHPM_TIMEOUT_MINUTES`.
+
+    **Raises:** `UserError` if that is no time.
+    """
     text = env.get(TIMEOUT, str(DEFAULT_TIMEOUT_MINUTES))
     try:
         minutes = float(text)

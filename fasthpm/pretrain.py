@@ -20,12 +20,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fasthpm import checkpoint, engine, flops, recipes, report, schedule, visualize, zero
+from fasthpm import checkpoint, engine, flops, recipes, report, schedule, shards, visualize, zero
 from fasthpm.cli import Parser
 from fasthpm.data import Batch, Loader, build_loader
 from fasthpm.errors import UserError
 from fasthpm.metrics import Metrics, measure_matmul_rate
 from fasthpm.recipe import Recipe, add_recipe_arguments, build_recipe, save_recipe, science_of
+from fasthpm.saver import Job, Saver
+from fasthpm.signals import StopSignals
 from fasthpm.step import Step, model_of
 from fasthpm.teacher import EMATeacher
 from fasthpm.versions import versions
@@ -64,7 +66,10 @@ class Run:
     step: Step
     teacher: EMATeacher | None
     layout: zero.MasterLayout
+    saver: Saver
     done: int = 0  # updates
+    saving: int = 0  # the update whose checkpoint was begun last
+    preempted: bool = False  # a signal ends the run at this update
 
     @property
     def num_parameters(self) -> int:
@@ -89,10 +94,12 @@ class Run:
 def build(recipe: Recipe, launch: engine.Launch) -> Run:
     """Loader, DeepSpeed engine and teacher of a resolved run, at its first update or at its checkpoint."""
     with engine.in_agreement():
+        recipe = checkpoint.continued(recipe, launch.world_size)
+        accum_iter = recipe.accumulation(launch.world_size)
         loader = build_loader(
             recipe.data_path, batch_size=recipe.batch_size, image_size=recipe.image_size, channels=recipe.channels,
             seed=recipe.seed, rank=launch.rank, world_size=launch.world_size, num_workers=recipe.num_workers,
-            crop_min=recipe.crop_min, flip=recipe.flip,
+            crop_min=recipe.crop_min, flip=recipe.flip, accum_iter=accum_iter,
         )  # fmt: skip
         recipe = recipe.resolve(loader.info.num_samples, launch.world_size)
         checkpoint.compare_recipes(recipe, science_of)
@@ -104,7 +111,8 @@ def build(recipe: Recipe, launch: engine.Launch) -> Run:
         momentum = schedule.ema_momentum_at(recipe, 0)
         teacher = EMATeacher(deepspeed_engine, step.student, "student.", model_of(recipe), momentum)
         step.attach_teacher(teacher.module)
-    run = Run(recipe, launch, loader, deepspeed_engine, step, teacher, zero.MasterLayout(deepspeed_engine))
+    saver = Saver(launch.rank, launch.world_size, timeout=engine.timeout().total_seconds())
+    run = Run(recipe, launch, loader, deepspeed_engine, step, teacher, zero.MasterLayout(deepspeed_engine), saver)
     resume(run)
     return run
 
@@ -114,40 +122,75 @@ def resume(run: Run) -> None:
     found: list[Path | None] = [None]
     with engine.in_agreement():
         if run.launch.rank == 0:
+            checkpoint.clear_unfinished(Path(run.recipe.output_dir))
             found[0] = checkpoint.find_resume(run.recipe, lambda line: print(f"warning: {line}", file=sys.stderr))
     dist.broadcast_object_list(found)
     folder = found[0]
     if folder is None:
         return
     with engine.in_agreement():
-        state = checkpoint.read_state(folder, run.launch.world_size)
-    with engine.hush():
-        run.engine.load_checkpoint(str(folder), tag="deepspeed")
+        state = checkpoint.read_state(folder)
+        saved = shards.SavedState(folder)
+    shards.restore(run.layout, saved)
     if run.teacher:
         run.teacher.refresh()
-    run.loader.load_state_dict(state.loader)
+    # An update takes the same samples however many batches it is cut into.
+    updates = state.loader["batch"] // state.accum_iter
+    run.loader.load_state_dict({**state.loader, "batch": updates * run.recipe.accum_iter})
     run.done = state.step
     if run.launch.rank == 0:
-        print(f"resuming from {folder} at update {run.done} of {run.recipe.total_steps}", file=sys.stderr)
+        writers = f"{state.world_size} rank{'s' if state.world_size > 1 else ''}"
+        ranks = f", written by {writers}" if state.world_size != run.launch.world_size else ""
+        print(f"resuming from {folder} at update {run.done} of {run.recipe.total_steps}{ranks}", file=sys.stderr)
 
 
 def save(run: Run) -> None:
-    """Write a checkpoint of all ranks, atomically, and delete the oldest. Collective."""
+    """Begin a checkpoint of all ranks; it is written while training goes on. Collective.
+
+    A disk that is full loses this checkpoint, with a warning, and nothing else.
+    """
+    finish_saving(run)
     output_dir = Path(run.recipe.output_dir)
-    aside = [""]
-    with engine.in_agreement():
-        if run.launch.rank == 0:
+    aside: list[str] = [""]
+    if run.launch.rank == 0:
+        try:
             checkpoint.require_space(output_dir, run.num_parameters)
             aside = [str(checkpoint.begin(output_dir, run.done))]
+        except (UserError, OSError) as error:
+            warn_unsaved(run.done, str(error))
     dist.broadcast_object_list(aside)
-    run.engine.save_checkpoint(aside[0], tag="deepspeed", save_latest=False)
-    weights = run.weights()
-    dist.barrier()
-    if run.launch.rank == 0:
-        state = checkpoint.RunState(run.done, run.loader.state_dict(), run.launch.world_size)
-        checkpoint.commit(Path(aside[0]), run.recipe, state, weights)
-        checkpoint.rotate(output_dir, run.recipe.keep_checkpoints)
-    dist.barrier()
+    if not aside[0]:
+        return
+    state = checkpoint.RunState(run.done, run.loader.state_dict(), run.launch.world_size, run.recipe.accum_iter)
+    run.saver.start(Job(Path(aside[0]), shards.snapshot(run.layout, run.launch.rank), run.recipe, state))
+    run.saving = run.done
+
+
+def finish_saving(run: Run) -> None:
+    """Wait for the checkpoint that is being written, and say so if the disk did not take it."""
+    problem = run.saver.wait()
+    if problem and run.launch.rank == 0:
+        warn_unsaved(run.saving, problem)
+
+
+def finish_last_save(run: Run) -> None:
+    """Wait for the last checkpoint, without which a run is not finished. Collective.
+
+    **Raises:** `UserError` on all ranks if it was not written.
+    """
+    problem = run.saver.wait()
+    with engine.in_agreement():
+        if problem and run.launch.rank == 0:
+            raise UserError(
+                f"the last checkpoint, of update {run.saving}, was not written ({problem}); make room in "
+                f"{run.recipe.output_dir} and start again to resume from the one before"
+            )
+
+
+def warn_unsaved(step: int, problem: str) -> None:
+    """One line about a checkpoint that was lost."""
+    print(f"warning: the checkpoint of update {step} was not written ({problem}); earlier ones are intact and "
+          f"training goes on", file=sys.stderr)  # fmt: skip
 
 
 def endless(loader: Loader) -> Iterator[Batch]:
@@ -156,12 +199,12 @@ def endless(loader: Loader) -> Iterator[Batch]:
         yield from loader
 
 
-def train(run: Run, metrics: Metrics) -> None:
-    """The loop: batch, step, log, save."""
+def train(run: Run, metrics: Metrics, stop: StopSignals) -> None:
+    """The loop: batch, step, log, save; until the last update, or the one at which the ranks agree to stop."""
     recipe, device = run.recipe, run.launch.device
     last = min(recipe.total_steps, recipe.stop_after or recipe.total_steps)
     batches = endless(run.loader)
-    while run.done < last:
+    while run.done < last and not run.preempted:
         now = run.done
         engine.set_lr(run.engine, schedule.lr_at(recipe, now))
         if run.teacher:
@@ -176,6 +219,7 @@ def train(run: Run, metrics: Metrics) -> None:
             run.engine.step()
             metrics.add(now, batch, output)
         run.done += 1
+        run.preempted = stop.agreed()
         metrics.progress.update()
         after_update(run, metrics, last)
 
@@ -185,7 +229,7 @@ def after_update(run: Run, metrics: Metrics, last: int) -> None:
     recipe, epoch_length = run.recipe, run.recipe.steps_per_epoch
     ending, epoch_ends = run.done == last, run.done % epoch_length == 0
     epoch = run.done // epoch_length
-    saving = ending or (epoch_ends and epoch % recipe.save_every == 0)
+    saving = ending or run.preempted or (epoch_ends and epoch % recipe.save_every == 0)
     drawing = recipe.panel_every > 0 and (ending or (epoch_ends and epoch % recipe.panel_every == 0))
     if run.done % recipe.log_every == 0 or saving or drawing:
         metrics.read(
@@ -240,6 +284,11 @@ def prepare_output(run: Run) -> None:
 def finish(run: Run) -> None:
     """Export the encoder, write the report and say where everything is (rank 0)."""
     output_dir = Path(run.recipe.output_dir)
+    if run.preempted:  # whoever sent the signal may not wait for reports
+        folder = checkpoint.checkpoint_path(output_dir, run.done)
+        print(f"preempted at update {run.done} of {run.recipe.total_steps}; the checkpoint is {folder}: "
+              f"run the same command to continue", file=sys.stderr)  # fmt: skip
+        return
     model, recipe = checkpoint.load_weights(output_dir)
     info = {"mean": run.loader.info.mean, "std": run.loader.info.std}
     checkpoint.export_encoder(model, recipe, info, output_dir / "encoder.safetensors")
@@ -274,7 +323,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             matmul_rate=measure_matmul_rate(launch.device, dtype), device=launch.device,
         )  # fmt: skip
         try:
-            train(run, metrics)
+            with StopSignals() as stop:
+                train(run, metrics, stop)
+                stop.drain()
+                finish_last_save(run)
         finally:
             metrics.close()
             run.loader.close()

@@ -48,8 +48,10 @@ class Recipe:
     ema_momentum_end: float = option(0.9999, "teacher momentum after the ramp")
     ema_ramp_epochs: int = option(100, "epochs over which the momentum ramps up linearly")
     # optimisation
-    batch_size: int = option(64, "samples per device and micro-step")
-    accum_iter: int = option(0, "micro-steps per update; 0 = global_batch_size / (batch_size x devices), or 1")
+    batch_size: int = option(64, "samples per device and micro-step", run_only=True)
+    accum_iter: int = option(
+        0, "micro-steps per update; 0 = global_batch_size / (batch_size x devices), or 1", run_only=True
+    )
     global_batch_size: int = option(0, "samples per update over all devices; 0 = batch_size x devices x accum_iter")
     epochs: int = option(200, "epochs of the whole schedule")
     warmup_epochs: float = option(40.0, "epochs of linear learning-rate warm-up")
@@ -118,10 +120,10 @@ class Recipe:
         """The same recipe on other data."""
         return dataclasses.replace(self, data_path=data_path)
 
-    def resolve(self, num_samples: int, world_size: int) -> "Recipe":
-        """Fill what depends on the data and the machines: accum_iter, global_batch_size, lr, steps_per_epoch.
+    def accumulation(self, world_size: int) -> int:
+        """Micro-steps per update on `world_size` devices.
 
-        **Raises:** `UserError` where the numbers contradict each other.
+        **Raises:** `UserError` if they do not fit together with global_batch_size or accum_iter.
         """
         per_micro_step = self.batch_size * world_size
         asked = self.global_batch_size or per_micro_step * max(self.accum_iter, 1)
@@ -137,6 +139,15 @@ class Recipe:
                 f"accum_iter {self.accum_iter} contradicts global_batch_size {asked} (batch_size {self.batch_size} x "
                 f"{world_size} devices needs accum_iter {accum_iter}); leave one of them out"
             )
+        return accum_iter
+
+    def resolve(self, num_samples: int, world_size: int) -> "Recipe":
+        """Fill what depends on the data and the machines: accum_iter, global_batch_size, lr, steps_per_epoch.
+
+        **Raises:** `UserError` where the numbers contradict each other.
+        """
+        accum_iter = self.accumulation(world_size)
+        asked = accum_iter * self.batch_size * world_size
         available = num_samples // asked
         if available < 1:
             raise UserError(

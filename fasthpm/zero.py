@@ -72,12 +72,16 @@ class MasterLayout:
         self.optimizer: torch.optim.Optimizer = engine.basic_optimizer
         self.process_group: dist.ProcessGroup = engine.seq_data_parallel_group
         self._engine = engine
+        self._check_or_refuse(read=True)
+
+    def _check_or_refuse(self, *, read: bool = False) -> None:
         try:
-            self.groups = self._read_groups()
+            if read:
+                self.groups = self._read_groups()
             self._check()
         except (AttributeError, IndexError, TypeError, ValueError, RuntimeError) as error:
             raise UserError(
-                f"deepspeed {version('deepspeed')} ({type(engine.optimizer).__name__}) keeps its master weights "
+                f"deepspeed {version('deepspeed')} ({type(self._engine.optimizer).__name__}) keeps its master weights "
                 f"differently from what this version of FastHPM knows ({error}); install the version in constraints.txt"
             ) from error
 
@@ -143,7 +147,40 @@ class MasterLayout:
         for group, (params, lr) in zip(groups, saved, strict=True):
             group["params"], group["lr"] = params, lr
 
+    @torch.no_grad()
+    def publish_masters(self) -> None:
+        """Make the weights of the forward pass the rounded masters, as after an update (collective).
+
+        **Raises:** `UserError` if they then still differ.
+        """
+        stage = self._engine.zero_optimization_stage()
+        [self._publish_whole, self._publish_flat, self._publish_flat, self._publish_striped][stage]()
+        self._check_or_refuse()
+
     # ---------------------------------------------------------------------------------------------- private layouts
+    def _publish_whole(self) -> None:
+        wrapper = self._engine.optimizer
+        for weights, masters in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True):
+            torch._foreach_copy_([weight.data for weight in weights], [master.detach() for master in masters])
+
+    def _publish_flat(self) -> None:
+        for group, flat in zip(self.groups, self._flat_weights(), strict=True):
+            flat.data.copy_(self.all_gather(group, group.master.detach().to(flat.dtype)))
+
+    def _publish_striped(self) -> None:
+        wrapper = self._engine.optimizer
+        for group, weights in zip(self.groups, wrapper.fp16_groups, strict=True):
+            for slot, weight in zip(group.slots, weights, strict=True):
+                weight.ds_tensor.data.copy_(group.master.detach()[slot.offset : slot.offset + slot.stripe])
+        kept = wrapper.persistent_parameters  # small ones, which ZeRO 3 holds whole on every rank
+        if kept:
+            kept[0].partition(kept)
+            kept[0].all_gather(kept)
+
+    def _flat_weights(self) -> list[Tensor]:
+        wrapper = self._engine.optimizer
+        return getattr(wrapper, "bit16_groups_flat" if hasattr(wrapper, "bit16_groups") else "bf16_groups_flat")
+
     def _read_groups(self) -> list[Group]:
         self._names = {id(p): name for name, p in self._engine.module.named_parameters()}
         stage = self._engine.zero_optimization_stage()
@@ -165,8 +202,7 @@ class MasterLayout:
     def _flat_groups(self) -> list[Group]:
         """DeepSpeedZeroOptimizer, or BF16_Optimizer (ZeRO 1 with float32 accumulation)."""
         wrapper = self._engine.optimizer
-        prefix = "bit16" if hasattr(wrapper, "bit16_groups") else "bf16"
-        flats, weights = getattr(wrapper, f"{prefix}_groups_flat"), getattr(wrapper, f"{prefix}_groups")
+        flats, weights = self._flat_weights(), getattr(wrapper, "bit16_groups", None) or wrapper.bf16_groups
         masters = [group["params"] for group in self.optimizer.param_groups]
         return [
             self._group(master, flat.dtype, [self._flat_slot(weight, flat) for weight in group])

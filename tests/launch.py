@@ -4,7 +4,8 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,15 +37,8 @@ def run_ranks(
     - `timeout`: seconds, after which every process is killed and the test fails with the output so far
     - `env`: added to the environment; ranks without a GPU each run on the CPU
     """
-    command = [sys.executable, *_launcher(launcher, ranks), *_target(launcher, target), *map(str, arguments)]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT), **(env or {})}
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        environment.pop(name, None)
-    if torch.cuda.device_count() < ranks:
-        environment["DS_ACCELERATOR"] = "cpu"
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    process = _start(target, *arguments, ranks=ranks, launcher=launcher, env=env)
+    command = list(map(str, process.args))  # type: ignore[arg-type]
     try:
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -55,6 +49,40 @@ def run_ranks(
         _kill_tree(process.pid)
         raise
     return Finished(process.returncode, output)
+
+
+@contextmanager
+def running_ranks(
+    target: str | Path, *arguments: object, ranks: int = 2, launcher: str = "torchrun"
+) -> Iterator["subprocess.Popen[str]"]:
+    """The launcher's process, started like `run_ranks` does it; whatever still runs at the end is killed."""
+    process = _start(target, *arguments, ranks=ranks, launcher=launcher, env=None)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            _kill_tree(process.pid)
+        process.communicate()
+
+
+def ranks_of(launcher: int, word: str) -> list[psutil.Process]:
+    """The processes that a launcher has started and whose command line holds `word`, by rank."""
+    found = [child for child in psutil.Process(launcher).children(recursive=True) if word in child.cmdline()]
+    return sorted(found, key=lambda process: int(process.environ()["RANK"]))
+
+
+def _start(
+    target: str | Path, *arguments: object, ranks: int, launcher: str, env: Mapping[str, str] | None
+) -> "subprocess.Popen[str]":
+    command = [sys.executable, *_launcher(launcher, ranks), *_target(launcher, target), *map(str, arguments)]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT), **(env or {})}
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        environment.pop(name, None)
+    if torch.cuda.device_count() < ranks:
+        environment["DS_ACCELERATOR"] = "cpu"
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def check_ranks(target: str | Path, *arguments: object, **options: object) -> str:

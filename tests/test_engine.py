@@ -124,11 +124,11 @@ def test_impossible_places_are_refused(env: dict[str, str], message: str) -> Non
 
 
 def test_timeout_is_minutes() -> None:
-    assert engine._timeout({}) == timedelta(minutes=engine.DEFAULT_TIMEOUT_MINUTES)
-    assert engine._timeout({engine.TIMEOUT: "0.5"}) == timedelta(seconds=30)
+    assert engine.timeout({}) == timedelta(minutes=engine.DEFAULT_TIMEOUT_MINUTES)
+    assert engine.timeout({engine.TIMEOUT: "0.5"}) == timedelta(seconds=30)
     for wrong in ("", "-1", "0", "nan", "inf", "five"):
         with pytest.raises(UserError, match=engine.TIMEOUT):
-            engine._timeout({engine.TIMEOUT: wrong})
+            engine.timeout({engine.TIMEOUT: wrong})
 
 
 # ------------------------------------------------------------------------------------------------------ configuration

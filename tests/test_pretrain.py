@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,11 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import ROOT, check_ranks, run_ranks
-from safetensors.torch import load_file
+from launch import ROOT, check_ranks, ranks_of, run_ranks, running_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fasthpm.checkpoint import damage, newest_valid
+from fasthpm.checkpoint import damage, load_weights, newest_valid
 from fasthpm.report import read_metrics
 
 PRESETS = sorted(path.stem for path in (ROOT / "ds_configs").glob("*.json"))
@@ -29,9 +29,7 @@ def preset(name: str) -> tuple[str, str]:
 
 def weights(run: Path, which: str = "student") -> dict[str, torch.Tensor]:
     """Float32 weights of the newest checkpoint."""
-    folder = newest_valid(run, pytest.fail)
-    assert folder is not None
-    return load_file(folder / f"{which}.safetensors")
+    return load_weights(run, which)[0].state_dict()
 
 
 def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
@@ -111,6 +109,27 @@ def test_resume_continues_as_if_nothing_had_happened(tmp_path: Path) -> None:
     assert "finished 8 of 8 updates" in again
 
 
+def test_a_run_goes_on_with_other_ranks_and_another_zero_stage(tmp_path: Path) -> None:
+    """2 ranks, then 1 with two micro-steps, then 2 in bf16 under ZeRO 3: the curve of an undisturbed run."""
+    common = (*SHORT, "--epochs", 2, "--log_every", 1, "--batch_size", 8)
+    float32 = preset("zero1_fp32")
+    check_ranks(MODULE, *common, *float32, "--output_dir", tmp_path / "straight", launcher="torchrun")
+    moving = (*common, "--output_dir", tmp_path / "moving")
+    check_ranks(MODULE, *moving, *float32, "--stop_after", 3, launcher="torchrun")
+    output = check_ranks(MODULE, *moving, *float32, "--stop_after", 6, launcher="python")
+    assert "at update 3 of 8, written by 2 ranks" in output
+    assert "global batch 16 = 8 x 1 x 2" in output
+    output = check_ranks(MODULE, *moving, *preset("zero3_bf16"), launcher="torchrun")
+    assert "at update 6 of 8, written by 1 rank" in output
+    straight, moved = (read_metrics(tmp_path / name) for name in ("straight", "moving"))
+    assert [record["step"] for record in moved] == [record["step"] for record in straight]
+    for first, last, tolerance in ((0, 3, 0), (3, 6, 1e-4), (6, 8, 2e-2)):
+        losses = ([record["loss"] for record in run[first:last]] for run in (moved, straight))
+        assert next(losses) == pytest.approx(next(losses), rel=tolerance)
+    for name in ("lr", "alpha", "ema_momentum"):
+        assert [r[name] for r in moved] == [r[name] for r in straight]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -187,3 +206,34 @@ def test_ctrl_c_leaves_nothing_half_written(tmp_path: Path) -> None:
     assert process.returncode == 130, errors
     assert "fasthpm: interrupted" in errors
     assert newest_valid(tmp_path, lambda line: None) is not None
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_one_rank_stops_all_after_a_checkpoint(number: signal.Signals, tmp_path: Path) -> None:
+    """The same command then continues, as if nothing had happened."""
+    common = (*SHORT, "--epochs", 60, "--batch_size", 8, "--log_every", 1, "--save_every", 100, "--panel_every", 0)
+    arguments = (*common, "--output_dir", tmp_path / "run")
+    with running_ranks(MODULE, *arguments) as launched:
+        wait_for_file(tmp_path / "run" / "metrics.jsonl")
+        ranks = ranks_of(launched.pid, "fasthpm.pretrain")
+        assert len(ranks) == 2
+        ranks[1].send_signal(number)
+        output, _ = launched.communicate(timeout=60)
+    assert launched.returncode == 0, output
+    stopped = int(re.findall(r"preempted at update (\d+) of 240", output)[0])
+    folder = newest_valid(tmp_path / "run", pytest.fail)
+    assert folder is not None
+    assert folder.name == f"step-{stopped:08d}"
+    output = check_ranks(MODULE, *arguments, "--stop_after", stopped + 2, launcher="torchrun")
+    assert f"at update {stopped} of 240" in output
+    straight = tmp_path / "straight"
+    check_ranks(MODULE, *common, "--output_dir", straight, "--stop_after", stopped + 2, launcher="torchrun")
+    losses = [[r["loss"] for r in read_metrics(where)][-2:] for where in (tmp_path / "run", straight)]
+    assert losses[0] == losses[1]
+
+
+def wait_for_file(path: Path) -> None:
+    deadline = time.monotonic() + 90
+    while not (path.is_file() and path.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert path.is_file()

@@ -15,10 +15,12 @@ from typing import Any, NamedTuple
 import pytest
 import reference
 import torch
+import torch.distributed as dist
 from launch import check_ranks
 from torch import Tensor, nn
 
 from fasthpm import engine as engines
+from fasthpm import shards
 from fasthpm.errors import UserError
 from fasthpm.recipe import Recipe
 from fasthpm.teacher import EMATeacher
@@ -133,7 +135,7 @@ def measure(config: dict[str, Any], recipe: Recipe, launch: engines.Launch, fold
     """Train, save on the way, load what was saved into a new engine, and train on."""
     run, found = Run(config, recipe, launch), {}
     start = run.states()
-    run.engine.save_checkpoint(folder, tag="start", save_latest=False)
+    write_state(run, folder / "start")
     found["starts_as_student"] = same(start["ema"], start["master"]) and not any_nonzero(start["exp_avg"])
     found["copy_equal"] = run.copy_is_rounded_ema()
     found["notices_a_shift"] = notices_a_shift(MasterLayout(run.engine))
@@ -145,7 +147,7 @@ def measure(config: dict[str, Any], recipe: Recipe, launch: engines.Launch, fold
         bf16 = {name: (m * bf16[name] + (1 - m) * master[name]).bfloat16().double() for name in master}
         if step == CHECKPOINT_STEP - 1:
             middle = run.states()
-            run.engine.save_checkpoint(folder, tag="middle", save_latest=False)
+            write_state(run, folder / "middle")
     end = run.states()
     found["deepspeed_agrees"] = masters_are_deepspeeds(run)
     found["error"], found["error_of_bf16_ema"] = distance(end["ema"], exact), distance(bf16, exact)
@@ -158,14 +160,35 @@ def measure(config: dict[str, Any], recipe: Recipe, launch: engines.Launch, fold
 
     again = Run(config, recipe, launch, seed=1)
     for tag, wanted in (("start", start), ("middle", middle)):
-        with engines.hush():
-            again.engine.load_checkpoint(folder, tag=tag)
+        shards.restore(again.layout, shards.SavedState(folder / tag))
         again.teacher.refresh()
         found[f"loads_{tag}"] = same_states(again.states(), wanted) and again.copy_is_rounded_ema()
     for _ in again.train(range(CHECKPOINT_STEP, STEPS)):
         pass
     found["continues"] = same_states(again.states(), end)
+    found["takes_over"] = {
+        other.parent.name: takes_over(again, other) for other in sorted(folder.parent.glob("*/middle"))
+    }
     return found
+
+
+def write_state(run: Run, folder: Path) -> None:
+    """As a checkpoint does it: every rank its own part."""
+    folder.mkdir(exist_ok=True)
+    shards.write(shards.snapshot(run.layout, run.launch.rank), shards.rank_file(folder, run.launch.rank))
+    dist.barrier()
+
+
+def takes_over(run: Run, folder: Path) -> bool:
+    """Whether a state that another preset, or another number of ranks, has written is restored bit for bit."""
+    saved = shards.SavedState(folder)
+    shards.restore(run.layout, saved)
+    run.teacher.refresh()
+    states = run.states()
+    wanted = {which: {name: saved.whole(which, name) for name in saved.names} for which in STATES}
+    steps = {int(run.layout.optimizer.state[m]["step"]) for m in run.layout.masters}
+    equal = run.launch.rank > 0 or same_states(states, wanted)
+    return equal and steps == {CHECKPOINT_STEP} and run.copy_is_rounded_ema() and masters_are_deepspeeds(run)
 
 
 def masters_are_deepspeeds(run: Run) -> bool:
@@ -276,6 +299,11 @@ class TestEveryPreset:
             assert rank["loads_middle"]
             assert rank["continues"]
 
+    def test_any_preset_continues_what_any_other_has_saved(self, found: tuple[int, Path], config: str) -> None:
+        for rank in of_ranks(found, config):
+            assert rank["takes_over"][f"{config}-{found[0]}"]
+            assert all(rank["takes_over"].values()), rank["takes_over"]
+
     def test_masters_are_the_ones_deepspeed_reports(self, found: tuple[int, Path], config: str) -> None:
         assert all(rank["deepspeed_agrees"] for rank in of_ranks(found, config))
 
@@ -309,6 +337,11 @@ def test_padding_behind_a_parameter_is_not_compared(rank: int, known: list[float
     assert torch.equal(*_common_elements(group, group.slots[0], stripe, weight))
     weight.ds_tensor[0] += 1  # type: ignore[attr-defined]
     assert not torch.equal(*_common_elements(group, group.slots[0], stripe, weight))
+
+
+def test_two_ranks_took_over_what_one_has_saved(measured: dict[int, Path]) -> None:
+    last = of_ranks((2, measured[2]), list(CONFIGS)[-1])[0]["takes_over"]
+    assert set(last) == {f"{config}-{ranks}" for config in CONFIGS for ranks in (1, 2)}
 
 
 def test_one_and_two_ranks_learn_the_same(measured: dict[int, Path]) -> None:

@@ -105,6 +105,7 @@ def build_loader(
     crop_min: float = 0.2,
     flip: bool = True,
     crop_pct: float | None = None,
+    accum_iter: int = 1,
 ) -> Loader:
     """A `Loader` of `data_path`: FFCV for a `.beton`, PIL for a folder of images, drawn images for `synthetic:N`.
 
@@ -117,6 +118,9 @@ def build_loader(
       mirroring; only full global batches. Otherwise in order, the centre (`crop_pct` of the largest box; None is 0.875,
       or 1 when all stored images have `image_size` already), each sample once over all ranks, in batches of which the
       last may be smaller, on some ranks empty.
+
+    - `accum_iter`: batches per update. A training epoch holds whole updates only, so that it has the same samples
+      however an update is cut into batches.
 
     **Raises:** `UserError` for a source that is missing, damaged or has other channels, and for values out of range.
     """
@@ -135,6 +139,7 @@ def build_loader(
         crop_min=crop_min,
         flip=flip,
         crop_pct=crop_pct,
+        accum_iter=accum_iter,
     )
     if source.startswith("synthetic:"):
         from fasthpm.data.synthetic import SyntheticLoader

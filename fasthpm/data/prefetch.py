@@ -41,11 +41,13 @@ class LoaderOptions:
     crop_min: float = 0.2
     flip: bool = True
     crop_pct: float | None = None
+    accum_iter: int = 1
 
     def __post_init__(self) -> None:
         self._check("batch_size", self.batch_size >= 1, "1 or more")
         self._check("image_size", min(self.image_size) >= 1, "a height and a width of 1 or more")
         self._check("channels", self.channels in (1, 3), "1 (grey) or 3 (RGB)")
+        self._check("accum_iter", self.accum_iter >= 1, "1 or more")
         self._check("num_workers", self.num_workers >= 0, "0 (share the cores) or more")
         self._check("rank", 0 <= self.rank < self.world_size, f"0 to {self.world_size - 1}")
         self._check("crop_min", 0 < self.crop_min <= 1, "more than 0, at most 1")
@@ -105,8 +107,8 @@ class PrefetchLoader(ABC):
 
     # ---------------------------------------------------------------------------------------------- the protocol
     def __len__(self) -> int:
-        samples, batch = self.info.num_samples, self.options.global_batch
-        return samples // batch if self.options.train else -(-samples // batch)
+        samples, batch, accum_iter = self.info.num_samples, self.options.global_batch, self.options.accum_iter
+        return samples // (batch * accum_iter) * accum_iter if self.options.train else -(-samples // batch)
 
     def __iter__(self) -> Iterator[Batch]:
         if self._closed:
