@@ -6,6 +6,7 @@ reaches on 2048 x 2048 squares in the run's dtype, measured when the run starts.
 
 import collections
 import json
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -56,7 +57,7 @@ class Metrics:
         self._sum = torch.zeros(len(METRICS), device=device)
         self._count = self._samples = 0
         self.restart()
-        self._writer = None
+        self._writer: Any = None
         self.progress = tqdm(
             total=total_steps,
             initial=first_step,
@@ -67,11 +68,8 @@ class Metrics:
             dynamic_ncols=True,
             desc="pretrain",
         )
-        if rank == 0:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(output_dir / "tensorboard"), purge_step=first_step)
-            self._log = (output_dir / "metrics.jsonl").open("a", buffering=1)
+        self._first_step, self._disk_failed = first_step, False
+        self._open_writer()
 
     def add(self, step: int, batch: Batch, output: StepOutput) -> None:
         """Take in one micro-step, without waiting for it."""
@@ -117,15 +115,39 @@ class Metrics:
 
     def image(self, tag: str, picture: Any, step: int) -> None:
         """Add a picture [H, W, 3] uint8 to TensorBoard (rank 0)."""
-        if self._writer:
-            self._writer.add_image(tag, picture, step, dataformats="HWC")
+        if self.rank == 0:
+            with self.surviving_the_disk(step):
+                self._open_writer()
+                self._writer.add_image(tag, picture, step, dataformats="HWC")
 
     def close(self) -> None:
         """Flush and close all files."""
         self.progress.close()
         if self._writer:
-            self._writer.close()
-            self._log.close()
+            with self.surviving_the_disk(self.progress.n):
+                self._writer.close()
+
+    @contextmanager
+    def surviving_the_disk(self, step: int) -> Iterator[None]:
+        """Log what a disk did not take, once until it takes something again, and let training go on."""
+        try:
+            yield
+        except OSError as error:
+            self._writer = None  # TensorBoard's has ended with its error; the next writing opens another
+            if not self._disk_failed:
+                self.progress.write(
+                    f"warning: metrics of update {step} were not written ({error.strerror}); training goes on",
+                    file=sys.stderr,
+                )
+            self._disk_failed = True
+        else:
+            self._disk_failed = False
+
+    def _open_writer(self) -> None:
+        if self.rank == 0 and self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self.output_dir / "tensorboard"), purge_step=self._first_step)
 
     def restart(self) -> None:
         """Start the sums and the clock anew, so that time spent on pictures and checkpoints is not counted."""
@@ -136,12 +158,16 @@ class Metrics:
         self._recent.clear()
 
     def _write(self, step: int, epoch: float, record: dict[str, float]) -> None:
-        if not self._writer:
+        if self.rank:
             return
-        self._log.write(json.dumps({"step": step, "epoch": epoch, "time": time.time(), **record}) + "\n")
-        for group, names in TENSORBOARD_GROUPS.items():
-            for name in names:
-                self._writer.add_scalar(f"{group}/{name}", record[name], step)
+        self._first_step = step
+        with self.surviving_the_disk(step):
+            with (self.output_dir / "metrics.jsonl").open("a") as log:
+                log.write(json.dumps({"step": step, "epoch": epoch, "time": time.time(), **record}) + "\n")
+            self._open_writer()
+            for group, names in TENSORBOARD_GROUPS.items():
+                for name in names:
+                    self._writer.add_scalar(f"{group}/{name}", record[name], step)
         self.progress.set_postfix(
             loss=f"{record['loss']:.3f}",
             img_s=f"{record['images_per_second']:.0f}",

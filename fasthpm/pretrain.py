@@ -69,6 +69,7 @@ class Run:
     saver: Saver
     done: int = 0  # updates
     saving: int = 0  # the update whose checkpoint was begun last
+    unsaved: str = ""  # why it is lost, on rank 0
     preempted: bool = False  # a signal ends the run at this update
 
     @property
@@ -151,26 +152,32 @@ def save(run: Run) -> None:
     """
     finish_saving(run)
     output_dir = Path(run.recipe.output_dir)
-    aside: list[str] = [""]
+    aside = [""]
+    run.saving, run.unsaved = run.done, ""
     if run.launch.rank == 0:
         try:
             checkpoint.require_space(output_dir, run.num_parameters)
             aside = [str(checkpoint.begin(output_dir, run.done))]
         except (UserError, OSError) as error:
-            warn_unsaved(run.done, str(error))
+            not_saved(run, str(error))
     dist.broadcast_object_list(aside)
-    if not aside[0]:
-        return
-    state = checkpoint.RunState(run.done, run.loader.state_dict(), run.launch.world_size, run.recipe.accum_iter)
-    run.saver.start(Job(Path(aside[0]), shards.snapshot(run.layout, run.launch.rank), run.recipe, state))
-    run.saving = run.done
+    if aside[0]:
+        state = checkpoint.RunState(run.done, run.loader.state_dict(), run.launch.world_size, run.recipe.accum_iter)
+        run.saver.start(Job(Path(aside[0]), shards.snapshot(run.layout, run.launch.rank), run.recipe, state))
 
 
 def finish_saving(run: Run) -> None:
     """Wait for the checkpoint that is being written, and say so if the disk did not take it."""
     problem = run.saver.wait()
     if problem and run.launch.rank == 0:
-        warn_unsaved(run.saving, problem)
+        not_saved(run, problem)
+
+
+def not_saved(run: Run, problem: str) -> None:
+    """Note and print that the checkpoint begun last is lost."""
+    run.unsaved = problem
+    print(f"warning: the checkpoint of update {run.saving} was not written ({problem}); earlier ones are intact",
+          file=sys.stderr)  # fmt: skip
 
 
 def finish_last_save(run: Run) -> None:
@@ -178,19 +185,13 @@ def finish_last_save(run: Run) -> None:
 
     **Raises:** `UserError` on all ranks if it was not written.
     """
-    problem = run.saver.wait()
+    finish_saving(run)
     with engine.in_agreement():
-        if problem and run.launch.rank == 0:
+        if run.unsaved:
             raise UserError(
-                f"the last checkpoint, of update {run.saving}, was not written ({problem}); make room in "
+                f"the checkpoint of update {run.saving}, the last, was not written; make room in "
                 f"{run.recipe.output_dir} and start again to resume from the one before"
             )
-
-
-def warn_unsaved(step: int, problem: str) -> None:
-    """One line about a checkpoint that was lost."""
-    print(f"warning: the checkpoint of update {step} was not written ({problem}); earlier ones are intact and "
-          f"training goes on", file=sys.stderr)  # fmt: skip
 
 
 def endless(loader: Loader) -> Iterator[Batch]:
@@ -256,8 +257,9 @@ def draw_panel(run: Run, metrics: Metrics) -> None:
     alpha = schedule.alpha_at(run.recipe, run.done - 1)
     picture = visualize.panel(model, run.recipe, info, images, alpha)
     folder = Path(run.recipe.output_dir) / "panels"
-    folder.mkdir(exist_ok=True)
-    visualize.save_png(picture, folder / f"step-{run.done:08d}.png")
+    with metrics.surviving_the_disk(run.done):
+        folder.mkdir(exist_ok=True)
+        visualize.save_png(picture, folder / f"step-{run.done:08d}.png")
     metrics.image("panel", picture, run.done)
 
 

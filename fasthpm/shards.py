@@ -8,13 +8,15 @@ another ZeRO stage. safetensors only: nothing in a checkpoint is unpickled.
 """
 
 import json
+import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -62,9 +64,18 @@ def snapshot(layout: MasterLayout, rank: int) -> Snapshot:
 
 
 def write(taken: Snapshot, path: Path) -> None:
-    """Write a snapshot to `path`."""
+    """Write a snapshot to `path`.
+
+    **Raises:** `OSError` if the disk does not take it.
+    """
     path.parent.mkdir(exist_ok=True)
-    save_file(taken.tensors, path, metadata={"layout": json.dumps(taken.layout)})
+    try:
+        save_file(taken.tensors, path, metadata={"layout": json.dumps(taken.layout)})
+    except SafetensorError as error:
+        code = re.search(r"os error (\d+)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
 
 
 @dataclass(frozen=True)
@@ -92,7 +103,7 @@ class SavedState:
         try:
             self._files = [safe_open(path, framework="pt") for path in self._paths]
             self.layouts = [json.loads((file.metadata() or {})["layout"]) for file in self._files]
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, SafetensorError, ValueError, KeyError) as error:
             raise UserError(f"{folder / FOLDER} is not a training state of this program ({error})") from error
         self._places = {
             name: _Place(number, tuple(shape), offset, stripe)
