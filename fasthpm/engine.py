@@ -26,7 +26,7 @@ from fasthpm.recipe import Recipe
 from fasthpm.zero import MasterLayout, prepare_deepspeed
 
 TIMEOUT = "FASTHPM_TIMEOUT_MINUTES"
-DEFAULT_TIMEOUT_MINUTES = 10.0
+DEFAULT_TIMEOUT_MINUTES = 5.0
 
 # What launchers call rank, rank on this machine, number of ranks, number on this machine (its alternatives).
 LAUNCHERS = (

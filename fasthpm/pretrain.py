@@ -31,6 +31,7 @@ from fasthpm.signals import StopSignals
 from fasthpm.step import Step, model_of
 from fasthpm.teacher import EMATeacher
 from fasthpm.versions import versions
+from fasthpm.watchdog import Watchdog
 
 PANEL_IMAGES = 8
 
@@ -200,7 +201,7 @@ def endless(loader: Loader) -> Iterator[Batch]:
         yield from loader
 
 
-def train(run: Run, metrics: Metrics, stop: StopSignals) -> None:
+def train(run: Run, metrics: Metrics, stop: StopSignals, watchdog: Watchdog) -> None:
     """The loop: batch, step, log, save; until the last update, or the one at which the ranks agree to stop."""
     recipe, device = run.recipe, run.launch.device
     last = min(recipe.total_steps, recipe.stop_after or recipe.total_steps)
@@ -213,7 +214,7 @@ def train(run: Run, metrics: Metrics, stop: StopSignals) -> None:
         alpha = torch.full((), schedule.alpha_at(recipe, now), dtype=torch.float64, device=device)
         update = torch.full((), now, device=device)
         for _ in range(recipe.accum_iter):
-            with metrics.waiting_for_data():
+            with metrics.waiting_for_data(), watchdog.doing("loading data"):
                 batch = next(batches).to(device)
             output = run.engine(batch.images, batch.ids, update, alpha)
             run.engine.backward(output.loss)
@@ -222,7 +223,9 @@ def train(run: Run, metrics: Metrics, stop: StopSignals) -> None:
         run.done += 1
         run.preempted = stop.agreed()
         metrics.progress.update()
-        after_update(run, metrics, last)
+        with watchdog.doing("saving or drawing"):
+            after_update(run, metrics, last)
+        watchdog.progressed(run.done)
 
 
 def after_update(run: Run, metrics: Metrics, last: int) -> None:
@@ -325,8 +328,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             matmul_rate=measure_matmul_rate(launch.device, dtype), device=launch.device,
         )  # fmt: skip
         try:
-            with StopSignals() as stop:
-                train(run, metrics, stop)
+            limit = 0.8 * engine.timeout().total_seconds()  # before collectives give up, which name nobody
+            watchdog = Watchdog(Path(recipe.output_dir), launch.rank, launch.world_size, timeout=limit)
+            with StopSignals() as stop, watchdog:
+                train(run, metrics, stop, watchdog)
                 stop.drain()
                 finish_last_save(run)
         finally:
@@ -334,6 +339,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             run.loader.close()
         if launch.rank == 0:
             finish(run)
+        if stop.interrupted:
+            raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""SIGTERM and SIGUSR1, as SLURM and spot machines send them, become a stop that all ranks make at the same update.
+"""SIGTERM and SIGUSR1, as SLURM and spot machines send them, and Ctrl-C: a stop that all ranks make at the same update.
 
 One small all-reduce per update tells the ranks of each other's signals. Its result is read some updates later, so that
 no rank ever waits for it; a signal therefore stops the run after at most `DELAY` + 1 further updates.
 """
 
 import collections
+import os
 import signal
 from types import FrameType
 from typing import Any, cast
@@ -14,19 +15,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fasthpm import engine
+from fasthpm.cli import EXIT_INTERRUPTED
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 DELAY = 2
 
 
 class StopSignals:
-    """Catches the signals while it is open (`with`); `agreed` tells every rank the same.
+    """Catches the signals while it is open (`with`); `agreed` tells every rank the same. A second Ctrl-C ends at once.
 
     Collective: all ranks make one, and call `agreed` after the same updates.
     """
 
     def __init__(self) -> None:
-        self.received = False
+        self.received = self.interrupted = False
         self._previous: dict[signal.Signals, Any] = {}
         # On GPUs too the ranks talk over gloo here: the signal is the host's, and must not queue behind the step.
         self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=engine.timeout()))
@@ -56,4 +58,7 @@ class StopSignals:
             self._pending.popleft()[1].wait()
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.interrupted:
+            os._exit(EXIT_INTERRUPTED)
         self.received = True
+        self.interrupted |= number == signal.SIGINT

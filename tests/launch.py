@@ -53,10 +53,14 @@ def run_ranks(
 
 @contextmanager
 def running_ranks(
-    target: str | Path, *arguments: object, ranks: int = 2, launcher: str = "torchrun"
+    target: str | Path,
+    *arguments: object,
+    ranks: int = 2,
+    launcher: str = "torchrun",
+    env: Mapping[str, str] | None = None,
 ) -> Iterator["subprocess.Popen[str]"]:
     """The launcher's process, started like `run_ranks` does it; whatever still runs at the end is killed."""
-    process = _start(target, *arguments, ranks=ranks, launcher=launcher, env=None)
+    process = _start(target, *arguments, ranks=ranks, launcher=launcher, env=env)
     try:
         yield process
     finally:

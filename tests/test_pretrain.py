@@ -1,7 +1,6 @@
 """Whole runs as users start them: real launchers, real DeepSpeed, every preset; wrong input, NaN, Ctrl-C, resume."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -193,19 +192,53 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_and_is_kept(tmp_path: Path) -
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_ctrl_c_leaves_nothing_half_written(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "fasthpm", "pretrain", *map(str, SHORT), "--epochs", "500", "--save_every", "1",
-               "--output_dir", str(tmp_path)]  # fmt: skip
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env={**os.environ,
-                               "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"})  # fmt: skip
-    deadline = time.monotonic() + 90
-    while not list(tmp_path.glob("checkpoints/step-*")) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
-    assert "fasthpm: interrupted" in errors
-    assert newest_valid(tmp_path, lambda line: None) is not None
+def endless_run(output_dir: Path) -> tuple[object, ...]:
+    return (*SHORT, "--epochs", 5000, "--batch_size", 8, "--log_every", 1, "--save_every", 10**6, "--panel_every", 0,
+            "--output_dir", output_dir)  # fmt: skip
+
+
+def test_ctrl_c_saves(tmp_path: Path) -> None:
+    with running_ranks(MODULE, *endless_run(tmp_path), launcher="python") as process:
+        wait_for_file(tmp_path / "metrics.jsonl")
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "fasthpm: interrupted" in output
+    assert "run the same command to continue" in output
+    assert newest_valid(tmp_path, pytest.fail) is not None
+
+
+def test_a_second_ctrl_c_does_not_wait() -> None:
+    program = (
+        "import os, signal; from fasthpm import engine, signals\n"
+        "with engine.session(), signals.StopSignals() as stop:\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    print('first', stop.received, stop.interrupted, flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    print('second', flush=True)\n"
+    )
+    finished = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert finished.returncode == 130, finished.stderr
+    assert finished.stdout == "first True True\n"
+
+
+def test_a_rank_that_is_stuck_ends_the_job_and_is_named(tmp_path: Path) -> None:
+    limit = {"FASTHPM_TIMEOUT_MINUTES": "0.2"}
+    with running_ranks(MODULE, *endless_run(tmp_path), env=limit) as launched:
+        wait_for_file(tmp_path / "metrics.jsonl")
+        ranks = ranks_of(launched.pid, MODULE)
+        time.sleep(3)  # a note of each rank
+        ranks[1].suspend()
+        begin = time.monotonic()
+        output, _ = launched.communicate(timeout=120)
+    assert launched.returncode != 0
+    assert time.monotonic() - begin < 60
+    lines = [line for line in output.splitlines() if "fasthpm: error" in line]
+    assert len(lines) == 1, output
+    assert re.search(r"no update for 9\.6 s after update \d+: rank 1 \(update \d+\) gave no sign of life", lines[0])
+    assert not any(rank.is_running() for rank in ranks)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

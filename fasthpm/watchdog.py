@@ -1,0 +1,117 @@
+"""A rank that is stuck ends the job, named, instead of holding it for ever.
+
+A collective waits for its slowest rank, so one rank that hangs stops them all without an error. Each rank therefore
+notes its update and what it is doing in a file beside the run, from a thread of its own; one that has made no progress
+for the timeout reads the others' notes, says who is to blame, and ends its process. Its launcher then ends the others.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+EXIT_STUCK = 3
+FOLDER = ".heartbeats"
+WAITING = "step"  # the phase in which a rank waits for others
+
+
+class Watchdog:
+    """Watches this rank while it is open (`with`).
+
+    - `timeout`: seconds without progress after which the job ends
+    """
+
+    def __init__(self, output_dir: Path, rank: int, world_size: int, *, timeout: float) -> None:
+        self.folder, self.rank, self.world_size, self.timeout = output_dir / FOLDER, rank, world_size, timeout
+        self._interval = min(timeout / 5, 10.0)
+        self._note: dict[str, Any] = {"update": 0, "phase": WAITING}
+        self._progress = time.monotonic()
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="fasthpm-watchdog", daemon=True)
+
+    def __enter__(self) -> "Watchdog":
+        self._progress = time.monotonic()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join()
+        with contextlib.suppress(OSError):
+            self._path(self.rank).unlink()
+
+    def progressed(self, update: int) -> None:
+        """This rank has done `update` updates."""
+        self._progress = time.monotonic()
+        self._note = {"update": update, "phase": WAITING}
+
+    @contextmanager
+    def doing(self, phase: str) -> Iterator[None]:
+        """This rank is busy with something of its own: the others may have to wait for it."""
+        note = self._note
+        self._note = {**note, "phase": phase}
+        yield
+        self._note = note
+
+    def _watch(self) -> None:
+        while not self._end.wait(self._interval):
+            self._write()
+            if time.monotonic() - self._progress > self.timeout:
+                self._give_up()
+
+    def _write(self) -> None:
+        with contextlib.suppress(OSError):  # a full disk must not end the run
+            self.folder.mkdir(parents=True, exist_ok=True)
+            half = self._path(self.rank).with_suffix(".half")
+            half.write_text(json.dumps({**self._note, "time": time.time()}))
+            half.replace(self._path(self.rank))
+
+    def _path(self, rank: int) -> Path:
+        return self.folder / f"rank-{rank:05d}.json"
+
+    def _give_up(self) -> NoReturn:
+        notes = {rank: _read(self._path(rank)) for rank in range(self.world_size)}
+        culprit = blame(notes, time.time(), 3 * self._interval)
+        print(
+            f"fasthpm: error: no update for {self.timeout:g} s after update {self._note['update']}: {culprit}; "
+            f"start the same command to resume from the last checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(EXIT_STUCK)  # the main thread hangs in a call that no exception can reach
+
+
+def blame(notes: dict[int, dict[str, Any]], now: float, silent_after: float) -> str:
+    """Which ranks hold the others up: the silent ones, else those that are not waiting, else those that are behind.
+
+    - `notes`: {rank: {"update", "phase", "time"}, or {} for a rank that left none}
+    - `silent_after`: seconds after which a rank that notes nothing counts as dead or stopped
+    """
+    silent = {rank: note for rank, note in notes.items() if not note or now - note["time"] > silent_after}
+    if silent:
+        return _name(silent, "gave no sign of life")
+    busy = {rank: note for rank, note in notes.items() if note["phase"] != WAITING}
+    if busy:
+        return _name(busy, f"still busy with {', '.join(sorted({note['phase'] for note in busy.values()}))}")
+    last = min(note["update"] for note in notes.values())
+    behind = {rank: note for rank, note in notes.items() if note["update"] == last}
+    if len(behind) < len(notes):
+        return _name(behind, "behind the others")
+    return "all ranks wait for each other in the same step"
+
+
+def _name(ranks: dict[int, dict[str, Any]], what: str) -> str:
+    listed = ", ".join(f"{rank} (update {note.get('update', '?')})" for rank, note in sorted(ranks.items())[:8])
+    return f"rank{'s' if len(ranks) > 1 else ''} {listed} {what}"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads(path.read_text())
+    return {}
