@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from fasthpm import checkpoint, recipes
+from fasthpm import checkpoint, export, recipes
 from fasthpm.checkpoint import RunState
 from fasthpm.errors import UserError
 from fasthpm.recipe import Recipe, save_recipe, science_of
@@ -117,7 +117,7 @@ def test_timm_computes_what_the_encoder_computes(tmp_path: Path) -> None:
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
     path = tmp_path / "encoder.safetensors"
-    checkpoint.export_encoder(model, recipe, {"mean": [0.5]}, path)
+    export.export_weights(model, recipe, path, info={"mean": [0.5]})
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     assert json.loads(metadata["mean"]) == [0.5]
@@ -134,7 +134,7 @@ def test_timm_create_model_loads_the_file(tmp_path: Path) -> None:
     recipe = Recipe(model="hpm_vit_tiny_patch16_224", decoder_dim=64, decoder_depth=1, decoder_heads=4)
     model = model_of(recipe).eval()
     path = tmp_path / "encoder.safetensors"
-    checkpoint.export_encoder(model, recipe, {}, path)
+    export.export_weights(model, recipe, path)
     vit = timm.create_model("vit_tiny_patch16_224", num_classes=0, checkpoint_path=str(path)).eval()
     images = torch.randn(1, 3, 224, 224)
     with torch.no_grad():
