@@ -122,10 +122,10 @@ def _is_state(value: Any) -> bool:
 
 
 def _search(content: Mapping[str, Any], names: Iterable[str], depth: int = 3) -> Mapping[str, Any] | None:
-    """The first state dict under one of `names`, at most `depth` dictionaries down."""
+    """The first state dict under one of `names`, or further down under the usual ones."""
     nested = [value for name in names if isinstance(value := content.get(name), Mapping)]
     for value in nested:
-        found = value if _is_state(value) else _search(value, names, depth - 1) if depth else None
+        found = value if _is_state(value) else _search(value, STUDENT_KEYS, depth - 1) if depth else None
         if found is not None:
             return found
     return None
