@@ -109,12 +109,21 @@ def _reason(message: str) -> str:
 
 # -------------------------------------------------------------------------------------------------- the weights in it
 def find_weights(content: Mapping[str, Any], which: str) -> dict[str, Tensor]:
-    """State dict of the "student" or the "teacher" (EMA) in a checkpoint, without wrappers' prefixes; {} if none."""
+    """State dict of the "student" or the "teacher" (EMA) in a checkpoint, without wrappers' prefixes; {} if none.
+
+    **Raises:** `UserError` for a tensor that claims more values than the file holds.
+    """
     if _is_state(content):
         found: Mapping[str, Any] | None = content if which == "student" else None
     else:
         found = _search(content, STUDENT_KEYS if which == "student" else TEACHER_KEYS)
-    return strip_wrappers({k: v for k, v in found.items() if isinstance(v, Tensor)}) if found else {}
+    tensors = {k: v for k, v in found.items() if isinstance(v, Tensor)} if found else {}
+    swollen = [k for k, v in tensors.items() if v.numel() * v.element_size() > v.untyped_storage().nbytes()]
+    if swollen:  # a stride of 0 makes a terabyte of one number
+        raise UserError(
+            f"{swollen[0]} claims shape {tuple(tensors[swollen[0]].shape)}, and the file holds less than that"
+        )
+    return strip_wrappers(tensors)
 
 
 def _is_state(value: Any) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fasthpm.errors import UserError
 from fasthpm.foreign import EMBEDDED_RECIPE, ENCODER_PREFIXES
-from fasthpm.model import LAYER_NORM_EPS, Block, HPMViT
+from fasthpm.model import LAYER_NORM_EPS, SIZES, Block, HPMViT
 from fasthpm.recipe import Recipe, build_recipe, recipe_text
 from fasthpm.step import model_of
 
@@ -100,8 +100,8 @@ class Timm(Target):
 
     def usage(self, path: Path) -> str:
         arguments = metadata_of(path, "timm")
-        sizes = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge"}
-        name = f"vit_{sizes.get(arguments['embed_dim'], '')}_patch{arguments['patch_size']}_{arguments['img_size'][0]}"
+        size = next((n for n, s in SIZES.items() if s.items() <= arguments.items()), "")
+        name = f"vit_{size}_patch{arguments['patch_size']}_{arguments['img_size'][0]}"
         if timm.is_model(name) and arguments["in_chans"] == 3 and len(set(arguments["img_size"])) == 1:
             return f'timm.create_model("{name}", num_classes=0, checkpoint_path="{path}")'
         return f'vit = timm.models.VisionTransformer(**{arguments}); vit.load_state_dict(load_file("{path}"))'

@@ -314,6 +314,10 @@ def test_the_encoder_of_a_whole_checkpoint(tmp_path: Path) -> None:
     run_import(tmp_path / "features.safetensors", tmp_path / "run", "--encoder_only")
     model, _ = load_weights(tmp_path / "run")
     check_same(model, state, decoders=False)
+    del state["norm.bias"]
+    save_file(state, tmp_path / "features.safetensors")
+    with pytest.raises(UserError, match=r"missing \['norm.bias'\]"):
+        import_weights(tmp_path / "features.safetensors", encoder_only=True)
 
 
 def test_load_reference_is_all_or_nothing() -> None:
@@ -323,6 +327,8 @@ def test_load_reference_is_all_or_nothing() -> None:
     with pytest.raises(UserError, match="missing"):
         load_reference(model, {key: value for key, value in given.items() if key != "norm.bias"}, "hpm")
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    load_reference(model, prefixed(given), "hpm")
+    assert all(torch.equal(value, given[key]) for key, value in model.state_dict().items())
     with pytest.raises(UserError, match=r"source is 'mea', expected one of .*; did you mean 'mae'"):
         load_reference(model, given, "mea")
 
@@ -391,6 +397,12 @@ def test_files_that_are_no_checkpoints(tmp_path: Path, kind: str, message: str) 
         run_import(tmp_path / "some.pth", tmp_path / "run")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_tensor_larger_than_its_file(tmp_path: Path) -> None:
+    torch.save({**published(), "pos_embed": torch.zeros(1).expand(1, 10**9, WIDTH)}, tmp_path / "bomb.pth")
+    with pytest.raises(UserError, match=r"pos_embed claims shape \(1, 1000000000, 128\), and the file holds less"):
+        run_import(tmp_path / "bomb.pth", tmp_path / "run")
 
 
 def test_half_a_safetensors_file(tmp_path: Path) -> None:
@@ -514,6 +526,16 @@ def test_timm_and_hugging_face_encoders(tmp_path: Path, size: str, channels: int
     dispatch(["export", str(run), "--format", "hf_vit", "-o", str(tmp_path / "hf")])
     theirs = transformers.ViTModel.from_pretrained(tmp_path / "hf", add_pooling_layer=False).eval()
     close(theirs(images).last_hidden_state, model.encode(images))
+
+
+@torch.no_grad()
+def test_timm_names_are_suggested_where_they_fit(tmp_path: Path) -> None:
+    sizes = {"model": "hpm_vit_tiny_patch16_224", "input_size": "224", "patch_size": 16, "decoder_depth": 1}
+    _, model = run_with(tmp_path / "run", **sizes)
+    export.export_weights(model, load_weights(tmp_path / "run")[1], tmp_path / "tiny.safetensors")
+    line = targets.TARGETS["timm"].usage(tmp_path / "tiny.safetensors")
+    vit = eval(line, {"timm": timm}).eval()
+    close(vit(pictures(model)), model.encode(pictures(model))[:, 0])
 
 
 @torch.no_grad()
