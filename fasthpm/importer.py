@@ -80,15 +80,16 @@ def import_weights(
         found = choose(content, weights)
         source = source or detect_source(found["student"])
         check_source(source)
-        shape = measured(found["student"], encoder_only)
-        if base is None and EMBEDDED_RECIPE in metadata:
-            base = build_recipe(json.loads(metadata[EMBEDDED_RECIPE]), source=f"the recipe in {path.name}")
         fields = {k: v for k, v in (given or {}).items() if v is not None}
         assumed: list[str] = []
-        if base:
+        if base is None and EMBEDDED_RECIPE in metadata and not encoder_only:
+            own = build_recipe(json.loads(metadata[EMBEDDED_RECIPE]), source="the recipe in it")
+            recipe = dataclasses.replace(own, **fields)
+        elif base:
             recipe = dataclasses.replace(base, **fields)
-            check_recipe(recipe, shape)
+            check_recipe(recipe, measured(found["student"], encoder_only))
         else:
+            shape = measured(found["student"], encoder_only)
             recipe, assumed = recipe_for(shape, source, fields, stored_arguments(content))
         states, reports = {}, {}
         for name, state in found.items():
@@ -138,11 +139,6 @@ def measured(state: dict[str, Tensor], encoder_only: bool) -> Architecture:
             f"its decoder predicts {values} values per patch, not the {pixels} pixels: features are its target, and "
             f"no model here has that; take its encoder with --encoder_only"
         )
-    if shape.predictor_depth not in (0, shape.decoder_depth):
-        raise UserError(
-            f"its loss predictor has {shape.predictor_depth} blocks and its reconstructor {shape.decoder_depth}; "
-            f"expected as many"
-        )
     return shape
 
 
@@ -155,6 +151,11 @@ def recipe_for(
 
     **Raises:** `UserError` if no registered model has these shapes, or they leave a choice.
     """
+    if shape.predictor_depth not in (0, shape.decoder_depth):
+        raise UserError(
+            f"its loss predictor has {shape.predictor_depth} blocks and its reconstructor {shape.decoder_depth}; "
+            f"expected as many"
+        )
     known: dict[str, Any] = {"model": _model_name(shape), "patch_size": shape.patch_size, "channels": shape.in_chans}
     known["input_size"] = fields.get("input_size") or _square(shape)
     if shape.decoder_dim:

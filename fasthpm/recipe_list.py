@@ -4,7 +4,8 @@
     fasthpm recipes NAME                  # its command, its description, all fields
     fasthpm recipes NAME --diff OTHER     # the fields in which two differ
 
-NAME and OTHER are recipes, or recipe.json files of runs.
+NAME and OTHER are recipes, or recipe.json files of runs. The origin of a number that a recipe sets by itself is what
+its description says: "clip_grad 5 (released code)", likewise (paper) and (ours).
 """
 
 import dataclasses
@@ -104,11 +105,20 @@ def show(name: str) -> list[str]:
 def origin(recipe: Recipe, field: str) -> str:
     """Where the value of a field comes from: paper, released code, ours, or what this recipe sets by itself."""
     if getattr(recipe, field) != getattr(Recipe(), field):
-        return "set by this recipe"
+        return tag(entry(recipe.recipe).text, field) or "set by this recipe"
     if field not in science_of(recipe):
         return "how it is run, not what"
     source, remark = ORIGINS.get(field, (OURS, ""))
     return f"{source}, {remark}" if remark else source
+
+
+def tag(text: str, field: str) -> str:
+    """What a description says of a field's origin, as in "clip_grad 5 (released code)"; empty if it does not."""
+    within_a_clause = r"(?:(?!\. )[^;(])*"
+    found = re.search(
+        rf"\b{field}\b{within_a_clause}\(((?:{PAPER}|{RELEASED}|{OURS})\b[^)]*)\)", " ".join(text.split())
+    )
+    return found[1] if found else ""
 
 
 def difference(name: str, other: str) -> list[str]:

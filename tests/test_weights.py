@@ -19,7 +19,7 @@ from launch import check_ranks
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fasthpm import checkpoint, export, recipes, targets
+from fasthpm import checkpoint, export, recipe_list, recipes, targets
 from fasthpm.__main__ import dispatch
 from fasthpm.checkpoint import load_weights
 from fasthpm.errors import UserError
@@ -639,6 +639,9 @@ def test_export_keeps_what_is_there(tmp_path: Path) -> None:
     (tmp_path / "taken").mkdir()
     with pytest.raises(UserError, match="is there already; remove it"):
         export.export_weights(model, recipe, tmp_path / "taken", "hf_vit")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="is there already"):
+        export.export_weights(model, recipe, tmp_path / "file", "hf_vit")
     with torch.no_grad():
         model.cls_token[0, 0, 0] = np.nan
     with pytest.raises(UserError, match=r"weights \['cls_token'\] are not finite"):
@@ -691,6 +694,19 @@ def test_a_recipe_is_shown_with_the_origin_of_its_numbers(capsys: pytest.Capture
     assert rows["ema_momentum_end"] == ["0.9999", "released code"]
     assert rows["num_workers"] == ["0", "how it is run, not what"]
     assert set(vars(Recipe())) - {"recipe"} <= set(rows)
+
+
+def test_a_description_tags_what_its_recipe_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    def tagged() -> Recipe:
+        """Something of 3 epochs and warmup_epochs. Gradients: clip_grad 0 (paper, Sec. 4), blr
+        2e-4 (released
+        code); crop_min 0.5, epochs 3 (ours)."""
+        return Recipe(recipe="tagged", clip_grad=0.0, blr=2e-4, crop_min=0.5, epochs=3, warmup_epochs=1.0)
+
+    monkeypatch.setitem(recipes.RECIPES, "tagged", tagged)
+    names = ("clip_grad", "blr", "crop_min", "epochs", "warmup_epochs", "mask_ratio")
+    assert [recipe_list.origin(tagged(), name) for name in names] == [
+        "paper, Sec. 4", "released code", "ours", "ours", "set by this recipe", "paper"]  # fmt: skip
 
 
 def test_recipes_differ_where_they_differ(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
