@@ -30,7 +30,6 @@ from fasthpm.step import model_of
 
 MANIFEST, STATE, RECIPE = "manifest.json", "state.json", "recipe.json"
 HASH_CHUNK = 1 << 22
-POSITION_TOLERANCE = 1e-3  # half-precision files round the fixed table
 # float32 master, two moments, EMA, student and teacher files; bf16 weights; a little for names and hashes.
 BYTES_PER_PARAMETER = 27
 
@@ -219,6 +218,9 @@ def load_weights(source: Path, which: str = "student") -> tuple[HPMViT, Recipe]:
             raise UserError(f"{folder} has no {which} weights; use --weights student")
         model.load_state_dict(load_file(path), strict=True)
     return model, recipe
+
+
+POSITION_TOLERANCE = 1e-3  # half-precision files round the fixed table
 
 
 def initial_model(recipe: Recipe) -> HPMViT:
