@@ -211,7 +211,7 @@ def load_weights(source: Path, which: str = "student") -> tuple[HPMViT, Recipe]:
             f"checkpoints/step-… folders"
         )
     recipe = load_recipe(folder / RECIPE)
-    model = model_of(recipe).eval()
+    model = (initial_model(recipe) if which == "untrained" else model_of(recipe)).eval()
     if which != "untrained":
         path = folder / f"{which}.safetensors"
         if not path.is_file():

@@ -463,6 +463,14 @@ def test_pretraining_starts_from_an_import(tmp_path: Path) -> None:
     before, after = (load_weights(folder)[0].state_dict() for folder in (start, tmp_path / "run"))
     for key, value in before.items():
         torch.testing.assert_close(after[key], value, rtol=1e-2, atol=1e-3)
+    untrained, _ = load_weights(tmp_path / "run", "untrained")
+    assert torch.equal(untrained.cls_token, before["cls_token"])
+
+
+def test_an_import_is_looked_at_like_a_run(tmp_path: Path) -> None:
+    given = ["--data_path", "synthetic:4", "--num_images", "2", "-o", str(tmp_path / "panel.png")]
+    dispatch(["visualize", str(imported_debug(tmp_path)), *given])
+    assert (tmp_path / "panel.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_initial_weights(tmp_path: Path) -> None:
@@ -620,7 +628,7 @@ def test_even_the_eps_of_a_norm_is_compared(tmp_path: Path, monkeypatch: pytest.
         ({"input_size": "8x12"}, ["--format", "hf_vitmae"], "needs square images"),
         ({}, ["--format", "timn"], "argument --format: invalid choice: 'timn'"),
         ({}, ["-o", "x.pth"], "output x.pth must end in .safetensors for --format timm"),
-        ({}, ["--weights", "teacher"], "has no teacher weights"),
+        ({}, ["--weights", "teacher"], "has no teacher weights|holds no training state"),
     ],
 )  # fmt: skip
 def test_exports_that_are_refused(
