@@ -10,8 +10,10 @@ from fasthpm.errors import UserError, nearest
 COMMANDS = {
     "pretrain": ("fasthpm.pretrain", "pretrain a model (one process; use deepspeed or torchrun for more)"),
     "knn": ("fasthpm.probes.knn", "k-NN accuracy of a run's encoder"),
-    "export": ("fasthpm.export", "write a run's encoder as safetensors that timm loads"),
+    "import": ("fasthpm.importer", "make a run of an HPM, MAE or AMT checkpoint"),
+    "export": ("fasthpm.export", "write a run's weights for timm, torchvision or Hugging Face"),
     "visualize": ("fasthpm.visualize", "pictures: image, reconstruction, true and predicted loss, mask"),
+    "recipes": ("fasthpm.recipe_list", "list the recipes, show one, compare two"),
     "report": ("fasthpm.report", "report.md and curves of a run"),
 }
 

@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from fasthpm import shards, zero
 from fasthpm.errors import UserError
-from fasthpm.model import LOSS_HEAD, HPMViT
+from fasthpm.foreign import IMPORT_NOTE, about
+from fasthpm.foreign import load_reference as load_reference
+from fasthpm.model import HPMViT
 from fasthpm.recipe import Recipe, load_recipe, save_recipe
 from fasthpm.step import model_of
 
@@ -173,11 +175,21 @@ def find_resume(recipe: Recipe, warn: Callable[[str], None]) -> Path | None:
             )
         return None
     if recipe.resume == "auto":
-        return newest_valid(output_dir, warn)
+        return with_training_state(newest_valid(output_dir, warn))
     folder = Path(recipe.resume)
     problem = damage(folder)
     if problem:
         raise UserError(f"--resume {folder}: {problem}; expected a folder like OUT/checkpoints/step-00001200")
+    return with_training_state(folder)
+
+
+def with_training_state(folder: Path | None) -> Path | None:
+    """`folder`. **Raises:** `UserError` if it holds imported weights, which start a run and do not continue one."""
+    if folder and (folder / IMPORT_NOTE).is_file():
+        raise UserError(
+            f"{folder} holds imported weights and no optimizer state to resume; start a run from them with --init_from "
+            f"{folder.parent.parent} and another --output_dir"
+        )
     return folder
 
 
@@ -226,7 +238,7 @@ def load_weights(source: Path, which: str = "student") -> tuple[HPMViT, Recipe]:
             f"checkpoints/step-… folders"
         )
     recipe = load_recipe(folder / RECIPE)
-    model = model_of(recipe).eval()
+    model = (initial_model(recipe) if which == "untrained" else model_of(recipe)).eval()
     if which != "untrained":
         model.load_state_dict({**dict(model.named_buffers()), **_read_weights(folder, which)}, strict=True)
     return model, recipe
@@ -237,77 +249,40 @@ def _read_weights(folder: Path, which: str) -> dict[str, Tensor]:
     if path.is_file():
         return load_file(path)
     kinds: dict[str, zero.State] = {"student": "master", "teacher": "ema"}
-    saved = shards.SavedState(folder)
-    if not saved.has(kinds[which]):
-        raise UserError(f"{folder} has no {which} weights; use --weights student")
+    saved = shards.SavedState(folder) if (folder / shards.FOLDER).is_dir() else None
+    if saved is None or not saved.has(kinds[which]):
+        other = "student" if which == "teacher" else "teacher"
+        raise UserError(f"{folder} has no {which} weights; use --weights {other}")
     return {name.removeprefix("student."): saved.whole(kinds[which], name) for name in saved.names}
 
 
-def load_reference(model: HPMViT, state_dict: dict[str, Tensor], source: str) -> None:
-    """Load weights of a published implementation into `model`, all or nothing.
+POSITION_TOLERANCE = 1e-3  # half-precision files round the fixed table
 
-    - `source`: "hpm" (its P*P*C-wide loss head becomes the average of its rows, the same function) or "mae" (a model
-      with a loss predictor keeps its own for the keys that MAE lacks)
 
-    **Raises:** `UserError` that lists missing and unexpected keys and wrong shapes.
+def initial_model(recipe: Recipe) -> HPMViT:
+    """The model that a run starts from: drawn from its seed, or with the student's weights of `recipe.init_from`.
+
+    A loss predictor that the source lacks (MAE) keeps its fresh weights.
+
+    **Raises:** `UserError` if the weights do not fit the recipe's model, or were trained with other positions.
     """
-    if source not in ("hpm", "mae"):
-        raise UserError(f"source is {source!r}, expected 'hpm' or 'mae'")
-    given = {key.removeprefix("module."): value for key, value in state_dict.items()}
-    for name in ("weight", "bias"):
-        key = f"{LOSS_HEAD}.{name}"
-        if key in given:
-            given[key] = given[key].mean(dim=0, keepdim=True)
-    own = model.state_dict()
-    missing = [key for key in own if key not in given and not (source == "mae" and "losspred" in key)]
-    unexpected = [key for key in given if key not in own]
-    wrong = [
-        f"{k} {tuple(given[k].shape)} for {tuple(own[k].shape)}"
-        for k in given
-        if k in own and given[k].shape != own[k].shape
-    ]
-    if missing or unexpected or wrong:
-        raise UserError(
-            f"{source} weights do not fit the model: missing {missing}, unexpected {unexpected}, wrong "
-            f"shape {wrong}; create the model with the checkpoint's sizes"
-        )
-    model.load_state_dict({**own, **given})
-
-
-ENCODER_PREFIXES = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
-
-
-def export_encoder(model: HPMViT, recipe: Recipe, info: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Write the encoder as safetensors with timm's ViT names; its metadata holds what timm needs to build it.
-
-    **Returns:** the keyword arguments of `timm.models.VisionTransformer` that fit the file.
-    """
-    tensors = {key: value.clone() for key, value in model.state_dict().items() if key.startswith(ENCODER_PREFIXES)}
-    arguments = timm_arguments(model)
-    metadata = {
-        "timm": json.dumps(arguments),
-        "recipe": recipe.recipe,
-        "model": recipe.model,
-        **{key: json.dumps(value) for key, value in info.items()},
-    }
-    aside = path.with_name(f".writing-{path.name}")
-    save_file(tensors, aside, metadata=metadata)
-    aside.rename(path)
-    return arguments
-
-
-def timm_arguments(model: HPMViT) -> dict[str, Any]:
-    """Arguments of `timm.models.VisionTransformer` for this encoder."""
-    return {
-        "img_size": list(model.img_size),
-        "patch_size": model.patch_size,
-        "in_chans": model.in_chans,
-        "embed_dim": model.cls_token.shape[-1],
-        "depth": len(model.blocks),
-        "num_heads": model.num_heads,
-        "num_classes": 0,
-        "global_pool": "token",
-    }
+    model = model_of(recipe)
+    if not recipe.init_from:
+        return model
+    donor, _ = load_weights(Path(recipe.init_from))
+    given = donor.state_dict()
+    tables = {name: table for name, table in model.named_buffers() if name in given}
+    for name, table in tables.items():
+        if given[name].shape == table.shape and (given[name] - table).abs().max() > POSITION_TOLERANCE:
+            raise UserError(
+                f"init_from {recipe.init_from} has a learned {name}, and pretraining keeps the fixed sine-cosine one; "
+                f"use it for knn and export, or start from weights before fine-tuning"
+            )
+    predictor = any("losspred" in key for key in given)
+    with about(Path(recipe.init_from)):
+        load_reference(model, given, "hpm" if predictor else "mae")
+    model.load_state_dict({**model.state_dict(), **tables})
+    return model
 
 
 def compare_recipes(recipe: Recipe, science: Callable[[Recipe], dict[str, Any]]) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fasthpm import checkpoint, engine, flops, recipes, report, schedule, shards, visualize, zero
+from fasthpm import checkpoint, engine, export, flops, recipes, report, schedule, shards, visualize, zero
 from fasthpm.cli import Parser
 from fasthpm.data import Batch, Loader, build_loader
 from fasthpm.errors import UserError
@@ -106,7 +106,8 @@ def build(recipe: Recipe, launch: engine.Launch) -> Run:
         recipe = recipe.resolve(loader.info.num_samples, launch.world_size)
         checkpoint.compare_recipes(recipe, science_of)
         config = engine.merge_config(recipe.deepspeed_config, recipe, launch.world_size)
-    step = Step(model_of(recipe), recipe, loader.info)
+        student = checkpoint.initial_model(recipe)
+    step = Step(student, recipe, loader.info)
     deepspeed_engine = engine.build_engine(step, recipe, config, launch)
     teacher = None
     if recipe.uses_teacher:
@@ -296,7 +297,7 @@ def finish(run: Run) -> None:
         return
     model, recipe = checkpoint.load_weights(output_dir)
     info = {"mean": run.loader.info.mean, "std": run.loader.info.std}
-    checkpoint.export_encoder(model, recipe, info, output_dir / "encoder.safetensors")
+    export.export_weights(model, recipe, output_dir / "encoder.safetensors", info=info)
     report.write(output_dir)
     print(
         f"finished {run.done} of {recipe.total_steps} updates\n"

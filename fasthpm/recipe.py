@@ -62,6 +62,7 @@ class Recipe:
     beta1: float = option(0.9, "AdamW beta1")
     beta2: float = option(0.95, "AdamW beta2")
     clip_grad: float = option(5.0, "clip the gradient norm to this; 0 = off")
+    init_from: str = option("", "start from the weights of this run, checkpoint or import; empty = from the seed")
     seed: int = option(0, "seed of the weights, the sample order, the crops and the masks")
     # data
     data_path: str = option("", "prepared set (.beton), image folder, or synthetic:N")
@@ -263,7 +264,12 @@ class Recipe:
 # -------------------------------------------------------------------------------------------------- to and from text
 def save_recipe(recipe: Recipe, path: Path) -> None:
     """Write `recipe` as JSON that `--recipe PATH` replays."""
-    path.write_text(json.dumps(dataclasses.asdict(recipe), indent=2) + "\n")
+    path.write_text(recipe_text(recipe))
+
+
+def recipe_text(recipe: Recipe) -> str:
+    """`recipe` as JSON."""
+    return json.dumps(dataclasses.asdict(recipe), indent=2) + "\n"
 
 
 def load_recipe(path: Path) -> Recipe:

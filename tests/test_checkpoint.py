@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from fasthpm import checkpoint, recipes
+from fasthpm import checkpoint, export, recipes
 from fasthpm.checkpoint import RunState
 from fasthpm.errors import UserError
 from fasthpm.recipe import Recipe, save_recipe, science_of
@@ -127,7 +128,8 @@ def test_load_weights(tmp_path: Path) -> None:
     assert torch.equal(model.cls_token, load_file(folder / "student.safetensors")["cls_token"])
     untrained, _ = checkpoint.load_weights(folder, "untrained")
     assert torch.equal(untrained.blocks[0].attn.qkv.weight, model_of(recipe).blocks[0].attn.qkv.weight)
-    with pytest.raises(UserError, match="holds no training state"):
+    shutil.rmtree(folder / "shards")
+    with pytest.raises(UserError, match="has no teacher weights; use --weights student"):
         checkpoint.load_weights(folder, "teacher")
     with pytest.raises(UserError, match="holds no valid checkpoint"):
         checkpoint.load_weights(tmp_path / "empty")
@@ -140,7 +142,7 @@ def test_timm_computes_what_the_encoder_computes(tmp_path: Path) -> None:
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
     path = tmp_path / "encoder.safetensors"
-    checkpoint.export_encoder(model, recipe, {"mean": [0.5]}, path)
+    export.export_weights(model, recipe, path, info={"mean": [0.5]})
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     assert json.loads(metadata["mean"]) == [0.5]
@@ -157,7 +159,7 @@ def test_timm_create_model_loads_the_file(tmp_path: Path) -> None:
     recipe = Recipe(model="hpm_vit_tiny_patch16_224", decoder_dim=64, decoder_depth=1, decoder_heads=4)
     model = model_of(recipe).eval()
     path = tmp_path / "encoder.safetensors"
-    checkpoint.export_encoder(model, recipe, {}, path)
+    export.export_weights(model, recipe, path)
     vit = timm.create_model("vit_tiny_patch16_224", num_classes=0, checkpoint_path=str(path)).eval()
     images = torch.randn(1, 3, 224, 224)
     with torch.no_grad():

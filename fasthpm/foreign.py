@@ -1,0 +1,365 @@
+"""Other people's checkpoints: read without running their code, found inside the file, measured, loaded all or nothing.
+
+Published key names: MAE's (`patch_embed.proj.*`, `blocks.i.*`, `norm.*`, `decoder_embed.*`, `mask_token`,
+`decoder_blocks.i.*`, `decoder_norm.*`, `decoder_pred.*`), which AMT keeps, and HPM's, which adds `*_losspred.*`.
+"""
+
+import argparse
+import contextlib
+import pathlib
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fasthpm.errors import UserError, nearest
+from fasthpm.model import LOSS_HEAD, HPMViT
+
+SOURCES = ("hpm", "mae", "amt", "videomae")
+WITHOUT_PREDICTOR = ("mae", "amt")
+# Where trainers keep a state dict, the likeliest first.
+STUDENT_KEYS = ("state_dict", "model", "module", "model_state_dict", "student", "net")
+TEACHER_KEYS = ("ema_state_dict", "model_ema", "state_dict_ema", "ema", "teacher")
+WRAPPERS = ("module.", "_orig_mod.", "student.", "model.", "backbone.")
+ANCHOR = "patch_embed.proj.weight"  # in every state dict of a ViT, whatever is wrapped around it
+ENCODER_PREFIXES = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
+HEAD_PREFIXES = ("head.", "head_dist.", "fc_norm.")
+# Beyond tensors and plain containers: what trainers store beside weights, none of which runs code when rebuilt.
+_SCALAR = np.float64(0).__reduce__()[0]  # NumPy 1 and 2 keep it in different places
+HARMLESS: list[Any] = [
+    argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath, np.dtype,
+    (_SCALAR, "numpy.core.multiarray.scalar"), (_SCALAR, "numpy._core.multiarray.scalar"),
+    np.dtypes.Float32DType, np.dtypes.Float64DType, np.dtypes.Int64DType, np.dtypes.BoolDType,
+]  # fmt: skip
+EMBEDDED_RECIPE = "fasthpm_recipe"  # metadata of our own safetensors files
+IMPORT_NOTE = "import.json"  # where an imported checkpoint says what it was made of
+LISTED = 6  # names that an error message spells out
+
+
+# -------------------------------------------------------------------------------------------------- the file
+def read_file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Content of a safetensors or torch file, and the text metadata of a safetensors file; no code in it ever runs.
+
+    **Raises:** `UserError` for what is missing, a folder, damaged, of another kind, or wants to run code.
+    """
+    if path.is_dir():
+        raise UserError(f"{path} is a folder{_suggestion(path)}; give a checkpoint file")
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); give a checkpoint file") from error
+    if path.suffix == ".safetensors" or start[8:9] == b"{":
+        return _read_safetensors(path)
+    return _read_pickle(path), {}
+
+
+def _suggestion(folder: Path) -> str:
+    """What in a folder the user may have meant."""
+    if (folder / "checkpoints").is_dir() or (folder / "recipe.json").is_file():
+        return " of FastHPM itself, which knn, visualize, export and --init_from read as it is"
+    files = sorted(p.name for p in folder.glob("*") if p.suffix in (".pt", ".pth", ".bin", ".safetensors", ".ckpt"))
+    weights = [name for name in files if "optim" not in name] or files
+    return f" (with {', '.join(weights[:LISTED])})" if weights else ""
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    try:
+        with safe_open(path, "pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a whole safetensors file ({error}); copy or download it again") from error
+
+
+def _read_pickle(path: Path) -> dict[str, Any]:
+    try:
+        with torch.serialization.safe_globals(HARMLESS):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged files raise almost anything
+        raise UserError(f"{path} {_reason(str(error))}") from error
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path} holds a {type(content).__name__}, expected a dictionary of weights")
+    return dict(content)
+
+
+def _reason(message: str) -> str:
+    """Why `torch.load` refused, in one line."""
+    found = re.search(r"(?:GLOBAL|class) ([\w.]+\.[\w.]+)", message)
+    if found and found[1].startswith("deepspeed."):
+        return (
+            "is DeepSpeed's optimizer state, not weights; give mp_rank_00_model_states.pt, which lies beside it, or "
+            "what DeepSpeed's zero_to_fp32.py makes of the folder"
+        )
+    if found:
+        return (
+            f"needs Python code to load ({found[1]}) and could run anything, so it was not loaded; save the plain "
+            f"state_dict, or convert it to safetensors, where the file comes from"
+        )
+    return (
+        "is damaged, or not a file of torch.save or safetensors (plain pickles are never loaded); copy or download "
+        "it again"
+    )
+
+
+# -------------------------------------------------------------------------------------------------- the weights in it
+def find_weights(content: Mapping[str, Any], which: str) -> dict[str, Tensor]:
+    """State dict of the "student" or the "teacher" (EMA) in a checkpoint, without wrappers' prefixes; {} if none.
+
+    **Raises:** `UserError` for a tensor that claims more values than the file holds.
+    """
+    if _is_state(content):
+        found: Mapping[str, Any] | None = content if which == "student" else None
+    else:
+        found = _search(content, STUDENT_KEYS if which == "student" else TEACHER_KEYS)
+    tensors = {k: v for k, v in found.items() if isinstance(v, Tensor)} if found else {}
+    swollen = [k for k, v in tensors.items() if v.numel() * v.element_size() > v.untyped_storage().nbytes()]
+    if swollen:  # a stride of 0 makes a terabyte of one number
+        raise UserError(
+            f"{swollen[0]} claims shape {tuple(tensors[swollen[0]].shape)}, and the file holds less than that"
+        )
+    return strip_wrappers(tensors)
+
+
+def _is_state(value: Any) -> bool:
+    return isinstance(value, Mapping) and any(isinstance(key, str) and key.endswith(ANCHOR) for key in value)
+
+
+def _search(content: Mapping[str, Any], names: Iterable[str], depth: int = 3) -> Mapping[str, Any] | None:
+    """The first state dict under one of `names`, or further down under the usual ones."""
+    nested = [value for name in names if isinstance(value := content.get(name), Mapping)]
+    for value in nested:
+        found = value if _is_state(value) else _search(value, STUDENT_KEYS, depth - 1) if depth else None
+        if found is not None:
+            return found
+    return None
+
+
+def strip_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Names without the prefixes that wrappers (DDP, torch.compile, a step module) put before all of them."""
+    names = dict(state)
+    while prefix := next((w for w in WRAPPERS if names and all(key.startswith(w) for key in names)), ""):
+        names = {key.removeprefix(prefix): value for key, value in names.items()}
+    return names
+
+
+def stored_arguments(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The training arguments that a checkpoint carries along, {} if none."""
+    arguments = content.get("args", {})
+    return dict(vars(arguments)) if isinstance(arguments, argparse.Namespace) else {}
+
+
+# -------------------------------------------------------------------------------------------------- its sizes
+@dataclass(frozen=True)
+class Architecture:
+    """What the shapes of a state dict tell; heads leave no trace in them."""
+
+    embed_dim: int
+    depth: int
+    patch_size: int
+    in_chans: int
+    num_patches: int
+    decoder_dim: int  # 0 = no decoder
+    decoder_depth: int
+    predictor_depth: int  # 0 = no loss predictor
+
+
+def detect_source(state: Mapping[str, Tensor]) -> str:
+    """Whose key names these are: "videomae", "hpm" or "mae" (AMT's are MAE's)."""
+    if any(key.startswith("encoder.") for key in state):
+        return "videomae"
+    return "hpm" if any("_losspred" in key for key in state) else "mae"
+
+
+def check_source(source: str) -> None:
+    """**Raises:** `UserError` for an unknown source, and for what no model here can hold yet."""
+    if source not in SOURCES:
+        raise UserError(f"source is {source!r}, expected one of {', '.join(SOURCES)}{nearest(source, SOURCES)}")
+    if source == "videomae":
+        raise UserError(
+            "source videomae: these weights are a video model's (or SimMIM's, whose keys begin with encoder. too), "
+            "and there is no such model here; give an HPM, MAE or AMT checkpoint"
+        )
+
+
+def infer_architecture(state: Mapping[str, Tensor]) -> Architecture:
+    """Sizes of the model that a state dict belongs to.
+
+    **Raises:** `UserError` if the parts that tell them are missing, or if DeepSpeed ZeRO-3 has partitioned them away.
+    """
+    telling = (ANCHOR, "pos_embed", "cls_token", "blocks.0.mlp.fc1.weight")
+    missing = [key for key in telling if key not in state]
+    if missing:
+        raise UserError(f"the weights have no {_listed(missing)}, which every HPM, MAE and AMT checkpoint has")
+    kernel, positions = state[ANCHOR], state["pos_embed"]
+    if any(state[key].numel() == 0 for key in telling):
+        raise UserError("the weights are empty: ZeRO-3 kept them elsewhere; run DeepSpeed's zero_to_fp32.py first")
+    if kernel.dim() != 4 or kernel.shape[2] != kernel.shape[3] or positions.dim() != 3:
+        raise UserError(
+            f"{ANCHOR} is {tuple(kernel.shape)} and pos_embed {tuple(positions.shape)}, expected (width, channels, P, "
+            f"P) and (1, 1 + patches, width): an image model"
+        )
+    decoder = state.get("decoder_embed.weight")
+    return Architecture(
+        embed_dim=kernel.shape[0],
+        depth=_depth(state, "blocks"),
+        patch_size=kernel.shape[2],
+        in_chans=kernel.shape[1],
+        num_patches=positions.shape[1] - 1,
+        decoder_dim=0 if decoder is None else decoder.shape[0],
+        decoder_depth=_depth(state, "decoder_blocks"),
+        predictor_depth=_depth(state, "decoder_blocks_losspred"),
+    )
+
+
+def _depth(state: Mapping[str, Tensor], name: str) -> int:
+    """Number of blocks called `name`.0, `name`.1, …"""
+    return 1 + max((int(m[1]) for key in state if (m := re.match(rf"{name}\.(\d+)\.", key))), default=-1)
+
+
+# -------------------------------------------------------------------------------------------------- into a model
+@dataclass
+class KeyReport:
+    """What became of every key; reasons map to the keys that they explain."""
+
+    matched: list[str] = field(default_factory=list)  # taken as they are
+    converted: dict[str, list[str]] = field(default_factory=dict)  # taken, and how they were changed
+    ignored: dict[str, list[str]] = field(default_factory=dict)  # left in the file, and why
+    fresh: list[str] = field(default_factory=list)  # of the model, not in the file, left at their initial values
+
+    def lines(self) -> list[str]:
+        """The report as text, one line for each kind and reason."""
+        rows = [f"matched    {len(self.matched)} tensors"]
+        for name, groups in (("converted", self.converted), ("ignored", self.ignored)):
+            rows += [f"{name:10} {len(keys)}, {reason}: {_listed(keys)}" for reason, keys in groups.items()]
+        if self.fresh:
+            rows.append(f"fresh      {len(self.fresh)} not in the file, freshly initialised: {_listed(self.fresh)}")
+        return rows
+
+
+def load_reference(
+    model: HPMViT,
+    state_dict: Mapping[str, Tensor],
+    source: str,
+    *,
+    encoder_only: bool = False,
+    ignore: Iterable[str] = (),
+) -> KeyReport:
+    """Load weights of a published implementation into `model`, all or nothing.
+
+    - `source`: "hpm" (its P*P*C-wide loss head becomes the average of its rows, the same function), "mae" or "amt" (a
+      model with a loss predictor keeps its own for the keys that they lack)
+    - `encoder_only`: leave decoders, and a classifier's head, aside
+    - `ignore`: prefixes of further keys to leave aside
+
+    **Returns:** what became of every key.
+    **Raises:** `UserError` that lists missing and unexpected keys, wrong shapes and values that are not finite.
+    """
+    check_source(source)
+    report = KeyReport()
+    given = _translated(strip_wrappers(state_dict), report, encoder_only, tuple(ignore))
+    own = model.state_dict()
+    absent = [key for key in own if key not in given]
+    report.fresh = [key for key in absent if _may_lack(key, source, encoder_only)]
+    problems = {
+        "missing": [key for key in absent if key not in report.fresh],
+        "unexpected": [key for key in given if key not in own],
+        "wrong shape": [_shapes(k, given[k], own[k]) for k in given if k in own and given[k].shape != own[k].shape],
+        "not finite": [key for key in given if not bool(torch.isfinite(given[key]).all())],
+    }
+    if any(problems.values()):
+        found = "; ".join(f"{name} {_listed(keys, quoted=True)}" for name, keys in problems.items() if keys)
+        raise UserError(f"{source} weights do not fit the model: {found}{_remedy(problems)}")
+    _note_dtypes(given, own, report)
+    model.load_state_dict({**own, **given})
+    return report
+
+
+def _translated(
+    state: dict[str, Tensor], report: KeyReport, encoder_only: bool, ignore: tuple[str, ...]
+) -> dict[str, Tensor]:
+    """The tensors that are to be loaded, under our names and in our form; the others are noted in `report`."""
+    given = dict(state)
+    if encoder_only and "norm.weight" not in given and "fc_norm.weight" in given:
+        for name in ("weight", "bias"):
+            given[f"norm.{name}"] = given.pop(f"fc_norm.{name}")
+        note = "from fc_norm, which normalised the averaged patches: the nearest thing, not the same function"
+        report.converted[note] = ["norm.weight", "norm.bias"]
+    for key in list(given):
+        if reason := _ignorable(key, encoder_only, ignore):
+            report.ignored.setdefault(reason, []).append(key)
+            del given[key]
+    for key in (f"{LOSS_HEAD}.weight", f"{LOSS_HEAD}.bias"):
+        if key in given and (rows := len(given[key])) > 1:
+            given[key] = _wide(given[key]).mean(dim=0, keepdim=True).to(given[key].dtype)
+            report.converted.setdefault(f"the average of {rows} rows, the same function", []).append(key)
+    return given
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """At least float32, so that an average of half-precision rows is not rounded on the way."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def _ignorable(key: str, encoder_only: bool, ignore: tuple[str, ...]) -> str:
+    """Why a key is left aside, or an empty string."""
+    if key == "vis_mask_token":
+        return "HPM's masks on visible patches, which no recipe uses"
+    if ignore and key.startswith(ignore):
+        return "as asked"
+    if encoder_only and key.startswith(HEAD_PREFIXES):
+        return "a classifier's head"
+    if encoder_only and (key == "mask_token" or key.startswith("decoder_")):
+        return "not part of the encoder"
+    return ""
+
+
+def _may_lack(key: str, source: str, encoder_only: bool) -> bool:
+    if encoder_only:
+        return not key.startswith(ENCODER_PREFIXES)
+    return source in WITHOUT_PREDICTOR and "losspred" in key
+
+
+def _note_dtypes(given: dict[str, Tensor], own: dict[str, Tensor], report: KeyReport) -> None:
+    """Sort what is loaded into matched and converted."""
+    done = {key for keys in report.converted.values() for key in keys}
+    for key, value in given.items():
+        if key in done:
+            continue
+        if value.dtype == own[key].dtype:
+            report.matched.append(key)
+        else:
+            kinds = [str(dtype).removeprefix("torch.") for dtype in (value.dtype, own[key].dtype)]
+            report.converted.setdefault(" to ".join(kinds), []).append(key)
+
+
+def _remedy(problems: dict[str, list[str]]) -> str:
+    if problems["not finite"]:
+        return "; the file is of no use, take an earlier checkpoint"
+    if problems["missing"] and not any(key.startswith(ENCODER_PREFIXES) for key in problems["missing"]):
+        return "; create the model with the checkpoint's sizes, or load the encoder alone (encoder_only)"
+    return "; create the model with the checkpoint's sizes"
+
+
+def _shapes(key: str, given: Tensor, own: Tensor) -> str:
+    return f"{key} {tuple(given.shape)} for {tuple(own.shape)}"
+
+
+def _listed(names: list[str], quoted: bool = False) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return (str(names[:LISTED]) if quoted else ", ".join(names[:LISTED])) + more
+
+
+@contextlib.contextmanager
+def about(path: Path) -> Iterator[None]:
+    """Begin the message of a `UserError` with the file that it is about."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error

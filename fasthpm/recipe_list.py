@@ -1,0 +1,154 @@
+"""What recipes there are, what one of them sets and where each number comes from, and how two differ.
+
+    fasthpm recipes                       # all, one line each
+    fasthpm recipes NAME                  # its command, its description, all fields
+    fasthpm recipes NAME --diff OTHER     # the fields in which two differ
+
+NAME and OTHER are recipes, or recipe.json files of runs. The origin of a number that a recipe sets by itself is what
+its description says: "clip_grad 5 (released code)", likewise (paper) and (ours).
+"""
+
+import dataclasses
+import inspect
+import re
+from collections.abc import Sequence
+
+from fasthpm import recipes
+from fasthpm.cli import Parser
+from fasthpm.errors import UserError
+from fasthpm.recipe import Recipe, science_of
+
+PAPER, RELEASED, OURS = "paper", "released code", "ours"
+# Where the base values come from, and which flag gives what the other source has.
+ORIGINS: dict[str, tuple[str, str]] = {
+    "model": (PAPER, "ViT-B/16"),
+    "input_size": (PAPER, ""),
+    "patch_size": (PAPER, ""),
+    "channels": (PAPER, ""),
+    "decoder_dim": (RELEASED, ""),
+    "decoder_depth": (PAPER, "which ablates 1 to 12"),
+    "decoder_heads": (RELEASED, ""),
+    "mask_ratio": (PAPER, ""),
+    "mask_policy": (PAPER, "Alg. 1"),
+    "alpha_start": (PAPER, "Eq. 8"),
+    "alpha_end": (PAPER, "Eq. 8; the released code counts (epoch+1)/T"),
+    "predict_loss": (PAPER, "Eq. 5-7"),
+    "norm_pix_loss": (RELEASED, "its scripts; MAE's have --norm_pix_loss"),
+    "ema_momentum": (RELEASED, "a ramp; the papers name one momentum: --ema_ramp_epochs 0 with both momenta alike"),
+    "ema_momentum_end": (RELEASED, ""),
+    "ema_ramp_epochs": (RELEASED, "not scaled to the run's length"),
+    "global_batch_size": (OURS, "PRETRAIN.md: 2048, the released scripts: 256"),
+    "epochs": (PAPER, "of the ablations"),
+    "warmup_epochs": (RELEASED, ""),
+    "blr": (RELEASED, ""),
+    "lr": (RELEASED, "blr x batch / 256"),
+    "min_lr": (RELEASED, ""),
+    "weight_decay": (RELEASED, "which decays cls and mask token too"),
+    "beta1": (RELEASED, ""),
+    "beta2": (RELEASED, ""),
+    "clip_grad": (RELEASED, "not in the papers: --clip_grad 0"),
+    "crop_min": (RELEASED, ""),
+    "flip": (RELEASED, ""),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """What a recipe's docstring says of it."""
+
+    what: str  # its first sentence
+    paper: str  # the paper's numbers, or empty
+    ours: str  # our numbers or "not yet run", or empty
+    text: str  # all of it
+
+
+def entry(name: str) -> Entry:
+    """The description of a published recipe; empty for others (a recipe.json of a run that has none)."""
+    function = recipes.RECIPES.get(name)
+    text = inspect.getdoc(function) if function else ""
+    line = " ".join((text or "").split())
+    return Entry(_sentence(line), _after("Paper", line), _after("Ours", line), text or "")
+
+
+def _sentence(text: str) -> str:
+    """Up to the first full stop that ends a sentence."""
+    return re.split(r"\.(?:\s|$)", text, maxsplit=1)[0]
+
+
+def _after(label: str, text: str) -> str:
+    """The sentence after `label` (which may have a remark in brackets) and a colon."""
+    found = re.search(rf"\b{label}(?: \([^)]*\))?: (.*)", text)
+    return _sentence(found[1]) if found else ""
+
+
+def listing() -> list[str]:
+    """One line per recipe: name, what it is, the paper's number, ours."""
+    rows = [("recipe", "what", "paper", "ours")]
+    for name in recipes.RECIPES:
+        about = entry(name)
+        rows.append((name, about.what, about.paper, about.ours))
+    return _aligned(rows)
+
+
+def show(name: str) -> list[str]:
+    """Command, description and all fields of one recipe, each with its value and where that comes from."""
+    recipe = recipes.from_name(name)
+    about = entry(recipe.recipe)
+    command = f"deepspeed --module fasthpm.pretrain --recipe {name} --data_path X.beton --output_dir OUT"
+    head = [name, "", *about.text.splitlines(), ""]
+    if command.split(" --data_path")[0] not in about.text:
+        head += [command, ""]
+    rows = [(f.name, _text(getattr(recipe, f.name)), origin(recipe, f.name)) for f in dataclasses.fields(Recipe)[1:]]
+    return [*head, *_aligned([("field", "value", "from"), *rows])]
+
+
+def origin(recipe: Recipe, field: str) -> str:
+    """Where the value of a field comes from: paper, released code, ours, or what this recipe sets by itself."""
+    if getattr(recipe, field) != getattr(Recipe(), field):
+        return tag(entry(recipe.recipe).text, field) or "set by this recipe"
+    if field not in science_of(recipe):
+        return "how it is run, not what"
+    source, remark = ORIGINS.get(field, (OURS, ""))
+    return f"{source}, {remark}" if remark else source
+
+
+def tag(text: str, field: str) -> str:
+    """What a description says of a field's origin, as in "clip_grad 5 (released code)"; empty if it does not."""
+    within_a_clause = r"(?:(?!\. )[^;(])*"
+    found = re.search(
+        rf"\b{field}\b{within_a_clause}\(((?:{PAPER}|{RELEASED}|{OURS})\b[^)]*)\)", " ".join(text.split())
+    )
+    return found[1] if found else ""
+
+
+def difference(name: str, other: str) -> list[str]:
+    """The fields in which two recipes differ, a line each, the first recipe's value first."""
+    one, two = recipes.from_name(name), recipes.from_name(other)
+    fields = [field.name for field in dataclasses.fields(Recipe) if field.name != "recipe"]
+    rows = [(f, _text(getattr(one, f)), _text(getattr(two, f))) for f in fields if getattr(one, f) != getattr(two, f)]
+    return _aligned([("field", name, other), *rows]) if rows else [f"{name} and {other} differ in no field"]
+
+
+def _text(value: object) -> str:
+    return "-" if value == "" else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`fasthpm recipes`."""
+    parser = Parser(prog="fasthpm recipes", description=__doc__)
+    parser.add_argument("name", nargs="?", default="", help="recipe to show (default: list all)")
+    parser.add_argument(
+        "--diff", default="", metavar="OTHER", help="show only the fields in which NAME and OTHER differ"
+    )
+    arguments = parser.parse_args(argv)
+    if arguments.diff and not arguments.name:
+        raise UserError(f"--diff {arguments.diff} needs a recipe to compare with: fasthpm recipes NAME --diff OTHER")
+    if not arguments.name:
+        print("\n".join(listing()))
+    else:
+        print("\n".join(difference(arguments.name, arguments.diff) if arguments.diff else show(arguments.name)))
