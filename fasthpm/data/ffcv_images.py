@@ -7,12 +7,14 @@ users of OpenMP or TBB.
 """
 
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from fasthpm.data.beton import open_beton
+from fasthpm.data.beton import Beton, open_beton
 from fasthpm.data.prefetch import LoaderOptions, PrefetchLoader
+from fasthpm.data.prepared import open_set
 from fasthpm.data.sampling import Array
 from fasthpm.errors import UserError
 
@@ -29,19 +31,23 @@ def _kernel() -> Callable[..., None]:
 
 
 class FfcvLoader(PrefetchLoader):
-    """A `Loader` of a `.beton` file; see `build_loader`."""
+    """A `Loader` of a `.beton` file, of its shards, or of a comma list of files; see `build_loader`."""
 
-    def __init__(self, path: Path, options: LoaderOptions) -> None:
-        self.beton = open_beton(path)
+    def __init__(self, source: str | Path, options: LoaderOptions) -> None:
+        self.data = open_set(source)
         self._kernel = _kernel()
-        self._file = np.memmap(path, np.uint8, "r")
-        super().__init__(self.beton.info, options, str(path))
+        super().__init__(self.data.info, options, str(source))
+
+    @cached_property
+    def beton(self) -> Beton:
+        """The table of the (first) file."""
+        return open_beton(self.data.files[0])
 
     def decode(self, images: Array, ids: Array, crops: Array) -> Array:
         """Write crops of samples like `_fill`, but return each sample's status, 0 if it decoded: int32 [b]."""
-        beton, status = self.beton, np.zeros(len(ids), np.int32)
-        table = (beton.positions, beton.lengths, beton.modes, beton.heights, beton.widths)
-        self._kernel(self._file.ctypes.data, table, ids, crops, images, status)
+        data, status = self.data, np.zeros(len(ids), np.int32)
+        table = (data.addresses, data.lengths, data.modes, data.heights, data.widths)
+        self._kernel(0, table, ids, crops, images, status)
         return status
 
     def _fill(self, images: Array, ids: Array, crops: Array) -> None:
@@ -53,10 +59,10 @@ class FfcvLoader(PrefetchLoader):
             )
 
     def _sizes(self, ids: Array) -> Array:
-        return np.stack([self.beton.heights[ids], self.beton.widths[ids]], 1).astype(np.int64)
+        return np.stack([self.data.heights[ids], self.data.widths[ids]], 1).astype(np.int64)
 
     def _labels(self, ids: Array) -> Array:
-        return self.beton.labels[ids]
+        return self.data.labels[ids]
 
     def _all_sized(self, size: tuple[int, int]) -> bool:
-        return bool((self.beton.heights == size[0]).all() and (self.beton.widths == size[1]).all())
+        return bool((self.data.heights == size[0]).all() and (self.data.widths == size[1]).all())

@@ -71,8 +71,8 @@ class Loader(Protocol):
 def read_info(data_path: str | Path) -> DatasetInfo:
     """What a data source holds, read cheaply: a prepared set's sidecar, or some images of a folder.
 
-    **Args:** `data_path`: a prepared `.beton`, an image folder (channels, mean and std from up to 256 of its images),
-    or `synthetic:N`.
+    **Args:** `data_path`: a prepared `.beton` or a comma list of them, an image folder (channels, mean and std from up
+    to 256 of its images), or `synthetic:N`.
 
     **Raises:** `UserError` if it is missing, damaged or none of these.
     """
@@ -82,9 +82,9 @@ def read_info(data_path: str | Path) -> DatasetInfo:
 
         return synthetic_info(source)
     if _is_beton(source):
-        from fasthpm.data.beton import open_beton
+        from fasthpm.data.prepared import open_set
 
-        return open_beton(Path(source)).info
+        return open_set(source).info
     from fasthpm.data.pixels import list_images
     from fasthpm.data.plain import measure_folder
 
@@ -107,6 +107,8 @@ def build_loader(
     crop_pct: float | None = None,
 ) -> Loader:
     """A `Loader` of `data_path`: FFCV for a `.beton`, PIL for a folder of images, drawn images for `synthetic:N`.
+
+    A `.beton` may be in shards (`X.json` lists them), and a comma list of sets is used as one.
 
     **Args:**
 
@@ -143,17 +145,29 @@ def build_loader(
     if _is_beton(source):
         from fasthpm.data.ffcv_images import FfcvLoader
 
-        return FfcvLoader(Path(source), options)
+        return FfcvLoader(source, options)
     from fasthpm.data.plain import PlainLoader
 
     return PlainLoader(Path(source), options)
+
+
+def split_sources(source: str) -> list[str]:
+    """The names in a comma list; a name that is there with its commas stays whole."""
+    return source.split(",") if "," in source and not Path(source).exists() else [source]
 
 
 def _is_beton(source: str) -> bool:
     """Whether `source` names a prepared set; also refuses what names no data at all."""
     if not source:
         raise UserError("data_path is empty; give --data_path a prepared .beton, an image folder, or synthetic:N")
-    path = Path(source)
+    path, names = Path(source), split_sources(source)
+    if len(names) > 1:
+        for name in names:
+            if not name.endswith(".beton"):
+                raise UserError(
+                    f"data_path {source} joins {name!r}, which is no .beton; only prepared sets can be joined"
+                )
+        return True
     if path.suffix == ".beton" or (path.is_file() and path.suffix.lower() != ".txt"):
         if path.suffix != ".beton":
             raise UserError(
