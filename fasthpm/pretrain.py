@@ -23,6 +23,7 @@ import torch.distributed as dist
 from fasthpm import checkpoint, engine, flops, recipes, report, schedule, visualize, zero
 from fasthpm.cli import Parser
 from fasthpm.data import Batch, Loader, build_loader
+from fasthpm.data.device import on_device
 from fasthpm.errors import UserError
 from fasthpm.metrics import Metrics, measure_matmul_rate
 from fasthpm.recipe import Recipe, add_recipe_arguments, build_recipe, save_recipe, science_of
@@ -97,6 +98,7 @@ def build(recipe: Recipe, launch: engine.Launch) -> Run:
         recipe = recipe.resolve(loader.info.num_samples, launch.world_size)
         checkpoint.compare_recipes(recipe, science_of)
         config = engine.merge_config(recipe.deepspeed_config, recipe, launch.world_size)
+    loader = on_device(loader, launch.device)
     step = Step(model_of(recipe), recipe, loader.info)
     deepspeed_engine = engine.build_engine(step, recipe, config, launch)
     teacher = None
@@ -170,7 +172,7 @@ def train(run: Run, metrics: Metrics) -> None:
         update = torch.full((), now, device=device)
         for _ in range(recipe.accum_iter):
             with metrics.waiting_for_data():
-                batch = next(batches).to(device)
+                batch = next(batches)
             output = run.engine(batch.images, batch.ids, update, alpha)
             run.engine.backward(output.loss)
             run.engine.step()

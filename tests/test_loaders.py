@@ -18,13 +18,14 @@ from PIL import Image
 
 from fasthpm.data import Batch, build_loader, read_info
 from fasthpm.data.beton import ALLOCATION, JPEG, open_beton
+from fasthpm.data.device import DeviceLoader, on_device
 from fasthpm.data.prefetch import count_workers
 from fasthpm.data.prepared import merged_ranges, open_set
 from fasthpm.data.sampling import area_resize, centre_crops, crop_resize, mix, random_crops, sample_order
 from fasthpm.errors import UserError
 
 N, SIZE = 23, (16, 24)
-KINDS = ("ffcv", "shards", "plain", "synthetic")
+KINDS = ("ffcv", "shards", "plain", "synthetic", "ahead")  # ahead: ffcv with the look-ahead that GPUs get
 FIELDS = ("images", "labels", "ids", "crops", "sizes")
 
 
@@ -35,7 +36,13 @@ def sources(tmp_path_factory):
     folder = image_folder(root / "folder", N, sizes=((40, 48), (33, 20)))
     beton = prepare(folder, root / "set.beton", "--write_mode", "proportion", "--jpeg_quality", "100")
     shards = prepare_shards(folder, root / "many.beton", 3, "--write_mode", "proportion", "--jpeg_quality", "100")
-    return {"ffcv": str(beton), "shards": str(shards), "plain": str(folder), "synthetic": f"synthetic:{N}"}
+    return {
+        "ffcv": str(beton),
+        "ahead": str(beton),
+        "shards": str(shards),
+        "plain": str(folder),
+        "synthetic": f"synthetic:{N}",
+    }
 
 
 @pytest.fixture(params=KINDS)
@@ -45,12 +52,17 @@ def make(request, sources):
 
     def build(**options):
         values = {"batch_size": 4, "image_size": SIZE, "channels": 3, "seed": 5, "num_workers": 2} | options
-        loaders.append(build_loader(sources[request.param], **values))
+        loader = build_loader(sources[request.param], **values)
+        loaders.append(DeviceLoader(loader, torch.device("cpu")) if request.param == "ahead" else loader)
         return loaders[-1]
 
     yield build
     for loader in loaders:
         loader.close()
+
+
+def innermost(loader):
+    return getattr(loader, "_loader", loader)
 
 
 def same(a: Batch, b: Batch) -> bool:
@@ -165,12 +177,12 @@ def test_labels_belong_to_their_images(make, sources):
     loader = make(train=False)
     found = joined(list(loader))
     assert len(loader.info.classes) > found.labels.max()
-    if loader.source == sources["ffcv"]:
+    if innermost(loader).source == sources["ffcv"]:
         assert np.array_equal(found.labels, open_beton(Path(sources["ffcv"])).labels)
-    elif loader.source == sources["shards"]:
+    elif innermost(loader).source == sources["shards"]:
         shards = [open_beton(path).labels for path in sorted(Path(sources["shards"]).parent.glob("many-*.beton"))]
         assert np.array_equal(found.labels, np.concatenate(shards))
-    elif loader.source == sources["plain"]:
+    elif innermost(loader).source == sources["plain"]:
         assert found.labels.tolist() == sorted(index % 2 for index in range(N))
     else:
         assert found.labels.tolist() == [index % 10 for index in range(N)]
@@ -181,7 +193,7 @@ def test_no_thread_outlives_its_loader(make):
     loader = make()
     for _ in loader:
         break
-    assert "fasthpm-prefetch" not in our_threads()
+    assert not {"fasthpm-prefetch", "fasthpm-device"} & set(our_threads())
     iterator = iter(loader)
     next(iterator)
     loader.close()
@@ -218,7 +230,7 @@ def test_moving_the_loader_ends_the_running_iteration(make):
 
 def test_an_error_in_the_thread_reaches_the_consumer_once(make, monkeypatch):
     loader = make()
-    monkeypatch.setattr(loader, "_sizes", lambda ids: (_ for _ in ()).throw(ValueError("broken disk")))
+    monkeypatch.setattr(innermost(loader), "_sizes", lambda ids: (_ for _ in ()).throw(ValueError("broken disk")))
     iterator = iter(loader)
     with pytest.raises(ValueError, match="broken disk"):
         next(iterator)
@@ -354,6 +366,48 @@ def test_plain_loader_sees_rotated_images_upright(tmp_path):
     assert np.array_equal(batch.images[0], np.asarray(upright.transpose(Image.Transpose.ROTATE_270)))
 
 
+# ------------------------------------------------------------------------------------------------------- one ahead
+def test_the_next_batch_is_asked_for_while_the_consumer_works(sources):
+    """Exactly one: the second batch is under way when the first is given, the third is not."""
+    inner = build_loader(sources["ffcv"], batch_size=4, image_size=SIZE, channels=3)
+    asked = [threading.Event() for _ in range(len(inner))]
+    given = type(inner)._given
+
+    def note(epoch, batch):
+        given(inner, epoch, batch)
+        asked[batch].set()
+
+    inner._given = note
+    loader = DeviceLoader(inner, torch.device("cpu"))
+    iterator = iter(loader)
+    next(iterator)
+    assert asked[1].wait(10)
+    assert not asked[2].wait(0.2)
+    assert inner.state_dict() == {"epoch": 0, "batch": 2}
+    assert loader.state_dict() == {"epoch": 0, "batch": 1}
+    next(iterator)
+    assert asked[2].wait(10)
+    loader.close()
+
+
+def test_an_error_ahead_comes_after_the_batch_before_it(sources, monkeypatch):
+    inner = build_loader(sources["ffcv"], batch_size=4, image_size=SIZE, channels=3)
+    make = inner._make
+    monkeypatch.setattr(inner, "_make", lambda e, b: make(e, b) if b < 2 else (_ for _ in ()).throw(OSError("disk")))
+    loader = DeviceLoader(inner, torch.device("cpu"))
+    iterator = iter(loader)
+    next(iterator), next(iterator)
+    assert loader.state_dict() == {"epoch": 0, "batch": 2}
+    with pytest.raises(OSError, match="disk"):
+        next(iterator)
+    loader.close()
+
+
+def test_on_a_cpu_the_loader_is_left_as_it_is(make):
+    loader = make()
+    assert on_device(loader, torch.device("cpu")) is loader
+
+
 # ------------------------------------------------------------------------------------------------------- many files
 def test_shards_are_one_set_and_equal_to_their_union(sources):
     options = {"batch_size": 5, "image_size": SIZE, "channels": 3, "seed": 3}
@@ -419,7 +473,7 @@ def test_bad_shards_and_unions_are_refused(tmp_path):
     grey = prepare(image_folder(tmp_path / "grey", 4, grey=True), tmp_path / "grey.beton")
     refused(f"{out},{grey}", r"set\.beton has 3 channels, .*grey\.beton has 1")
     refused(f"{out},", "joins '', which is no .beton")
-    refused(f"{out},{tmp_path / 'folder'}", "only prepared sets join")
+    refused(f"{out},{tmp_path / 'folder'}", "only prepared sets can be joined")
     refused(f"{first},{tmp_path / 'no.beton'}", r"no\.beton does not exist")
 
 

@@ -5,11 +5,9 @@ iteration, which ends with that iteration: at its end, on `break`, on an excepti
 """
 
 import os
-import queue
-import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -17,12 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from fasthpm.data.background import Background
 from fasthpm.data.loader import Batch, DatasetInfo
 from fasthpm.data.sampling import Array, centre_crops, random_crops, sample_order
 from fasthpm.errors import UserError
 
-AHEAD = 2  # batches that wait, decoded, for the consumer
-POLL_SECONDS = 0.05
+AHEAD = 3  # batches that are decoded, or being decoded, before the consumer asks for them
 DEFAULT_CROP_PCT = 0.875
 
 
@@ -212,73 +210,16 @@ class Prefetcher:
     """The iterator of one epoch. Dropping it, or `close`, ends its thread."""
 
     def __init__(self, loader: PrefetchLoader, epoch: int, start: int) -> None:
-        self._loader, self._epoch, self._next, self._end = loader, epoch, start, len(loader)
-        ready: queue.Queue[Any] = queue.Queue(AHEAD)
-        stop = threading.Event()
-        device = torch.cuda.current_device() if torch.cuda.is_available() else None
-        thread = threading.Thread(
-            target=_produce,
-            args=(loader._make, epoch, range(start, self._end), ready, stop, device),
-            name="fasthpm-prefetch",
-            daemon=True,
-        )
-        self._ready, self._stop = ready, stop
-        # Also runs at interpreter exit, so that no thread is inside native code while Python is torn down.
-        self.close = weakref.finalize(self, _finish, ready, stop, thread)
-        thread.start()
+        self._loader, self._epoch, self._next = loader, epoch, start
+        batches = (loader._make(epoch, batch) for batch in range(start, len(loader)))
+        self._ahead = Background(batches, AHEAD, "fasthpm-prefetch")
+        self.close = self._ahead.close
 
     def __iter__(self) -> "Prefetcher":
         return self
 
     def __next__(self) -> Batch:
-        if self._next == self._end:
-            self.close()
-            raise StopIteration
-        if self._stop.is_set():
-            raise RuntimeError("this iteration has ended: the loader was closed, moved, or iterated anew")
-        item = self._ready.get()
-        if isinstance(item, BaseException):
-            self.close()
-            raise item
+        batch = next(self._ahead)
         self._loader._given(self._epoch, self._next)
         self._next += 1
-        return item
-
-
-def _produce(
-    make: Callable[[int, int], Batch],
-    epoch: int,
-    batches: range,
-    ready: "queue.Queue[Any]",
-    stop: threading.Event,
-    device: int | None,
-) -> None:
-    """Body of the prefetch thread. Whatever goes wrong is handed to the consumer."""
-    try:
-        if device is not None:
-            torch.cuda.set_device(device)  # per thread: pinning from device 0's context would cost memory there
-        for batch in batches:
-            if stop.is_set() or not _put(ready, make(epoch, batch), stop):
-                return
-    except BaseException as error:
-        _put(ready, error, stop)
-
-
-def _put(ready: "queue.Queue[Any]", item: Any, stop: threading.Event) -> bool:
-    while not stop.is_set():
-        try:
-            ready.put(item, timeout=POLL_SECONDS)
-            return True
-        except queue.Full:
-            continue
-    return False
-
-
-def _finish(ready: "queue.Queue[Any]", stop: threading.Event, thread: threading.Thread) -> None:
-    """Stop the thread, wait for it, and wake a consumer that may still be waiting."""
-    stop.set()
-    if thread.is_alive() and thread is not threading.current_thread():
-        thread.join()
-    while not ready.empty():
-        ready.get_nowait()
-    ready.put_nowait(RuntimeError("this iteration has ended: the loader was closed, moved, or iterated anew"))
+        return batch
