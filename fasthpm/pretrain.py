@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from fasthpm import checkpoint, engine, flops, recipes, report, schedule, visualize, zero
+from fasthpm.bad_samples import BadSampleLog
 from fasthpm.cli import Parser
 from fasthpm.data import Batch, Loader, build_loader
 from fasthpm.data.device import on_device
@@ -65,6 +66,7 @@ class Run:
     step: Step
     teacher: EMATeacher | None
     layout: zero.MasterLayout
+    bad_samples: BadSampleLog = dataclasses.field(init=False)
     done: int = 0  # updates
 
     @property
@@ -93,7 +95,8 @@ def build(recipe: Recipe, launch: engine.Launch) -> Run:
         loader = build_loader(
             recipe.data_path, batch_size=recipe.batch_size, image_size=recipe.image_size, channels=recipe.channels,
             seed=recipe.seed, rank=launch.rank, world_size=launch.world_size, num_workers=recipe.num_workers,
-            crop_min=recipe.crop_min, flip=recipe.flip,
+            crop_min=recipe.crop_min, flip=recipe.flip, interpolation=recipe.interpolation,
+            color_jitter=recipe.color_jitter, sample_order=recipe.sample_order, max_bad_samples=recipe.max_bad_samples,
         )  # fmt: skip
         recipe = recipe.resolve(loader.info.num_samples, launch.world_size)
         checkpoint.compare_recipes(recipe, science_of)
@@ -108,6 +111,9 @@ def build(recipe: Recipe, launch: engine.Launch) -> Run:
         step.attach_teacher(teacher.module)
     run = Run(recipe, launch, loader, deepspeed_engine, step, teacher, zero.MasterLayout(deepspeed_engine))
     resume(run)
+    run.bad_samples = BadSampleLog(
+        Path(recipe.output_dir), recipe.data_path, recipe.max_bad_samples, rank=launch.rank, keep=run.done > 0
+    )
     return run
 
 
@@ -193,7 +199,7 @@ def after_update(run: Run, metrics: Metrics, last: int) -> None:
         metrics.read(
             run.done, run.done / epoch_length, run.step.stopwatch.read(), lr=schedule.lr_at(recipe, run.done - 1),
             alpha=schedule.alpha_at(recipe, run.done - 1), ema_momentum=schedule.ema_momentum_at(recipe, run.done - 1),
-            grad_norm=float(engine.grad_norm(run.engine)),
+            grad_norm=float(engine.grad_norm(run.engine)), bad_samples=run.bad_samples.update(run.loader),
         )  # fmt: skip
     if drawing:
         draw_panel(run, metrics)
@@ -246,12 +252,17 @@ def finish(run: Run) -> None:
     info = {"mean": run.loader.info.mean, "std": run.loader.info.std}
     checkpoint.export_encoder(model, recipe, info, output_dir / "encoder.safetensors")
     report.write(output_dir)
+    bad = (
+        f"\n  bad samples  {run.bad_samples.count} were replaced: {run.bad_samples.path}"
+        if run.bad_samples.count
+        else ""
+    )
     print(
         f"finished {run.done} of {recipe.total_steps} updates\n"
         f"  checkpoint   {checkpoint.checkpoint_path(output_dir, run.done)}\n"
         f"  encoder      {output_dir / 'encoder.safetensors'} (timm)\n"
         f"  TensorBoard  tensorboard --logdir {output_dir / 'tensorboard'}\n"
-        f"  report       {output_dir / 'report.md'}",
+        f"  report       {output_dir / 'report.md'}{bad}",
         file=sys.stderr,
     )
 

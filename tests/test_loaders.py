@@ -16,17 +16,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fasthpm.data import Batch, build_loader, read_info
+from fasthpm.data import Batch, build_loader, quarantine, read_info
 from fasthpm.data.beton import ALLOCATION, JPEG, open_beton
 from fasthpm.data.device import DeviceLoader, on_device
 from fasthpm.data.prefetch import count_workers
 from fasthpm.data.prepared import merged_ranges, open_set
-from fasthpm.data.sampling import area_resize, centre_crops, crop_resize, mix, random_crops, sample_order
+from fasthpm.data.sampling import (
+    area_resize,
+    block_order,
+    centre_crops,
+    colour_factors,
+    crop_resize,
+    mix,
+    random_crops,
+    replacements,
+    sample_order,
+)
 from fasthpm.errors import UserError
 
 N, SIZE = 23, (16, 24)
 KINDS = ("ffcv", "shards", "plain", "synthetic", "ahead")  # ahead: ffcv with the look-ahead that GPUs get
-FIELDS = ("images", "labels", "ids", "crops", "sizes")
+FIELDS = ("images", "labels", "ids", "crops", "sizes", "replaced")
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +100,9 @@ def test_batches_have_the_promised_form(make):
         assert batch.crops.shape == (4, 5)
         assert batch.sizes.shape == (4, 2)
         assert batch.labels.shape == batch.ids.shape == (4,)
-        assert all(getattr(batch, field).dtype == torch.int64 for field in FIELDS[1:])
+        assert all(getattr(batch, field).dtype == torch.int64 for field in FIELDS[1:-1])
+        assert batch.replaced.dtype == torch.bool
+        assert not batch.replaced.any()
         top, left, height, width, flipped = batch.crops.T
         assert min(top.min(), left.min()) >= 0
         assert min(height.min(), width.min()) > 0
@@ -171,6 +183,7 @@ def test_evaluation_gives_each_sample_once_in_order(make, world_size):
     if world_size == 3:
         assert [len(batches[-1].ids) for batches in ranks] == [5, 3, 0]
         assert ranks[2][-1].images.shape == (0, *SIZE, 3)
+        assert ranks[2][-1].replaced.dtype == torch.bool
 
 
 def test_labels_belong_to_their_images(make, sources):
@@ -677,27 +690,153 @@ def test_bad_sidecars_are_refused(beton):
     refused(beton, "set.json cannot be read")
 
 
-def test_an_image_that_does_not_decode_is_named(tmp_path):
-    out = prepare(image_folder(tmp_path / "folder", 4), tmp_path / "set.beton")
-    table = open_beton(out)
-    overwrite(out, int(table.positions[2]), bytes(int(table.lengths[2])))
-    loader = build_loader(out, batch_size=2, image_size=(8, 8), channels=3, train=False)
+# ------------------------------------------------------------------------------------------------------- bad samples
+def break_sample(beton: Path, sample: int, *, keep: int = 0) -> None:
+    """Overwrite a stored image with zeros, from its byte `keep` on."""
+    table = open_beton(beton)
+    overwrite(beton, int(table.positions[sample]) + keep, bytes(int(table.lengths[sample]) - keep))
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory):
+    """Sources of which some samples do not decode, and which these are."""
+    root = tmp_path_factory.mktemp("broken")
+    folder = image_folder(root / "folder", N)
+    beton = prepare(folder, root / "set.beton")
+    bad = (2, 7, 8, 20)
+    list_sources(beton, [f"n{sample}.png" for sample in range(N)])
+    for sample in bad:
+        break_sample(beton, sample)
+    paths = sorted((folder / "ant").iterdir()) + sorted((folder / "bee").iterdir())
+    for sample, content in zip(bad, (b"", b"no image", paths[0].read_bytes()[:100], bytes(500)), strict=True):
+        paths[sample].write_bytes(content)
+    return {"ffcv": str(beton), "plain": str(folder), "names": {"ffcv": "n{}.png", "plain": paths}, "bad": bad}
+
+
+def load_broken(broken, kind, **options):
+    values = {"batch_size": 6, "image_size": SIZE, "channels": 3, "seed": 5, "num_workers": 2} | options
+    return build_loader(broken[kind], **values)
+
+
+@pytest.mark.parametrize("kind", ["ffcv", "plain"])
+def test_bad_samples_are_replaced_by_rule(broken, kind, capfd):
+    """Against the rule stated one sample at a time; the replacements look as they do in their own place."""
+    loader, bad = load_broken(broken, kind), broken["bad"]
+    replaced = 0
+    for epoch in range(3):
+        found = joined(list(loader))
+        asked = sample_order(5, epoch, N)[: len(found.ids)].tolist()
+        expected = []
+        for sample in asked:
+            attempts = (int(replacements(5, epoch, np.array([sample]), k, N)[0]) for k in range(1, 21))
+            expected.append(next(k for k in attempts if k not in bad) if sample in bad else sample)
+        assert found.ids.tolist() == expected
+        assert found.replaced.tolist() == [sample in bad for sample in asked]
+        ids, sizes = found.ids.numpy(), found.sizes.numpy()
+        assert np.array_equal(found.crops, random_crops(5, epoch, ids, sizes, 0.2, True))
+        assert (sizes == (40, 48)).all()
+        places = {sample: row for row, sample in enumerate(ids.tolist()) if not found.replaced[row]}
+        for row in found.replaced.nonzero().flatten().tolist():
+            twin = places.get(int(ids[row]))
+            if twin is not None:
+                assert torch.equal(found.images[row], found.images[twin])
+                assert found.labels[row] == found.labels[twin]
+                replaced += 1
+    assert replaced > 3
+    names = broken["names"][kind]
+    texts = [names.format(k) if kind == "ffcv" else str(names[k]) for k in bad]
+    warnings = capfd.readouterr().err.splitlines()
+    assert len(warnings) == len(bad)
+    assert all(sum(text in line for line in warnings) == 1 for text in texts)
+    assert sorted(entry.sample for entry in loader.bad_samples()) == list(bad)
+    loader.close()
+
+
+@pytest.mark.parametrize("kind", ["ffcv", "plain"])
+def test_ranks_threads_and_resumed_runs_agree_on_replacements(broken, kind):
+    whole = list(load_broken(broken, kind, num_workers=1))
+    assert sum(int(batch.replaced.sum()) for batch in whole) >= 2
+    for world_size in (2, 3):
+        options = {"batch_size": 6 // world_size, "world_size": world_size}
+        ranks = [list(load_broken(broken, kind, rank=r, **options)) for r in range(world_size)]
+        for reference, *parts in zip(whole, *ranks, strict=True):
+            assert same(reference, joined(parts))
+    for start in range(1, len(whole)):
+        resumed = load_broken(broken, kind)
+        resumed.load_state_dict({"epoch": 0, "batch": start})
+        assert all(same(a, b) for a, b in zip(whole[start:], resumed, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["ffcv", "plain"])
+def test_too_many_bad_samples_end_the_run_and_are_named(broken, kind, monkeypatch):
+    with pytest.raises(UserError, match=r"1 samples of .* do not decode, max_bad_samples 0 allows 0 of 23") as error:
+        list(load_broken(broken, kind, batch_size=1, max_bad_samples=0.0))
+    assert "\n" not in str(error.value)
+    monkeypatch.setattr(quarantine, "FEWEST", 1)
+    monkeypatch.setattr(quarantine, "NAMED", 2)
+    with pytest.raises(UserError, match=r"4 samples .* 0\.15 allows 3 of 23: .* and 2 more \(all are named in"):
+        for _ in range(3):
+            list(load_broken(broken, kind, batch_size=23, max_bad_samples=0.15))
+    assert len(list(load_broken(broken, kind, batch_size=23, max_bad_samples=0.2))) == 1
+
+
+def test_a_tenth_of_a_percent_but_at_least_ten_bad_samples_are_put_up_with():
+    assert [quarantine.allowed(*case) for case in ((0.001, 100), (0.001, 10**6), (0.5, 40), (0.0, 10**6))] == [
+        10, 1000, 20, 0,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["ffcv", "plain"])
+def test_evaluation_replaces_nothing_unless_asked(broken, kind):
+    loader = load_broken(broken, kind, batch_size=2, train=False)
     iterator = iter(loader)
     next(iterator)
-    with pytest.raises(UserError, match=r"set\.beton: sample 2 does not decode"):
+    name = r"n2\.png \(.*set\.beton, sample 2\) does not decode" if kind == "ffcv" else r"004\.png cannot be read"
+    with pytest.raises(UserError, match=name):
         next(iterator)
     loader.close()
+    found = joined(list(load_broken(broken, kind, batch_size=2, train=False, max_bad_samples=1.0)))
+    assert found.replaced.nonzero().flatten().tolist() == list(broken["bad"])
 
 
-def test_a_damaged_file_in_a_folder_is_named(tmp_path):
+@pytest.mark.parametrize("kind", ["ffcv", "plain"])
+def test_a_set_without_a_good_sample_is_an_error(tmp_path, kind):
     folder = image_folder(tmp_path / "folder", 4)
-    loader = build_loader(folder, batch_size=4, image_size=(8, 8), channels=3)
-    (folder / "ant" / "002.png").write_bytes(b"no image")
-    with pytest.raises(UserError, match=r"002\.png cannot be read"):
+    source = prepare(folder, tmp_path / "set.beton") if kind == "ffcv" else folder
+    loader = build_loader(source, batch_size=4, image_size=(8, 8), channels=3)
+    for sample, path in enumerate(sorted(folder.rglob("*.png"))):
+        if kind == "ffcv":
+            break_sample(source, sample)
+        else:
+            path.write_bytes(b"no image")
+    with pytest.raises(UserError, match="nor do 20 samples drawn in its place; .* is damaged"):
         list(loader)
     loader.close()
-    with pytest.raises(UserError, match=r"002\.png cannot be read"):
-        read_info(folder)
+    if kind == "plain":
+        with pytest.raises(UserError, match=r"000\.png cannot be read"):
+            read_info(folder)
+
+
+def test_a_jpeg_that_ends_early_is_no_image(tmp_path):
+    """turbojpeg fills in grey and only warns."""
+    out = prepare(image_folder(tmp_path / "folder", 4), tmp_path / "set.beton")
+    break_sample(out, 1, keep=int(open_beton(out).lengths[1]) * 3 // 4)
+    loader = build_loader(out, batch_size=4, image_size=(8, 8), channels=3)
+    (batch,) = loader
+    loader.close()
+    assert [entry.sample for entry in loader.bad_samples()] == [1]
+    assert 1 not in batch.ids
+
+
+def test_a_file_that_changes_its_size_is_a_bad_sample(tmp_path):
+    folder = image_folder(tmp_path / "folder", 4)
+    loader = build_loader(folder, batch_size=4, image_size=(8, 8), channels=3)
+    list(loader)
+    picture(1, (8, 9)).save(folder / "ant" / "000.png")
+    (batch,) = loader
+    loader.close()
+    assert batch.replaced.sum() == 1
+    assert "another size" in loader.bad_samples()[0].why
 
 
 # ------------------------------------------------------------------------------------------------------- processes

@@ -9,6 +9,7 @@ import torch
 
 from fasthpm.data.background import Background
 from fasthpm.data.loader import Batch, Loader
+from fasthpm.data.quarantine import BadSample
 
 Arrival = torch.cuda.Event | None  # fires when a batch is on the device; None where copies do not run by themselves
 
@@ -54,6 +55,9 @@ class DeviceLoader:
         self._stop_current()
         self._loader.load_state_dict(state)
         self._state = self._loader.state_dict()
+
+    def bad_samples(self) -> list[BadSample]:
+        return self._loader.bad_samples()
 
     def close(self) -> None:
         self._stop_current()

@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from fasthpm.data.beton import Beton, open_beton
-from fasthpm.data.prefetch import LoaderOptions, PrefetchLoader
+from fasthpm.data.prefetch import BLOCK_BYTES, LoaderOptions, PrefetchLoader
 from fasthpm.data.prepared import open_set
+from fasthpm.data.quarantine import BadSample
 from fasthpm.data.sampling import Array
 from fasthpm.errors import UserError
 
@@ -30,12 +31,25 @@ def _kernel() -> Callable[..., None]:
     return decode
 
 
+def _refuse(options: LoaderOptions) -> None:
+    """What the compiled loop cannot do yet."""
+    for name, value, works in (
+        ("interpolation", options.interpolation, "area"),
+        ("color_jitter", options.color_jitter, 0.0),
+    ):
+        if value != works:
+            raise UserError(
+                f"{name} {value} does not work on .beton files yet; use {works}, or train on an image folder"
+            )
+
+
 class FfcvLoader(PrefetchLoader):
     """A `Loader` of a `.beton` file, of its shards, or of a comma list of files; see `build_loader`."""
 
     def __init__(self, source: str | Path, options: LoaderOptions) -> None:
         self.data = open_set(source)
         self._kernel = _kernel()
+        _refuse(options)
         super().__init__(self.data.info, options, str(source))
 
     @cached_property
@@ -43,20 +57,21 @@ class FfcvLoader(PrefetchLoader):
         """The table of the (first) file."""
         return open_beton(self.data.files[0])
 
-    def decode(self, images: Array, ids: Array, crops: Array) -> Array:
+    def decode(self, images: Array, ids: Array, crops: Array, factors: Array | None = None) -> Array:
         """Write crops of samples like `_fill`, but return each sample's status, 0 if it decoded: int32 [b]."""
         data, status = self.data, np.zeros(len(ids), np.int32)
         table = (data.addresses, data.lengths, data.modes, data.heights, data.widths)
         self._kernel(0, table, ids, crops, images, status)
         return status
 
-    def _fill(self, images: Array, ids: Array, crops: Array) -> None:
-        bad = ids[self.decode(images, ids, crops) != 0]
-        if len(bad):
-            raise UserError(
-                f"{self.source}: sample {int(bad[0])} does not decode; check the file with python -m "
-                f"data_prep.verify {self.source} and prepare it again"
-            )
+    def _fill(self, images: Array, ids: Array, crops: Array, factors: Array) -> Array:
+        return self.decode(images, ids, crops, factors) != 0
+
+    def _describe(self, sample: int) -> BadSample:
+        return BadSample(sample, self.data.name_of(sample), "does not decode")
+
+    def _samples_per_block(self) -> int:
+        return max(int(BLOCK_BYTES // self.data.lengths.mean()), 1)
 
     def _sizes(self, ids: Array) -> Array:
         return np.stack([self.data.heights[ids], self.data.widths[ids]], 1).astype(np.int64)

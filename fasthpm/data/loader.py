@@ -4,12 +4,15 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fasthpm.errors import UserError
+
+if TYPE_CHECKING:
+    from fasthpm.data.quarantine import BadSample
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,7 @@ class Batch:
     ids: Tensor  # int64 [B], index of each sample in the data set
     crops: Tensor  # int64 [B, 5]: top, left, height, width of the crop in the stored image, and whether it was flipped
     sizes: Tensor  # int64 [B, 2]: height, width of the stored image
+    replaced: Tensor  # bool [B]: the sample whose turn it was does not decode, this is another one
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`; asynchronous where the source is pinned."""
@@ -43,7 +47,8 @@ class Loader(Protocol):
 
     The order of samples is drawn for the *global* batch and then split, so any number of ranks sees the same batches:
     global batch b of an epoch is order[b*G:(b+1)*G] with G = batch_size * world_size, and rank r takes rows
-    [r*batch_size, (r+1)*batch_size) of it. Crops and flips are functions of (seed, epoch, sample id) alone.
+    [r*batch_size, (r+1)*batch_size) of it. Crops, flips, colours and what replaces a sample that does not decode are
+    functions of (seed, epoch, sample id) alone.
     """
 
     info: DatasetInfo
@@ -63,6 +68,9 @@ class Loader(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue at a position that `state_dict` gave."""
+
+    def bad_samples(self) -> list["BadSample"]:
+        """The samples that this rank met so far and that do not decode, each once."""
 
     def close(self) -> None:
         """Stop threads and free buffers; safe to call twice."""
@@ -105,6 +113,10 @@ def build_loader(
     crop_min: float = 0.2,
     flip: bool = True,
     crop_pct: float | None = None,
+    interpolation: str = "area",
+    color_jitter: float = 0.0,
+    sample_order: str = "random",
+    max_bad_samples: float | None = None,
 ) -> Loader:
     """A `Loader` of `data_path`: FFCV for a `.beton`, PIL for a folder of images, drawn images for `synthetic:N`.
 
@@ -119,6 +131,13 @@ def build_loader(
       mirroring; only full global batches. Otherwise in order, the centre (`crop_pct` of the largest box; None is 0.875,
       or 1 when all stored images have `image_size` already), each sample once over all ranks, in batches of which the
       last may be smaller, on some ranks empty.
+    - `interpolation`: how crops are resized, "area" (pixel areas averaged) or "bicubic" (PIL's).
+    - `color_jitter`: in training, brightness, contrast and saturation are multiplied by 1 ± up to this; 0 = not.
+    - `sample_order`: "random", or "blocks" for sets larger than memory: neighbours in storage are read together, and
+      shuffled within a pool of about 1 GiB (`sampling.block_order`).
+    - `max_bad_samples`: a sample that does not decode is replaced by another, which (seed, epoch, sample id) decide;
+      once more distinct ones than this share of the set are met (10 are always put up with; 0 = none), loading fails.
+      None: 0.001 in training; without `train` the first one is an error, and none is replaced.
 
     **Raises:** `UserError` for a source that is missing, damaged or has other channels, and for values out of range.
     """
@@ -137,6 +156,10 @@ def build_loader(
         crop_min=crop_min,
         flip=flip,
         crop_pct=crop_pct,
+        interpolation=interpolation,
+        color_jitter=color_jitter,
+        sample_order=sample_order,
+        max_bad_samples=max_bad_samples,
     )
     if source.startswith("synthetic:"):
         from fasthpm.data.synthetic import SyntheticLoader
