@@ -1,5 +1,6 @@
 """The contract of every loader (see `fasthpm.data.Loader`), and what is particular to each."""
 
+import gc
 import io
 import json
 import shutil
@@ -9,6 +10,7 @@ import threading
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from data_fixtures import image_folder, jpeg_bytes, list_sources, picture, prepare, prepare_shards
@@ -16,9 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fasthpm.data import Batch, build_loader, quarantine, read_info
+from fasthpm.data import Batch, build_loader, ffcv_images, prefetch, quarantine, read_info, synthetic
 from fasthpm.data.beton import ALLOCATION, JPEG, open_beton
 from fasthpm.data.device import DeviceLoader, on_device
+from fasthpm.data.pixels import jitter_colours
 from fasthpm.data.prefetch import count_workers
 from fasthpm.data.prepared import merged_ranges, open_set
 from fasthpm.data.sampling import (
@@ -231,6 +234,23 @@ def test_an_exception_in_the_loop_stops_the_thread(make):
     assert not our_threads()
 
 
+def test_twenty_epochs_take_no_more_memory_than_a_few(make):
+    """A batch has 0.5 MB, so keeping one in four would show."""
+    process, sizes = psutil.Process(), []
+    children = process.children()
+    loader = make(image_size=(200, 200))
+    for epoch in range(23):
+        for batch in loader:
+            assert batch.images.shape[1:3] == (200, 200)
+        if epoch in (2, 22):
+            gc.collect()
+            sizes.append(process.memory_info().rss)
+    loader.close()
+    assert sizes[1] - sizes[0] < 12e6
+    assert not our_threads()
+    assert process.children() == children
+
+
 def test_moving_the_loader_ends_the_running_iteration(make):
     loader = make()
     iterator = iter(loader)
@@ -262,6 +282,10 @@ def test_an_error_in_the_thread_reaches_the_consumer_once(make, monkeypatch):
         ({"rank": 2, "world_size": 2}, "rank is 2"),
         ({"num_workers": -1}, "num_workers is -1"),
         ({"image_size": (0, 8)}, "image_size is"),
+        ({"interpolation": "nearest"}, "interpolation is nearest, expected one of area, bicubic"),
+        ({"color_jitter": 1.5}, "color_jitter is 1.5"),
+        ({"sample_order": "sorted"}, "sample_order is sorted, expected one of random, blocks"),
+        ({"max_bad_samples": -0.1}, "max_bad_samples is -0.1"),
     ],
 )
 def test_wrong_options_are_one_line(make, options, message):
@@ -507,6 +531,158 @@ def test_ranges_to_read_are_merged_where_they_nearly_touch():
     assert merged_ranges(begin[:0], end[:0]) == []
 
 
+# ------------------------------------------------------------------------------------------------------- colours
+def test_colour_factors_are_uniform_and_have_a_key_of_their_own():
+    ids = np.arange(20000)
+    factors = colour_factors(0, 0, ids, 0.4, 3)
+    assert factors.dtype == np.float32
+    assert 0.6 <= factors.min() < 0.601
+    assert 1.399 < factors.max() <= 1.4
+    assert np.abs(np.quantile(factors, [0.25, 0.5, 0.75], axis=0).T - [0.8, 1.0, 1.2]).max() < 0.01
+    sizes = np.tile(np.array([[300, 400]]), (len(ids), 1))
+    drawn = np.column_stack([factors, random_crops(0, 0, ids, sizes, 0.2, True)])
+    assert np.abs(np.corrcoef(drawn.T)[:3, 3:]).max() < 0.03
+    assert np.abs(np.corrcoef(factors.T) - np.eye(3)).max() < 0.03
+    assert (colour_factors(0, 0, ids, 0.4, 1)[:, 2] == 1).all()
+    assert not np.array_equal(factors, colour_factors(0, 1, ids, 0.4, 3))
+    assert np.array_equal(factors[7:9], colour_factors(0, 0, ids[7:9], 0.4, 3))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("factors", [(1, 1, 1), (0.6, 1, 1), (1, 1.4, 1), (1, 1, 0.3), (1.3, 0.7, 1.25), (2, 0, 0)])
+def test_colours_change_as_in_torchvision(channels, factors):
+    from torchvision.transforms import functional as F
+
+    image = np.random.default_rng(0).integers(0, 256, (19, 23, channels), dtype=np.uint8)
+    truth = torch.from_numpy(image).permute(2, 0, 1)
+    truth = F.adjust_contrast(F.adjust_brightness(truth, factors[0]), factors[1])
+    if channels == 3:
+        truth = F.adjust_saturation(truth, factors[2])
+    ours = jitter_colours(image, np.array(factors, np.float32))
+    assert np.abs(ours.astype(int) - truth.permute(1, 2, 0).numpy()).max() <= 1
+    assert (ours != truth.permute(1, 2, 0).numpy()).mean() < 0.01
+
+
+@pytest.mark.parametrize("kind", ["plain", "synthetic"])
+def test_colours_vary_and_crops_do_not(sources, kind):
+    options = {"batch_size": 23, "image_size": SIZE, "channels": 3, "seed": 4}
+    (still,) = build_loader(sources[kind], **options)
+    (vivid,) = build_loader(sources[kind], color_jitter=0.5, **options)
+    assert torch.equal(still.crops, vivid.crops)
+    assert not torch.equal(still.images, vivid.images)
+    factors = colour_factors(4, 0, still.ids.numpy(), 0.5, 3)
+    for before, after, change in zip(still.images.numpy(), vivid.images.numpy(), factors, strict=True):
+        assert np.array_equal(after, jitter_colours(before, change))
+    (plain,) = build_loader(sources[kind], color_jitter=0.5, train=False, **options)
+    (same_plain,) = build_loader(sources[kind], train=False, **options)
+    assert torch.equal(plain.images, same_plain.images)
+
+
+@pytest.mark.parametrize(("kind", "channels"), [("plain", 3), ("synthetic", 3), ("synthetic", 1)])
+def test_bicubic_is_pils_on_the_crop_alone(sources, kind, channels):
+    options = {"batch_size": 23, "image_size": SIZE, "channels": channels, "seed": 4}
+    loader = build_loader(sources[kind], interpolation="bicubic", **options)
+    (batch,) = loader
+    (area,) = build_loader(sources[kind], **options)
+    assert torch.equal(batch.crops, area.crops)
+    assert not torch.equal(batch.images, area.images)
+    for row, index, crop in zip(batch.images.numpy(), batch.ids.tolist(), batch.crops.tolist(), strict=True):
+        if kind == "plain":
+            whole = Image.open(loader._images.paths[index])
+        else:
+            whole = Image.fromarray(np.squeeze(synthetic.draw(index, SIZE, channels)))
+        top, left, height, width, flipped = crop
+        truth = whole.crop((left, top, left + width, top + height)).resize(SIZE[::-1], Image.Resampling.BICUBIC)
+        truth = truth.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flipped else truth
+        assert np.array_equal(np.squeeze(row), np.asarray(truth))
+
+
+# ------------------------------------------------------------------------------------------------------- block order
+@pytest.mark.parametrize(("samples", "block", "window"), [(1000, 7, 5), (1000, 1, 10), (23, 64, 256), (1, 1, 1)])
+def test_block_order_is_a_permutation_of_pools_of_blocks(samples, block, window):
+    """Against its definition: every pool is a set of whole blocks."""
+    order = block_order(3, 1, samples, block, window)
+    assert sorted(order.tolist()) == list(range(samples))
+    start, seen = 0, set()
+    while start < samples:
+        blocks = set()
+        pool = []
+        while start < samples and (len(blocks) < window or order[start] // block in blocks):
+            blocks.add(int(order[start]) // block)
+            pool.append(int(order[start]))
+            start += 1
+        whole = [index for name in blocks for index in range(name * block, min((name + 1) * block, samples))]
+        assert sorted(pool) == sorted(whole)
+        assert not blocks & seen
+        seen |= blocks
+    assert order.tolist() != block_order(3, 2, samples, block, window).tolist() or samples == 1
+    assert order.tolist() == block_order(3, 1, samples, block, window).tolist()
+
+
+def test_block_order_mixes_well_within_its_bounds():
+    samples, block, window = 100_000, 50, 100
+    order = block_order(0, 0, samples, block, window)
+    pools = order.reshape(-1, block * window)
+    assert (np.abs(np.diff(order)) == 1).mean() < 0.001  # a random order has 2 / samples, blocks read through 0.98
+    neighbours = (np.diff(order // block) == 0).mean()
+    assert abs(neighbours - 1 / window) < 0.003  # as likely of the same block as any two of a pool
+    batches = pools[:, :250] // block
+    assert min(len(set(batch.tolist())) for batch in batches) > 80  # of 91 +- 4 blocks that 250 of a pool come from
+    next_epoch = block_order(0, 1, samples, block, window).reshape(pools.shape)
+    shared = np.intersect1d(pools[0], next_epoch[0]).size / pools[0].size
+    assert shared < 0.2  # pools are new every epoch: 0.05 expected
+    middle = pools.mean(1) / samples
+    assert np.abs(middle - 0.5).max() < 0.15  # each pool comes from all over the set
+
+
+def test_blocks_are_cut_by_global_batch_and_resume(make, monkeypatch):
+    monkeypatch.setattr(prefetch, "BLOCK_SAMPLES", 3)
+    monkeypatch.setattr(prefetch, "WINDOW_BLOCKS", 2)
+    monkeypatch.setattr(ffcv_images, "BLOCK_BYTES", 3 * 4000)
+    options = {"sample_order": "blocks", "batch_size": 6}
+    loader = make(**options)
+    whole = list(loader)
+    block = innermost(loader)._samples_per_block()
+    assert 2 <= block <= 5
+    order = block_order(5, 0, N, block, 2)
+    assert joined(whole).ids.tolist() == order[:18].tolist()
+    assert not np.array_equal(order, sample_order(5, 0, N))
+    for world_size in (2, 3):
+        ranks = [
+            list(make(**options | {"batch_size": 6 // world_size}, rank=r, world_size=world_size))
+            for r in range(world_size)
+        ]
+        for reference, *parts in zip(whole, *ranks, strict=True):
+            assert same(reference, joined(parts))
+    resumed = make(**options)
+    resumed.load_state_dict({"epoch": 0, "batch": 2})
+    assert same(next(iter(resumed)), whole[2])
+    evaluated = make(**options | {"train": False})
+    assert joined(list(evaluated)).ids.tolist() == list(range(N))
+
+
+@pytest.mark.parametrize("order", ["random", "blocks"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_storage_hears_of_samples_before_they_are_read(make, monkeypatch, order, rank):
+    """Of all the samples of its rank and no others; of blocks the whole next pool, in storage order, bit by bit."""
+    monkeypatch.setattr(prefetch, "BLOCK_SAMPLES", 2)
+    monkeypatch.setattr(prefetch, "WINDOW_BLOCKS", 3)
+    monkeypatch.setattr(ffcv_images, "BLOCK_BYTES", 2 * 4000)
+    loader = make(sample_order=order, batch_size=1, rank=rank, world_size=2)
+    inner, heard = innermost(loader), set()
+    sizes = inner._sizes
+    monkeypatch.setattr(inner, "_read_ahead", lambda ids: heard.update(ids.tolist()))
+    monkeypatch.setattr(inner, "_sizes", lambda ids: sizes(ids) if heard.issuperset(ids.tolist()) else None)
+    assert len(list(loader)) == N // 2
+    mine = inner._epoch_order(0)[rank::2]
+    assert heard <= set(mine.tolist())
+    if order == "blocks":
+        pool = 3 * inner._samples_per_block()
+        told = np.concatenate([inner._next_pool(0, batch) for batch in range(-(-pool // 2))])
+        places = np.arange(pool, min(2 * pool, N))
+        assert told.tolist() == sorted(inner._epoch_order(0)[places[places % 2 == rank]].tolist())
+
+
 # ------------------------------------------------------------------------------------------------------- sampling
 @settings(max_examples=60, deadline=None)
 @given(
@@ -576,7 +752,14 @@ def test_orders_are_permutations_and_fixed_for_ever():
     assert sample_order(0, 0, 10).tolist() == RECORDED_ORDER
     assert random_crops(0, 0, np.arange(2), np.array([[300, 400], [28, 28]]), 0.2, True).tolist() == RECORDED_CROPS
 
+    assert block_order(0, 0, 10, 2, 2).tolist() == RECORDED_BLOCKS
+    assert replacements(0, 0, np.arange(3), 1, 100).tolist() == RECORDED_REPLACEMENTS
+    assert np.allclose(colour_factors(0, 0, np.arange(1), 0.4, 3), RECORDED_FACTORS)
 
+
+RECORDED_BLOCKS = [2, 5, 3, 4, 7, 6, 8, 9, 0, 1]
+RECORDED_REPLACEMENTS = [82, 94, 80]
+RECORDED_FACTORS = [[1.357134, 0.87918, 1.294481]]
 RECORDED_ORDER = [2, 0, 5, 7, 3, 6, 4, 1, 8, 9]
 RECORDED_CROPS = [[26, 62, 217, 166, 0], [3, 0, 23, 28, 0]]
 
@@ -775,8 +958,7 @@ def test_too_many_bad_samples_end_the_run_and_are_named(broken, kind, monkeypatc
     monkeypatch.setattr(quarantine, "FEWEST", 1)
     monkeypatch.setattr(quarantine, "NAMED", 2)
     with pytest.raises(UserError, match=r"4 samples .* 0\.15 allows 3 of 23: .* and 2 more \(all are named in"):
-        for _ in range(3):
-            list(load_broken(broken, kind, batch_size=23, max_bad_samples=0.15))
+        list(load_broken(broken, kind, batch_size=23, max_bad_samples=0.15))
     assert len(list(load_broken(broken, kind, batch_size=23, max_bad_samples=0.2))) == 1
 
 
@@ -809,7 +991,7 @@ def test_a_set_without_a_good_sample_is_an_error(tmp_path, kind):
             break_sample(source, sample)
         else:
             path.write_bytes(b"no image")
-    with pytest.raises(UserError, match="nor do 20 samples drawn in its place; .* is damaged"):
+    with pytest.raises(UserError, match=r"nor do 20 samples drawn in its place; .* is damaged"):
         list(loader)
     loader.close()
     if kind == "plain":
@@ -857,9 +1039,12 @@ else:
 """
 
 INTERRUPTED = """
-import os, signal, sys, threading, time
+import os, signal, sys, threading, time, torch
 from fasthpm.data import build_loader
+from fasthpm.data.device import DeviceLoader
 loader = build_loader(sys.argv[1], batch_size=4, image_size=(8, 8), channels=3)
+if sys.argv[2] == "ahead":
+    loader = DeviceLoader(loader, torch.device("cpu"))
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started us with it ignored
 threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
 while True:
@@ -874,9 +1059,9 @@ def test_folders_and_synthetic_images_work_without_ffcv(sources):
     assert done.returncode == 0, done.stderr
 
 
-def test_ctrl_c_ends_a_process_with_a_running_loader(sources):
-    done = subprocess.run(
-        [sys.executable, "-c", INTERRUPTED, sources["ffcv"]], capture_output=True, text=True, timeout=60
-    )
+@pytest.mark.parametrize("kind", KINDS)
+def test_ctrl_c_ends_a_process_with_a_running_loader(sources, kind):
+    command = [sys.executable, "-c", INTERRUPTED, sources[kind], kind]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode in (-2, 130, 1)
     assert done.stderr.rstrip().endswith("KeyboardInterrupt"), done.stderr

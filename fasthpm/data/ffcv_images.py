@@ -70,6 +70,9 @@ class FfcvLoader(PrefetchLoader):
     def _describe(self, sample: int) -> BadSample:
         return BadSample(sample, self.data.name_of(sample), "does not decode")
 
+    def _read_ahead(self, ids: Array) -> None:
+        self.data.read_ahead(ids)
+
     def _samples_per_block(self) -> int:
         return max(int(BLOCK_BYTES // self.data.lengths.mean()), 1)
 

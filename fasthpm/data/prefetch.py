@@ -104,6 +104,7 @@ class PrefetchLoader(ABC):
         self.num_workers = count_workers(options.num_workers)
         self._epoch = self._batch = 0
         self._order: tuple[int, Array] = (-1, np.empty(0, np.int64))
+        self._announced = (0, 0)  # the first epoch and batch of which the storage has not heard
         self._pool: ThreadPoolExecutor | None = None
         self._current: weakref.ref[Prefetcher] | None = None
         self._closed = False
@@ -131,6 +132,9 @@ class PrefetchLoader(ABC):
     def _describe(self, sample: int) -> BadSample:
         """What to say of a sample that does not decode."""
         return BadSample(sample, f"{self.source}: sample {sample}", "does not decode")
+
+    def _read_ahead(self, ids: Array) -> None:  # noqa: B027
+        """Have the storage begin to read the samples `ids`, without waiting for it; nothing where it cannot."""
 
     def _samples_per_block(self) -> int:
         """How many samples `sample_order` "blocks" keeps together."""
@@ -242,8 +246,28 @@ class PrefetchLoader(ABC):
             return np.ones((len(ids), 3), np.float32)
         return colour_factors(options.seed, epoch, ids, options.color_jitter, options.channels)
 
+    def _announce(self, epoch: int, batch: int) -> None:
+        """Tell the storage of this batch and the next, and, of blocks, piece by piece of the next pool."""
+        first = self._announced[1] if self._announced[0] == epoch else 0
+        for coming in range(max(first, batch), min(batch + 2, len(self))):
+            self._read_ahead(self._ids(epoch, coming))
+        self._announced = (epoch, batch + 2)
+        if self.options.train and self.options.sample_order == "blocks":
+            self._read_ahead(self._next_pool(epoch, batch))
+
+    def _next_pool(self, epoch: int, batch: int) -> Array:
+        """This rank's samples of the pool after the batch's own, in storage order: as large a part as the batch is."""
+        pool, global_batch = WINDOW_BLOCKS * self._samples_per_block(), self.options.global_batch
+        begin = batch * global_batch % pool
+        places = np.arange(pool) + batch * global_batch - begin + pool
+        mine = places[places % global_batch // self.batch_size == self.options.rank]
+        ids = np.sort(self._epoch_order(epoch)[mine[mine < self.info.num_samples]])
+        end = min(begin + global_batch, pool)
+        return ids[len(ids) * begin // pool : len(ids) * end // pool]
+
     def _make(self, epoch: int, batch: int) -> Batch:
         """Decode one batch into fresh memory, pinned where there is a CUDA device."""
+        self._announce(epoch, batch)
         asked = self._ids(epoch, batch)
         pin = torch.cuda.is_available()
         shape = (len(asked), *self.options.image_size, self.options.channels)
