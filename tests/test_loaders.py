@@ -952,7 +952,7 @@ def test_ranks_threads_and_resumed_runs_agree_on_replacements(broken, kind):
 
 @pytest.mark.parametrize("kind", ["ffcv", "plain"])
 def test_too_many_bad_samples_end_the_run_and_are_named(broken, kind, monkeypatch):
-    with pytest.raises(UserError, match=r"1 samples of .* do not decode, max_bad_samples 0 allows 0 of 23") as error:
+    with pytest.raises(UserError, match=r"1 sample of .* does not decode, max_bad_samples 0 allows 0 of 23") as error:
         list(load_broken(broken, kind, batch_size=1, max_bad_samples=0.0))
     assert "\n" not in str(error.value)
     monkeypatch.setattr(quarantine, "FEWEST", 1)

@@ -48,7 +48,7 @@ class FfcvLoader(PrefetchLoader):
 
     def __init__(self, source: str | Path, options: LoaderOptions) -> None:
         self.data = open_set(source)
-        self._kernel = _kernel()
+        self._kernel, self._announces = _kernel(), False
         _refuse(options)
         super().__init__(self.data.info, options, str(source))
 
@@ -71,6 +71,9 @@ class FfcvLoader(PrefetchLoader):
         return BadSample(sample, self.data.name_of(sample), "does not decode")
 
     def _read_ahead(self, ids: Array) -> None:
+        if not self._announces:  # only then, for page by page it would be slow
+            self.data.leave_neighbours()
+            self._announces = True
         self.data.read_ahead(ids)
 
     def _samples_per_block(self) -> int:

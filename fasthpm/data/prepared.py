@@ -50,6 +50,14 @@ class PreparedSet:
         source = " ".join(found[0].encode("utf-8", "backslashreplace").decode().split()) if found else ""
         return f"{source} ({path}, sample {row})" if source else f"{path}: sample {row}"
 
+    def leave_neighbours(self) -> None:
+        """Have the system read what is asked for and nothing around it, from here on.
+
+        By itself it reads megabytes around each sample, many times the file per epoch where memory is short.
+        """
+        for mapped in self.maps:
+            mapped.madvise(mmap.MADV_RANDOM)
+
     def read_ahead(self, samples: Array) -> None:
         """Ask the system to read the bytes of `samples` into its cache, in the order of storage, without waiting."""
         samples = np.sort(samples)
