@@ -29,6 +29,7 @@ TENSORBOARD_GROUPS = {
     "loss": ("loss", "reconstruction_loss", "difficulty_loss"),
     "predictor": ("spearman", "pair_accuracy", "teacher_spearman"),
     "schedule": ("lr", "alpha", "ema_momentum", "grad_norm"),
+    "data": ("bad_samples",),
     "speed": ("images_per_second", "data_wait_percent", "teacher_percent", "mfu_percent", "memory_gib"),
 }
 

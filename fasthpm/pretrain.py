@@ -21,8 +21,10 @@ import torch
 import torch.distributed as dist
 
 from fasthpm import checkpoint, engine, export, flops, recipes, report, schedule, shards, visualize, zero
+from fasthpm.bad_samples import BadSampleLog
 from fasthpm.cli import Parser
 from fasthpm.data import Batch, Loader, build_loader
+from fasthpm.data.device import on_device
 from fasthpm.errors import UserError
 from fasthpm.metrics import Metrics, measure_matmul_rate
 from fasthpm.recipe import Recipe, add_recipe_arguments, build_recipe, save_recipe, science_of
@@ -68,6 +70,7 @@ class Run:
     teacher: EMATeacher | None
     layout: zero.MasterLayout
     saver: Saver
+    bad_samples: BadSampleLog = dataclasses.field(init=False)
     done: int = 0  # updates
     saving: int = 0  # the update whose checkpoint was begun last
     unsaved: str = ""  # why it is lost, on rank 0
@@ -101,12 +104,15 @@ def build(recipe: Recipe, launch: engine.Launch) -> Run:
         loader = build_loader(
             recipe.data_path, batch_size=recipe.batch_size, image_size=recipe.image_size, channels=recipe.channels,
             seed=recipe.seed, rank=launch.rank, world_size=launch.world_size, num_workers=recipe.num_workers,
-            crop_min=recipe.crop_min, flip=recipe.flip, accum_iter=accum_iter,
+            accum_iter=accum_iter,
+            crop_min=recipe.crop_min, flip=recipe.flip, interpolation=recipe.interpolation,
+            color_jitter=recipe.color_jitter, sample_order=recipe.sample_order, max_bad_samples=recipe.max_bad_samples,
         )  # fmt: skip
         recipe = recipe.resolve(loader.info.num_samples, launch.world_size)
         checkpoint.compare_recipes(recipe, science_of)
         config = engine.merge_config(recipe.deepspeed_config, recipe, launch.world_size)
         student = checkpoint.initial_model(recipe)
+    loader = on_device(loader, launch.device)
     step = Step(student, recipe, loader.info)
     deepspeed_engine = engine.build_engine(step, recipe, config, launch)
     teacher = None
@@ -117,6 +123,9 @@ def build(recipe: Recipe, launch: engine.Launch) -> Run:
     saver = Saver(launch.rank, launch.world_size, timeout=engine.timeout().total_seconds())
     run = Run(recipe, launch, loader, deepspeed_engine, step, teacher, zero.MasterLayout(deepspeed_engine), saver)
     resume(run)
+    run.bad_samples = BadSampleLog(
+        Path(recipe.output_dir), recipe.data_path, recipe.max_bad_samples, rank=launch.rank, keep=run.done > 0
+    )
     return run
 
 
@@ -216,7 +225,7 @@ def train(run: Run, metrics: Metrics, stop: StopSignals, watchdog: Watchdog) -> 
         update = torch.full((), now, device=device)
         for _ in range(recipe.accum_iter):
             with metrics.waiting_for_data(), watchdog.doing("loading data"):
-                batch = next(batches).to(device)
+                batch = next(batches)
             output = run.engine(batch.images, batch.ids, update, alpha)
             run.engine.backward(output.loss)
             run.engine.step()
@@ -240,7 +249,7 @@ def after_update(run: Run, metrics: Metrics, last: int) -> None:
         metrics.read(
             run.done, run.done / epoch_length, run.step.stopwatch.read(), lr=schedule.lr_at(recipe, run.done - 1),
             alpha=schedule.alpha_at(recipe, run.done - 1), ema_momentum=schedule.ema_momentum_at(recipe, run.done - 1),
-            grad_norm=float(engine.grad_norm(run.engine)),
+            grad_norm=float(engine.grad_norm(run.engine)), bad_samples=run.bad_samples.update(run.loader),
         )  # fmt: skip
     if drawing:
         draw_panel(run, metrics)
@@ -299,12 +308,17 @@ def finish(run: Run) -> None:
     info = {"mean": run.loader.info.mean, "std": run.loader.info.std}
     export.export_weights(model, recipe, output_dir / "encoder.safetensors", info=info)
     report.write(output_dir)
+    bad = (
+        f"\n  bad samples  {run.bad_samples.count} were replaced: {run.bad_samples.path}"
+        if run.bad_samples.count
+        else ""
+    )
     print(
         f"finished {run.done} of {recipe.total_steps} updates\n"
         f"  checkpoint   {checkpoint.checkpoint_path(output_dir, run.done)}\n"
         f"  encoder      {output_dir / 'encoder.safetensors'} (timm)\n"
         f"  TensorBoard  tensorboard --logdir {output_dir / 'tensorboard'}\n"
-        f"  report       {output_dir / 'report.md'}",
+        f"  report       {output_dir / 'report.md'}{bad}",
         file=sys.stderr,
     )
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fasthpm.data.sampling import INTERPOLATIONS, SAMPLE_ORDERS
 from fasthpm.errors import UserError, nearest
 
 MASK_POLICIES = ("random", "hpm", "hpm_easiest")
@@ -65,12 +66,26 @@ class Recipe:
     init_from: str = option("", "start from the weights of this run, checkpoint or import; empty = from the seed")
     seed: int = option(0, "seed of the weights, the sample order, the crops and the masks")
     # data
-    data_path: str = option("", "prepared set (.beton), image folder, or synthetic:N")
+    data_path: str = option("", "prepared set (.beton), several joined by commas, image folder, or synthetic:N")
     crop_min: float = option(0.2, "smallest share of the image area that a random crop covers")
     flip: bool = option(True, "flip training images at random")
+    interpolation: str = option("area", "how crops are resized", choices=INTERPOLATIONS)
+    color_jitter: float = option(0.0, "brightness, contrast and saturation vary by up to this share; 0 = off")
+    sample_order: str = option(
+        "random",
+        "order of an epoch; blocks: for sets larger than memory, neighbours on disk are read together and shuffled "
+        "within pools of 1 GiB",
+        choices=SAMPLE_ORDERS,
+    )
     steps_per_epoch: int = option(0, "updates per epoch; 0 = all full global batches of the data set")
     # the run itself: none of these changes what is learnt
     num_workers: int = option(0, "decoding threads per device; 0 = cores / devices on this machine", run_only=True)
+    max_bad_samples: float = option(
+        0.001,
+        "share of the samples that may turn out not to decode (others take their places) before the run stops; 10 are "
+        "always put up with, 0 = none",
+        run_only=True,
+    )
     output_dir: str = option("", "folder for checkpoints, logs, pictures and the report", run_only=True)
     deepspeed_config: str = option("ds_configs/zero1_bf16.json", "DeepSpeed JSON: how to run", run_only=True)
     resume: str = option("auto", "auto = newest valid checkpoint in output_dir, none, or a checkpoint", run_only=True)
@@ -211,7 +226,10 @@ class Recipe:
             "ema_ramp_epochs",
             "seed",
         )
-        shares = ("alpha_start", "alpha_end", "ema_momentum", "ema_momentum_end", "crop_min", "beta1", "beta2")
+        shares = (
+            *("alpha_start", "alpha_end", "ema_momentum", "ema_momentum_end", "crop_min", "beta1", "beta2"),
+            *("color_jitter", "max_bad_samples"),
+        )
         for name in positive:
             if getattr(self, name) <= 0:
                 raise UserError(f"{name} is {getattr(self, name)}, expected more than 0")

@@ -1,6 +1,8 @@
 """Small image folders and prepared sets for the tests of the data path."""
 
+import csv
 import io
+import json
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +34,27 @@ def prepare(source: Path, out: Path, *flags: str) -> Path:
     """Run `data_prep.images`."""
     images.main([str(source), str(out), "--num_workers", "2", *flags])
     return out
+
+
+def prepare_shards(folder: Path, out: Path, count: int, *flags: str) -> Path:
+    """The images of `folder` in `count` shards and their index in `out`'s place; returns `out`."""
+    paths = sorted(path for path in folder.rglob("*.png"))
+    names, sidecars = [f"{out.stem}-{k:05d}-of-{count:05d}.beton" for k in range(count)], []
+    for k, name in enumerate(names):
+        part = out.parent / f"part{k}.txt"
+        part.write_text("".join(f"{path}\t{path.parent.name}\n" for path in paths[k::count]))
+        prepare(part, out.parent / name, *flags)
+        sidecars.append(json.loads((out.parent / name).with_suffix(".json").read_text()))
+    index = {name: sidecars[0][name] for name in ("channels", "mean", "std", "classes")}
+    index |= {"format": "ffcv-shards", "shards": names, "num_samples": len(paths)}
+    out.with_suffix(".json").write_text(json.dumps(index))
+    return out
+
+
+def list_sources(out: Path, names: list[str]) -> None:
+    """Write the list of source files beside a prepared set."""
+    with out.with_suffix(".files.csv").open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        csv.writer(file).writerows([["path"], *([name] for name in names)])
 
 
 def jpeg_bytes(image: Image.Image, **options: object) -> bytes:

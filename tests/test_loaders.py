@@ -1,5 +1,6 @@
 """The contract of every loader (see `fasthpm.data.Loader`), and what is particular to each."""
 
+import gc
 import io
 import json
 import shutil
@@ -9,22 +10,36 @@ import threading
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
-from data_fixtures import image_folder, jpeg_bytes, picture, prepare
+from data_fixtures import image_folder, jpeg_bytes, list_sources, picture, prepare, prepare_shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fasthpm.data import Batch, build_loader, read_info
+from fasthpm.data import Batch, build_loader, ffcv_images, prefetch, quarantine, read_info, synthetic
 from fasthpm.data.beton import ALLOCATION, JPEG, open_beton
+from fasthpm.data.device import DeviceLoader, on_device
+from fasthpm.data.pixels import jitter_colours
 from fasthpm.data.prefetch import count_workers
-from fasthpm.data.sampling import area_resize, centre_crops, crop_resize, mix, random_crops, sample_order
+from fasthpm.data.prepared import merged_ranges, open_set
+from fasthpm.data.sampling import (
+    area_resize,
+    block_order,
+    centre_crops,
+    colour_factors,
+    crop_resize,
+    mix,
+    random_crops,
+    replacements,
+    sample_order,
+)
 from fasthpm.errors import UserError
 
 N, SIZE = 23, (16, 24)
-KINDS = ("ffcv", "plain", "synthetic")
-FIELDS = ("images", "labels", "ids", "crops", "sizes")
+KINDS = ("ffcv", "shards", "plain", "synthetic", "ahead")  # ahead: ffcv with the look-ahead that GPUs get
+FIELDS = ("images", "labels", "ids", "crops", "sizes", "replaced")
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +48,14 @@ def sources(tmp_path_factory):
     root = tmp_path_factory.mktemp("sources")
     folder = image_folder(root / "folder", N, sizes=((40, 48), (33, 20)))
     beton = prepare(folder, root / "set.beton", "--write_mode", "proportion", "--jpeg_quality", "100")
-    return {"ffcv": str(beton), "plain": str(folder), "synthetic": f"synthetic:{N}"}
+    shards = prepare_shards(folder, root / "many.beton", 3, "--write_mode", "proportion", "--jpeg_quality", "100")
+    return {
+        "ffcv": str(beton),
+        "ahead": str(beton),
+        "shards": str(shards),
+        "plain": str(folder),
+        "synthetic": f"synthetic:{N}",
+    }
 
 
 @pytest.fixture(params=KINDS)
@@ -43,12 +65,17 @@ def make(request, sources):
 
     def build(**options):
         values = {"batch_size": 4, "image_size": SIZE, "channels": 3, "seed": 5, "num_workers": 2} | options
-        loaders.append(build_loader(sources[request.param], **values))
+        loader = build_loader(sources[request.param], **values)
+        loaders.append(DeviceLoader(loader, torch.device("cpu")) if request.param == "ahead" else loader)
         return loaders[-1]
 
     yield build
     for loader in loaders:
         loader.close()
+
+
+def innermost(loader):
+    return getattr(loader, "_loader", loader)
 
 
 def same(a: Batch, b: Batch) -> bool:
@@ -76,7 +103,9 @@ def test_batches_have_the_promised_form(make):
         assert batch.crops.shape == (4, 5)
         assert batch.sizes.shape == (4, 2)
         assert batch.labels.shape == batch.ids.shape == (4,)
-        assert all(getattr(batch, field).dtype == torch.int64 for field in FIELDS[1:])
+        assert all(getattr(batch, field).dtype == torch.int64 for field in FIELDS[1:-1])
+        assert batch.replaced.dtype == torch.bool
+        assert not batch.replaced.any()
         top, left, height, width, flipped = batch.crops.T
         assert min(top.min(), left.min()) >= 0
         assert min(height.min(), width.min()) > 0
@@ -157,15 +186,19 @@ def test_evaluation_gives_each_sample_once_in_order(make, world_size):
     if world_size == 3:
         assert [len(batches[-1].ids) for batches in ranks] == [5, 3, 0]
         assert ranks[2][-1].images.shape == (0, *SIZE, 3)
+        assert ranks[2][-1].replaced.dtype == torch.bool
 
 
 def test_labels_belong_to_their_images(make, sources):
     loader = make(train=False)
     found = joined(list(loader))
     assert len(loader.info.classes) > found.labels.max()
-    if loader.source == sources["ffcv"]:
+    if innermost(loader).source == sources["ffcv"]:
         assert np.array_equal(found.labels, open_beton(Path(sources["ffcv"])).labels)
-    elif loader.source == sources["plain"]:
+    elif innermost(loader).source == sources["shards"]:
+        shards = [open_beton(path).labels for path in sorted(Path(sources["shards"]).parent.glob("many-*.beton"))]
+        assert np.array_equal(found.labels, np.concatenate(shards))
+    elif innermost(loader).source == sources["plain"]:
         assert found.labels.tolist() == sorted(index % 2 for index in range(N))
     else:
         assert found.labels.tolist() == [index % 10 for index in range(N)]
@@ -176,7 +209,7 @@ def test_no_thread_outlives_its_loader(make):
     loader = make()
     for _ in loader:
         break
-    assert "fasthpm-prefetch" not in our_threads()
+    assert not {"fasthpm-prefetch", "fasthpm-device"} & set(our_threads())
     iterator = iter(loader)
     next(iterator)
     loader.close()
@@ -201,6 +234,23 @@ def test_an_exception_in_the_loop_stops_the_thread(make):
     assert not our_threads()
 
 
+def test_twenty_epochs_take_no_more_memory_than_a_few(make):
+    """A batch has 0.5 MB, so keeping one in four would show."""
+    process, sizes = psutil.Process(), []
+    children = process.children()
+    loader = make(image_size=(200, 200))
+    for epoch in range(23):
+        for batch in loader:
+            assert batch.images.shape[1:3] == (200, 200)
+        if epoch in (2, 22):
+            gc.collect()
+            sizes.append(process.memory_info().rss)
+    loader.close()
+    assert sizes[1] - sizes[0] < 12e6
+    assert not our_threads()
+    assert process.children() == children
+
+
 def test_moving_the_loader_ends_the_running_iteration(make):
     loader = make()
     iterator = iter(loader)
@@ -213,7 +263,7 @@ def test_moving_the_loader_ends_the_running_iteration(make):
 
 def test_an_error_in_the_thread_reaches_the_consumer_once(make, monkeypatch):
     loader = make()
-    monkeypatch.setattr(loader, "_sizes", lambda ids: (_ for _ in ()).throw(ValueError("broken disk")))
+    monkeypatch.setattr(innermost(loader), "_sizes", lambda ids: (_ for _ in ()).throw(ValueError("broken disk")))
     iterator = iter(loader)
     with pytest.raises(ValueError, match="broken disk"):
         next(iterator)
@@ -232,6 +282,10 @@ def test_an_error_in_the_thread_reaches_the_consumer_once(make, monkeypatch):
         ({"rank": 2, "world_size": 2}, "rank is 2"),
         ({"num_workers": -1}, "num_workers is -1"),
         ({"image_size": (0, 8)}, "image_size is"),
+        ({"interpolation": "nearest"}, "interpolation is nearest, expected one of area, bicubic"),
+        ({"color_jitter": 1.5}, "color_jitter is 1.5"),
+        ({"sample_order": "sorted"}, "sample_order is sorted, expected one of random, blocks"),
+        ({"max_bad_samples": -0.1}, "max_bad_samples is -0.1"),
     ],
 )
 def test_wrong_options_are_one_line(make, options, message):
@@ -349,6 +403,286 @@ def test_plain_loader_sees_rotated_images_upright(tmp_path):
     assert np.array_equal(batch.images[0], np.asarray(upright.transpose(Image.Transpose.ROTATE_270)))
 
 
+# ------------------------------------------------------------------------------------------------------- one ahead
+def test_the_next_batch_is_asked_for_while_the_consumer_works(sources):
+    """Exactly one: the second batch is under way when the first is given, the third is not."""
+    inner = build_loader(sources["ffcv"], batch_size=4, image_size=SIZE, channels=3)
+    asked = [threading.Event() for _ in range(len(inner))]
+    given = type(inner)._given
+
+    def note(epoch, batch):
+        given(inner, epoch, batch)
+        asked[batch].set()
+
+    inner._given = note
+    loader = DeviceLoader(inner, torch.device("cpu"))
+    iterator = iter(loader)
+    next(iterator)
+    assert asked[1].wait(10)
+    assert not asked[2].wait(0.2)
+    assert inner.state_dict() == {"epoch": 0, "batch": 2}
+    assert loader.state_dict() == {"epoch": 0, "batch": 1}
+    next(iterator)
+    assert asked[2].wait(10)
+    loader.close()
+
+
+def test_an_error_ahead_comes_after_the_batch_before_it(sources, monkeypatch):
+    inner = build_loader(sources["ffcv"], batch_size=4, image_size=SIZE, channels=3)
+    make = inner._make
+    monkeypatch.setattr(inner, "_make", lambda e, b: make(e, b) if b < 2 else (_ for _ in ()).throw(OSError("disk")))
+    loader = DeviceLoader(inner, torch.device("cpu"))
+    iterator = iter(loader)
+    next(iterator), next(iterator)
+    assert loader.state_dict() == {"epoch": 0, "batch": 2}
+    with pytest.raises(OSError, match="disk"):
+        next(iterator)
+    loader.close()
+
+
+def test_on_a_cpu_the_loader_is_left_as_it_is(make):
+    loader = make()
+    assert on_device(loader, torch.device("cpu")) is loader
+
+
+# ------------------------------------------------------------------------------------------------------- many files
+def test_shards_are_one_set_and_equal_to_their_union(sources):
+    options = {"batch_size": 5, "image_size": SIZE, "channels": 3, "seed": 3}
+    files = sorted(Path(sources["shards"]).parent.glob("many-*.beton"))
+    assert len(files) == 3
+    evaluated = joined(list(build_loader(sources["shards"], train=False, **options)))
+    single = [joined(list(build_loader(file, train=False, **options))) for file in files]
+    assert torch.equal(evaluated.images, torch.cat([batch.images for batch in single]))
+    assert torch.equal(evaluated.labels, torch.cat([batch.labels for batch in single]))
+    union = build_loader(",".join(map(str, files)), **options)
+    assert all(same(a, b) for a, b in zip(build_loader(sources["shards"], **options), union, strict=True))
+
+
+def test_mean_and_std_of_a_union_weigh_pixels(tmp_path):
+    infos = {}
+    for name, count, first in (("a", 4, 0), ("b", 2, 4), ("all", 6, 0)):
+        folder = tmp_path / name
+        for index in range(first, first + count):
+            target = folder / ("ant", "bee")[index % 2]
+            target.mkdir(parents=True, exist_ok=True)
+            picture(index, (40, 48) if index < 4 else (20, 24)).save(target / f"{index}.png")
+        infos[name] = read_info(prepare(folder, tmp_path / f"{name}.beton", "--write_mode", "raw"))
+        pixels = {"a": 4 * 40 * 48, "b": 2 * 20 * 24, "all": 1}[name]
+        sidecar = tmp_path / f"{name}.json"
+        sidecar.write_text(json.dumps(json.loads(sidecar.read_text()) | {"pixels": pixels}))
+    union = f"{tmp_path}/a.beton,{tmp_path}/b.beton"
+    merged = read_info(union)
+    assert merged.num_samples == 6
+    assert merged.classes == ("ant", "bee")
+    assert np.allclose(merged.mean, infos["all"].mean, atol=1e-6)
+    assert np.allclose(merged.std, infos["all"].std, atol=1e-6)
+    sidecar = tmp_path / "a.json"
+    values = json.loads(sidecar.read_text())
+    del values["pixels"]
+    sidecar.write_text(json.dumps(values))
+    by_samples = (4 * np.array(infos["a"].mean) + 2 * np.array(infos["b"].mean)) / 6
+    assert np.allclose(read_info(union).mean, by_samples)
+    assert not np.allclose(by_samples, merged.mean, atol=1e-4)
+
+
+def test_bad_shards_and_unions_are_refused(tmp_path):
+    out = prepare_shards(image_folder(tmp_path / "folder", 12), tmp_path / "set.beton", 2)
+    first, second = sorted(tmp_path.glob("set-*.beton"))
+    index, whole = out.with_suffix(".json"), second.read_bytes()
+    good = json.loads(index.read_text())
+    second.write_bytes(whole[:-1])
+    refused(out, r"set-00001-of-00002\.beton has .* truncated")
+    second.unlink()
+    refused(out, r"set-00001-of-00002\.beton does not exist, but .*set\.json lists it")
+    second.write_bytes(whole)
+    for change, message in (
+        ({"num_samples": 13}, "hold 12 samples, .*set.json says 13"),
+        ({"classes": ["ant"]}, r"1 classes, .*set-00000-of-00002\.beton has 2"),
+        ({"channels": 1, "mean": [0.5], "std": [0.5]}, "1 channels, .*has 3"),
+        ({"shards": []}, "lists no shards"),
+        ({"shards": [7]}, "lists no shards"),
+        ({"shards": None}, "no list named 'shards'"),
+        ({"format": "something"}, r"set\.beton does not exist"),
+    ):
+        index.write_text(json.dumps(good | change))
+        refused(out, message)
+    index.write_text(json.dumps(good))
+    grey = prepare(image_folder(tmp_path / "grey", 4, grey=True), tmp_path / "grey.beton")
+    refused(f"{out},{grey}", r"set\.beton has 3 channels, .*grey\.beton has 1")
+    refused(f"{out},", "joins '', which is no .beton")
+    refused(f"{out},{tmp_path / 'folder'}", "only prepared sets can be joined")
+    refused(f"{first},{tmp_path / 'no.beton'}", r"no\.beton does not exist")
+
+
+def test_samples_are_named_by_the_file_they_were_made_of(tmp_path):
+    out = prepare_shards(image_folder(tmp_path / "folder", 8), tmp_path / "set.beton", 2)
+    second = tmp_path / "set-00001-of-00002.beton"
+    list_sources(second, ["a.png", "with, comma\nand line.png", "b.png", "caf\udce9.png"])
+    names = [open_set(out).name_of(sample) for sample in range(8)]
+    assert names[3] == f"{tmp_path / 'set-00000-of-00002.beton'}: sample 3"
+    assert names[4] == f"a.png ({second}, sample 0)"
+    assert names[5].startswith("with, comma and line.png (")
+    assert names[7].startswith("caf\\udce9.png (")
+
+
+def test_ranges_to_read_are_merged_where_they_nearly_touch():
+    begin, end = np.array([900, 0, 10**6, 10**6 + 5]), np.array([1000, 100, 10**6 + 9, 10**6 + 6])
+    assert merged_ranges(begin, end) == [(0, 1000), (10**6, 10**6 + 9)]
+    assert merged_ranges(begin[:0], end[:0]) == []
+
+
+# ------------------------------------------------------------------------------------------------------- colours
+def test_colour_factors_are_uniform_and_have_a_key_of_their_own():
+    ids = np.arange(20000)
+    factors = colour_factors(0, 0, ids, 0.4, 3)
+    assert factors.dtype == np.float32
+    assert 0.6 <= factors.min() < 0.601
+    assert 1.399 < factors.max() <= 1.4
+    assert np.abs(np.quantile(factors, [0.25, 0.5, 0.75], axis=0).T - [0.8, 1.0, 1.2]).max() < 0.01
+    sizes = np.tile(np.array([[300, 400]]), (len(ids), 1))
+    drawn = np.column_stack([factors, random_crops(0, 0, ids, sizes, 0.2, True)])
+    assert np.abs(np.corrcoef(drawn.T)[:3, 3:]).max() < 0.03
+    assert np.abs(np.corrcoef(factors.T) - np.eye(3)).max() < 0.03
+    assert (colour_factors(0, 0, ids, 0.4, 1)[:, 2] == 1).all()
+    assert not np.array_equal(factors, colour_factors(0, 1, ids, 0.4, 3))
+    assert np.array_equal(factors[7:9], colour_factors(0, 0, ids[7:9], 0.4, 3))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("factors", [(1, 1, 1), (0.6, 1, 1), (1, 1.4, 1), (1, 1, 0.3), (1.3, 0.7, 1.25), (2, 0, 0)])
+def test_colours_change_as_in_torchvision(channels, factors):
+    from torchvision.transforms import functional as F
+
+    image = np.random.default_rng(0).integers(0, 256, (19, 23, channels), dtype=np.uint8)
+    truth = torch.from_numpy(image).permute(2, 0, 1)
+    truth = F.adjust_contrast(F.adjust_brightness(truth, factors[0]), factors[1])
+    if channels == 3:
+        truth = F.adjust_saturation(truth, factors[2])
+    ours = jitter_colours(image, np.array(factors, np.float32))
+    assert np.abs(ours.astype(int) - truth.permute(1, 2, 0).numpy()).max() <= 1
+    assert (ours != truth.permute(1, 2, 0).numpy()).mean() < 0.01
+
+
+@pytest.mark.parametrize("kind", ["plain", "synthetic"])
+def test_colours_vary_and_crops_do_not(sources, kind):
+    options = {"batch_size": 23, "image_size": SIZE, "channels": 3, "seed": 4}
+    (still,) = build_loader(sources[kind], **options)
+    (vivid,) = build_loader(sources[kind], color_jitter=0.5, **options)
+    assert torch.equal(still.crops, vivid.crops)
+    assert not torch.equal(still.images, vivid.images)
+    factors = colour_factors(4, 0, still.ids.numpy(), 0.5, 3)
+    for before, after, change in zip(still.images.numpy(), vivid.images.numpy(), factors, strict=True):
+        assert np.array_equal(after, jitter_colours(before, change))
+    (plain,) = build_loader(sources[kind], color_jitter=0.5, train=False, **options)
+    (same_plain,) = build_loader(sources[kind], train=False, **options)
+    assert torch.equal(plain.images, same_plain.images)
+
+
+@pytest.mark.parametrize(("kind", "channels"), [("plain", 3), ("synthetic", 3), ("synthetic", 1)])
+def test_bicubic_is_pils_on_the_crop_alone(sources, kind, channels):
+    options = {"batch_size": 23, "image_size": SIZE, "channels": channels, "seed": 4}
+    loader = build_loader(sources[kind], interpolation="bicubic", **options)
+    (batch,) = loader
+    (area,) = build_loader(sources[kind], **options)
+    assert torch.equal(batch.crops, area.crops)
+    assert not torch.equal(batch.images, area.images)
+    for row, index, crop in zip(batch.images.numpy(), batch.ids.tolist(), batch.crops.tolist(), strict=True):
+        if kind == "plain":
+            whole = Image.open(loader._images.paths[index])
+        else:
+            whole = Image.fromarray(np.squeeze(synthetic.draw(index, SIZE, channels)))
+        top, left, height, width, flipped = crop
+        truth = whole.crop((left, top, left + width, top + height)).resize(SIZE[::-1], Image.Resampling.BICUBIC)
+        truth = truth.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flipped else truth
+        assert np.array_equal(np.squeeze(row), np.asarray(truth))
+
+
+# ------------------------------------------------------------------------------------------------------- block order
+@pytest.mark.parametrize(("samples", "block", "window"), [(1000, 7, 5), (1000, 1, 10), (23, 64, 256), (1, 1, 1)])
+def test_block_order_is_a_permutation_of_pools_of_blocks(samples, block, window):
+    """Against its definition: every pool is a set of whole blocks."""
+    order = block_order(3, 1, samples, block, window)
+    assert sorted(order.tolist()) == list(range(samples))
+    start, seen = 0, set()
+    while start < samples:
+        blocks = set()
+        pool = []
+        while start < samples and (len(blocks) < window or order[start] // block in blocks):
+            blocks.add(int(order[start]) // block)
+            pool.append(int(order[start]))
+            start += 1
+        whole = [index for name in blocks for index in range(name * block, min((name + 1) * block, samples))]
+        assert sorted(pool) == sorted(whole)
+        assert not blocks & seen
+        seen |= blocks
+    assert order.tolist() != block_order(3, 2, samples, block, window).tolist() or samples == 1
+    assert order.tolist() == block_order(3, 1, samples, block, window).tolist()
+
+
+def test_block_order_mixes_well_within_its_bounds():
+    samples, block, window = 100_000, 50, 100
+    order = block_order(0, 0, samples, block, window)
+    pools = order.reshape(-1, block * window)
+    assert (np.abs(np.diff(order)) == 1).mean() < 0.001  # a random order has 2 / samples, blocks read through 0.98
+    neighbours = (np.diff(order // block) == 0).mean()
+    assert abs(neighbours - 1 / window) < 0.003  # as likely of the same block as any two of a pool
+    batches = pools[:, :250] // block
+    assert min(len(set(batch.tolist())) for batch in batches) > 80  # of 91 +- 4 blocks that 250 of a pool come from
+    next_epoch = block_order(0, 1, samples, block, window).reshape(pools.shape)
+    shared = np.intersect1d(pools[0], next_epoch[0]).size / pools[0].size
+    assert shared < 0.2  # pools are new every epoch: 0.05 expected
+    middle = pools.mean(1) / samples
+    assert np.abs(middle - 0.5).max() < 0.15  # each pool comes from all over the set
+
+
+def test_blocks_are_cut_by_global_batch_and_resume(make, monkeypatch):
+    monkeypatch.setattr(prefetch, "BLOCK_SAMPLES", 3)
+    monkeypatch.setattr(prefetch, "WINDOW_BLOCKS", 2)
+    monkeypatch.setattr(ffcv_images, "BLOCK_BYTES", 3 * 4000)
+    options = {"sample_order": "blocks", "batch_size": 6}
+    loader = make(**options)
+    whole = list(loader)
+    block = innermost(loader)._samples_per_block()
+    assert 2 <= block <= 5
+    order = block_order(5, 0, N, block, 2)
+    assert joined(whole).ids.tolist() == order[:18].tolist()
+    assert not np.array_equal(order, sample_order(5, 0, N))
+    for world_size in (2, 3):
+        ranks = [
+            list(make(**options | {"batch_size": 6 // world_size}, rank=r, world_size=world_size))
+            for r in range(world_size)
+        ]
+        for reference, *parts in zip(whole, *ranks, strict=True):
+            assert same(reference, joined(parts))
+    resumed = make(**options)
+    resumed.load_state_dict({"epoch": 0, "batch": 2})
+    assert same(next(iter(resumed)), whole[2])
+    evaluated = make(**options | {"train": False})
+    assert joined(list(evaluated)).ids.tolist() == list(range(N))
+
+
+@pytest.mark.parametrize("order", ["random", "blocks"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_storage_hears_of_samples_before_they_are_read(make, monkeypatch, order, rank):
+    """Of all the samples of its rank and no others; of blocks the whole next pool, in storage order, bit by bit."""
+    monkeypatch.setattr(prefetch, "BLOCK_SAMPLES", 2)
+    monkeypatch.setattr(prefetch, "WINDOW_BLOCKS", 3)
+    monkeypatch.setattr(ffcv_images, "BLOCK_BYTES", 2 * 4000)
+    loader = make(sample_order=order, batch_size=1, rank=rank, world_size=2)
+    inner, heard = innermost(loader), set()
+    sizes = inner._sizes
+    monkeypatch.setattr(inner, "_read_ahead", lambda ids: heard.update(ids.tolist()))
+    monkeypatch.setattr(inner, "_sizes", lambda ids: sizes(ids) if heard.issuperset(ids.tolist()) else None)
+    assert len(list(loader)) == N // 2
+    mine = inner._epoch_order(0)[rank::2]
+    assert heard <= set(mine.tolist())
+    if order == "blocks":
+        pool = 3 * inner._samples_per_block()
+        told = np.concatenate([inner._next_pool(0, batch) for batch in range(-(-pool // 2))])
+        places = np.arange(pool, min(2 * pool, N))
+        assert told.tolist() == sorted(inner._epoch_order(0)[places[places % 2 == rank]].tolist())
+
+
 # ------------------------------------------------------------------------------------------------------- sampling
 @settings(max_examples=60, deadline=None)
 @given(
@@ -418,7 +752,14 @@ def test_orders_are_permutations_and_fixed_for_ever():
     assert sample_order(0, 0, 10).tolist() == RECORDED_ORDER
     assert random_crops(0, 0, np.arange(2), np.array([[300, 400], [28, 28]]), 0.2, True).tolist() == RECORDED_CROPS
 
+    assert block_order(0, 0, 10, 2, 2).tolist() == RECORDED_BLOCKS
+    assert replacements(0, 0, np.arange(3), 1, 100).tolist() == RECORDED_REPLACEMENTS
+    assert np.allclose(colour_factors(0, 0, np.arange(1), 0.4, 3), RECORDED_FACTORS)
 
+
+RECORDED_BLOCKS = [2, 5, 3, 4, 7, 6, 8, 9, 0, 1]
+RECORDED_REPLACEMENTS = [82, 94, 80]
+RECORDED_FACTORS = [[1.357134, 0.87918, 1.294481]]
 RECORDED_ORDER = [2, 0, 5, 7, 3, 6, 4, 1, 8, 9]
 RECORDED_CROPS = [[26, 62, 217, 166, 0], [3, 0, 23, 28, 0]]
 
@@ -532,27 +873,152 @@ def test_bad_sidecars_are_refused(beton):
     refused(beton, "set.json cannot be read")
 
 
-def test_an_image_that_does_not_decode_is_named(tmp_path):
-    out = prepare(image_folder(tmp_path / "folder", 4), tmp_path / "set.beton")
-    table = open_beton(out)
-    overwrite(out, int(table.positions[2]), bytes(int(table.lengths[2])))
-    loader = build_loader(out, batch_size=2, image_size=(8, 8), channels=3, train=False)
+# ------------------------------------------------------------------------------------------------------- bad samples
+def break_sample(beton: Path, sample: int, *, keep: int = 0) -> None:
+    """Overwrite a stored image with zeros, from its byte `keep` on."""
+    table = open_beton(beton)
+    overwrite(beton, int(table.positions[sample]) + keep, bytes(int(table.lengths[sample]) - keep))
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory):
+    """Sources of which some samples do not decode, and which these are."""
+    root = tmp_path_factory.mktemp("broken")
+    folder = image_folder(root / "folder", N)
+    beton = prepare(folder, root / "set.beton")
+    bad = (2, 7, 8, 20)
+    list_sources(beton, [f"n{sample}.png" for sample in range(N)])
+    for sample in bad:
+        break_sample(beton, sample)
+    paths = sorted((folder / "ant").iterdir()) + sorted((folder / "bee").iterdir())
+    for sample, content in zip(bad, (b"", b"no image", paths[0].read_bytes()[:100], bytes(500)), strict=True):
+        paths[sample].write_bytes(content)
+    return {"ffcv": str(beton), "plain": str(folder), "names": {"ffcv": "n{}.png", "plain": paths}, "bad": bad}
+
+
+def load_broken(broken, kind, **options):
+    values = {"batch_size": 6, "image_size": SIZE, "channels": 3, "seed": 5, "num_workers": 2} | options
+    return build_loader(broken[kind], **values)
+
+
+@pytest.mark.parametrize("kind", ["ffcv", "plain"])
+def test_bad_samples_are_replaced_by_rule(broken, kind, capfd):
+    """Against the rule stated one sample at a time; the replacements look as they do in their own place."""
+    loader, bad = load_broken(broken, kind), broken["bad"]
+    replaced = 0
+    for epoch in range(3):
+        found = joined(list(loader))
+        asked = sample_order(5, epoch, N)[: len(found.ids)].tolist()
+        expected = []
+        for sample in asked:
+            attempts = (int(replacements(5, epoch, np.array([sample]), k, N)[0]) for k in range(1, 21))
+            expected.append(next(k for k in attempts if k not in bad) if sample in bad else sample)
+        assert found.ids.tolist() == expected
+        assert found.replaced.tolist() == [sample in bad for sample in asked]
+        ids, sizes = found.ids.numpy(), found.sizes.numpy()
+        assert np.array_equal(found.crops, random_crops(5, epoch, ids, sizes, 0.2, True))
+        assert (sizes == (40, 48)).all()
+        places = {sample: row for row, sample in enumerate(ids.tolist()) if not found.replaced[row]}
+        for row in found.replaced.nonzero().flatten().tolist():
+            twin = places.get(int(ids[row]))
+            if twin is not None:
+                assert torch.equal(found.images[row], found.images[twin])
+                assert found.labels[row] == found.labels[twin]
+                replaced += 1
+    assert replaced > 3
+    names = broken["names"][kind]
+    texts = [names.format(k) if kind == "ffcv" else str(names[k]) for k in bad]
+    warnings = capfd.readouterr().err.splitlines()
+    assert len(warnings) == len(bad)
+    assert all(sum(text in line for line in warnings) == 1 for text in texts)
+    assert sorted(entry.sample for entry in loader.bad_samples()) == list(bad)
+    loader.close()
+
+
+@pytest.mark.parametrize("kind", ["ffcv", "plain"])
+def test_ranks_threads_and_resumed_runs_agree_on_replacements(broken, kind):
+    whole = list(load_broken(broken, kind, num_workers=1))
+    assert sum(int(batch.replaced.sum()) for batch in whole) >= 2
+    for world_size in (2, 3):
+        options = {"batch_size": 6 // world_size, "world_size": world_size}
+        ranks = [list(load_broken(broken, kind, rank=r, **options)) for r in range(world_size)]
+        for reference, *parts in zip(whole, *ranks, strict=True):
+            assert same(reference, joined(parts))
+    for start in range(1, len(whole)):
+        resumed = load_broken(broken, kind)
+        resumed.load_state_dict({"epoch": 0, "batch": start})
+        assert all(same(a, b) for a, b in zip(whole[start:], resumed, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["ffcv", "plain"])
+def test_too_many_bad_samples_end_the_run_and_are_named(broken, kind, monkeypatch):
+    with pytest.raises(UserError, match=r"1 sample of .* does not decode, max_bad_samples 0 allows 0 of 23") as error:
+        list(load_broken(broken, kind, batch_size=1, max_bad_samples=0.0))
+    assert "\n" not in str(error.value)
+    monkeypatch.setattr(quarantine, "FEWEST", 1)
+    monkeypatch.setattr(quarantine, "NAMED", 2)
+    with pytest.raises(UserError, match=r"4 samples .* 0\.15 allows 3 of 23: .* and 2 more \(all are named in"):
+        list(load_broken(broken, kind, batch_size=23, max_bad_samples=0.15))
+    assert len(list(load_broken(broken, kind, batch_size=23, max_bad_samples=0.2))) == 1
+
+
+def test_a_tenth_of_a_percent_but_at_least_ten_bad_samples_are_put_up_with():
+    assert [quarantine.allowed(*case) for case in ((0.001, 100), (0.001, 10**6), (0.5, 40), (0.0, 10**6))] == [
+        10, 1000, 20, 0,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["ffcv", "plain"])
+def test_evaluation_replaces_nothing_unless_asked(broken, kind):
+    loader = load_broken(broken, kind, batch_size=2, train=False)
     iterator = iter(loader)
     next(iterator)
-    with pytest.raises(UserError, match=r"set\.beton: sample 2 does not decode"):
+    name = r"n2\.png \(.*set\.beton, sample 2\) does not decode" if kind == "ffcv" else r"004\.png cannot be read"
+    with pytest.raises(UserError, match=name):
         next(iterator)
     loader.close()
+    found = joined(list(load_broken(broken, kind, batch_size=2, train=False, max_bad_samples=1.0)))
+    assert found.replaced.nonzero().flatten().tolist() == list(broken["bad"])
 
 
-def test_a_damaged_file_in_a_folder_is_named(tmp_path):
+@pytest.mark.parametrize("kind", ["ffcv", "plain"])
+def test_a_set_without_a_good_sample_is_an_error(tmp_path, kind):
     folder = image_folder(tmp_path / "folder", 4)
-    loader = build_loader(folder, batch_size=4, image_size=(8, 8), channels=3)
-    (folder / "ant" / "002.png").write_bytes(b"no image")
-    with pytest.raises(UserError, match=r"002\.png cannot be read"):
+    source = prepare(folder, tmp_path / "set.beton") if kind == "ffcv" else folder
+    loader = build_loader(source, batch_size=4, image_size=(8, 8), channels=3)
+    for sample, path in enumerate(sorted(folder.rglob("*.png"))):
+        if kind == "ffcv":
+            break_sample(source, sample)
+        else:
+            path.write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"nor do 20 samples drawn in its place; .* is damaged"):
         list(loader)
     loader.close()
-    with pytest.raises(UserError, match=r"002\.png cannot be read"):
-        read_info(folder)
+    if kind == "plain":
+        with pytest.raises(UserError, match=r"000\.png cannot be read"):
+            read_info(folder)
+
+
+def test_a_jpeg_that_ends_early_is_no_image(tmp_path):
+    """turbojpeg fills in grey and only warns."""
+    out = prepare(image_folder(tmp_path / "folder", 4), tmp_path / "set.beton")
+    break_sample(out, 1, keep=int(open_beton(out).lengths[1]) * 3 // 4)
+    loader = build_loader(out, batch_size=4, image_size=(8, 8), channels=3)
+    (batch,) = loader
+    loader.close()
+    assert [entry.sample for entry in loader.bad_samples()] == [1]
+    assert 1 not in batch.ids
+
+
+def test_a_file_that_changes_its_size_is_a_bad_sample(tmp_path):
+    folder = image_folder(tmp_path / "folder", 4)
+    loader = build_loader(folder, batch_size=4, image_size=(8, 8), channels=3)
+    list(loader)
+    picture(1, (8, 9)).save(folder / "ant" / "000.png")
+    (batch,) = loader
+    loader.close()
+    assert batch.replaced.sum() == 1
+    assert "another size" in loader.bad_samples()[0].why
 
 
 # ------------------------------------------------------------------------------------------------------- processes
@@ -573,9 +1039,12 @@ else:
 """
 
 INTERRUPTED = """
-import os, signal, sys, threading, time
+import os, signal, sys, threading, time, torch
 from fasthpm.data import build_loader
+from fasthpm.data.device import DeviceLoader
 loader = build_loader(sys.argv[1], batch_size=4, image_size=(8, 8), channels=3)
+if sys.argv[2] == "ahead":
+    loader = DeviceLoader(loader, torch.device("cpu"))
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started us with it ignored
 threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
 while True:
@@ -590,9 +1059,9 @@ def test_folders_and_synthetic_images_work_without_ffcv(sources):
     assert done.returncode == 0, done.stderr
 
 
-def test_ctrl_c_ends_a_process_with_a_running_loader(sources):
-    done = subprocess.run(
-        [sys.executable, "-c", INTERRUPTED, sources["ffcv"]], capture_output=True, text=True, timeout=60
-    )
+@pytest.mark.parametrize("kind", KINDS)
+def test_ctrl_c_ends_a_process_with_a_running_loader(sources, kind):
+    command = [sys.executable, "-c", INTERRUPTED, sources[kind], kind]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode in (-2, 130, 1)
     assert done.stderr.rstrip().endswith("KeyboardInterrupt"), done.stderr

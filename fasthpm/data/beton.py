@@ -32,15 +32,10 @@ DESCRIPTOR = np.dtype([("type_id", "<u1"), ("name", ("<u1", 16)), ("arguments", 
 IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
 ROW = np.dtype([("image", IMAGE), ("label", "<i8")], align=True)
 ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
-SIDECAR_TYPES = {
-    "num_samples": int,
-    "channels": int,
-    "mean": list,
-    "std": list,
-    "classes": list,
-    "bytes": int,
-    "sha256": str,
-}
+INFO_TYPES = {"num_samples": int, "channels": int, "mean": list, "std": list, "classes": list}
+SIDECAR_TYPES = INFO_TYPES | {"bytes": int, "sha256": str}
+INDEX_TYPES = INFO_TYPES | {"shards": list}
+INDEX_FORMAT = "ffcv-shards"  # of the JSON that stands for a set in several files
 AGAIN = "prepare it again with python -m data_prep.images"
 
 
@@ -64,18 +59,46 @@ def sidecar_path(path: Path) -> Path:
     return path.with_suffix(".json")
 
 
+def files_path(path: Path) -> Path:
+    """`OUT.files.csv` of `OUT.beton`: the source file of every sample."""
+    return path.with_suffix(".files.csv")
+
+
 def read_sidecar(path: Path) -> dict[str, Any]:
     """The JSON beside a `.beton`.
 
     **Raises:** `UserError` if it is missing, is not JSON, or lacks what training needs.
     """
+    return _read_json(path, SIDECAR_TYPES)
+
+
+def read_index(path: Path) -> dict[str, Any] | None:
+    """The JSON that lists the shards of `OUT.beton`, or None where there is none (or `OUT.beton` itself is there).
+
+    **Raises:** `UserError` if it lacks what training needs.
+    """
+    if path.exists() or not sidecar_path(path).is_file():
+        return None
+    try:
+        values = json.loads(sidecar_path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(values, dict) or values.get("format") != INDEX_FORMAT:
+        return None
+    values = _read_json(path, INDEX_TYPES)
+    if not values["shards"] or not all(isinstance(name, str) and name for name in values["shards"]):
+        raise UserError(f"{sidecar_path(path)} lists no shards: {AGAIN}")
+    return values
+
+
+def _read_json(path: Path, types: dict[str, type]) -> dict[str, Any]:
     sidecar = sidecar_path(path)
     try:
         values = json.loads(sidecar.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{sidecar} cannot be read ({_reason(error)}); it belongs beside {path}: {AGAIN}") from error
     values = values if isinstance(values, dict) else {}
-    for name, kind in SIDECAR_TYPES.items():
+    for name, kind in types.items():
         if not isinstance(values.get(name), kind):
             raise UserError(
                 f"{sidecar} has no {kind.__name__} named {name!r}; it is not the sidecar of {path}: {AGAIN}"

@@ -7,12 +7,15 @@ users of OpenMP or TBB.
 """
 
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from fasthpm.data.beton import open_beton
-from fasthpm.data.prefetch import LoaderOptions, PrefetchLoader
+from fasthpm.data.beton import Beton, open_beton
+from fasthpm.data.prefetch import BLOCK_BYTES, LoaderOptions, PrefetchLoader
+from fasthpm.data.prepared import open_set
+from fasthpm.data.quarantine import BadSample
 from fasthpm.data.sampling import Array
 from fasthpm.errors import UserError
 
@@ -28,35 +31,59 @@ def _kernel() -> Callable[..., None]:
     return decode
 
 
-class FfcvLoader(PrefetchLoader):
-    """A `Loader` of a `.beton` file; see `build_loader`."""
-
-    def __init__(self, path: Path, options: LoaderOptions) -> None:
-        self.beton = open_beton(path)
-        self._kernel = _kernel()
-        self._file = np.memmap(path, np.uint8, "r")
-        super().__init__(self.beton.info, options, str(path))
-
-    def decode(self, images: Array, ids: Array, crops: Array) -> Array:
-        """Write crops of samples like `_fill`, but return each sample's status, 0 if it decoded: int32 [b]."""
-        beton, status = self.beton, np.zeros(len(ids), np.int32)
-        table = (beton.positions, beton.lengths, beton.modes, beton.heights, beton.widths)
-        self._kernel(self._file.ctypes.data, table, ids, crops, images, status)
-        return status
-
-    def _fill(self, images: Array, ids: Array, crops: Array) -> None:
-        bad = ids[self.decode(images, ids, crops) != 0]
-        if len(bad):
+def _refuse(options: LoaderOptions) -> None:
+    """What the compiled loop cannot do yet."""
+    for name, value, works in (
+        ("interpolation", options.interpolation, "area"),
+        ("color_jitter", options.color_jitter, 0.0),
+    ):
+        if value != works:
             raise UserError(
-                f"{self.source}: sample {int(bad[0])} does not decode; check the file with python -m "
-                f"data_prep.verify {self.source} and prepare it again"
+                f"{name} {value} does not work on .beton files yet; use {works}, or train on an image folder"
             )
 
+
+class FfcvLoader(PrefetchLoader):
+    """A `Loader` of a `.beton` file, of its shards, or of a comma list of files; see `build_loader`."""
+
+    def __init__(self, source: str | Path, options: LoaderOptions) -> None:
+        self.data = open_set(source)
+        self._kernel, self._announces = _kernel(), False
+        _refuse(options)
+        super().__init__(self.data.info, options, str(source))
+
+    @cached_property
+    def beton(self) -> Beton:
+        """The table of the (first) file."""
+        return open_beton(self.data.files[0])
+
+    def decode(self, images: Array, ids: Array, crops: Array, factors: Array | None = None) -> Array:
+        """Write crops of samples like `_fill`, but return each sample's status, 0 if it decoded: int32 [b]."""
+        data, status = self.data, np.zeros(len(ids), np.int32)
+        table = (data.addresses, data.lengths, data.modes, data.heights, data.widths)
+        self._kernel(0, table, ids, crops, images, status)
+        return status
+
+    def _fill(self, images: Array, ids: Array, crops: Array, factors: Array) -> Array:
+        return self.decode(images, ids, crops, factors) != 0
+
+    def _describe(self, sample: int) -> BadSample:
+        return BadSample(sample, self.data.name_of(sample), "does not decode")
+
+    def _read_ahead(self, ids: Array) -> None:
+        if not self._announces:  # only then, for page by page it would be slow
+            self.data.leave_neighbours()
+            self._announces = True
+        self.data.read_ahead(ids)
+
+    def _samples_per_block(self) -> int:
+        return max(int(BLOCK_BYTES // self.data.lengths.mean()), 1)
+
     def _sizes(self, ids: Array) -> Array:
-        return np.stack([self.beton.heights[ids], self.beton.widths[ids]], 1).astype(np.int64)
+        return np.stack([self.data.heights[ids], self.data.widths[ids]], 1).astype(np.int64)
 
     def _labels(self, ids: Array) -> Array:
-        return self.beton.labels[ids]
+        return self.data.labels[ids]
 
     def _all_sized(self, size: tuple[int, int]) -> bool:
-        return bool((self.beton.heights == size[0]).all() and (self.beton.widths == size[1]).all())
+        return bool((self.data.heights == size[0]).all() and (self.data.widths == size[1]).all())

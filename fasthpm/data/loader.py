@@ -4,12 +4,15 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fasthpm.errors import UserError
+
+if TYPE_CHECKING:
+    from fasthpm.data.quarantine import BadSample
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,7 @@ class Batch:
     ids: Tensor  # int64 [B], index of each sample in the data set
     crops: Tensor  # int64 [B, 5]: top, left, height, width of the crop in the stored image, and whether it was flipped
     sizes: Tensor  # int64 [B, 2]: height, width of the stored image
+    replaced: Tensor  # bool [B]: the sample whose turn it was does not decode, this is another one
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`; asynchronous where the source is pinned."""
@@ -43,7 +47,8 @@ class Loader(Protocol):
 
     The order of samples is drawn for the *global* batch and then split, so any number of ranks sees the same batches:
     global batch b of an epoch is order[b*G:(b+1)*G] with G = batch_size * world_size, and rank r takes rows
-    [r*batch_size, (r+1)*batch_size) of it. Crops and flips are functions of (seed, epoch, sample id) alone.
+    [r*batch_size, (r+1)*batch_size) of it. Crops, flips, colours and what replaces a sample that does not decode are
+    functions of (seed, epoch, sample id) alone.
     """
 
     info: DatasetInfo
@@ -64,6 +69,9 @@ class Loader(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue at a position that `state_dict` gave."""
 
+    def bad_samples(self) -> list["BadSample"]:
+        """The samples that this rank met so far and that do not decode, each once."""
+
     def close(self) -> None:
         """Stop threads and free buffers; safe to call twice."""
 
@@ -71,8 +79,8 @@ class Loader(Protocol):
 def read_info(data_path: str | Path) -> DatasetInfo:
     """What a data source holds, read cheaply: a prepared set's sidecar, or some images of a folder.
 
-    **Args:** `data_path`: a prepared `.beton`, an image folder (channels, mean and std from up to 256 of its images),
-    or `synthetic:N`.
+    **Args:** `data_path`: a prepared `.beton` or a comma list of them, an image folder (channels, mean and std from up
+    to 256 of its images), or `synthetic:N`.
 
     **Raises:** `UserError` if it is missing, damaged or none of these.
     """
@@ -82,9 +90,9 @@ def read_info(data_path: str | Path) -> DatasetInfo:
 
         return synthetic_info(source)
     if _is_beton(source):
-        from fasthpm.data.beton import open_beton
+        from fasthpm.data.prepared import open_set
 
-        return open_beton(Path(source)).info
+        return open_set(source).info
     from fasthpm.data.pixels import list_images
     from fasthpm.data.plain import measure_folder
 
@@ -106,8 +114,14 @@ def build_loader(
     flip: bool = True,
     crop_pct: float | None = None,
     accum_iter: int = 1,
+    interpolation: str = "area",
+    color_jitter: float = 0.0,
+    sample_order: str = "random",
+    max_bad_samples: float | None = None,
 ) -> Loader:
     """A `Loader` of `data_path`: FFCV for a `.beton`, PIL for a folder of images, drawn images for `synthetic:N`.
+
+    A `.beton` may be in shards (`X.json` lists them), and a comma list of sets is used as one.
 
     **Args:**
 
@@ -118,6 +132,13 @@ def build_loader(
       mirroring; only full global batches. Otherwise in order, the centre (`crop_pct` of the largest box; None is 0.875,
       or 1 when all stored images have `image_size` already), each sample once over all ranks, in batches of which the
       last may be smaller, on some ranks empty.
+    - `interpolation`: how crops are resized, "area" (pixel areas averaged) or "bicubic" (PIL's).
+    - `color_jitter`: in training, brightness, contrast and saturation are multiplied by 1 ± up to this; 0 = not.
+    - `sample_order`: "random", or "blocks" for sets larger than memory: neighbours in storage are read together, and
+      shuffled within a pool of about 1 GiB (`sampling.block_order`).
+    - `max_bad_samples`: a sample that does not decode is replaced by another, which (seed, epoch, sample id) decide;
+      once more distinct ones than this share of the set are met (10 are always put up with; 0 = none), loading fails.
+      None: 0.001 in training; without `train` the first one is an error, and none is replaced.
 
     - `accum_iter`: batches per update. A training epoch holds whole updates only, so that it has the same samples
       however an update is cut into batches.
@@ -140,6 +161,10 @@ def build_loader(
         flip=flip,
         crop_pct=crop_pct,
         accum_iter=accum_iter,
+        interpolation=interpolation,
+        color_jitter=color_jitter,
+        sample_order=sample_order,
+        max_bad_samples=max_bad_samples,
     )
     if source.startswith("synthetic:"):
         from fasthpm.data.synthetic import SyntheticLoader
@@ -148,17 +173,29 @@ def build_loader(
     if _is_beton(source):
         from fasthpm.data.ffcv_images import FfcvLoader
 
-        return FfcvLoader(Path(source), options)
+        return FfcvLoader(source, options)
     from fasthpm.data.plain import PlainLoader
 
     return PlainLoader(Path(source), options)
+
+
+def split_sources(source: str) -> list[str]:
+    """The names in a comma list; a name that is there with its commas stays whole."""
+    return source.split(",") if "," in source and not Path(source).exists() else [source]
 
 
 def _is_beton(source: str) -> bool:
     """Whether `source` names a prepared set; also refuses what names no data at all."""
     if not source:
         raise UserError("data_path is empty; give --data_path a prepared .beton, an image folder, or synthetic:N")
-    path = Path(source)
+    path, names = Path(source), split_sources(source)
+    if len(names) > 1:
+        for name in names:
+            if not name.endswith(".beton"):
+                raise UserError(
+                    f"data_path {source} joins {name!r}, which is no .beton; only prepared sets can be joined"
+                )
+        return True
     if path.suffix == ".beton" or (path.is_file() and path.suffix.lower() != ".txt"):
         if path.suffix != ".beton":
             raise UserError(

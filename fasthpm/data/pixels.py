@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from fasthpm.data.sampling import Array
+from fasthpm.data.sampling import Array, crop_resize
 from fasthpm.errors import UserError
 
 EXTENSIONS = frozenset(
@@ -68,6 +68,50 @@ def _scaled(image: Image.Image) -> Image.Image:
 def is_grey(pixels: Array) -> bool:
     """Whether uint8 [h, w, 3] has three equal channels."""
     return bool((pixels[..., :1] == pixels[..., 1:]).all())
+
+
+# ------------------------------------------------------------------------------------------------------- one crop
+def render(image: Array, crop: Array, size: tuple[int, int], interpolation: str, factors: Array) -> Array:
+    """Cut `crop` out of uint8 [h, w, C], resize it to `size`, flip it and change its colours: uint8 [H, W, C].
+
+    `interpolation`: "area" (`area_resize`) or "bicubic" (PIL's, which averages where it shrinks). No pixel outside the
+    crop takes part. `factors`: see `jitter_colours`.
+    """
+    if interpolation == "area":
+        return jitter_colours(crop_resize(image, crop, size), factors)
+    top, left, height, width, flipped = (int(value) for value in crop)
+    part = image[top : top + height, left : left + width]
+    picture = Image.fromarray(np.ascontiguousarray(part[..., 0] if part.shape[2] == 1 else part))
+    out = np.asarray(picture.resize(size[::-1], Image.Resampling.BICUBIC)).reshape(*size, part.shape[2])
+    return jitter_colours(out[:, ::-1] if flipped else out, factors)
+
+
+def jitter_colours(image: Array, factors: Array) -> Array:
+    """Brightness, contrast and saturation of uint8 [h, w, C] times `factors` [3], in this order, as torchvision does.
+
+    Each blends the image with black, with its mean luma, and with its luma; the result of each is cut to 0..255 and
+    rounded down. A factor of 1 changes nothing.
+    """
+    brightness, contrast, saturation = (np.float32(factor) for factor in factors)
+    if brightness != 1:
+        image = _blend(image, np.float32(0), brightness)
+    if contrast != 1:
+        image = _blend(image, _luma(image).mean(dtype=np.float32), contrast)
+    if saturation != 1 and image.shape[2] == 3:
+        image = _blend(image, _luma(image), saturation)
+    return image
+
+
+def _luma(image: Array) -> Array:
+    """uint8 [h, w, 1]."""
+    if image.shape[2] == 1:
+        return image
+    red, green, blue = (image[..., c : c + 1].astype(np.float32) for c in range(3))
+    return (np.float32(0.2989) * red + np.float32(0.587) * green + np.float32(0.114) * blue).astype(np.uint8)
+
+
+def _blend(image: Array, other: Array | np.float32, factor: np.float32) -> Array:
+    return np.clip(factor * image + (np.float32(1) - factor) * other, 0, 255).astype(np.uint8)
 
 
 # ------------------------------------------------------------------------------------------------------- many files

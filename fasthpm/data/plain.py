@@ -1,16 +1,18 @@
 """The plain loader: image files through PIL and numpy. Slow, simple, the truth that the fast one is tested against."""
 
+import contextlib
 import warnings
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from fasthpm.data.loader import DatasetInfo
-from fasthpm.data.pixels import ImageList, is_grey, list_images, to_rgb
+from fasthpm.data.pixels import ImageList, is_grey, list_images, render, to_rgb
 from fasthpm.data.prefetch import LoaderOptions, PrefetchLoader
-from fasthpm.data.sampling import Array, crop_resize
+from fasthpm.data.quarantine import BadSample
+from fasthpm.data.sampling import Array
 from fasthpm.errors import UserError
 
 PROBES = 256  # images that a folder's channels, mean and std are measured on, evenly spaced
@@ -27,17 +29,21 @@ def read_pixels(path: str) -> Array:
         with warnings.catch_warnings(), Image.open(path) as image:
             warnings.simplefilter("ignore")  # PIL's remarks on odd but readable files
             return np.asarray(to_rgb(image))
+    except MemoryError:
+        raise
     except Exception as error:  # PIL's decoders raise nearly anything for damaged files
         raise UserError(f"{path} cannot be read as an image ({error}); repair or remove it") from error
 
 
 def measure_folder(images: ImageList) -> DatasetInfo:
-    """Channels (1 if all are grey), mean and std of a list of files, from at most `PROBES` of them."""
+    """Channels (1 if all are grey), mean and std of a list of files, from at most `PROBES` of them.
+
+    Files that cannot be read are left out. **Raises:** `UserError` if there is no other.
+    """
     count = len(images.paths)
     chosen = np.unique(np.linspace(0, count - 1, min(PROBES, count)).astype(int))
     grey, pixels, total, squares = True, 0, np.zeros(3), np.zeros(3)
-    for index in chosen:
-        values = read_pixels(images.paths[index])
+    for values in _readable([images.paths[index] for index in chosen]):
         grey = grey and is_grey(values)
         flat = values.reshape(-1, 3) / 255
         pixels, total, squares = pixels + len(flat), total + flat.sum(0), squares + (flat**2).sum(0)
@@ -45,6 +51,18 @@ def measure_folder(images: ImageList) -> DatasetInfo:
     std = np.sqrt(np.maximum(squares / pixels - mean**2, 0))
     channels = 1 if grey else 3
     return DatasetInfo(count, channels, tuple(mean[:channels].tolist()), tuple(std[:channels].tolist()), images.classes)
+
+
+def _readable(paths: list[str]) -> Iterator[Array]:
+    error, found = None, False
+    for path in paths:
+        try:
+            yield read_pixels(path)
+            found = True
+        except UserError as unreadable:
+            error = error or unreadable
+    if error and not found:
+        raise error
 
 
 class PlainLoader(PrefetchLoader):
@@ -57,7 +75,8 @@ class PlainLoader(PrefetchLoader):
 
     def _sizes(self, ids: Array) -> Array:
         for index in ids[self._known_sizes[ids, 0] == 0]:
-            self._known_sizes[index] = self._size(int(index))
+            with contextlib.suppress(UserError):  # stays 0
+                self._known_sizes[index] = self._size(int(index))
         return self._known_sizes[ids]
 
     def _size(self, index: int) -> tuple[int, int]:
@@ -72,16 +91,33 @@ class PlainLoader(PrefetchLoader):
             raise UserError(f"{path} cannot be read as an image ({error}); repair or remove it") from error
         return (width, height) if sideways else (height, width)
 
+    def _describe(self, sample: int) -> BadSample:
+        path = self._images.paths[sample]
+        try:
+            read_pixels(path)
+        except UserError as error:
+            return BadSample(sample, path, f"cannot be read as an image ({error.__cause__})")
+        return BadSample(sample, path, "has another size than its header says, or changed while it was read")
+
     def _labels(self, ids: Array) -> Array:
         return np.array([self._images.labels[index] for index in ids], np.int64)
 
     def _all_sized(self, size: tuple[int, int]) -> bool:
         return all(self._size(index) == size for index in range(len(self._images.paths)))  # stops at the first other
 
-    def _fill(self, images: Array, ids: Array, crops: Array) -> None:
-        convert = partial(_first_channels, channels=self.options.channels)
-        for row, index, crop in zip(images, ids, crops, strict=True):
-            row[:] = crop_resize(convert(read_pixels(self._images.paths[index])), crop, self.options.image_size)
+    def _fill(self, images: Array, ids: Array, crops: Array, factors: Array) -> Array:
+        bad = np.zeros(len(ids), np.bool_)
+        for k, (index, crop, change) in enumerate(zip(ids, crops, factors, strict=True)):
+            try:
+                pixels = _first_channels(read_pixels(self._images.paths[index]), self.options.channels)
+            except UserError:
+                bad[k] = True
+                continue
+            if pixels.shape[:2] != tuple(self._known_sizes[index]):  # the crop is not of this image
+                bad[k] = True
+                continue
+            images[k] = render(pixels, crop, self.options.image_size, self.options.interpolation, change)
+        return bad
 
 
 def _first_channels(pixels: Array, channels: int) -> Array:

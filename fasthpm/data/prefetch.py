@@ -5,11 +5,9 @@ iteration, which ends with that iteration: at its end, on `break`, on an excepti
 """
 
 import os
-import queue
-import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -17,13 +15,28 @@ from typing import Any
 import numpy as np
 import torch
 
+from fasthpm.data.background import Background
 from fasthpm.data.loader import Batch, DatasetInfo
-from fasthpm.data.sampling import Array, centre_crops, random_crops, sample_order
+from fasthpm.data.quarantine import BadSample, Quarantine
+from fasthpm.data.sampling import (
+    INTERPOLATIONS,
+    SAMPLE_ORDERS,
+    Array,
+    block_order,
+    centre_crops,
+    colour_factors,
+    random_crops,
+    replacements,
+    sample_order,
+)
 from fasthpm.errors import UserError
 
-AHEAD = 2  # batches that wait, decoded, for the consumer
-POLL_SECONDS = 0.05
+AHEAD = 3  # batches that are decoded, or being decoded, before the consumer asks for them
 DEFAULT_CROP_PCT = 0.875
+MAX_BAD_SAMPLES = 0.001
+REPLACEMENTS = 20  # tried in turn where replacements do not decode either
+BLOCK_BYTES, WINDOW_BLOCKS = 4 * 2**20, 256  # of sample_order "blocks": what is read together, and shuffled together
+BLOCK_SAMPLES = 64  # the same where nothing is stored side by side
 
 
 @dataclass(frozen=True)
@@ -42,6 +55,10 @@ class LoaderOptions:
     flip: bool = True
     crop_pct: float | None = None
     accum_iter: int = 1
+    interpolation: str = "area"
+    color_jitter: float = 0.0
+    sample_order: str = "random"
+    max_bad_samples: float | None = None
 
     def __post_init__(self) -> None:
         self._check("batch_size", self.batch_size >= 1, "1 or more")
@@ -52,6 +69,11 @@ class LoaderOptions:
         self._check("rank", 0 <= self.rank < self.world_size, f"0 to {self.world_size - 1}")
         self._check("crop_min", 0 < self.crop_min <= 1, "more than 0, at most 1")
         self._check("crop_pct", self.crop_pct is None or 0 < self.crop_pct <= 1, "more than 0, at most 1")
+        self._check("interpolation", self.interpolation in INTERPOLATIONS, f"one of {', '.join(INTERPOLATIONS)}")
+        self._check("color_jitter", 0 <= self.color_jitter <= 1, "0 (off) to 1")
+        self._check("sample_order", self.sample_order in SAMPLE_ORDERS, f"one of {', '.join(SAMPLE_ORDERS)}")
+        share = self.max_bad_samples
+        self._check("max_bad_samples", share is None or 0 <= share <= 1, "a share, 0 to 1")
 
     def _check(self, name: str, good: bool, expected: str) -> None:
         if not good:
@@ -61,6 +83,11 @@ class LoaderOptions:
     def global_batch(self) -> int:
         """G: samples of a batch over all ranks."""
         return self.batch_size * self.world_size
+
+    @property
+    def bad_share(self) -> float | None:
+        """What `max_bad_samples` means here; None: no bad sample is put up with, nor replaced."""
+        return MAX_BAD_SAMPLES if self.max_bad_samples is None and self.train else self.max_bad_samples
 
 
 def count_workers(asked: int) -> int:
@@ -79,27 +106,41 @@ class PrefetchLoader(ABC):
         self.num_workers = count_workers(options.num_workers)
         self._epoch = self._batch = 0
         self._order: tuple[int, Array] = (-1, np.empty(0, np.int64))
+        self._announced = (0, 0)  # the first epoch and batch of which the storage has not heard
         self._pool: ThreadPoolExecutor | None = None
         self._current: weakref.ref[Prefetcher] | None = None
         self._closed = False
+        self._quarantine = Quarantine(source, info.num_samples, options.bad_share, self._describe)
         self._check_info()
         self._crop_pct = 1.0 if options.train else self._choose_crop_pct()
 
     # ---------------------------------------------------------------------------------------------- for subclasses
     @abstractmethod
     def _sizes(self, ids: Array) -> Array:
-        """Height and width of the stored images `ids` [B]: int64 [B, 2]."""
+        """Height and width of the stored images `ids` [B]: int64 [B, 2]; 0 where an image cannot be read."""
 
     @abstractmethod
     def _labels(self, ids: Array) -> Array:
         """Labels of the samples `ids` [B]: int64 [B]."""
 
     @abstractmethod
-    def _fill(self, images: Array, ids: Array, crops: Array) -> None:
+    def _fill(self, images: Array, ids: Array, crops: Array, factors: Array) -> Array:
         """Write crops [b, 5] of the samples `ids` [b] into `images`, uint8 [b, H, W, C]. Called from many threads.
 
-        **Raises:** `UserError` naming set and sample where a sample cannot be decoded.
+        `factors`, float32 [b, 3], are of brightness, contrast and saturation. Returns which samples do not decode:
+        bool [b].
         """
+
+    def _describe(self, sample: int) -> BadSample:
+        """What to say of a sample that does not decode."""
+        return BadSample(sample, f"{self.source}: sample {sample}", "does not decode")
+
+    def _read_ahead(self, ids: Array) -> None:  # noqa: B027
+        """Have the storage begin to read the samples `ids`, without waiting for it; nothing where it cannot."""
+
+    def _samples_per_block(self) -> int:
+        """How many samples `sample_order` "blocks" keeps together."""
+        return BLOCK_SAMPLES
 
     @abstractmethod
     def _all_sized(self, size: tuple[int, int]) -> bool:
@@ -126,6 +167,9 @@ class PrefetchLoader(ABC):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._go_to(int(state["epoch"]), int(state["batch"]))
+
+    def bad_samples(self) -> list[BadSample]:
+        return self._quarantine.met()
 
     def close(self) -> None:
         self._closed = True
@@ -175,12 +219,22 @@ class PrefetchLoader(ABC):
 
     def _ids(self, epoch: int, batch: int) -> Array:
         """This rank's rows of global batch `batch`: int64, `batch_size` of them or, in a ragged last one, fewer."""
-        if self._order[0] != epoch:
-            samples = self.info.num_samples
-            shuffled = self.options.train
-            self._order = (epoch, sample_order(self.options.seed, epoch, samples) if shuffled else np.arange(samples))
         start = batch * self.options.global_batch + self.options.rank * self.batch_size
-        return self._order[1][start : start + self.batch_size].astype(np.int64)
+        return self._epoch_order(epoch)[start : start + self.batch_size].astype(np.int64)
+
+    def _epoch_order(self, epoch: int) -> Array:
+        """The samples of all ranks in the order of `epoch`: int64 [N]."""
+        if self._order[0] != epoch:
+            self._order = (epoch, self._draw_order(epoch))
+        return self._order[1]
+
+    def _draw_order(self, epoch: int) -> Array:
+        seed, samples = self.options.seed, self.info.num_samples
+        if not self.options.train:
+            return np.arange(samples)
+        if self.options.sample_order == "blocks":
+            return block_order(seed, epoch, samples, self._samples_per_block(), WINDOW_BLOCKS)
+        return sample_order(seed, epoch, samples)
 
     def _crops(self, epoch: int, ids: Array, sizes: Array) -> Array:
         options = self.options
@@ -188,99 +242,92 @@ class PrefetchLoader(ABC):
             return random_crops(options.seed, epoch, ids, sizes, options.crop_min, options.flip)
         return centre_crops(sizes, options.image_size, self._crop_pct)
 
+    def _factors(self, epoch: int, ids: Array) -> Array:
+        options = self.options
+        if not options.train or options.color_jitter == 0:
+            return np.ones((len(ids), 3), np.float32)
+        return colour_factors(options.seed, epoch, ids, options.color_jitter, options.channels)
+
+    def _announce(self, epoch: int, batch: int) -> None:
+        """Tell the storage of this batch and the next, and, of blocks, piece by piece of the next pool."""
+        first = self._announced[1] if self._announced[0] == epoch else 0
+        for coming in range(max(first, batch), min(batch + 2, len(self))):
+            self._read_ahead(self._ids(epoch, coming))
+        self._announced = (epoch, batch + 2)
+        if self.options.train and self.options.sample_order == "blocks":
+            self._read_ahead(self._next_pool(epoch, batch))
+
+    def _next_pool(self, epoch: int, batch: int) -> Array:
+        """This rank's samples of the pool after the batch's own, in storage order: as large a part as the batch is."""
+        pool, global_batch = WINDOW_BLOCKS * self._samples_per_block(), self.options.global_batch
+        begin = batch * global_batch % pool
+        places = np.arange(pool) + batch * global_batch - begin + pool
+        mine = places[places % global_batch // self.batch_size == self.options.rank]
+        ids = np.sort(self._epoch_order(epoch)[mine[mine < self.info.num_samples]])
+        end = min(begin + global_batch, pool)
+        return ids[len(ids) * begin // pool : len(ids) * end // pool]
+
     def _make(self, epoch: int, batch: int) -> Batch:
         """Decode one batch into fresh memory, pinned where there is a CUDA device."""
-        ids = self._ids(epoch, batch)
-        sizes = self._sizes(ids)
-        crops = self._crops(epoch, ids, sizes)
+        self._announce(epoch, batch)
+        asked = self._ids(epoch, batch)
         pin = torch.cuda.is_available()
-        images = torch.empty(
-            (len(ids), *self.options.image_size, self.options.channels), dtype=torch.uint8, pin_memory=pin
-        )
-        self._fill_in_parallel(images.numpy(), ids, crops)
+        shape = (len(asked), *self.options.image_size, self.options.channels)
+        images = torch.empty(shape, dtype=torch.uint8, pin_memory=pin)
+        ids, crops, sizes = self._read(images.numpy(), epoch, asked)
         rest = [torch.from_numpy(np.ascontiguousarray(x, np.int64)) for x in (self._labels(ids), ids, crops, sizes)]
+        rest.append(torch.from_numpy(ids != asked))
         return Batch(images, *(tensor.pin_memory() if pin else tensor for tensor in rest))
 
-    def _fill_in_parallel(self, images: Array, ids: Array, crops: Array) -> None:
+    def _read(self, images: Array, epoch: int, asked: Array) -> tuple[Array, Array, Array]:
+        """Fill `images` [B, H, W, C] with `asked` [B] or what replaces them; which samples, crops and sizes these are.
+
+        A replacement is a function of (seed, epoch, sample id) and of which samples are bad, nothing else.
+        """
+        ids, rows = asked.copy(), np.arange(len(asked))
+        crops, sizes = np.zeros((len(ids), 5), np.int64), np.zeros((len(ids), 2), np.int64)
+        for attempt in range(1 + REPLACEMENTS):
+            if attempt:
+                ids[rows] = replacements(self.options.seed, epoch, asked[rows], attempt, self.info.num_samples)
+            pixels = np.empty((len(rows), *images.shape[1:]), np.uint8) if attempt else images
+            sizes[rows] = self._sizes(ids[rows])
+            crops[rows] = self._crops(epoch, ids[rows], np.maximum(sizes[rows], 1))
+            bad = self._fill_in_parallel(pixels, ids[rows], crops[rows], self._factors(epoch, ids[rows]))
+            bad |= (sizes[rows] == 0).any(1)
+            if attempt:
+                images[rows] = pixels
+            rows = rows[bad]
+            if not len(rows):
+                return ids, crops, sizes
+            self._quarantine.add(ids[rows])
+        raise UserError(
+            f"{self._describe(int(asked[rows[0]])).name} does not decode, nor do {REPLACEMENTS} samples drawn in its "
+            f"place; {self.source} is damaged: copy or prepare it again"
+        )
+
+    def _fill_in_parallel(self, images: Array, ids: Array, crops: Array, factors: Array) -> Array:
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self.num_workers, thread_name_prefix="fasthpm-decode")
         share = max(-(-len(ids) // (2 * self.num_workers)), 1)  # two shares per thread even out large images
         parts = [slice(start, start + share) for start in range(0, len(ids), share)]
-        for _ in self._pool.map(lambda part: self._fill(images[part], ids[part], crops[part]), parts):
-            pass  # map re-raises the first error here
+        fill = self._pool.map(lambda part: self._fill(images[part], ids[part], crops[part], factors[part]), parts)
+        return np.concatenate([np.zeros(0, np.bool_), *fill])
 
 
 class Prefetcher:
     """The iterator of one epoch. Dropping it, or `close`, ends its thread."""
 
     def __init__(self, loader: PrefetchLoader, epoch: int, start: int) -> None:
-        self._loader, self._epoch, self._next, self._end = loader, epoch, start, len(loader)
-        ready: queue.Queue[Any] = queue.Queue(AHEAD)
-        stop = threading.Event()
-        device = torch.cuda.current_device() if torch.cuda.is_available() else None
-        thread = threading.Thread(
-            target=_produce,
-            args=(loader._make, epoch, range(start, self._end), ready, stop, device),
-            name="fasthpm-prefetch",
-            daemon=True,
-        )
-        self._ready, self._stop = ready, stop
-        # Also runs at interpreter exit, so that no thread is inside native code while Python is torn down.
-        self.close = weakref.finalize(self, _finish, ready, stop, thread)
-        thread.start()
+        self._loader, self._epoch, self._next = loader, epoch, start
+        batches = (loader._make(epoch, batch) for batch in range(start, len(loader)))
+        self._ahead = Background(batches, AHEAD, "fasthpm-prefetch")
+        self.close = self._ahead.close
 
     def __iter__(self) -> "Prefetcher":
         return self
 
     def __next__(self) -> Batch:
-        if self._next == self._end:
-            self.close()
-            raise StopIteration
-        if self._stop.is_set():
-            raise RuntimeError("this iteration has ended: the loader was closed, moved, or iterated anew")
-        item = self._ready.get()
-        if isinstance(item, BaseException):
-            self.close()
-            raise item
+        batch = next(self._ahead)
         self._loader._given(self._epoch, self._next)
         self._next += 1
-        return item
-
-
-def _produce(
-    make: Callable[[int, int], Batch],
-    epoch: int,
-    batches: range,
-    ready: "queue.Queue[Any]",
-    stop: threading.Event,
-    device: int | None,
-) -> None:
-    """Body of the prefetch thread. Whatever goes wrong is handed to the consumer."""
-    try:
-        if device is not None:
-            torch.cuda.set_device(device)  # per thread: pinning from device 0's context would cost memory there
-        for batch in batches:
-            if stop.is_set() or not _put(ready, make(epoch, batch), stop):
-                return
-    except BaseException as error:
-        _put(ready, error, stop)
-
-
-def _put(ready: "queue.Queue[Any]", item: Any, stop: threading.Event) -> bool:
-    while not stop.is_set():
-        try:
-            ready.put(item, timeout=POLL_SECONDS)
-            return True
-        except queue.Full:
-            continue
-    return False
-
-
-def _finish(ready: "queue.Queue[Any]", stop: threading.Event, thread: threading.Thread) -> None:
-    """Stop the thread, wait for it, and wake a consumer that may still be waiting."""
-    stop.set()
-    if thread.is_alive() and thread is not threading.current_thread():
-        thread.join()
-    while not ready.empty():
-        ready.get_nowait()
-    ready.put_nowait(RuntimeError("this iteration has ended: the loader was closed, moved, or iterated anew"))
+        return batch

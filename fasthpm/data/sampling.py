@@ -12,9 +12,11 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 
 GOLDEN = 0x9E3779B97F4A7C15
-ORDER, CROP = 1, 2  # what a key is for: the two streams must not be correlated
+ORDER, CROP, COLOUR, SPARE, BLOCKS = 1, 2, 3, 4, 5  # what a key is for: the streams must not be correlated
 TRIES = 10  # as torchvision's RandomResizedCrop
 RATIO = (3 / 4, 4 / 3)
+INTERPOLATIONS = ("area", "bicubic")  # their positions are the kernel's codes
+SAMPLE_ORDERS = ("random", "blocks")
 
 
 def mix(values: Array) -> Array:
@@ -37,6 +39,38 @@ def sample_order(seed: int, epoch: int, num_samples: int) -> Array:
     """The order of an epoch: int64 [N], a permutation. Distinct hashes, so the sort has no ties to break."""
     ids = np.arange(num_samples, dtype=np.uint64)
     return np.argsort(mix(key_of(seed, epoch, ORDER) ^ mix(ids)))
+
+
+def block_order(seed: int, epoch: int, num_samples: int, block: int, window: int) -> Array:
+    """A quasi-random order of an epoch for sets larger than memory: int64 [N], a permutation.
+
+    The set is cut into blocks of `block` samples that are stored side by side. The blocks are shuffled, every `window`
+    of them in turn make a pool, and the samples of a pool are shuffled. So only one pool is in use at a time, and a
+    sample is at most a pool's length away from its block's place; a set of one pool is shuffled freely.
+    """
+    ids = np.arange(num_samples)
+    blocks = np.arange(-(-num_samples // block), dtype=np.uint64)
+    place = np.empty(len(blocks), np.int64)
+    place[np.argsort(mix(key_of(seed, epoch, BLOCKS) ^ mix(blocks)))] = np.arange(len(blocks))
+    return np.lexsort((mix(key_of(seed, epoch, ORDER) ^ mix(ids.astype(np.uint64))), place[ids // block] // window))
+
+
+def replacements(seed: int, epoch: int, ids: Array, attempt: int, num_samples: int) -> Array:
+    """Which samples stand in for `ids` [B] that do not decode, attempt by attempt: int64 [B]."""
+    state = mix(key_of(seed, epoch, SPARE) ^ mix(np.asarray(ids).astype(np.uint64)))
+    step = np.array([attempt], np.uint64) * np.uint64(GOLDEN)
+    return (mix(state + step) % np.uint64(num_samples)).astype(np.int64)
+
+
+def colour_factors(seed: int, epoch: int, ids: Array, strength: float, channels: int) -> Array:
+    """Factors of brightness, contrast and saturation: float32 [B, 3], uniform in [1 - strength, 1 + strength].
+
+    From a key of their own: crops are the same with and without them. Grey images keep their (lack of) saturation.
+    """
+    factors = 1 + strength * (2 * uniforms(key_of(seed, epoch, COLOUR), ids, 3) - 1)
+    if channels == 1:
+        factors[:, 2] = 1
+    return factors.astype(np.float32)
 
 
 def uniforms(key: Array, ids: Array, count: int) -> Array:

@@ -5,8 +5,9 @@ import functools
 import numpy as np
 
 from fasthpm.data.loader import DatasetInfo
+from fasthpm.data.pixels import render
 from fasthpm.data.prefetch import LoaderOptions, PrefetchLoader
-from fasthpm.data.sampling import Array, crop_resize, uniforms
+from fasthpm.data.sampling import Array, uniforms
 from fasthpm.errors import UserError
 
 NUM_CLASSES, MEASURED, MEASURED_SIDE = 10, 64, 32
@@ -58,8 +59,8 @@ class SyntheticLoader(PrefetchLoader):
     def _all_sized(self, size: tuple[int, int]) -> bool:
         return size == self.options.image_size
 
-    def _fill(self, images: Array, ids: Array, crops: Array) -> None:
-        for row, index, crop in zip(images, ids, crops, strict=True):
-            row[:] = crop_resize(
-                draw(int(index), self.options.image_size, self.options.channels), crop, self.options.image_size
-            )
+    def _fill(self, images: Array, ids: Array, crops: Array, factors: Array) -> Array:
+        size, channels, interpolation = self.options.image_size, self.options.channels, self.options.interpolation
+        for row, index, crop, change in zip(images, ids, crops, factors, strict=True):
+            row[:] = render(draw(int(index), size, channels), crop, size, interpolation, change)
+        return np.zeros(len(ids), np.bool_)
