@@ -40,8 +40,10 @@ class FfcvLoader(PrefetchLoader):
     def decode(self, images: Array, ids: Array, crops: Array) -> Array:
         """Write crops of samples like `_fill`, but return each sample's status, 0 if it decoded: int32 [b]."""
         beton, status = self.beton, np.zeros(len(ids), np.int32)
-        table = (beton.positions, beton.lengths, beton.modes, beton.heights, beton.widths)
-        self._kernel(self._file.ctypes.data, table, ids, crops, images, status)
+        addresses = beton.positions + np.uint64(self._file.ctypes.data)
+        table = (addresses, beton.lengths, beton.modes, beton.heights, beton.widths)
+        jitter = np.ones((len(ids), 3), np.float32)
+        self._kernel(table, ids, crops, jitter, images, status, 0)
         return status
 
     def _fill(self, images: Array, ids: Array, crops: Array) -> None:

@@ -36,10 +36,14 @@ LANES = 16
 GROUP = 4  # taps per pass; tables are padded with zero weights to a multiple of it
 KEEP_BYTES = 64 << 20  # larger scratch memory is given back after the call
 
+# As plain literals numba would compile what takes them once more for each.
+ZERO, ONE, THREE = np.int64(0), np.int64(1), np.int64(3)
+
 # libturbojpeg's numbers
-YCC, GREY_SPACE, RGB_SPACE = 1, 2, 0
+RGB_SPACE, YCC, GREY_SPACE = 0, 1, 2
 RGB, GREY = 0, 6
 LIMIT_SCANS = 32768
+MAX_SIDE = 65500
 FACTORS_X = np.array([1, 2, 2, 1, 1, 4, 1])  # how much coarser chroma is, by TJSAMP: 444 422 420 grey 440 411 441
 FACTORS_Y = np.array([1, 1, 2, 1, 2, 1, 4])
 ONLY_LUMA = 3
@@ -51,6 +55,7 @@ _close = types.ExternalFunction("fasthpm_tjDestroy", i32(u64))
 _header = types.ExternalFunction("fasthpm_tjDecompressHeader3", i32(u64, u64, u64, u64, u64, u64, u64))
 _planes = types.ExternalFunction("fasthpm_tjDecompressToYUVPlanes", i32(u64, u64, u64, u64, i32, u64, i32, i32))
 _pixels = types.ExternalFunction("fasthpm_tjDecompress2", i32(u64, u64, u64, u64, i32, i32, i32, i32, i32))
+_memcpy = types.ExternalFunction("fasthpm_memcpy", u64(u64, u64, u64))
 _memchr = types.ExternalFunction("fasthpm_memchr", u64(u64, i32, u64))
 
 
@@ -104,7 +109,6 @@ def _weigh(start: Any, length: Any, out: Any, flipped: Any, interpolation: Any, 
         row = out - 1 - o if flipped else o
         first[row] = start + begin
         line = weights[row * taps : (row + 1) * taps]
-        line[:] = 0.0
         total = 0.0
         for t in range(end - begin):
             x = begin + t
@@ -115,8 +119,8 @@ def _weigh(start: Any, length: Any, out: Any, flipped: Any, interpolation: Any, 
             line[t] = weight
             total += weight
         scaling = np.float32(1.0 / total)
-        for t in range(end - begin):
-            line[t] *= scaling
+        for t in range(taps):
+            line[t] = line[t] * scaling if t < end - begin else f32(0)
     return taps
 
 
@@ -131,8 +135,9 @@ def _coarsen(
     """
     taps = -(-(fine_taps // factor + 3) // GROUP) * GROUP
     out = len(first)
-    weights[: out * taps] = 0.0
     for o in range(out):
+        for t in range(taps):
+            weights[o * taps + t] = f32(0)
         begin = max(fine[o] // factor - (1 if smooth else 0), 0)
         first[o] = begin
         for t in range(fine_taps):
@@ -187,7 +192,7 @@ def _sum_rows(plane: Any, stride: Any, left: Any, limit: Any, first: Any, line: 
 
 @intrinsic
 def _sum_vectors(_context: Any, target: Any, source: Any, stride: Any, weights: Any, count: Any) -> Any:
-    """target[:] = the sum over t < count of weights[t] * source[t * stride :], all LANES float32 wide; addresses, bytes.
+    """target[:] = the sum over t < count of weights[t] * source[t * stride :], LANES of float32 each; addresses, bytes.
 
     The LLVM instructions themselves: of a loop over LANES in Python the compiler would have to prove far too much.
     """
@@ -271,10 +276,9 @@ def _to_rgb(luma: Any, blue: Any, red: Any, r: Any, g: Any, b: Any) -> None:
 
 
 @numba.njit
-def _write_rows(planes: Any, grey: Any, image: Any) -> None:
-    """planes [3, x, LANES] to image [rows, x, C]; `grey`: the first plane stands for all."""
+def _write_rows(planes: Any, count: Any, image: Any) -> None:
+    """planes [3, x, LANES], `count` apart, to image [rows, x, C]; of apart 0 the first stands for all."""
     rows, width, channels = image.shape
-    count = 0 if grey else width * LANES
     r, g, b = planes, planes[count:], planes[2 * count :]
     for row in range(rows):
         line = image[row]
@@ -296,24 +300,24 @@ def _resize_pixels(pixels: Any, step: Any, rows: Any, columns: Any, work: Any, i
     channels = min(step, image.shape[2])
     for y in range(0, image.shape[0], LANES):
         for c in range(channels):
-            _resize_rows(pixels, step, c, rows, columns, y, work, sums[c * count : (c + 1) * count])
+            _resize_rows(pixels, step, np.int64(c), rows, columns, y, work, sums[c * count : (c + 1) * count])
         _round(sums[: channels * count], rounded[: channels * count])
-        _write_rows(rounded, channels == 1, image[y : y + LANES])
+        _write_rows(rounded, ZERO if channels == 1 else count, image[y : y + LANES])
 
 
 @numba.njit
 def _resize_planes(luma: Any, blue: Any, red: Any, fine: Any, coarse: Any, work: Any, image: Any) -> None:
-    """Resize Y, Cb and Cr into image [H, W, 3]; `fine` and `coarse`: tables of rows and columns, luma's and chroma's."""
+    """Resize Y, Cb and Cr into image [H, W, 3]; `fine`, `coarse`: luma's and chroma's tables of rows, columns."""
     count = image.shape[1] * LANES
     sums, rounded = work[2], work[3]
     y, cb, cr = sums[:count], sums[count : 2 * count], sums[2 * count : 3 * count]
     r, g, b = rounded[:count], rounded[count : 2 * count], rounded[2 * count : 3 * count]
     for row in range(0, image.shape[0], LANES):
-        _resize_rows(luma, 1, 0, fine[0], fine[1], row, work, y)
-        _resize_rows(blue, 1, 0, coarse[0], coarse[1], row, work, cb)
-        _resize_rows(red, 1, 0, coarse[0], coarse[1], row, work, cr)
+        _resize_rows(luma, ONE, ZERO, fine[0], fine[1], row, work, y)
+        _resize_rows(blue, ONE, ZERO, coarse[0], coarse[1], row, work, cb)
+        _resize_rows(red, ONE, ZERO, coarse[0], coarse[1], row, work, cr)
         _to_rgb(y, cb, cr, r, g, b)
-        _write_rows(rounded, False, image[row : row + LANES])
+        _write_rows(rounded, count, image[row : row + LANES])
 
 
 # ------------------------------------------------------------------------------------------------------ partial JPEGs
@@ -377,7 +381,10 @@ def _cut_jpeg(source: Any, shape: Any, unit: Any, need: Any, out: Any) -> Any:
     if top == 0 and bottom == down and left == 0 and right == parts:
         return 0, 0, 0, 0, 0
     new_height, new_width = (bottom - top) * unit[0], (right - left) * interval * unit[1]
-    out[:scan] = source[:scan]
+    if max(new_height, new_width) > MAX_SIDE:  # whole MCUs may reach beyond what a JPEG can be
+        return 0, 0, 0, 0, 0
+    source_at, out_at = u64(source.ctypes.data), u64(out.ctypes.data)
+    _memcpy(out_at, source_at, u64(scan))
     out[size_at], out[size_at + 1] = new_height >> 8, new_height & 255
     out[size_at + 2], out[size_at + 3] = new_width >> 8, new_width & 255
     written, begin, kept = scan, scan, 0
@@ -391,7 +398,7 @@ def _cut_jpeg(source: Any, shape: Any, unit: Any, need: Any, out: Any) -> Any:
             if kept:
                 out[written], out[written + 1] = 0xFF, 0xD0 + (kept - 1) % 8
                 written += 2
-            out[written : written + end - begin] = source[begin:end]
+            _memcpy(out_at + u64(written), source_at + u64(begin), u64(end - begin))
             written += end - begin
             kept += 1
         begin = end + 2
@@ -488,11 +495,11 @@ def _decode_jpeg(handle: Any, source: Any, shape: Any, fine: Any, memory: Any, i
     grey = image.shape[2] == 1 or space == GREY_SPACE
     if space == YCC and not grey and 0 <= sampling < len(FACTORS_X) and sampling != ONLY_LUMA:
         return _decode_planes(handle, source, shape, sampling, fine, memory, image)
-    step, form = (1, GREY) if grey and space != RGB_SPACE else (3, RGB)
+    step, form = (ONE, GREY) if grey and space != RGB_SPACE else (THREE, RGB)
     pixels = scratch[: height * width * step]
     if _pixels(handle, address, size, pixels.ctypes.data, width, 0, height, form, LIMIT_SCANS):
         return DAMAGED
-    _resize_pixels((pixels, width * step, height, 0, 0), step, fine[0], fine[1], work, image)
+    _resize_pixels((pixels, width * step, height, ZERO, ZERO), step, fine[0], fine[1], work, image)
     return 0
 
 
@@ -551,12 +558,12 @@ def _decode_sample(sample: Any, crop: Any, interpolation: Any, memory: Any, imag
         return FOREIGN
     tables, work = memory[1], memory[2]
     fine = (
-        _make_table(top, tall, image.shape[0], False, interpolation, tables[0]),
-        _make_table(left, wide, image.shape[1], flipped != 0, interpolation, tables[1]),
+        _make_table(top, tall, image.shape[0], ZERO, interpolation, tables[0]),
+        _make_table(left, wide, image.shape[1], flipped, interpolation, tables[1]),
     )
     source = _bytes_at(address, length)
     if mode != JPEG:
-        _resize_pixels((source, width * 3, height, 0, 0), 3, fine[0], fine[1], work, image)
+        _resize_pixels((source, width * 3, height, ZERO, ZERO), THREE, fine[0], fine[1], work, image)
         return 0
     handle = _open()  # one per image, or a JPEG without tables of its own would be decoded with the last one's
     if handle == 0:
@@ -567,8 +574,18 @@ def _decode_sample(sample: Any, crop: Any, interpolation: Any, memory: Any, imag
 
 
 def _decode(
-    table: Any, ids: Any, crops: Any, jitter: Any, images: Any, status: Any, interpolation: Any, scratch: Any,
-    floats: Any, firsts: Any, slots: Any, sizes: Any,
+    table: Any,
+    ids: Any,
+    crops: Any,
+    jitter: Any,
+    images: Any,
+    status: Any,
+    interpolation: Any,
+    scratch: Any,
+    floats: Any,
+    firsts: Any,
+    slots: Any,
+    sizes: Any,
 ) -> None:
     addresses, lengths, modes, heights, widths = table
     width, weights, out = sizes[0], sizes[1], sizes[2]

@@ -42,11 +42,12 @@ def _candidates() -> list[str]:
 
 
 def export_functions() -> None:
-    """Tell LLVM where the C functions are, as `fasthpm_tj…`: the plain names could be another library's.
+    """Tell LLVM where the C functions are, and two of libc's, as `fasthpm_…`: plain names could be anybody's.
 
     **Raises:** `ImportError` as `load_library`.
     """
     library = load_library()
     for name in FUNCTIONS:
         llvm.add_symbol(f"fasthpm_{name}", ctypes.cast(getattr(library, name), ctypes.c_void_p).value)
-    llvm.add_symbol("fasthpm_memchr", ctypes.cast(ctypes.CDLL(None).memchr, ctypes.c_void_p).value)
+    for name in ("memchr", "memcpy"):
+        llvm.add_symbol(f"fasthpm_{name}", ctypes.cast(getattr(ctypes.CDLL(None), name), ctypes.c_void_p).value)
