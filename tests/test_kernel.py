@@ -11,6 +11,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from numba import types
 from PIL import Image
 from torchvision.transforms.v2 import functional as reference
 
@@ -22,13 +23,12 @@ RESTARTS = ({}, {"restart_marker_blocks": 1}, {"restart_marker_blocks": 3}, {"re
 
 
 def photograph(index: int, height: int, width: int) -> Image.Image:
-    """Smooth colours, edges and a little noise, none of them near black or white."""
+    """Smooth colours, edges of brightness and of colour, a little noise; nothing near black or white."""
     rng = np.random.default_rng(index)
     y, x = np.mgrid[:height, :width] / 40
     waves = [np.sin(x * a + y * b + c) for a, b, c in rng.uniform(-2, 2, (3, 3))]
-    pixels = (
-        128 + 40 * np.stack(waves, -1) + 25 * (np.sin(x * y) > 0.3)[..., None] + rng.normal(0, 3, (height, width, 1))
-    )
+    edges = (np.sin(x * y * 9) > 0.3)[..., None] * rng.uniform(-35, 35, 3)
+    pixels = 128 + 40 * np.stack(waves, -1) + edges + rng.normal(0, 3, (height, width, 1))
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
@@ -123,7 +123,7 @@ def test_jpegs_are_decoded_and_resized_as_pil_does(subsampling, restarts, interp
         crops = random_crops(2, epoch, np.arange(len(SIZES)), samples.sizes, 0.05, True)
         images, status = samples.decode(crops, size, interpolation=interpolation)
         assert not status.any()
-        assert_like_pil(images, pictures, crops, size, interpolation, most=4, mean=0.4)
+        assert_like_pil(images, pictures, crops, size, interpolation, most=3, mean=0.38)
 
 
 @pytest.mark.parametrize("restart", [0, 1, 2])
@@ -137,7 +137,7 @@ def test_rarer_chroma(sampling, restart):
     crops = random_crops(5, 0, np.arange(len(SIZES)), samples.sizes, 0.05, True)
     images, status = samples.decode(crops, (64, 48))
     assert not status.any()
-    assert_like_pil(images, [opened(blob) for blob in blobs], crops, (64, 48), BICUBIC, most=4, mean=0.4)
+    assert_like_pil(images, [opened(blob) for blob in blobs], crops, (64, 48), BICUBIC, most=3, mean=0.38)
 
 
 @pytest.mark.parametrize("options", [{"progressive": True}, {"quality": 100}, {"optimize": True}, {"quality": 20}])
@@ -148,7 +148,7 @@ def test_other_jpegs(options):
     images, status = samples.decode(crops, (32, 40))
     assert not status.any()
     decoded = [opened(array.tobytes()) for array in samples.memory]
-    assert_like_pil(images, decoded, np.array(crops), (32, 40), BICUBIC, most=4, mean=0.4)
+    assert_like_pil(images, decoded, np.array(crops), (32, 40), BICUBIC, most=3, mean=0.38)
 
 
 def cubic_matrix(length: int, out: int) -> np.ndarray:
@@ -339,6 +339,15 @@ def test_crops_outside_the_image_are_refused(crop):
         images, status = samples.decode([[*crop, 0]], (8, 8))
         assert status == FOREIGN
         assert not images.any()
+
+
+def test_ffcvs_loader_in_the_same_process():
+    """It marks numba's type of byte arrays read-only, on which calls with such arrays used to fail."""
+    types.Array(types.uint8, 1, "C").mutable = False
+    images, status = raw_of([photograph(1, 9, 9)]).decode([[0, 0, 9, 9, 0]], (9, 9))
+    assert status == 0
+    assert np.array_equal(images[0], np.asarray(photograph(1, 9, 9)))
+    assert types.Array(types.uint8, 1, "C").mutable
 
 
 def test_an_empty_batch_is_nothing():

@@ -615,14 +615,17 @@ def _decode(
             _jitter(images[k], jitter[k])
 
 
-_TABLE = types.Tuple((u64[::1], u64[::1], u8[::1], types.uint16[::1], types.uint16[::1]))
+# numba keeps one object per type. FFCV's own Loader marks this one read-only, in passing, for the whole process.
+_BYTES = types.Array(u8, 1, "C")
+_TABLE = types.Tuple((u64[::1], u64[::1], _BYTES, types.uint16[::1], types.uint16[::1]))
 _SIGNATURE = types.void(
     _TABLE, i64[::1], i64[:, ::1], f32[:, ::1], u8[:, :, :, ::1], i32[::1], i64,
-    u8[::1], f32[::1], i32[::1], u64[::1], types.UniTuple(i64, 3),
+    _BYTES, f32[::1], i32[::1], u64[::1], types.UniTuple(i64, 3),
 )  # fmt: skip
 
 
 def _compile() -> Any:
+    _BYTES.mutable = True
     try:
         return numba.njit(_SIGNATURE, nogil=True, cache=True)(_decode)
     except RuntimeError as error:
@@ -664,6 +667,7 @@ def decode(
     """
     if not len(ids):
         return
+    _BYTES.mutable = True
     lengths, heights, widths = (int(column[ids].max()) for column in (table[1], table[3], table[4]))
     out_height, out_width = images.shape[1:3]
     out, longest = max(out_height, out_width), max(heights, widths)
