@@ -16,7 +16,7 @@ from fasthpm.data.beton import Beton, open_beton
 from fasthpm.data.prefetch import BLOCK_BYTES, LoaderOptions, PrefetchLoader
 from fasthpm.data.prepared import open_set
 from fasthpm.data.quarantine import BadSample
-from fasthpm.data.sampling import Array
+from fasthpm.data.sampling import INTERPOLATIONS, Array
 from fasthpm.errors import UserError
 
 
@@ -31,25 +31,12 @@ def _kernel() -> Callable[..., None]:
     return decode
 
 
-def _refuse(options: LoaderOptions) -> None:
-    """What the compiled loop cannot do yet."""
-    for name, value, works in (
-        ("interpolation", options.interpolation, "area"),
-        ("color_jitter", options.color_jitter, 0.0),
-    ):
-        if value != works:
-            raise UserError(
-                f"{name} {value} does not work on .beton files yet; use {works}, or train on an image folder"
-            )
-
-
 class FfcvLoader(PrefetchLoader):
     """A `Loader` of a `.beton` file, of its shards, or of a comma list of files; see `build_loader`."""
 
     def __init__(self, source: str | Path, options: LoaderOptions) -> None:
         self.data = open_set(source)
         self._kernel, self._announces = _kernel(), False
-        _refuse(options)
         super().__init__(self.data.info, options, str(source))
 
     @cached_property
@@ -61,7 +48,9 @@ class FfcvLoader(PrefetchLoader):
         """Write crops of samples like `_fill`, but return each sample's status, 0 if it decoded: int32 [b]."""
         data, status = self.data, np.zeros(len(ids), np.int32)
         table = (data.addresses, data.lengths, data.modes, data.heights, data.widths)
-        self._kernel(0, table, ids, crops, images, status)
+        jitter = np.ones((len(ids), 3), np.float32) if factors is None else factors.astype(np.float32)
+        interpolation = INTERPOLATIONS.index(self.options.interpolation)
+        self._kernel(table, ids, crops, jitter, images, status, interpolation)
         return status
 
     def _fill(self, images: Array, ids: Array, crops: Array, factors: Array) -> Array:
