@@ -193,6 +193,8 @@ class Job:
         return sorted(name for name in {*known, *description} if known and known.get(name) != description.get(name))
 
     def start_over(self, description: dict[str, Any]) -> None:
+        """Forget everything."""
+        self.close()
         for path in self.folder.iterdir():
             if path.name != "lock":
                 path.unlink()

@@ -453,12 +453,12 @@ def _settle_rejected(task: _Task, job: Job, max_rejected: float) -> None:
     if job.rejected:
         write_csv(path, ("path", "reason"), ((task.source.where(i), why) for i, why in sorted(job.rejected)))
     if len(job.rejected) == total:
-        job.start_over(task.description)
+        job.discard()
         raise UserError(f"there is no readable image at all{f'; {path} says why' if job.rejected else ''}")
     if len(job.rejected) > allowed:
         raise UserError(
             f"{len(job.rejected)} of {total} images cannot be read, --max_rejected {max_rejected:g} allows {allowed}; "
-            f"{path} lists them with the reasons: repair or remove them, or raise --max_rejected (no file is read twice)"
+            f"{path} lists them with reasons: repair or remove them, or raise --max_rejected (nothing is read twice)"
         )
 
 
