@@ -247,9 +247,10 @@ def _index_tar(job: tuple[str, Callable[[str], tuple[str | None, str | None]]]) 
     try:
         with tarfile.open(path, "r:") as tar:
             rows = [_row(tar, key, group) for key, group in _groups(tar, split)]
-            if os.pread(tar.fileobj.fileno(), tarfile.BLOCKSIZE, tar.offset) != bytes(tarfile.BLOCKSIZE):
+        with open(path, "rb") as file:
+            if os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset) != bytes(tarfile.BLOCKSIZE):
                 raise EOFError("it ends without an end mark")  # tarfile does not mind
-            return rows
+        return rows
     except (OSError, tarfile.TarError, EOFError) as error:
         raise UserError(
             f"{path} is no plain .tar file, or is damaged ({error}); unpack it or download it again"
