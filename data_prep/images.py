@@ -19,11 +19,13 @@ pixel; all else is encoded anew (--reencode: everything is). Transparency is lai
 Ctrl-C, a kill or a full disk loses seconds: the same command goes on where it stopped, and the result has the same
 bytes. Rows of parquet files are shuffled by row groups, and within them.
 
-presets (--preset; other flags override them)
-  imagenet_500      sides up to 500, JPEG: keeps ImageNet's detail (the default)
-  imagenet_400      sides up to 400, JPEG quality 90
-  imagenet_256      sides up to 256, JPEG quality 90
-  imagenet_raw256   sides up to 256, raw pixels
+presets (--preset; other flags override them), with bytes per image, and images per second and core that preparation
+encodes, both measured on photographs of 500 x 375 pixels and 92 kB
+  imagenet_500      sides up to 500, JPEG quality 90: 92 kB (55 kB with --reencode), 680/s (460/s). Keeps ImageNet's
+                    detail; the default. Untouched JPEGs take a third longer to decode than --reencode's smaller ones
+  imagenet_400      sides up to 400, JPEG quality 90: 35 kB, 360/s. Two thirds of the pixels; small crops are enlarged
+  imagenet_256      sides up to 256, JPEG quality 90: 16 kB, 430/s. A quarter of the pixels; every crop is enlarged
+  imagenet_raw256   sides up to 256, raw pixels: 147 kB, 510/s. As before, but nothing to decode while training
 """
 
 import argparse

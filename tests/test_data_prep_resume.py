@@ -23,7 +23,6 @@ from fasthpm.data.beton import open_beton
 from fasthpm.errors import UserError
 
 CLASSES = ["x"]
-FLAGS = ("--num_workers", "2", "--shards", "2", "--max_rejected", "3")
 CHUNK = 4
 
 
@@ -113,7 +112,7 @@ def test_a_process_that_dies_ends_the_run_and_the_next_goes_on(tmp_path, capsys,
 
 
 @pytest.mark.parametrize("torn", [b"", b'{"chunk": 3, "pa', b"\0\0\0\n"])
-def test_a_torn_end_of_the_journal_is_cut_off(tmp_path, torn):
+def test_a_torn_end_of_the_journal_is_cut_off(tmp_path, capsys, torn):
     out = tmp_path / "a.beton"
     with pytest.raises(UserError):
         run(Numbers(tmp_path, "die"), out)
@@ -121,10 +120,15 @@ def test_a_torn_end_of_the_journal_is_cut_off(tmp_path, torn):
     with (folder / "journal.jsonl").open("ab") as file:
         file.write(torn)
     with (folder / "a.beton").open("ab") as file:
-        file.write(b"not in the journal")
+        file.write(b"not in the journal" * 200_000)  # longer than what will overwrite it
     with (folder / "a.rows").open("ab") as file:
         file.write(b"neither")
+    with pytest.raises(UserError):
+        run(Numbers(tmp_path, "die", at=32), out)
+    capsys.readouterr()
     run(Numbers(tmp_path), out)
+    (words,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("going on after")]
+    assert int(words.split()[3]) > 20  # so what was appended after the torn end was found again
     (tmp_path / "again").mkdir()
     run(Numbers(tmp_path), tmp_path / "again" / "a.beton")
     assert out.read_bytes() == (tmp_path / "again" / "a.beton").read_bytes()
@@ -156,7 +160,8 @@ def test_a_set_that_is_there_is_not_made_again(tmp_path):
         run(Numbers(tmp_path), out)
 
 
-def test_moving_the_files_goes_on_after_a_kill(tmp_path, monkeypatch):
+@pytest.mark.parametrize("sharded", [False, True])
+def test_moving_the_files_goes_on_after_a_kill(tmp_path, monkeypatch, sharded):
     """Killed between any two steps of the end, the next run completes it: also over an older set."""
     folder = image_folder(tmp_path / "in", 6)
     out = tmp_path / "out" / "a.beton"
@@ -180,12 +185,13 @@ def test_moving_the_files_goes_on_after_a_kill(tmp_path, monkeypatch):
     for step in range(1, 30):
         steps[0] = step
         try:
-            prepare(folder, out, *FLAGS, "--overwrite", "--preset", "256")
+            prepare(folder, out, *("--shards", "2") * sharded, "--overwrite", "--preset", "256")
             break
         except KeyboardInterrupt:
             interrupted += 1
     assert interrupted > 3
-    names = {f"a-0000{k}-of-00002.{kind}" for k in range(2) for kind in ("beton", "json", "files.csv")}
+    stems = ["a-00000-of-00002", "a-00001-of-00002"] if sharded else ["a"]
+    names = {f"{stem}.{kind}" for stem in stems for kind in ("beton", "json", "files.csv")}
     assert set(files(out.parent)) == names | {"a.json"}
     verify.main([str(out)])
 
