@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
+from data_prep.encode import WriteOptions
 from data_prep.images import summary
-from data_prep.writer import WriteOptions, write_beton
+from data_prep.writer import write_beton
 from fasthpm.cli import Parser, run_command
 from fasthpm.data.beton import open_beton
 from fasthpm.data.sampling import Array

@@ -1,52 +1,65 @@
-"""Check a prepared set against its sidecar: `python -m data_prep.verify OUT.beton`.
+"""Check prepared sets against their sidecars: `python -m data_prep.verify OUT.beton`.
 
-Size, header, allocation table, labels per class and sha256 must match, and every image must decode. Exit status 2 and
-one line if not.
+Size, header, allocation table, labels per class, OUT.files.csv and sha256 must match, and every image must decode; of a
+sharded set every shard, and the index. Exit status 2 and one line if not.
 """
 
 import argparse
+import contextlib
+import io
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from PIL import Image
 
-from data_prep.writer import hash_file, progress_bar
+from data_prep import jpeg
+from data_prep.sets import byte_bar, files_path, hash_file, members, progress_bar, read_csv, read_index
 from fasthpm.cli import Parser, run_command
-from fasthpm.data.beton import AGAIN, JPEG, Beton, open_beton
-from fasthpm.data.ffcv_images import FfcvLoader
-from fasthpm.data.prefetch import LoaderOptions
-from fasthpm.data.sampling import Array, centre_crops
+from fasthpm.data.beton import AGAIN, JPEG, Beton, open_beton, sidecar_path
+from fasthpm.data.prefetch import count_workers
+from fasthpm.data.sampling import Array
 from fasthpm.errors import UserError
 
 CHUNK = 64
-THUMBNAIL = (8, 8)  # decoding is what is tested, so what comes out is small
+SUMMED = ("num_samples", "counts", "pixels")  # entries of an index that the shards' must add up to
 
 
-def verify(path: Path, num_workers: int = 0) -> Beton:
-    """Check everything; returns the table of the set.
+def verify(path: Path, num_workers: int = 0) -> list[Beton]:
+    """Check everything; returns the tables of the set's files.
 
     **Raises:** `UserError` at the first thing that does not match.
     """
-    options = LoaderOptions(
-        batch_size=CHUNK,
-        image_size=THUMBNAIL,
-        channels=open_beton(path).info.channels,
-        num_workers=num_workers,
-        train=False,
-        crop_pct=1.0,
-    )
-    loader = FfcvLoader(path, options)
-    beton = loader.beton
-    _check_labels(beton)
-    digest = hash_file(path)
-    if digest != beton.sidecar["sha256"]:
-        raise UserError(
-            f"{path} has sha256 {digest}, its sidecar says {beton.sidecar['sha256']}: its content has "
-            f"changed; copy it again or {AGAIN}"
-        )
-    _check_pixels(loader)
-    return beton
+    betons = [open_beton(member) for member in members(path)]
+    index = read_index(path)
+    if index is not None:
+        _check_index(path, index, [beton.sidecar for beton in betons])
+    for beton in betons:
+        _check_labels(beton)
+        _check_files(beton)
+        _check_hash(beton)
+        _check_pixels(beton, count_workers(num_workers))
+    return betons
+
+
+def _check_index(path: Path, index: dict[str, Any], shards: list[dict[str, Any]]) -> None:
+    """Whether the index says of the union what its shards say of themselves."""
+    for name in ("classes", "channels"):
+        other = next((k for k, shard in enumerate(shards) if shard[name] != index[name]), None)
+        if other is not None:
+            raise UserError(f"{sidecar_path(path)}: {name} differ from those of {index['shards'][other]}: {AGAIN}")
+    for name in SUMMED:
+        if index.get(name) != np.sum([shard.get(name, 0) for shard in shards], 0).tolist():
+            raise UserError(f"{sidecar_path(path)}: {name} differ from the sum of the shards': {AGAIN}")
+    weights = np.array([shard["pixels"] for shard in shards]) / index["pixels"]
+    means = np.array([shard["mean"] for shard in shards])
+    squares = means**2 + np.array([shard["std"] for shard in shards]) ** 2
+    mean = weights @ means
+    std = np.sqrt(np.maximum(weights @ squares - mean**2, 0))
+    if not (np.allclose(mean, index["mean"], atol=1e-6) and np.allclose(std, index["std"], atol=1e-6)):
+        raise UserError(f"{sidecar_path(path)}: mean and std differ from the union of the shards': {AGAIN}")
 
 
 def _check_labels(beton: Beton) -> None:
@@ -62,25 +75,73 @@ def _check_labels(beton: Beton) -> None:
         raise UserError(f"{beton.path}: samples per class differ from the sidecar's counts: {AGAIN}")
 
 
-def _check_pixels(loader: FfcvLoader) -> None:
-    """Decode every image, in parallel."""
-    total, bad = loader.info.num_samples, []
-    chunks = [np.arange(start, min(start + CHUNK, total)) for start in range(0, total, CHUNK)]
-    with ThreadPoolExecutor(loader.num_workers) as pool, progress_bar(total, "decode", "img") as bar:
-        for ids, status in zip(chunks, pool.map(lambda ids: _status(loader, ids), chunks), strict=True):
-            bad += ids[status != 0].tolist()
-            bar.update(len(ids))
-    if bad:
+def _check_files(beton: Beton) -> None:
+    """The list of sources; older sets have none."""
+    path, header, rows = files_path(beton.path), ["path"], -1
+    if not path.exists():
+        return
+    for rows, row in enumerate(read_csv(path)):
+        if len(row) != 1 or (rows == 0 and row != header):
+            raise UserError(f"{path} line {rows + 1} is {row}, expected a header and one path a line: {AGAIN}")
+    if rows != beton.info.num_samples:
+        raise UserError(f"{path} lists {max(rows, 0)} files, but there are {beton.info.num_samples} samples: {AGAIN}")
+
+
+def _check_hash(beton: Beton) -> None:
+    with byte_bar(beton.sidecar["bytes"], "hash") as bar:
+        digest = hash_file(beton.path, bar.update)
+    if digest != beton.sidecar["sha256"]:
         raise UserError(
-            f"{loader.source}: {len(bad)} of {total} images do not decode, the first is sample {bad[0]}: {AGAIN}"
+            f"{beton.path} has sha256 {digest}, its sidecar says {beton.sidecar['sha256']}: its content has "
+            f"changed; copy it again or {AGAIN}"
         )
 
 
-def _status(loader: FfcvLoader, ids: Array) -> Array:
-    """Decoding status of samples, 0 if all is well: int32 [b]."""
-    size = loader.options.image_size
-    images = np.empty((len(ids), *size, loader.options.channels), np.uint8)
-    return loader.decode(images, ids, centre_crops(loader._sizes(ids), size, 1.0))
+def _check_pixels(beton: Beton, num_workers: int) -> None:
+    """Decode every JPEG, in parallel; raw pixels have nothing to decode."""
+    data, bad = np.memmap(beton.path, np.uint8, "r"), []
+    ids = np.flatnonzero(beton.modes == JPEG)
+    chunks = np.split(ids, range(CHUNK, len(ids), CHUNK))
+    with ThreadPoolExecutor(num_workers) as pool, progress_bar(len(ids), "decode", "img") as bar:
+        for chunk, damaged in zip(chunks, pool.map(lambda some: _undecodable(beton, data, some), chunks), strict=True):
+            bad += damaged
+            bar.update(len(chunk))
+    if bad:
+        raise UserError(
+            f"{beton.path}: {len(bad)} of {beton.info.num_samples} images do not decode, the first is sample {bad[0]}"
+            f"{_source_of(beton.path, bad[0])}: {AGAIN}"
+        )
+
+
+def _undecodable(beton: Beton, data: Array, ids: Array) -> list[int]:
+    """Those of `ids` that are no sound JPEG of the size that the table says."""
+    bad = []
+    for index in ids.tolist():
+        start, length = int(beton.positions[index]), int(beton.lengths[index])
+        size = (int(beton.widths[index]), int(beton.heights[index]))
+        try:
+            _decode(data[start : start + length].tobytes(), size)
+        except Exception:  # decoders raise nearly anything for damaged data
+            bad.append(index)
+    return bad
+
+
+def _decode(data: bytes, size: tuple[int, int]) -> None:
+    image = Image.open(io.BytesIO(data))
+    if image.size != size:
+        raise ValueError("another size")
+    if jpeg.decode is None:
+        image.load()
+    else:
+        jpeg.decode(data, *size)
+
+
+def _source_of(path: Path, sample: int) -> str:
+    with contextlib.suppress(OSError):
+        for row, (name, *_) in enumerate(read_csv(files_path(path))):
+            if row == sample + 1:
+                return f" ({name})"
+    return ""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -89,12 +150,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("path", type=Path, metavar="OUT.beton", help="prepared set; its .json lies beside it")
     parser.add_argument("--num_workers", type=int, default=0, metavar="N", help="threads; 0 = all cores (default)")
     args = parser.parse_args(argv)
-    beton = verify(args.path, args.num_workers)
-    jpegs, sidecar = int((beton.modes == JPEG).sum()), beton.sidecar
+    betons = verify(args.path, args.num_workers)
+    images, jpegs = sum(len(beton.modes) for beton in betons), sum(int((b.modes == JPEG).sum()) for b in betons)
+    first, shards = betons[0].sidecar, f" in {len(betons)} shards" if read_index(args.path) else ""
     print(
-        f"{args.path} is sound: {sidecar['num_samples']} images ({jpegs} JPEG, {sidecar['num_samples'] - jpegs} raw), "
-        f"{len(sidecar['classes'])} classes, {sidecar['channels']} channels, {sidecar['bytes']} bytes, sha256 "
-        f"{sidecar['sha256'][:16]}…",
+        f"{args.path} is sound{shards}: {images} images ({jpegs} JPEG, {images - jpegs} raw), {len(first['classes'])} "
+        f"classes, {first['channels']} channels, {sum(b.sidecar['bytes'] for b in betons)} bytes, sha256 "
+        f"{first['sha256'][:16]}…",
         flush=True,
     )
 

@@ -1,128 +1,261 @@
-"""`write_beton`: any indexable set of (image, label) into a prepared set, atomically.
+"""`prepare`: a source of images into prepared sets, in one pass, resumable, in bounded memory.
 
-Two parallel passes. The first decodes every sample, sorts out those that cannot be read, and measures the rest; the
-second writes them with FFCV's `DatasetWriter`. `OUT.beton` appears last, by renaming a finished and fsynced file, after
-its sidecar `OUT.json`; a run that is killed at any moment leaves at most a hidden temporary file, which the next run
-removes.
-
-FFCV's writer waits for ever when one of its processes dies, so `GuardedWriter` runs its processes itself and watches.
+Processes read, check and encode chunks of samples; this one appends what comes back, in order, to unfinished files
+beside the output (`partial.py`). The bytes of the result depend on the source and the options alone, not on the number
+of processes or on kills. Sets appear under their names when all is complete, sidecar last.
 """
 
 import contextlib
-import csv
 import ctypes
 import errno
-import fcntl
-import glob
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
+from data_prep.encode import Stored, WriteOptions, encode
+from data_prep.partial import Chunk, Job, PartFile, Totals, locked, sync_path
+from data_prep.sets import (
+    SHARDED,
+    byte_bar,
+    files_path,
+    hash_file,
+    progress_bar,
+    read_index,
+    read_json,
+    rejected_path,
+    shard_path,
+    validation_path,
+    write_csv,
+)
+from data_prep.sources import Samples
 from fasthpm import __version__
-from fasthpm.data.beton import ALLOCATION, DESCRIPTOR, FIELDS, HEADER, ROW, sidecar_path
-from fasthpm.data.pixels import is_grey, to_rgb
+from fasthpm.data.beton import sidecar_path
 from fasthpm.data.prefetch import count_workers
-from fasthpm.data.sampling import Array, sample_order
+from fasthpm.data.sampling import Array, key_of, sample_order, uniforms
 from fasthpm.errors import UserError
 
-WRITE_MODES = ("jpg", "raw", "proportion", "smart")
-MAX_SIDE = 65535  # FFCV stores sides in 16 bits
-SMALL_PAGE, PAGE, MAX_PAGE = 1 << 21, 1 << 23, 1 << 31
-SMALL_IMAGE = 1 << 16  # bytes of pixels up to which the small page does
-CHUNK = 32  # samples handed to a process at a time
-HASH_BLOCK = 1 << 22
+CHUNK, SMALL_CHUNK, LARGE_SIDE = 32, 4, 1024  # samples handed to a process at a time; fewer where they may be large
+AHEAD = 3  # chunks per process that are under way or wait for their turn
+LAYOUT = 1  # raised when the same options give other bytes
+GROUPS, DRAWS = 1 << 32, (1 << 32) + 1  # "epochs" of the hash that no training epoch uses
+LONGEST_NAME = 255
 PR_SET_PDEATHSIG = 1
 fork = multiprocessing.get_context("fork")
 
 
-class Samples(Protocol):
-    """An indexable set: `samples[i]` is (PIL image or uint8 array [h, w] or [h, w, 3], label), or raises."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> tuple[Any, int]: ...
-
-
 @dataclass(frozen=True)
-class WriteOptions:
-    """How pixels are stored."""
+class Output:
+    """A `.beton` to write, and which samples of the source go into it, in stored order."""
 
-    max_resolution: int = 0  # longest side in pixels, larger images are shrunk to it; 0 = as they are
-    jpeg_quality: int = 90
-    write_mode: str = "jpg"
-    compress_probability: float = 0.5  # proportion mode: share of JPEGs
-    smart_threshold: int = 200_000  # smart mode: images with more bytes of pixels than this become JPEGs
-    grey: bool = False
-    seed: int = 0  # of the sample order and of proportion mode
-
-    def __post_init__(self) -> None:
-        self._check("max_resolution", 0 <= self.max_resolution <= MAX_SIDE, f"0 (off) to {MAX_SIDE}")
-        self._check("jpeg_quality", 1 <= self.jpeg_quality <= 100, "1 to 100")
-        self._check("write_mode", self.write_mode in WRITE_MODES, f"one of {', '.join(WRITE_MODES)}")
-        self._check("compress_probability", 0 <= self.compress_probability <= 1, "0 to 1")
-        self._check("smart_threshold", self.smart_threshold >= 0, "a number of bytes, 0 or more")
-        self._check("seed", self.seed >= 0, "0 or more")
-
-    def _check(self, name: str, good: bool, expected: str) -> None:
-        if not good:
-            raise UserError(f"{name} is {getattr(self, name)}, expected {expected}")
+    path: Path
+    indices: Array  # int64 [N]
+    shard: bool = False
 
 
+# ------------------------------------------------------------------------------------------------------- the order
+def stored_order(source: Samples, seed: int) -> Array:
+    """A seeded permutation: int64 [N]. Samples that must be read together stay together, shuffled among themselves."""
+    order = sample_order(seed, 0, len(source))
+    groups = getattr(source, "groups", None)
+    if groups is None:
+        return order
+    rank = np.argsort(sample_order(seed, GROUPS, int(groups.max()) + 1))
+    return order[np.argsort(rank[groups[order]], kind="stable")]
+
+
+def plan_outputs(out: Path, order: Array, shards: int, validation: Array) -> list[Output]:
+    """The files to write. `validation`: bool [N] by source index, samples that go into `OUT_val.beton`."""
+    train = order[~validation[order]]
+    if shards > max(len(train), 1):
+        raise UserError(f"--shards {shards} is more than the {len(train)} images; use fewer")
+    if shards:
+        pieces = np.array_split(train, shards)
+        outputs = [Output(shard_path(out, k, shards), piece, True) for k, piece in enumerate(pieces)]
+    else:
+        outputs = [Output(out, train)]
+    if validation.any():
+        outputs.append(Output(validation_path(out), order[validation[order]]))
+    return outputs
+
+
+# ------------------------------------------------------------------------------------------------------- all of it
 def write_beton(
-    samples: Samples,
+    samples: Any,
     out: Path,
     classes: Sequence[str],
     *,
-    options: WriteOptions = WriteOptions(),
-    name_of: Callable[[int], str] = str,
+    options: WriteOptions | None = None,
     max_rejected: float = 0.0,
     num_workers: int = 0,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Write `samples` to `out` and its sidecar; returns the sidecar's content.
+    """Write an indexable set, `samples[i]` being (uint8 array or PIL image, label), to `out`; returns the sidecar.
 
-    **Args:** `name_of(i)` names sample i in `OUT.rejected.csv`. `max_rejected`: how many samples may be unreadable, a
-    share of them below 1, a number from 1 on. `num_workers`: processes, 0 = all cores.
-
-    **Raises:** `UserError` if `out` exists, too many samples are unreadable, or the disk is full; then nothing is left
-    under the final names but `OUT.rejected.csv`.
+    See `prepare`. Such a set has no fingerprint, so that a killed run starts over.
     """
-    check_output(out, overwrite)
-    remove_stale(out)
-    workers = min(count_workers(num_workers), -(-len(samples) // CHUNK))  # no process without a chunk
-    with _one_line_for_a_full_disk(out), temporary(out) as partial:
-        scan = scan_samples(samples, options, workers)
-        _settle_rejected(out, scan, name_of, max_rejected)
-        accepted = scan.accepted[sample_order(options.seed, 0, len(scan.accepted))]
-        _write_samples(_Prepared(samples, options), partial, accepted, scan, options, workers)
-        sidecar = _describe(scan, classes, options, partial)
-        _publish(partial, out, sidecar)
+    source, options = _Indexed(samples), options or WriteOptions()
+    outputs = [Output(out, stored_order(source, options.seed))]
+    flags: dict[str, Any] = {"max_rejected": max_rejected, "num_workers": num_workers, "overwrite": overwrite}
+    sidecar = prepare(source, out, classes, outputs, options=options, **flags)
+    assert sidecar is not None  # without a fingerprint nothing is known to be there already
     return sidecar
 
 
-# ------------------------------------------------------------------------------------------------------- files
-def rejected_path(out: Path) -> Path:
-    """`OUT.rejected.csv` of `OUT.beton`."""
-    return out.with_suffix(".rejected.csv")
+class _Indexed:
+    """An indexable set as `Samples`, named by number."""
+
+    def __init__(self, samples: Any) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def sample(self, index: int) -> tuple[Any, int]:
+        return self.samples[index]
+
+    def name(self, index: int) -> str:
+        return str(index)
+
+    where = name
+
+    def fingerprint(self) -> None:
+        return None
 
 
-def check_output(out: Path, overwrite: bool) -> None:
+def prepare(
+    source: Samples,
+    out: Path,
+    classes: Sequence[str],
+    outputs: Sequence[Output],
+    *,
+    options: WriteOptions,
+    max_rejected: float = 0.0,
+    num_workers: int = 0,
+    overwrite: bool = False,
+) -> dict[str, Any] | None:
+    """Write `outputs`, of which `out` is the first or names the index of the shards.
+
+    Returns the content of `OUT.json`, or None if all is there already, from the same files with the same options.
+
+    **Args:** `max_rejected`: how many samples may be unreadable, a share of them below 1, a number from 1 on.
+    `num_workers`: processes, 0 = all cores.
+
+    **Raises:** `UserError` if `out` exists, is being written, too many samples are unreadable, a process dies or the
+    disk is full. Nothing new is then under the final names but `OUT.rejected.csv`; where going on makes sense, the
+    message says so. `KeyboardInterrupt` after SIGINT or SIGTERM.
+    """
+    check_output(out, [output.path for output in outputs])
+    if not sum(len(output.indices) for output in outputs):
+        raise UserError("there is no image to prepare")
+    description = _describe_job(source, classes, outputs, options)
+    task = _Task(source, out, classes, outputs, options, description)
+    with _readable_write_errors(out), locked(_partial_folder(out)) as lock:
+        job = _new_job(task)
+        try:
+            return _prepare(task, job, lock, max_rejected, num_workers, overwrite)
+        finally:
+            if not job.has_progress() or source.fingerprint() is None:
+                job.discard()
+            job.close()
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What `prepare` was asked for."""
+
+    source: Samples
+    out: Path
+    classes: Sequence[str]
+    outputs: Sequence[Output]
+    options: WriteOptions
+    description: dict[str, Any]
+
+    @property
+    def total(self) -> int:
+        return sum(len(output.indices) for output in self.outputs)
+
+    @property
+    def job_id(self) -> str:
+        return hashlib.sha256(json.dumps(self.description, sort_keys=True).encode()).hexdigest()
+
+
+def _new_job(task: _Task) -> Job:
+    folder = _partial_folder(task.out)
+    return Job(folder, [PartFile(folder / output.path.name, len(output.indices)) for output in task.outputs])
+
+
+def _prepare(
+    task: _Task, job: Job, lock: int, max_rejected: float, num_workers: int, overwrite: bool
+) -> dict[str, Any] | None:
+    if not job.is_complete(task.description):
+        if _is_there(task) and not overwrite:
+            return None
+        _refuse_existing(task, overwrite)
+        chunks = _plan_chunks(task.outputs, task.options)
+        _resume(task, job, len(chunks), _allowed(max_rejected, task.total))
+        _encode_all(task, job, chunks, num_workers, lock)
+        _settle_rejected(task, job, max_rejected)
+        _finish(task, job, num_workers)
+    job.publish()
+    return read_json(sidecar_path(task.out))
+
+
+def _resume(task: _Task, job: Job, chunks: int, allowed: int) -> None:
+    """Find out what is done already, and say so where it does not help."""
+    changed = job.resume(task.description)
+    if changed:
+        print(f"the unfinished preparation in {job.folder} differs in {', '.join(changed)}; starting over", flush=True)
+    elif job.chunks == chunks and len(job.rejected) > allowed:
+        print(f"all images were read before, {len(job.rejected)} of them unreadable; starting over", flush=True)
+        job.start_over(task.description)
+
+
+def _describe_job(
+    source: Samples, classes: Sequence[str], outputs: Sequence[Output], options: WriteOptions
+) -> dict[str, Any]:
+    """What decides the bytes of the result, as JSON; its entries' names are for people."""
+    fingerprint = source.fingerprint() or f"unknown-{time.time_ns()}-{os.getpid()}"
+    values = {
+        "files": fingerprint,
+        "classes": list(classes),
+        "outputs": [[output.path.name, len(output.indices), int(output.indices[:1].sum())] for output in outputs],
+        "versions": {"layout": LAYOUT} | _versions("numpy", "pillow", "opencv-python"),
+    }
+    return json.loads(json.dumps(values | {f"--{name}": value for name, value in asdict(options).items()}))
+
+
+def _versions(*names: str) -> dict[str, str]:
+    found = {}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------- outputs
+def _partial_folder(out: Path) -> Path:
+    return out.with_name(f".{out.stem}.partial")
+
+
+def check_output(out: Path, paths: Iterable[Path]) -> None:
     """Refuse an output that cannot be written, before any work is done."""
     if out.suffix != ".beton":
         raise UserError(f"output {out} does not end in .beton; use e.g. {out.with_suffix('.beton')}")
@@ -130,174 +263,177 @@ def check_output(out: Path, overwrite: bool) -> None:
         raise UserError(f"folder {out.parent} of output {out.name} does not exist; create it")
     if not os.access(out.parent, os.W_OK):
         raise UserError(f"folder {out.parent} of output {out.name} is not writable")
-    if out.exists() and not overwrite:
-        raise UserError(f"output {out} exists; use --overwrite to replace it, or another name")
+    names = [rejected_path(out).name, _partial_folder(out).name, *(files_path(path).name for path in paths)]
+    longest = max(len(os.fsencode(name)) for name in names)
+    if longest > LONGEST_NAME:
+        raise UserError(
+            f"output name {out.name[:40]}… is {longest - LONGEST_NAME} bytes too long for the files that go with it; "
+            f"shorten it"
+        )
 
 
-def remove_stale(out: Path) -> None:
-    """Remove what killed runs left; a run that is alive holds a lock on its file."""
-    for path in out.parent.glob(f".{glob.escape(out.stem)}.*.tmp"):
-        with contextlib.suppress(OSError), path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
+def _old_files(task: _Task) -> list[Path]:
+    """Files of earlier sets of these names, single or sharded."""
+    heads = {task.out, *(output.path for output in task.outputs)}
+    with contextlib.suppress(UserError):
+        heads |= {task.out.with_name(name) for name in (read_index(task.out) or {}).get("shards", [])}
+    candidates = {path for head in heads for path in (head, sidecar_path(head), files_path(head))}
+    return sorted(path for path in candidates if path.exists())
 
 
-@contextlib.contextmanager
-def temporary(out: Path) -> Iterator[Path]:
-    """A locked, empty, hidden file beside `out`, removed at the end unless it has been renamed."""
-    path = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    with path.open("wb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        try:
-            yield path
-        finally:
-            path.unlink(missing_ok=True)
+def _is_there(task: _Task) -> bool:
+    """Whether all outputs exist and are what this job would write."""
+    heads = {task.out, *(output.path for output in task.outputs)}
+    if not all(read_json(sidecar_path(head)).get("job") == task.job_id for head in heads):
+        return False
+    sizes = [(output.path, read_json(sidecar_path(output.path)).get("bytes")) for output in task.outputs]
+    return all(path.exists() and path.stat().st_size == size for path, size in sizes)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a small file so that it is there completely or not at all."""
-    with temporary(path) as partial:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            os.fsync(file.fileno())
-        partial.rename(path)
-
-
-def _publish(partial: Path, out: Path, sidecar: dict[str, Any]) -> None:
-    """Sidecar first, so that a `.beton` is never alone; the old `.beton` goes before, so that no pair mismatches."""
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    out.unlink(missing_ok=True)
-    write_atomically(sidecar_path(out), json.dumps(sidecar, indent=2) + "\n")
-    partial.rename(out)
-    folder = os.open(out.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+def _refuse_existing(task: _Task, overwrite: bool) -> None:
+    old = _old_files(task)
+    if old and not overwrite:
+        raise UserError(f"output {old[0]} exists; use --overwrite to replace it, or another name")
 
 
 @contextlib.contextmanager
-def _one_line_for_a_full_disk(out: Path) -> Iterator[None]:
+def _readable_write_errors(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"no space left in {out.parent} while writing {out.name}; free some, then run the same command again "
+                f"to continue ({_partial_folder(out)} holds what is done; delete it to give up)"
+            ) from error
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise UserError(f"folder {out.parent} of output {out.name} is not writable ({error.strerror})") from error
+        raise
+
+
+# ------------------------------------------------------------------------------------------------------- encoding
+def _plan_chunks(outputs: Sequence[Output], options: WriteOptions) -> list[tuple[int, Array]]:
+    """(output, source indices) of each chunk; no chunk spans outputs."""
+    size = CHUNK if 0 < options.max_resolution <= LARGE_SIDE or options.write_mode == "jpg" else SMALL_CHUNK
+    return [
+        (k, output.indices[start : start + size])
+        for k, output in enumerate(outputs)
+        for start in range(0, len(output.indices), size)
+    ]
+
+
+def _encode_all(task: _Task, job: Job, chunks: list[tuple[int, Array]], num_workers: int, lock: int) -> None:
+    """Encode what is not done yet and append it in order.
+
+    **Raises:** `UserError` if a process dies, as it does when memory runs out; `KeyboardInterrupt` if told to stop.
+    """
+    todo, done = chunks[job.chunks :], sum(len(indices) for _, indices in chunks[: job.chunks])
+    if done:
+        print(f"going on after {done} of {task.total} images", flush=True)
+    if not todo:
+        return
+    workers = min(count_workers(num_workers), len(todo))
+    pool = ProcessPoolExecutor(workers, fork, initializer=_enter_worker, initargs=(task.source, task.options, lock))
+    with pool, progress_bar(task.total, "prepare", "img", initial=done) as bar, _asked_to_stop() as stopping:
+        try:
+            results = _in_order(pool, [indices for _, indices in todo], workers * AHEAD)
+            for (part, indices), chunk in zip(todo, results, strict=True):
+                job.append(part, chunk)
+                bar.update(len(indices))
+                if job.rejected:
+                    bar.set_postfix_str(f"{len(job.rejected)} unreadable", refresh=False)
+                if stopping():
+                    raise KeyboardInterrupt
+            job.commit()
+        except BaseException as error:
+            pool.shutdown(wait=False, cancel_futures=True)
+            with contextlib.suppress(OSError):
+                job.commit()
+            _explain(error, sum(len(indices) for _, indices in chunks[: job.chunks]), task.total)
             raise
+
+
+def _explain(error: BaseException, done: int, total: int) -> None:
+    if isinstance(error, KeyboardInterrupt):
+        print(f"\nstopped after {done} of {total} images; run the same command again to continue", file=sys.stderr)
+    if isinstance(error, (BrokenProcessPool, MemoryError)):
         raise UserError(
-            f"no space left in {out.parent} while writing {out.name}; free some or write elsewhere"
+            f"a process that reads images died after {done} of {total}, most likely for want of memory; run the same "
+            f"command again with fewer --num_workers (or a lower --max_pixels) to continue"
         ) from error
 
 
-# ------------------------------------------------------------------------------------------------------- first pass
-class _Prepared:
-    """Samples as they are stored: (uint8 RGB [h, w, 3], label), shrunk, grey if asked for."""
-
-    def __init__(self, samples: Samples, options: WriteOptions) -> None:
-        self.samples, self.options = samples, options
-
-    def __getitem__(self, index: int) -> tuple[Array, int]:
-        image, label = self.samples[index]
-        pixels = _shrink(_rgb_pixels(image, self.options.grey), self.options.max_resolution)
-        if max(pixels.shape) > MAX_SIDE:
-            raise ValueError(f"a side of {max(pixels.shape)} pixels, more than {MAX_SIDE}; use --max_resolution")
-        if pixels.nbytes > MAX_PAGE // 2:
-            raise ValueError(f"{pixels.nbytes} bytes of pixels are more than a page holds; use --max_resolution")
-        # FFCV draws from numpy's global generator whether a sample is compressed (proportion mode).
-        np.random.seed((self.options.seed * 1_000_003 + index) % 2**32)  # noqa: NPY002
-        return pixels, int(label)
+def _in_order(pool: ProcessPoolExecutor, items: Iterable[Array], window: int) -> Iterator[Chunk]:
+    """Results in order, with at most `window` of them under way or waiting."""
+    waiting: deque[Any] = deque()
+    items = iter(items)
+    for item in itertools.islice(items, window):
+        waiting.append(pool.submit(_encode_chunk, item))
+    while waiting:
+        chunk = waiting.popleft().result()
+        for item in itertools.islice(items, 1):
+            waiting.append(pool.submit(_encode_chunk, item))
+        yield chunk
 
 
-def _rgb_pixels(image: Any, grey: bool) -> Array:
-    """Any image as uint8 [h, w, 3]."""
-    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 2:
-        return np.repeat(image[..., None], 3, axis=2)  # the way through PIL costs ten times as much
-    picture = to_rgb(image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image)))
-    return np.asarray(picture.convert("L").convert("RGB") if grey else picture)
+@contextlib.contextmanager
+def _asked_to_stop() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C and SIGTERM only ask to stop after the current chunk; a second one stops at once."""
+    asked: list[int] = []
+
+    def ask(number: int, frame: Any) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
 
 
-def _shrink(pixels: Array, max_resolution: int) -> Array:
-    """FFCV's own downscaling, but never to a side of 0."""
-    import cv2
-
-    height, width = pixels.shape[:2]
-    ratio = max_resolution / max(height, width)
-    if not 0 < ratio < 1:
-        return np.ascontiguousarray(pixels)
-    size = (max(int(ratio * width), 1), max(int(ratio * height), 1))
-    return cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
+_source: Any = None
+_options = WriteOptions()
 
 
-@dataclass(frozen=True)
-class Scan:
-    """What the first pass found. N samples looked at, A accepted."""
-
-    accepted: Array  # int64 [A]
-    labels: Array  # int64 [A]
-    sizes: Array  # int64 [A, 2], stored height and width
-    grey: bool
-    mean: Array  # float64 [3], of pixels scaled to 0..1, before JPEG compression
-    std: Array  # float64 [3]
-    rejected: list[tuple[int, str]]
-
-
-def scan_samples(samples: Samples, options: WriteOptions, workers: int) -> Scan:
-    """Decode every sample once, in parallel, and measure the readable ones.
-
-    **Raises:** `UserError` if a process dies, as it does when memory runs out.
-    """
-    chunks = [range(start, min(start + CHUNK, len(samples))) for start in range(0, len(samples), CHUNK)]
-    prepared, tables, rejected = _Prepared(samples, options), [np.empty((0, 11))], []
-    with ProcessPoolExecutor(workers, fork, initializer=_enter_worker, initargs=(prepared,)) as pool:
-        with progress_bar(len(samples), "decode", "img") as bar:
-            try:
-                for chunk, (table, unreadable) in zip(chunks, pool.map(_measure_chunk, chunks), strict=True):
-                    tables.append(table)
-                    rejected += unreadable
-                    bar.update(len(chunk))
-            except BrokenProcessPool as error:
-                raise UserError(
-                    "a decoding process died, most likely for want of memory; use fewer --num_workers"
-                ) from error
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-    return _sum_up(np.concatenate(tables), rejected)
-
-
-_worker_samples: Any = None
-
-
-def _enter_worker(samples: Any) -> None:
+def _enter_worker(source: Samples, options: WriteOptions, lock: int) -> None:
     """Start of every process: die with the parent, leave Ctrl-C to it, one thread each."""
     import cv2
 
-    global _worker_samples
-    _worker_samples = samples
+    global _source, _options
+    _source, _options = source, options
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.close(lock)  # else it would stay locked for a moment after the parent has been killed
     cv2.setNumThreads(0)
+    Image.MAX_IMAGE_PIXELS = None  # ours takes its place: PIL only warns until twice the limit
     warnings.simplefilter("ignore")  # PIL's remarks on odd but readable files
 
 
-def _measure_chunk(indices: range) -> tuple[Array, list[tuple[int, str]]]:
-    """float64 [A, 11], a row per readable sample (see `_measure`), and (index, reason) of each unreadable one."""
-    rows, rejected = [], []
-    for index in indices:
-        try:
-            rows.append(_measure(index))
-        except Exception as error:  # decoders raise nearly anything for damaged files
-            rejected.append((index, _reason(error)))
-    return np.array(rows, np.float64).reshape(-1, 11), rejected
-
-
-def _measure(index: int) -> list[float]:
-    """index, label, height, width, grey, mean [3], mean square [3]."""
+def _encode_chunk(indices: Array) -> Chunk:
     import cv2
 
-    pixels, label = _worker_samples[index]
-    mean, std = (values.ravel() / 255 for values in cv2.meanStdDev(pixels))
-    return [index, label, *pixels.shape[:2], is_grey(pixels), *mean, *(mean**2 + std**2)]
+    draws = uniforms(key_of(_options.seed, DRAWS, 0), indices, 1)[:, 0]
+    accepted: list[tuple[int, int, Stored]] = []
+    rejected = []
+    for index, draw in zip(indices.tolist(), draws.tolist(), strict=True):
+        try:
+            image, label = _source.sample(index)
+            accepted.append((index, label, encode(image, _options, draw)))
+        except MemoryError:  # says nothing about the image
+            raise
+        except Exception as error:  # decoders raise nearly anything for damaged files
+            if getattr(error, "code", None) == cv2.Error.StsNoMem:
+                raise MemoryError(str(error)) from error
+            rejected.append((index, _reason(error)))
+    columns = np.array([row[:2] for row in accepted], np.int64).reshape(-1, 2)
+    return Chunk(columns[:, 0], columns[:, 1], [row[2] for row in accepted], rejected)
 
 
 def _reason(error: Exception) -> str:
@@ -305,115 +441,119 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(text.split())}"
 
 
-def _sum_up(table: Array, rejected: list[tuple[int, str]]) -> Scan:
-    sizes = table[:, 2:4].astype(np.int64)
-    weights = sizes.prod(1)[:, None] / max(sizes.prod(1).sum(), 1)
-    mean, square = (weights * table[:, 5:8]).sum(0), (weights * table[:, 8:11]).sum(0)
-    return Scan(
-        accepted=table[:, 0].astype(np.int64),
-        labels=table[:, 1].astype(np.int64),
-        sizes=sizes,
-        grey=bool(table[:, 4].all()),
-        mean=mean,
-        std=np.sqrt(np.maximum(square - mean**2, 0)),
-        rejected=rejected,
-    )
+# ------------------------------------------------------------------------------------------------------- the end
+def _allowed(max_rejected: float, total: int) -> int:
+    return int(max_rejected * total) if max_rejected < 1 else int(max_rejected)
 
 
-def _settle_rejected(out: Path, scan: Scan, name_of: Callable[[int], str], max_rejected: float) -> None:
-    """Write (or clear away) `OUT.rejected.csv`, and stop if too many samples are on it."""
-    path, rejected = rejected_path(out), scan.rejected
-    total = len(rejected) + len(scan.accepted)
+def _settle_rejected(task: _Task, job: Job, max_rejected: float) -> None:
+    """Write (or clear away) `OUT.rejected.csv`, and stop if too many samples are on it, or all."""
+    path, total, allowed = rejected_path(task.out), task.total, _allowed(max_rejected, task.total)
     path.unlink(missing_ok=True)
-    if rejected:
-        with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            csv.writer(file).writerows([("path", "reason"), *((name_of(index), why) for index, why in rejected)])
-    allowed = int(max_rejected * total) if max_rejected < 1 else int(max_rejected)
-    if len(rejected) > allowed:
+    if job.rejected:
+        write_csv(path, ("path", "reason"), ((task.source.where(i), why) for i, why in sorted(job.rejected)))
+    if len(job.rejected) == total:
+        job.discard()
+        raise UserError(f"there is no readable image at all{f'; {path} says why' if job.rejected else ''}")
+    if len(job.rejected) > allowed:
         raise UserError(
-            f"{len(rejected)} of {total} images cannot be read, --max_rejected {max_rejected:g} allows {allowed}; "
-            f"{path} lists them with the reasons: repair or remove them, or raise --max_rejected"
+            f"{len(job.rejected)} of {total} images cannot be read, --max_rejected {max_rejected:g} allows {allowed}; "
+            f"{path} lists them with reasons: repair or remove them, or raise --max_rejected (nothing is read twice)"
         )
-    if not len(scan.accepted):
-        raise UserError("there is no readable image at all")
 
 
-# ------------------------------------------------------------------------------------------------------- second pass
-def _write_samples(
-    prepared: _Prepared, partial: Path, indices: Array, scan: Scan, options: WriteOptions, workers: int
-) -> None:
-    """Write the accepted samples in the order of `indices` to the file `partial`, with FFCV."""
-    from ffcv.fields import IntField, RGBImageField
-
-    from data_prep.guarded import GuardedWriter
-
-    field = RGBImageField(
-        write_mode=options.write_mode,
-        jpeg_quality=options.jpeg_quality,
-        compress_probability=options.compress_probability,
-        smart_threshold=options.smart_threshold,
-    )
-    writer = GuardedWriter(
-        str(partial), {"image": field, "label": IntField()}, page_size=_page_size(scan), num_workers=workers
-    )
-    with progress_bar(len(indices), "write", "img") as bar:
-        writer.progress, writer.enter_worker = bar, _enter_worker
-        writer.from_indexed_dataset(prepared, indices.tolist(), chunksize=CHUNK)
-    _check_length(partial, len(indices), writer)
-
-
-def _page_size(scan: Scan) -> int:
-    """A power of two that holds the largest sample; a JPEG of noise may be a little larger than its pixels."""
-    largest = int(scan.sizes.prod(1).max()) * 3
-    page = SMALL_PAGE if largest <= SMALL_IMAGE else PAGE
-    while page < largest * 1.5 + 65536:
-        page *= 2
-    return page
+def _finish(task: _Task, job: Job, num_workers: int) -> None:
+    """Complete every file and its sidecars in the partial folder, and write down what is to be moved."""
+    for part, output in zip(job.parts, task.outputs, strict=True):
+        if not part.totals.samples:
+            raise UserError(f"{output.path.name} would hold no readable image; use fewer --shards or a larger split")
+    records = [part.finish() for part in job.parts]
+    digests = _hash_all([part.path for part in job.parts], num_workers)
+    names, sidecars, merged, shards = [], [], Totals(), []
+    grey = task.options.grey or not any(part.totals.coloured for part in job.parts)  # one answer for all files
+    for part, output, rows, digest in zip(job.parts, task.outputs, records, digests, strict=True):
+        sidecar = _sidecar(task, part, rows, grey) | {"sha256": digest, "num_rejected": _count_rejected(job, output)}
+        write_csv(files_path(part.path), ("path",), ((task.source.name(i),) for i in rows["index"].tolist()))
+        _write_json(sidecar_path(part.path), sidecar)
+        names += [part.path.name, files_path(part.path).name]
+        sidecars.append(sidecar_path(part.path).name)
+        if output.shard:
+            merged.merge(part.totals)
+            shards.append(sidecar)
+    if shards:
+        index = sidecar_path(job.folder / task.out.name)
+        _write_json(index, _index(task, shards, merged, grey))
+        sidecars.append(index.name)
+    sync_path(job.folder)
+    job.plan_publishing(names + sidecars, [path.name for path in _old_files(task)])
 
 
-def _check_length(partial: Path, num_samples: int, writer: Any) -> None:
-    """FFCV writes unbuffered and does not look at how much arrived: a full disk can cut a page short unseen."""
-    head = HEADER.itemsize + len(FIELDS) * DESCRIPTOR.itemsize + num_samples * ROW.itemsize
-    pages = writer.pages * writer.page_size
-    expected = -(-head // writer.page_size) * writer.page_size + pages + num_samples * ALLOCATION.itemsize
-    if partial.stat().st_size != expected:
-        raise OSError(errno.ENOSPC, f"{partial.stat().st_size} of {expected} bytes arrived")
+def _count_rejected(job: Job, output: Output) -> int:
+    return int(np.isin([index for index, _ in job.rejected], output.indices).sum())
 
 
-# ------------------------------------------------------------------------------------------------------- the sidecar
-def _describe(scan: Scan, classes: Sequence[str], options: WriteOptions, partial: Path) -> dict[str, Any]:
-    channels = 1 if options.grey or scan.grey else 3
-    counts = np.bincount(scan.labels, minlength=len(classes)).tolist()
+def _hash_all(paths: Sequence[Path], num_workers: int) -> list[str]:
+    with byte_bar(sum(path.stat().st_size for path in paths), "hash") as bar:
+        with ThreadPoolExecutor(min(count_workers(num_workers), len(paths))) as pool:
+            return list(pool.map(lambda path: hash_file(path, bar.update), paths))
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    sync_path(path)
+
+
+def _statistics(totals: Totals, grey: bool) -> dict[str, Any]:
+    """channels, mean and std, of pixels scaled to 0..1; exact until the last division."""
+    channels = 1 if grey else 3
+    n = totals.pixels
+    variances = [(n * square - total**2) / (n * n) for total, square in zip(totals.sums, totals.squares, strict=True)]
     return {
-        "format": "ffcv",
-        "num_samples": len(scan.accepted),
-        "num_rejected": len(scan.rejected),
         "channels": channels,
-        "mean": scan.mean[:channels].tolist(),
-        "std": scan.std[:channels].tolist(),
-        "classes": list(classes),
-        "counts": counts,
-        "max_height": int(scan.sizes[:, 0].max()),
-        "max_width": int(scan.sizes[:, 1].max()),
-        "bytes": partial.stat().st_size,
-        "sha256": hash_file(partial),
-        "options": asdict(options),
-        "versions": {"fasthpm": __version__, "python": sys.version.split()[0]}
-        | {name: importlib.metadata.version(name) for name in ("ffcv", "numpy", "pillow")},
-        "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "mean": [total / n / 255 for total in totals.sums[:channels]],
+        "std": [variance**0.5 / 255 for variance in variances[:channels]],
+        "pixels": n,
     }
 
 
-def hash_file(path: Path) -> str:
-    """sha256 of a file, as hexadecimal digits; with a progress bar."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file, progress_bar(path.stat().st_size, "hash", "B", unit_scale=True) as bar:
-        while block := file.read(HASH_BLOCK):
-            digest.update(block)
-            bar.update(len(block))
-    return digest.hexdigest()
+def _sidecar(task: _Task, part: PartFile, records: Array, grey: bool) -> dict[str, Any]:
+    image = records["image"]
+    return {
+        "format": "ffcv",
+        "num_samples": len(records),
+        "num_rejected": 0,
+        **_statistics(part.totals, grey),
+        "classes": list(task.classes),
+        "counts": np.bincount(records["label"], minlength=len(task.classes)).tolist(),
+        "max_height": int(image["height"].max()),
+        "max_width": int(image["width"].max()),
+        "kept_jpegs": part.totals.kept,
+        "bytes": part.path.stat().st_size,
+        "sha256": "",
+        **_common(task),
+    }
 
 
-def progress_bar(total: int, what: str, unit: str, **options: Any) -> Any:
-    """A bar on stderr with rate and time left."""
-    return tqdm(total=total, desc=what, unit=unit, mininterval=0.5, dynamic_ncols=True, **options)
+def _index(task: _Task, shards: list[dict[str, Any]], totals: Totals, grey: bool) -> dict[str, Any]:
+    """The index of a sharded set."""
+    return {
+        "format": SHARDED,
+        "shards": [output.path.name for output in task.outputs if output.shard],
+        **{name: sum(shard[name] for shard in shards) for name in ("num_samples", "num_rejected")},
+        **_statistics(totals, grey),
+        "classes": list(task.classes),
+        "counts": np.sum([shard["counts"] for shard in shards], 0).tolist(),
+        **{name: max(shard[name] for shard in shards) for name in ("max_height", "max_width")},
+        **{name: sum(shard[name] for shard in shards) for name in ("kept_jpegs", "bytes")},
+        **_common(task),
+    }
+
+
+def _common(task: _Task) -> dict[str, Any]:
+    return {
+        "options": asdict(task.options),
+        "versions": {"fasthpm": __version__, "python": sys.version.split()[0]}
+        | _versions("ffcv", "numpy", "pillow", "opencv-python"),
+        "job": task.job_id,
+        "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }

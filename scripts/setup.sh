@@ -7,7 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 root=$(pwd -P)
 cd "$root"
 
-readonly extras="train,ffcv,demo,hf,dev"
+readonly extras="train,ffcv,webdataset,parquet,demo,hf,dev"
 readonly stamp=.venv/.setup-stamp
 readonly needed_gib=8
 readonly dataset=/usr/share/datasets/fashion-mnist

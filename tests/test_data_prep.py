@@ -1,27 +1,25 @@
 """Preparing data sets: odd images, unreadable files, kills, full disks, checks; and Fashion-MNIST."""
 
 import csv
-import errno
 import gzip
 import io
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 from data_fixtures import image_folder, jpeg_bytes, picture, prepare
 from PIL import Image
 
-from data_prep import fashion_mnist, images, verify, writer
-from data_prep.writer import WriteOptions, write_beton
+from data_prep import fashion_mnist, images, sets, verify
+from data_prep.encode import WriteOptions
+from data_prep.writer import write_beton
 from fasthpm.data import build_loader, read_info
 from fasthpm.data.beton import JPEG, RAW, open_beton
+from fasthpm.data.pixels import list_images
 from fasthpm.errors import UserError
 
 RAW_FLAGS = ("--write_mode", "raw")
@@ -177,7 +175,7 @@ def test_lists_with_labels_names_and_spaces(folder, lines, labels, classes):
     for name in ("a b.png", "c.png"):
         picture(0).save(folder / name)
     (folder / "list.txt").write_text(lines)
-    listed = images.list_images(folder / "list.txt")
+    listed = list_images(folder / "list.txt")
     assert [Path(path).name for path in listed.paths] == ["a b.png", "c.png"]
     assert (list(listed.labels), listed.classes) == (labels, classes)
     assert read_info(prepare(folder / "list.txt", folder.parent / "a.beton")).classes == classes
@@ -189,7 +187,7 @@ def test_lists_with_labels_names_and_spaces(folder, lines, labels, classes):
 def test_bad_lists_are_refused(folder, lines, message):
     (folder / "list.txt").write_text(lines)
     with pytest.raises(UserError, match=message):
-        images.list_images(folder / "list.txt")
+        list_images(folder / "list.txt")
 
 
 def test_ambiguous_and_empty_sources_are_refused(tmp_path):
@@ -219,7 +217,8 @@ def test_sidecar_holds_what_was_measured(tmp_path):
     assert sidecar["bytes"] == out.stat().st_size
     assert sidecar["options"]["write_mode"] == "raw"
     assert set(sidecar["versions"]) >= {"fasthpm", "ffcv", "numpy", "pillow"}
-    assert leftovers(tmp_path) == ["set.beton", "set.json"]
+    assert sidecar["pixels"] == sum(((40, 48), (64, 20))[k % 2][0] * ((40, 48), (64, 20))[k % 2][1] for k in range(5))
+    assert leftovers(tmp_path) == ["set.beton", "set.files.csv", "set.json"]
 
 
 def test_write_modes_store_what_they_say(tmp_path):
@@ -258,7 +257,7 @@ def spoil(folder: Path) -> dict[str, str]:
     Image.fromarray(np.full((4, 4), 1e6, np.float32)).save(folder / "float.tif")
     return {
         "empty.png": "empty",
-        "cut.jpg": "truncated",
+        "cut.jpg": "Premature end",
         "notes.txt": "cannot identify",
         "gone.png": "No such file",
         "huge.png": "--max_pixels",
@@ -293,7 +292,8 @@ def test_too_many_unreadable_files_fail_the_run(tmp_path, allowed, fails):
             prepare(folder, tmp_path / "set.beton", *flags)
     else:
         prepare(folder, tmp_path / "set.beton", *flags)
-    assert leftovers(tmp_path) == ([] if fails else ["set.beton", "set.json"]) + ["set.rejected.csv"]
+    written = [] if fails else ["set.beton", "set.files.csv", "set.json"]
+    assert leftovers(tmp_path) == [*written, "set.rejected.csv"]
 
 
 def test_nothing_readable_is_an_error(folder):
@@ -306,9 +306,11 @@ def test_existing_output_needs_overwrite(tmp_path):
     folder = image_folder(tmp_path / "in", 2)
     out = prepare(folder, tmp_path / "a.beton")
     before = out.read_bytes()
+    prepare(folder, out)  # the same again: nothing to do
+    assert out.read_bytes() == before
+    image_folder(folder, 4)
     with pytest.raises(UserError, match="use --overwrite"):
         prepare(folder, out)
-    image_folder(folder, 4)
     spoil(folder / "ant")
     with pytest.raises(UserError, match="cannot be read"):
         prepare(folder, out, "--overwrite")
@@ -322,6 +324,13 @@ def test_existing_output_needs_overwrite(tmp_path):
         (("a.beton", "--jpeg_quality", "0"), "jpeg_quality is 0"),
         (("a.beton", "--write_mode", "zip"), "invalid choice: 'zip'"),
         (("a.beton", "--max_rejected", "-1"), "max_rejected -1"),
+        (("a.beton", "--preset", "300"), "invalid choice: '300'"),
+        (("a.beton", "--shards", "2"), "--shards 2 is more than the 1 images"),
+        (("a.beton", "--val_fraction", "1.5"), "--val_fraction 1.5 of 1 images is 2"),
+        (("a.beton", "--val_count", "1", "--val_fraction", ".5"), "not allowed with"),
+        (("a.beton", "--classes", "no.txt"), "class list no.txt cannot be read"),
+        (("a.beton", "--max_pixels", "0"), "max_pixels is 0"),
+        ((f"{'x' * 249}.beton",), "bytes too long"),
         (("a.beton", "--jpeg_qualty", "9"), "did you mean '--jpeg_quality'"),
         (("a.bin",), "does not end in .beton"),
         (("no/a.beton",), "does not exist; create it"),
@@ -333,137 +342,6 @@ def test_wrong_flags_are_one_line(folder, flags, message):
         images.main([str(folder), str(folder.parent / flags[0]), *flags[1:]])
     assert "\n" not in str(error.value)
     assert leftovers(folder.parent) == []
-
-
-# ------------------------------------------------------------------------------------------------------- kills
-class Trap:
-    """A set whose sample 20 does `what` the second time it is read, that is, while it is being written."""
-
-    def __init__(self, folder: Path, what: str) -> None:
-        self.seen, self.what = folder / "seen", what
-
-    def __len__(self) -> int:
-        return 64
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        if index == 20 and not self.seen.exists():
-            self.seen.touch()
-        elif index == 20 and self.what == "raise":
-            raise ValueError("gone meanwhile")
-        elif index == 20 and self.what == "die":
-            os.kill(os.getpid(), signal.SIGKILL)
-        elif index == 20 and self.what == "hang":
-            (self.seen.parent / f"hanging-{os.getpid()}").touch()
-            time.sleep(120)
-        return np.full((8, 8), index, np.uint8), 0
-
-
-@pytest.mark.parametrize(("what", "message"), [("raise", "writing failed.*gone meanwhile"), ("die", "process died")])
-def test_a_failing_process_ends_the_run(tmp_path, what, message):
-    (tmp_path / "out").mkdir()
-    with pytest.raises(UserError, match=message) as error:
-        write_beton(Trap(tmp_path, what), tmp_path / "out" / "a.beton", ["x"], num_workers=2)
-    assert "\n" not in str(error.value)
-    assert leftovers(tmp_path / "out") == []
-
-
-def test_a_process_that_dies_while_decoding_ends_the_run(tmp_path):
-    trap = Trap(tmp_path, "die")
-    trap.seen.touch()
-    with pytest.raises(UserError, match="decoding process died"):
-        write_beton(trap, tmp_path / "a.beton", ["x"], num_workers=2)
-    assert leftovers(tmp_path) == ["seen"]
-
-
-KILLED = """
-import sys
-sys.path.insert(0, {tests!r})
-from pathlib import Path
-from data_prep.writer import write_beton
-from test_data_prep import Trap
-out = Path(sys.argv[1])
-write_beton(Trap(out, "hang"), out / "a.beton", ["x"], num_workers=2, overwrite=True)
-"""
-
-
-def test_a_killed_run_leaves_nothing_final_and_the_next_one_cleans_up(tmp_path):
-    code = KILLED.format(tests=str(Path(__file__).parent))
-    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("hanging-*")):
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.05)
-    (hanging,) = tmp_path.glob("hanging-*")
-    (temporary,) = tmp_path.glob(".a.*.tmp")
-    writer.remove_stale(tmp_path / "a.beton")
-    assert temporary.exists()  # of a run that is alive
-    workers = [Path("/proc") / str(child.pid) for child in psutil.Process(process.pid).children(recursive=True)]
-    assert Path("/proc") / hanging.name.removeprefix("hanging-") in workers
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not list(tmp_path.glob("a.*"))
-    while any(map(is_running, workers)):  # they die with the parent, and hold its file's lock until then
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    trap = Trap(tmp_path, "nothing")
-    write_beton(trap, tmp_path / "a.beton", ["x"], num_workers=2)
-    assert not temporary.exists()
-    assert leftovers(tmp_path) == ["a.beton", "a.json", hanging.name, "seen"]
-    verify.main([str(tmp_path / "a.beton")])
-
-
-def is_running(process: Path) -> bool:
-    try:
-        return (process / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
-    from ffcv.memory_allocator import MemoryAllocator
-
-    def full(self: MemoryAllocator) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    folder = image_folder(tmp_path / "in", 4)
-    with monkeypatch.context() as patch:
-        patch.setattr(MemoryAllocator, "flush_page", full)
-        with pytest.raises(UserError, match="no space left") as error:
-            prepare(folder, tmp_path / "a.beton")
-    assert "\n" not in str(error.value)
-    assert leftovers(tmp_path) == []
-
-
-def test_a_page_that_was_cut_short_is_noticed(tmp_path, monkeypatch):
-    from data_prep.guarded import GuardedWriter
-
-    finalize = GuardedWriter.finalize
-
-    def shorten(self: GuardedWriter, allocations: list) -> None:
-        os.truncate(self.fname, os.path.getsize(self.fname) - 1000)
-        finalize(self, allocations)
-
-    folder = image_folder(tmp_path / "in", 4)
-    monkeypatch.setattr(GuardedWriter, "finalize", shorten)
-    with pytest.raises(UserError, match="no space left"):
-        prepare(folder, tmp_path / "a.beton")
-    assert leftovers(tmp_path) == []
-
-
-def test_the_sidecar_is_there_before_the_set(tmp_path, monkeypatch):
-    seen = []
-    rename = Path.rename
-
-    def spy(self: Path, target: Path) -> Path:
-        seen.append((Path(target).name, (tmp_path / "a.beton").exists()))
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", spy)
-    folder = image_folder(tmp_path / "in", 2)
-    prepare(folder, tmp_path / "a.beton")
-    prepare(folder, tmp_path / "a.beton", "--overwrite")
-    assert seen == [("a.json", False), ("a.beton", False)] * 2
 
 
 # ------------------------------------------------------------------------------------------------------- verify
@@ -488,9 +366,9 @@ def test_verify_decodes_every_image(tmp_path):
         start, length = int(beton.positions[index]), int(beton.lengths[index])
         data[start : start + length] = bytes(length)
     out.write_bytes(data)
-    sidecar = beton.sidecar | {"sha256": writer.hash_file(out)}
+    sidecar = beton.sidecar | {"sha256": sets.hash_file(out)}
     out.with_suffix(".json").write_text(json.dumps(sidecar))
-    with pytest.raises(UserError, match="2 of 6 images do not decode, the first is sample 2"):
+    with pytest.raises(UserError, match=r"2 of 6 images do not decode, the first is sample 2 \((ant|bee)/00\d.png\)"):
         verify.main([str(out)])
     out.with_suffix(".json").write_text(json.dumps(sidecar | {"counts": [4, 2]}))
     with pytest.raises(UserError, match="samples per class"):

@@ -157,8 +157,13 @@ def _list_folder(source: Path, every_file: bool) -> ImageList:
 
 
 def _walk(folder: Path, every_file: bool) -> list[str]:
-    paths = []
+    paths, seen = [], set()
     for parent, folders, files in os.walk(folder, followlinks=True):
+        status = os.stat(parent)
+        if (status.st_dev, status.st_ino) in seen:  # a link that leads back up
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         paths += [os.path.join(parent, name) for name in sorted(files) if not name.startswith(".")]
     return [path for path in paths if every_file or os.path.splitext(path)[1].lower() in EXTENSIONS]

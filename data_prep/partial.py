@@ -1,0 +1,319 @@
+"""The unfinished files of a preparation, in the folder `.OUT.partial`: what a killed run goes on from.
+
+    job.json        what is being prepared; another job in its place starts over
+    journal.jsonl   one line per finished chunk: how far each file was, statistics, unreadable samples
+    NAME.beton      pixels, in FFCV's layout; header and tables are filled in at the end
+    NAME.rows       a fixed-size record per stored sample
+    publish.json    once all is complete: which files go where
+
+A line of the journal is written after the data that it tells of have reached the disk, so that whatever a kill or a
+power cut leaves behind is sound up to the last whole line, and the rest is cut off.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from data_prep.encode import Stored
+from data_prep.sets import read_json
+from fasthpm.data.beton import ALLOCATION, DESCRIPTOR, FIELDS, HEADER, IMAGE, ROW, VERSION
+from fasthpm.data.sampling import Array
+from fasthpm.errors import UserError
+
+SMALL_PAGE, PAGE, SMALL_FILE = 1 << 21, 1 << 23, 1 << 26  # bytes; FFCV's own smallest and usual page
+COMMIT_SECONDS = 3.0
+RECORD = np.dtype([("index", "<i8"), ("label", "<i8"), ("image", IMAGE), ("size", "<u8")])
+
+
+@dataclass
+class Totals:
+    """What the chunks of a file add up to. Whole numbers: the order of adding does not matter."""
+
+    samples: int = 0
+    pixels: int = 0
+    sums: list[int] = field(default_factory=lambda: [0, 0, 0])
+    squares: list[int] = field(default_factory=lambda: [0, 0, 0])
+    coloured: int = 0
+    kept: int = 0
+
+    def add(self, stored: Stored) -> None:
+        self.samples += 1
+        self.pixels += stored.height * stored.width
+        self.sums = [a + b for a, b in zip(self.sums, stored.sums, strict=True)]
+        self.squares = [a + b for a, b in zip(self.squares, stored.squares, strict=True)]
+        self.coloured += not stored.grey
+        self.kept += stored.kept
+
+    def merge(self, other: "Totals") -> None:
+        self.samples, self.pixels = self.samples + other.samples, self.pixels + other.pixels
+        self.sums = [a + b for a, b in zip(self.sums, other.sums, strict=True)]
+        self.squares = [a + b for a, b in zip(self.squares, other.squares, strict=True)]
+        self.coloured, self.kept = self.coloured + other.coloured, self.kept + other.kept
+
+
+@dataclass
+class Chunk:
+    """What a worker makes of some samples of one file."""
+
+    indices: Array  # int64 [A], of the stored ones in the source
+    labels: Array  # int64 [A]
+    samples: list[Stored]
+    rejected: list[tuple[int, str]]
+
+
+class PartFile:
+    """One `.beton` in the making. No sample straddles a page, so that FFCV can read it page by page."""
+
+    def __init__(self, path: Path, num_listed: int) -> None:
+        """`num_listed`: the most samples that there can be; the tables' place is reserved for so many."""
+        self.path, self.rows_path, self.num_listed = path, path.with_suffix(".rows"), num_listed
+        rows_at = HEADER.itemsize + len(FIELDS) * DESCRIPTOR.itemsize
+        self.offset = -(-(rows_at + num_listed * ROW.itemsize) // SMALL_PAGE) * SMALL_PAGE
+        self.page, self.totals = SMALL_PAGE, Totals()
+        self._files: tuple[BinaryIO, BinaryIO] | None = None
+
+    def restore(self, entry: dict[str, Any]) -> None:
+        """Go to where a line of the journal says that the file was."""
+        self.offset, self.page, self.totals = entry["offset"], entry["page"], Totals(**entry["totals"])
+
+    def entry(self) -> dict[str, Any]:
+        return {"offset": self.offset, "page": self.page, "totals": dataclasses.asdict(self.totals)}
+
+    def append(self, chunk: Chunk) -> None:
+        data, rows = self._open()
+        for index, label, stored in zip(chunk.indices, chunk.labels, chunk.samples, strict=True):
+            at = self._place(len(stored.blob))
+            if data.tell() != at:
+                data.seek(at)
+            data.write(stored.blob)
+            image = (stored.mode, stored.width, stored.height, at)
+            rows.write(np.array((index, label, image, len(stored.blob)), RECORD).tobytes())
+            self.totals.add(stored)
+
+    def _place(self, size: int) -> int:
+        """Position of the next sample. Pages grow with the file, and for a sample larger than one: cut at the
+        multiples of a power of two, a file is cut well at those of a smaller one too."""
+        if self.offset >= SMALL_FILE:
+            self.page = max(self.page, PAGE)
+        while self.page < size:
+            self.page *= 2
+        at = self.offset
+        if at // self.page != (at + size - 1) // self.page:
+            at = -(-at // self.page) * self.page
+        self.offset = at + size
+        return at
+
+    def _open(self) -> tuple[BinaryIO, BinaryIO]:
+        """Both files, cut to where we are."""
+        if self._files is None:
+            mode = os.O_RDWR | os.O_CREAT
+            data, rows = (os.fdopen(os.open(path, mode, 0o666), "r+b") for path in (self.path, self.rows_path))
+            data.truncate(self.offset if self.totals.samples else 0)
+            rows.truncate(self.totals.samples * RECORD.itemsize)
+            rows.seek(0, os.SEEK_END)
+            self._files = data, rows
+        return self._files
+
+    def sync(self) -> None:
+        """Everything appended is on the disk afterwards."""
+        for file in self._files or ():
+            file.flush()
+            os.fsync(file.fileno())
+
+    def close(self) -> None:
+        for file in self._files or ():
+            with contextlib.suppress(OSError):  # a full disk has been reported before
+                file.close()
+        self._files = None
+
+    def records(self) -> Array:
+        """RECORD [A] of the stored samples."""
+        return np.fromfile(self.rows_path, RECORD, self.totals.samples)
+
+    def finish(self) -> Array:
+        """Fill in header and tables, and return the records: afterwards it is an FFCV file. May be repeated."""
+        data, _ = self._open()
+        self.sync()
+        records = self.records()
+        end = -(-self.offset // self.page) * self.page
+        allocations = np.zeros(len(records), ALLOCATION)
+        allocations["sample_id"], allocations["size"] = np.arange(len(records)), records["size"]
+        allocations["ptr"] = records["image"]["data_ptr"]
+        data.truncate(end)
+        data.seek(end)
+        data.write(allocations.tobytes())
+        data.seek(0)
+        data.write(self._head(records, end))
+        self.sync()
+        self.close()
+        return records
+
+    def _head(self, records: Array, end: int) -> bytes:
+        fields = np.zeros(len(FIELDS), DESCRIPTOR)
+        for row, (name, kind) in zip(fields, FIELDS, strict=True):
+            row["type_id"], row["name"][: len(name)] = kind, list(name.encode())
+        rows = np.zeros(len(records), ROW)
+        rows["image"], rows["label"] = records["image"], records["label"]
+        header = np.array((VERSION, len(FIELDS), self.page, len(records), end), HEADER)
+        return header.tobytes() + fields.tobytes() + rows.tobytes()
+
+
+class Job:
+    """The folder with a preparation's unfinished files, ours alone while it is open."""
+
+    def __init__(self, folder: Path, parts: list[PartFile]) -> None:
+        self.folder, self.parts = folder, parts
+        self.chunks = 0  # finished ones
+        self.rejected: list[tuple[int, str]] = []
+        self._pending: list[str] = []
+        self._committed = time.monotonic()
+        self._gone = False
+
+    # ---- what was done before
+    def resume(self, description: dict[str, Any]) -> list[str]:
+        """Read the journal if it is of the same job, else start over.
+
+        Returns the names of what differs, empty if the job is the same or there was none.
+        """
+        known = read_json(self.folder / "job.json")
+        if known == description:
+            self._read_journal()
+            return []
+        self.start_over(description)
+        return sorted(name for name in {*known, *description} if known and known.get(name) != description.get(name))
+
+    def start_over(self, description: dict[str, Any]) -> None:
+        """Forget everything."""
+        self.close()
+        for path in self.folder.iterdir():
+            if path.name != "lock":
+                path.unlink()
+        self.chunks, self.rejected, self._pending = 0, [], []
+        self.parts = [PartFile(part.path, part.num_listed) for part in self.parts]
+        (self.folder / "job.json").write_text(json.dumps(description))
+
+    def _read_journal(self) -> None:
+        path, whole = self.folder / "journal.jsonl", 0
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        for line in lines:
+            try:
+                entry = json.loads(line) if line.endswith(b"\n") else {}
+            except ValueError:
+                entry = {}
+            if entry.get("chunk") != self.chunks:
+                break
+            self.parts[entry["part"]].restore(entry)
+            self.rejected += [(index, reason) for index, reason in entry["rejected"]]
+            self.chunks, whole = self.chunks + 1, whole + len(line)
+        if lines:
+            os.truncate(path, whole)
+
+    # ---- what is being done
+    def append(self, part: int, chunk: Chunk) -> None:
+        """Add a chunk to its file; now and then make everything safe."""
+        self.parts[part].append(chunk)
+        self.rejected += chunk.rejected
+        entry = {"chunk": self.chunks, "part": part, **self.parts[part].entry(), "rejected": chunk.rejected}
+        self._pending.append(json.dumps(entry) + "\n")
+        self.chunks += 1
+        if time.monotonic() - self._committed > COMMIT_SECONDS:
+            self.commit()
+
+    def commit(self) -> None:
+        """Data first, then the journal's lines about them."""
+        for part in self.parts:
+            part.sync()
+        lines, self._pending = self._pending, []
+        with (self.folder / "journal.jsonl").open("a") as journal:
+            journal.writelines(lines)
+            journal.flush()
+            os.fsync(journal.fileno())
+        self._committed = time.monotonic()
+
+    def close(self) -> None:
+        for part in self.parts:
+            part.close()
+
+    # ---- what is done
+    def plan_publishing(self, names: list[str], remove: list[str]) -> None:
+        """Write down that all is complete: the files `names` are to be moved, in this order, after removing others."""
+        plan = self.folder / "publish.json"
+        plan.with_suffix(".tmp").write_text(json.dumps({"names": names, "remove": remove}))
+        sync_path(plan.with_suffix(".tmp"))
+        plan.with_suffix(".tmp").rename(plan)
+
+    def publish(self) -> None:
+        """Carry the plan out to its end, wherever it stopped, and leave nothing here."""
+        content = read_json(self.folder / "publish.json")
+        waiting = [name for name in content["names"] if (self.folder / name).exists()]
+        for name in {*content["remove"]} - ({*content["names"]} - {*waiting}):  # not what has been moved already
+            (self.folder.parent / name).unlink(missing_ok=True)
+        for name in waiting:
+            (self.folder / name).rename(self.folder.parent / name)
+        sync_path(self.folder.parent)
+        self.discard()
+
+    def is_complete(self, description: dict[str, Any]) -> bool:
+        """Whether only moving the files is left to do."""
+        return read_json(self.folder / "job.json") == description and (self.folder / "publish.json").exists()
+
+    def has_progress(self) -> bool:
+        """Whether there is something to go on from."""
+        return (self.folder / "journal.jsonl").exists()
+
+    def discard(self) -> None:
+        """Remove the folder, unless that is done."""
+        self.close()
+        if not self._gone:
+            self._gone = True
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def sync_path(path: Path) -> None:
+    """fsync a file or folder by its name."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[int]:
+    """Make `folder` ours; gives the lock's file number, which forked processes have to close.
+
+    **Raises:** `UserError` at once if another process has it.
+    """
+    while True:
+        folder.mkdir(exist_ok=True)
+        try:
+            number = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:  # the other one has just finished
+            continue
+        try:
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            current = os.stat(folder / "lock").st_ino == os.fstat(number).st_ino
+        except BlockingIOError as error:
+            os.close(number)
+            raise UserError(
+                f"another preparation is writing into {folder}; wait for it, or choose another output"
+            ) from error
+        except FileNotFoundError:
+            current = False
+        if current:
+            break
+        os.close(number)
+    try:
+        yield number
+    finally:
+        os.close(number)

@@ -1,0 +1,103 @@
+"""What belongs to a prepared set on disk: its files' names, the index of a sharded one, hashes, progress bars."""
+
+import csv
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from fasthpm.data.beton import AGAIN, sidecar_path
+from fasthpm.errors import UserError
+
+SHARDED = "ffcv-shards"  # the "format" of an index
+INDEX_TYPES = {"shards": list, "num_samples": int, "channels": int, "mean": list, "std": list, "classes": list}
+HASH_BLOCK = 1 << 22
+
+
+def files_path(out: Path) -> Path:
+    """`OUT.files.csv` of `OUT.beton`: the source of every sample, in stored order."""
+    return out.with_suffix(".files.csv")
+
+
+def rejected_path(out: Path) -> Path:
+    """`OUT.rejected.csv` of `OUT.beton`."""
+    return out.with_suffix(".rejected.csv")
+
+
+def validation_path(out: Path) -> Path:
+    """`OUT_val.beton` of `OUT.beton`."""
+    return out.with_name(f"{out.stem}_val{out.suffix}")
+
+
+def shard_path(out: Path, number: int, count: int) -> Path:
+    """`OUT-00002-of-00008.beton` of `OUT.beton`."""
+    return out.with_name(f"{out.stem}-{number:05d}-of-{count:05d}{out.suffix}")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, empty if there is none to be read."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def read_index(path: Path) -> dict[str, Any] | None:
+    """The index `OUT.json` of a sharded set `OUT.beton`; None if `path` is, or is meant to be, a single file.
+
+    **Raises:** `UserError` if the index lacks something.
+    """
+    index = {} if path.exists() else read_json(sidecar_path(path))
+    if index.get("format") != SHARDED:
+        return None
+    for name, kind in INDEX_TYPES.items():
+        if not isinstance(index.get(name), kind) or not index[name]:
+            raise UserError(f"{sidecar_path(path)} has no {kind.__name__} named {name!r}: {AGAIN}")
+    for name in index["shards"]:
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".beton"):
+            raise UserError(f"{sidecar_path(path)} names the shard {name!r}, expected a .beton beside it: {AGAIN}")
+    return index
+
+
+def members(path: Path) -> list[Path]:
+    """The `.beton` files of a set: its shards, or itself."""
+    index = read_index(path)
+    return [path] if index is None else [path.with_name(name) for name in index["shards"]]
+
+
+def write_csv(path: Path, header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
+    """Write a table; names that are not UTF-8 keep their bytes."""
+    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows(rows)
+
+
+def read_csv(path: Path) -> Iterator[list[str]]:
+    """The rows of such a table, header first."""
+    with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        yield from csv.reader(file)
+
+
+def hash_file(path: Path, advance: Callable[[int], Any] = lambda count: None) -> str:
+    """sha256 of a file, as hexadecimal digits; `advance` is told how many bytes were read."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(HASH_BLOCK):
+            digest.update(block)
+            advance(len(block))
+    return digest.hexdigest()
+
+
+def progress_bar(total: int, what: str, unit: str, **options: Any) -> Any:
+    """A bar on stderr with rate and time left."""
+    return tqdm(total=total, desc=what, unit=unit, mininterval=0.5, dynamic_ncols=True, **options)
+
+
+def byte_bar(total: int, what: str) -> Any:
+    """The same for bytes."""
+    return progress_bar(total, what, "B", unit_scale=True, unit_divisor=1024)
