@@ -19,6 +19,7 @@ from fasthpm.data.pixels import list_images
 from fasthpm.errors import UserError
 from fasthpm.versions import versions
 
+QUALITY = 90
 SETS = {  # how each prepared set is stored
     "500": ("--max_resolution", "500"),
     "400": ("--max_resolution", "400"),
@@ -108,10 +109,15 @@ def choose_photos(photos: Path, work: Path, count: int) -> Path:
     return folder
 
 
+def files_in(folder: Path) -> list[Path]:
+    """All files below `folder`."""
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
 def prepare_command(source: Path, out: Path, name: str, workers: int) -> list[str]:
     """The command line that prepares `source` as the set `name`."""
     command = [sys.executable, "-m", "data_prep.images", str(source), str(out), *SETS[name], "--overwrite"]
-    return [*command, "--num_workers", str(workers)]
+    return [*command, "--jpeg_quality", str(QUALITY), "--num_workers", str(workers)]
 
 
 def prepared(source: Path, work: Path, name: str, workers: int) -> Path:

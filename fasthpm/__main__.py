@@ -13,6 +13,7 @@ COMMANDS = {
     "export": ("fasthpm.export", "write a run's encoder as safetensors that timm loads"),
     "visualize": ("fasthpm.visualize", "pictures: image, reconstruction, true and predicted loss, mask"),
     "report": ("fasthpm.report", "report.md and curves of a run"),
+    "doctor": ("fasthpm.doctor", "what this machine is, what is installed, and what bounds training"),
 }
 
 
