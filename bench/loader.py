@@ -101,13 +101,13 @@ def bench(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     total = len(files_in(photos))
     few = choose_photos(photos, work, max(total // SLOW_SHARE, 2 * arguments.batch_size))
     sets = {name: str(prepared(photos, work, name, arguments.workers)) for name in arguments.sets}
-    with started(specs(photos, few, sets, arguments)) as variants:
+    raw = prepared(few, work, "raw256", arguments.workers)
+    compared = specs(photos, few, sets, arguments)
+    with started(compared) as variants:
         taken = measure(variants, arguments.rounds)
     rates = summarise(taken, arguments.workers)
     per_core = {name: row["images_per_second_per_core"]["median"] for name, row in rates.items()}
-    waited = [
-        spec for spec in specs(photos, few, sets, arguments) if spec.data in sets.values() and spec.kind == "ours"
-    ]
+    waited = [spec for spec in compared if spec.kind == "ours" and spec.data in sets.values()]
     say("first batches, waits, pixels")
     return {
         "bench": "loader", "machine": machine(), "images": total, "workers": arguments.workers,
@@ -115,7 +115,7 @@ def bench(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
         "ours_over_ffcv_cpu": seeding_cost(taken), "seeding_us_per_image": seeding_microseconds(arguments.batch_size),
         "first_batch": first_batches(waited[0], arguments.starts, theirs=not arguments.quick),
         "data_wait": data_waits(waited, per_core, arguments.gpu_tflops * 1e12 * arguments.mfu, arguments.wait_seconds),
-        "pixels": compare_pixels(prepared(few, work, "raw256", arguments.workers), min(PIXEL_IMAGES, len(files_in(few)))),
+        "pixels": compare_pixels(raw, min(PIXEL_IMAGES, len(files_in(few)))),
     }  # fmt: skip
 
 

@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from bench.common import (
     QUALITY,
     SETS,
@@ -33,6 +35,7 @@ from bench.common import (
     write_json,
 )
 from fasthpm.cli import Parser, run_command
+from fasthpm.data.beton import ALLOCATION, HEADER
 from fasthpm.data.prefetch import count_workers
 from fasthpm.errors import UserError
 
@@ -92,22 +95,30 @@ def time_command(command: Sequence[str]) -> tuple[float, float]:
     return time.perf_counter() - begin, used() - cpu_begin
 
 
+def stored_bytes(path: Path) -> int:
+    """Bytes of the samples in an FFCV file, without its tables and the free space of its pages."""
+    header = np.fromfile(path, HEADER, 1)[0]
+    table = np.fromfile(path, ALLOCATION, int(header["num_samples"]), offset=int(header["alloc_table_ptr"]))
+    return int(table["size"].sum())
+
+
 def measure(writer: str, name: str, folders: tuple[Path, Path], work: Path, workers: int) -> dict[str, float]:
     """One writer on both folders, large and small: images/s per core and CPU ms per image of the difference."""
     taken, sizes = [], []
-    for folder in folders:
+    for folder in folders[::-1]:
         out = work / f"{writer}-{name}.beton"
         taken.append(time_command(command_of(writer, folder, out, name, workers)))
-        sizes.append((len(files_in(folder)), out.stat().st_size))
+        sizes.append(len(files_in(folder)))
+        stored = stored_bytes(out)
         out.unlink()
-    (seconds, cpu), (start, cpu_start) = taken
-    images = sizes[0][0] - sizes[1][0]
+    (start, cpu_start), (seconds, cpu) = taken
+    images = sizes[1] - sizes[0]
     return {
         "images_per_second_per_core": images / max(seconds - start, 1e-9) / workers,
         "cpu_ms_per_image": 1e3 * (cpu - cpu_start) / images,
         "start_seconds": start,
         "total_seconds": seconds,
-        "bytes_per_image": sizes[0][1] / sizes[0][0],
+        "bytes_per_image": stored / sizes[1],
     }
 
 

@@ -30,14 +30,14 @@ print("first", begin, time.time())
 
 # -------------------------------------------------------------------------------------------------- at the start
 def first_batches(spec: Spec, starts: int, *, theirs: bool = True) -> dict[str, Any]:
-    """Seconds to the first batch in fresh processes, after one start that fills the caches and is not counted.
+    """Seconds to the first batch in fresh processes; FFCV's and ours have compiled on this machine before.
 
     Of our loader and, with `theirs`, of FFCV's, which compiles anew in each process.
     """
     found = {}
     for name, loader in (("ours", "our_loader"), ("FFCV's own loader", "ffcv_loader"))[: 2 if theirs else 1]:
         code = FIRST_BATCH.format(loader=loader, spec=", ".join(map(repr, vars(spec).values())))
-        taken = [_time_start(code) for _ in range(starts + 1)][1:]
+        taken = [_time_start(code) for _ in range(starts)]
         found[f"{spec.name.partition(',')[0]}, {name}"] = {
             "from_start": spread([start for start, _ in taken]),
             "from_build": spread([build for _, build in taken]),

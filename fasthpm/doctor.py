@@ -248,8 +248,8 @@ def look_at_data(data_path: str) -> Data:
     if data_path.startswith("synthetic:"):
         return Data((), False, read_info(data_path).num_samples, 0.0)
     files = prepared_files(data_path)
-    if files:
-        samples = read_info(data_path).num_samples
+    if files or data_path.endswith(".beton"):
+        samples = read_info(data_path).num_samples  # says what is wrong with a set that is missing or damaged
         size = sum(file.stat().st_size for file in files)
         return Data(tuple(files), True, samples, size / samples, longest_side(files[0]))
     found = list_images(Path(data_path)).paths
