@@ -13,10 +13,11 @@ from bench.common import spread
 from bench.variants import MEAN, STD, Spec, our_loader
 from fasthpm import recipes
 from fasthpm.data import Loader
+from fasthpm.data.prefetch import AHEAD
 from fasthpm.data.sampling import random_crops, sample_order
 
 RECIPE = "hpm_vit_base_in1k_200e"
-FILLED_AHEAD = 3  # batches of an epoch that are not counted: the look-ahead fills while they are taken
+FILLED = AHEAD + 1  # batches of an epoch that are not counted: the look-ahead fills while they are taken
 EPOCH_SAMPLES = 1_281_167  # ImageNet's, for the cost of an epoch's order
 
 FIRST_BATCH = """
@@ -114,7 +115,7 @@ def wait_share(loader: Loader, step_seconds: float, seconds: float) -> float:
     waited = total = 0.0
     while total < seconds:
         for number, wait in enumerate(_waits(loader, step_seconds)):
-            if number >= min(FILLED_AHEAD, len(loader) - 1):
+            if number >= min(FILLED, len(loader) - 1):
                 waited, total = waited + wait, total + wait + step_seconds
     return waited / total
 

@@ -155,7 +155,7 @@ def check_ffcv() -> Finding:
 
 def check_kernel() -> Finding:
     """The compiled loop that decodes prepared sets."""
-    how = "prepared sets cannot be read, image folders can: pip install 'fasthpm[ffcv]'"
+    how = "prepared sets cannot be read, image folders can: apt-get install libturbojpeg0, pip install 'fasthpm[ffcv]'"
     begin = time.perf_counter()
     finding = _imported("decoder", "fasthpm.data.ffcv_kernel", how, needed=False)
     took = time.perf_counter() - begin
