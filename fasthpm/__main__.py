@@ -15,6 +15,7 @@ COMMANDS = {
     "visualize": ("fasthpm.visualize", "pictures: image, reconstruction, true and predicted loss, mask"),
     "recipes": ("fasthpm.recipe_list", "list the recipes, show one, compare two"),
     "report": ("fasthpm.report", "report.md and curves of a run"),
+    "doctor": ("fasthpm.doctor", "what this machine is, what is installed, and what bounds training"),
 }
 
 

@@ -1,0 +1,147 @@
+"""What the data benches share: processor time, spread, ratios within rounds, prepared sets, tables, the JSON."""
+
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from fasthpm.data.beton import read_sidecar
+from fasthpm.data.pixels import list_images
+from fasthpm.errors import UserError
+from fasthpm.versions import versions
+
+QUALITY = 90
+SETS = {  # how each prepared set is stored
+    "500": ("--max_resolution", "500"),
+    "500-reencoded": ("--max_resolution", "500", "--reencode"),  # as FFCV's writer does: no JPEG is kept as it is
+    "400": ("--max_resolution", "400"),
+    "256": ("--max_resolution", "256"),
+    "raw256": ("--max_resolution", "256", "--write_mode", "raw"),
+}
+
+
+# -------------------------------------------------------------------------------------------------------- figures
+def cpu_seconds() -> float:
+    """Processor time of this process and of its children, whether they live or have been waited for."""
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    total = time.process_time() + ended.ru_utime + ended.ru_stime
+    for child in psutil.Process().children(recursive=True):
+        try:
+            times = child.cpu_times()
+        except psutil.Error:
+            continue
+        total += times.user + times.system
+    return total
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, lowest and highest."""
+    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
+
+
+def ratios(values: Sequence[float], baseline: Sequence[float]) -> dict[str, float]:
+    """Spread of value / baseline, round by round."""
+    return spread([value / base for value, base in zip(values, baseline, strict=True)])
+
+
+def show(figure: dict[str, float], digits: int = 2) -> str:
+    """`median (low to high)`."""
+    median, low, high = (f"{figure[name]:.{digits}f}" for name in ("median", "low", "high"))
+    return f"{median} ({low} to {high})"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were taken on, and how busy it was."""
+    return {
+        **versions(torch.device("cpu"), 1),
+        "cores": len(os.sched_getaffinity(0)),
+        "ram_gib": psutil.virtual_memory().total / 2**30,
+        "load_average": os.getloadavg()[0],
+    }
+
+
+def write_json(path: Path | None, result: dict[str, Any]) -> None:
+    """Write `result` if a path is given."""
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def say(line: str) -> None:
+    """Progress, on stderr: stdout is for the tables."""
+    print(line, file=sys.stderr, flush=True)
+
+
+# -------------------------------------------------------------------------------------------------------- data
+def known_sets() -> list[str]:
+    """Names of `SETS`; without the re-encoded one where every JPEG is encoded anew anyway."""
+    from data_prep.images import build_parser  # here, so that it is no part of what starting a loader takes
+
+    known = build_parser().format_help()
+    return [name for name, flags in SETS.items() if "--reencode" not in flags or "--reencode" in known]
+
+
+def choose_photos(photos: Path, work: Path, count: int) -> Path:
+    """A folder of links to `count` evenly spaced files of `photos` (0 = all), one subfolder per class.
+
+    **Raises:** `UserError` if there are fewer, or no class folders.
+    """
+    found = list_images(photos)
+    count = count or len(found.paths)
+    if len(found.paths) < count or len(found.classes) < 2:
+        raise UserError(
+            f"{photos} has {len(found.paths)} images in {len(found.classes)} classes, expected {count} or more in 2 "
+            f"or more; make them with python -m bench.photos {photos}"
+        )
+    folder = work / f"photos-{count}"
+    for chosen in range(count):
+        index = chosen * len(found.paths) // count
+        link = folder / found.classes[found.labels[index]] / f"{chosen:06d}{Path(found.paths[index]).suffix}"
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if not link.exists():
+            link.symlink_to(Path(found.paths[index]).resolve())
+    return folder
+
+
+def files_in(folder: Path) -> list[Path]:
+    """All files below `folder`."""
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def prepare_command(source: Path, out: Path, name: str, workers: int) -> list[str]:
+    """The command line that prepares `source` as the set `name`."""
+    command = [sys.executable, "-m", "data_prep.images", str(source), str(out), *SETS[name], "--overwrite"]
+    return [*command, "--jpeg_quality", str(QUALITY), "--num_workers", str(workers)]
+
+
+def prepared(source: Path, work: Path, name: str, workers: int) -> Path:
+    """The set `name` of `source`, prepared unless it is there already."""
+    out = work / f"{source.name}-{name}.beton"
+    if not out.exists():
+        say(f"preparing {out}")
+        run(prepare_command(source, out, name, workers))
+    read_sidecar(out)
+    return out
+
+
+def run(command: Sequence[str]) -> None:
+    """Run a command quietly. **Raises:** `UserError` with the end of what it printed, if it fails."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    if done.returncode:
+        last = (done.stdout.strip().splitlines() or ["no output"])[-1]
+        raise UserError(f"{' '.join(command)} failed with status {done.returncode}: {last}")
