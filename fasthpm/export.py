@@ -66,7 +66,8 @@ def compare(target: Target, model: HPMViT, recipe: Recipe, path: Path) -> float:
     """Largest difference between the outputs of what was written and ours, over our largest output; in float64."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(IMAGES, model.in_chans, *model.img_size, generator=generator, dtype=torch.float64)
-    mask = torch.rand(IMAGES, model.num_patches, generator=generator).argsort(1) < recipe.num_masked
+    masked = model.num_patches - int(model.num_patches * (1 - recipe.mask_ratio))
+    mask = torch.rand(IMAGES, model.num_patches, generator=generator).argsort(1) < masked
     ours = target.ours(copy.deepcopy(model).double().eval(), images, mask)
     theirs = target.theirs(path, images, mask)
     return float((theirs - ours).abs().max() / ours.abs().max())

@@ -4,8 +4,8 @@
     fasthpm recipes NAME                  # its command, its description, all fields
     fasthpm recipes NAME --diff OTHER     # the fields in which two differ
 
-NAME and OTHER are recipes, or recipe.json files of runs. The origin of a number that a recipe sets by itself is what
-its description says: "clip_grad 5 (released code)", likewise (paper) and (ours).
+NAME and OTHER are recipes, or recipe.json files of runs. Descriptions say where numbers come from in parts that
+begin with [paper], [released code] or [ours].
 """
 
 import dataclasses
@@ -33,6 +33,9 @@ ORIGINS: dict[str, tuple[str, str]] = {
     "alpha_start": (PAPER, "Eq. 8"),
     "alpha_end": (PAPER, "Eq. 8; the released code counts (epoch+1)/T"),
     "predict_loss": (PAPER, "Eq. 5-7"),
+    "alpha_schedule": (RELEASED, "the paper counts epoch/T"),
+    "absolute_standardize": (RELEASED, "Eq. 4 has raw losses"),
+    "pixel_loss": (PAPER, ""),
     "norm_pix_loss": (RELEASED, "its scripts; MAE's have --norm_pix_loss"),
     "ema_momentum": (RELEASED, "a ramp; the papers name one momentum: --ema_ramp_epochs 0 with both momenta alike"),
     "ema_momentum_end": (RELEASED, ""),
@@ -67,7 +70,7 @@ def entry(name: str) -> Entry:
     function = recipes.RECIPES.get(name)
     text = inspect.getdoc(function) if function else ""
     line = " ".join((text or "").split())
-    return Entry(_sentence(line), _after("Paper", line), _after("Ours", line), text or "")
+    return Entry(_sentence(line), _after("Paper", line), _after("[Oo]urs", line), text or "")
 
 
 def _sentence(text: str) -> str:
@@ -113,12 +116,14 @@ def origin(recipe: Recipe, field: str) -> str:
 
 
 def tag(text: str, field: str) -> str:
-    """What a description says of a field's origin, as in "clip_grad 5 (released code)"; empty if it does not."""
-    within_a_clause = r"(?:(?!\. )[^;(])*"
-    found = re.search(
-        rf"\b{field}\b{within_a_clause}\(((?:{PAPER}|{RELEASED}|{OURS})\b[^)]*)\)", " ".join(text.split())
-    )
-    return found[1] if found else ""
+    """The part of a description, [paper], [released code] or [ours], that mentions a field; empty if none does.
+
+    Only names of several words are looked for, with underscores or without: others are ordinary words, too.
+    """
+    parts = re.split(rf"\[({PAPER}|{RELEASED}|{OURS})\]", " ".join(text.split()))
+    names = (field, field.replace("_", " ")) if "_" in field else ()
+    found = [origin for origin, part in zip(parts[1::2], parts[2::2], strict=True) if any(n in part for n in names)]
+    return found[0] if found else ""
 
 
 def difference(name: str, other: str) -> list[str]:
