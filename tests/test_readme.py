@@ -1,6 +1,7 @@
 """The commands of README and CONTRIBUTING: every one parses, the quick ones run."""
 
 import importlib
+import json
 import re
 import shlex
 import subprocess
@@ -77,9 +78,13 @@ def test_the_debug_command_runs_and_its_output_is_usable(tmp_path: Path) -> None
     exported = check_ranks("fasthpm", "export", run, "-o", tmp_path / "encoder.safetensors", launcher="python")
     assert "timm agrees within" in exported
     paths = ("--train_path", "synthetic:150", "--val_path", "synthetic:45", "--batch_size", 16, "--bank_size", 101)
-    one = check_ranks("fasthpm", "knn", run, *paths, "-o", tmp_path / "one.json", launcher="python")
     two = check_ranks("fasthpm", "knn", run, *paths, "-o", tmp_path / "two.json", launcher="torchrun")
-    assert "k-NN top-1 (student, cls, 101 voters)" in one
-    line = next(line for line in one.splitlines() if "k-NN top-1" in line)
-    assert line in two  # any number of ranks gives the same accuracy
     assert "Pretraining" not in check_ranks("fasthpm", "report", run, launcher="python")
+    one = check_ranks("fasthpm", "knn", run, *paths, "--weights", "untrained", "student", launcher="python")
+    untrained, student = (line for line in one.splitlines() if "k-NN top-1" in line)
+    assert "k-NN top-1 (student, cls, 101 voters)" in student
+    assert student in two  # any number of ranks gives the same accuracy
+    assert "(untrained, " in untrained
+    found = [json.loads((run / f"knn_{name}_cls_101.json").read_text()) for name in ("untrained", "student")]
+    assert [result["weights"] for result in found] == ["untrained", "student"]
+    assert found[0]["accuracy"] != found[1]["accuracy"]

@@ -1,6 +1,6 @@
 """k-NN probe: DINO's weighted vote of the nearest training features, no training at all.
 
-    fasthpm knn RUN --train_path train.beton --val_path val.beton [--weights student|teacher|untrained]
+    fasthpm knn RUN --train_path train.beton --val_path val.beton [--weights student teacher untrained]
     torchrun --nproc_per_node 8 -m fasthpm knn RUN …     # features and queries are split over the ranks
 
 Protocol (DINO): features L2-normalised, votes exp(similarity / 0.07), k in {10, 20, 100, 200}; images resized and
@@ -123,11 +123,11 @@ def gather_rows(rows: Tensor, world_size: int) -> Tensor:
     return torch.cat([part[: int(n)] for part, n in zip(parts, counts, strict=True)])
 
 
-def evaluate(arguments: argparse.Namespace, launch: engine.Launch) -> dict[int, dict[int, float]]:
-    """Accuracy per k of one model for every bank size, all ranks together."""
+def evaluate(arguments: argparse.Namespace, weights: str, launch: engine.Launch) -> dict[int, dict[int, float]]:
+    """Accuracy per k of the model with these `weights` for every bank size, all ranks together."""
     sizes = arguments.bank_size
     with engine.in_agreement():
-        model, recipe = load_weights(arguments.run, arguments.weights)
+        model, recipe = load_weights(arguments.run, weights)
         model = model.to(launch.device)
         largest = 0 if 0 in sizes else max(sizes)
         bank, info = _side(arguments, arguments.train_path, model, recipe, launch, largest)
@@ -174,7 +174,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("run", type=Path, help="output_dir of a run, or one of its checkpoints")
     parser.add_argument("--train_path", required=True, help="prepared set whose labels vote")
     parser.add_argument("--val_path", required=True, help="prepared set that is classified")
-    parser.add_argument("--weights", choices=("student", "teacher", "untrained"), default="student")
+    parser.add_argument(
+        "--weights", choices=("student", "teacher", "untrained"), nargs="+", default=["student"],
+        help="which encoder; several give several results",
+    )  # fmt: skip
     parser.add_argument("--pool", choices=("cls", "mean"), default="cls", help="cls token, or mean of the patches")
     parser.add_argument("--batch_size", type=int, default=256, help="images per device and forward")
     parser.add_argument(
@@ -187,29 +190,28 @@ def main(argv: Sequence[str] | None = None) -> None:
         "-o", "--output", type=Path, default=None, help="JSON result (default: RUN/knn_WEIGHTS_POOL[_N].json)"
     )
     arguments = parser.parse_args(argv)
-    if arguments.output and len(arguments.bank_size) > 1:
-        raise UserError(
-            f"--output {arguments.output} names one file for {len(arguments.bank_size)} results; leave it out"
-        )
+    results = len(arguments.bank_size) * len(arguments.weights)
+    if arguments.output and results > 1:
+        raise UserError(f"--output {arguments.output} names one file for {results} results; leave it out")
     if arguments.batch_size < 1 or min(arguments.bank_size) < 0:
         raise UserError(
             f"batch_size is {arguments.batch_size}, expected 1 or more; bank_size is {min(arguments.bank_size)}, "
             f"expected 0 or more"
         )
-    begin = time.perf_counter()
     with engine.session() as launch:
-        results = evaluate(arguments, launch)
-        if launch.rank == 0:
-            for size, accuracy in results.items():
-                _report(arguments, size, accuracy, time.perf_counter() - begin)
+        for weights in arguments.weights:
+            begin = time.perf_counter()
+            for size, accuracy in evaluate(arguments, weights, launch).items():
+                if launch.rank == 0:
+                    _report(arguments, weights, size, accuracy, time.perf_counter() - begin)
 
 
-def _report(arguments: argparse.Namespace, size: int, accuracy: dict[int, float], seconds: float) -> None:
-    name = f"knn_{arguments.weights}_{arguments.pool}{f'_{size}' if size else ''}.json"
+def _report(arguments: argparse.Namespace, weights: str, size: int, accuracy: dict[int, float], seconds: float) -> None:
+    name = f"knn_{weights}_{arguments.pool}{f'_{size}' if size else ''}.json"
     path = arguments.output or arguments.run / name
     result = {
         "protocol": "DINO weighted k-NN, temperature 0.07",
-        "weights": arguments.weights,
+        "weights": weights,
         "pool": arguments.pool,
         "train_path": arguments.train_path,
         "val_path": arguments.val_path,
@@ -220,6 +222,6 @@ def _report(arguments: argparse.Namespace, size: int, accuracy: dict[int, float]
     path.write_text(json.dumps(result, indent=2) + "\n")
     best = max(accuracy, key=lambda k: accuracy[k])
     table = "  ".join(f"k={k}: {value:.2f}" for k, value in accuracy.items())
-    who = f"{arguments.weights}, {arguments.pool}, {size or 'all'} voters"
+    who = f"{weights}, {arguments.pool}, {size or 'all'} voters"
     print(f"k-NN top-1 ({who}): {table}  best {accuracy[best]:.2f} % at k={best}")
     print(f"written to {path}", file=sys.stderr)
