@@ -295,17 +295,19 @@ def _share(masked: int, alpha: float | Tensor) -> int | Tensor:
 def _highest(scores: Tensor, count: int | Tensor, tie_noise: Tensor | None = None) -> Tensor:
     """bool [B, L]: the `count` (one number, or [B, 1]) highest finite scores of each row, exactly that many.
 
-    Equal scores follow `tie_noise`, or the patch number. One threshold splits a row, because every patch has a key of its own: its float32 score as float64, whose 29 free
-    low bits hold the leading bits of `tie_noise`, then the patch number.
+    Equal scores follow `tie_noise`, or the patch number. One threshold splits a row, because every patch has a key of
+    its own: its float32 score as float64, whose 29 free low bits hold the leading bits of `tie_noise`, then the patch
+    number.
     """
     length = scores.shape[1]
     index_bits = (length - 1).bit_length()
     low = torch.arange(length, device=scores.device)
     if tie_noise is not None:
-        low = (tie_noise * 2.0 ** (29 - index_bits)).long().bitwise_left_shift_(index_bits).add_(low)
-    key = scores.float().double()
-    if scores.dtype != torch.bool:
-        key += 0.0  # makes -0 and 0 equal
+        low = torch.add(low, (tie_noise * 2.0 ** (29 - index_bits)).long(), alpha=1 << index_bits)
+    if scores.dtype == torch.bool:
+        key = scores.double()
+    else:
+        key = scores.float().double() + 0.0  # adding 0 makes -0 and 0 equal
         low = torch.where(key < 0, -low, low)  # upwards always: a float's bits count its magnitude
     key.view(torch.int64).add_(low)
     return key >= _threshold(key, count)
