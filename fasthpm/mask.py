@@ -7,6 +7,7 @@ masked, patches in raster order. All randomness is `noise`, uniform in [0, 1), t
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -284,7 +285,8 @@ def sample_noise(seed: int, step: Tensor, ids: Tensor, num_patches: int, draws: 
     patch = torch.arange(draws * num_patches, device=ids.device).reshape(draws, 1, num_patches)
     key = _mix(_mix(_mix(torch.full_like(step, (seed ^ 0x9E3779B9) & _LOW_32)) ^ (step & _LOW_32)))
     per_sample = _mix(key ^ _mix(ids & _LOW_32))
-    return (_mix(per_sample[None, :, None] ^ _mix(patch + 0x7F4A7C15)) >> 8).float() * 2.0**-24
+    words = _mix_small(per_sample.int()[None, :, None] ^ _mix(patch + 0x7F4A7C15).int())
+    return words.bitwise_right_shift_(8).bitwise_and_(0xFFFFFF).float().mul_(2.0**-24)
 
 
 def _share(masked: int, alpha: float | Tensor) -> int | Tensor:
@@ -301,29 +303,34 @@ def _highest(scores: Tensor, count: int | Tensor, tie_noise: Tensor | None = Non
     """
     length = scores.shape[1]
     index_bits = (length - 1).bit_length()
-    low = torch.arange(length, device=scores.device)
+    low = torch.arange(length, dtype=torch.int32, device=scores.device)
     if tie_noise is not None:
-        low = torch.add(low, (tie_noise * 2.0 ** (29 - index_bits)).long(), alpha=1 << index_bits)
+        low = torch.add(low, (tie_noise * 2.0 ** (29 - index_bits)).int(), alpha=1 << index_bits)
     if scores.dtype == torch.bool:
         key = scores.double()
     else:
-        key = scores.float().double() + 0.0  # adding 0 makes -0 and 0 equal
-        low = torch.where(key < 0, -low, low)  # upwards always: a float's bits count its magnitude
+        scores = scores.detach().float() + 0.0  # adding 0 makes -0 and 0 equal
+        low = torch.where(scores < 0, -low, low)  # upwards always: a float's bits count its magnitude
+        key = scores.double()
     key.view(torch.int64).add_(low)
     return key >= _threshold(key, count)
 
 
 def _threshold(key: Tensor, count: int | Tensor) -> Tensor:
-    """The `count`-th highest key of every row, [B, 1]; above all keys where `count` is 0."""
+    """The `count`-th highest key of every row, [B, 1]; above all keys where `count` is 0.
+
+    On a CPU numpy selects and sorts: it has vector instructions for that, and is 3 to 6 times faster than torch.
+    """
+    length, above = key.shape[1], torch.full_like(key[:, :1], math.inf)
     if isinstance(count, int):
         if count == 0:
-            return torch.full_like(key[:, :1], math.inf)
-        if key.device.type == "cpu":  # selection is twice as fast as sorting; on CUDA it is not deterministic
-            return key.kthvalue(key.shape[1] - count + 1, dim=1, keepdim=True).values
-        return key.sort(dim=1, descending=True).values[:, count - 1 : count]
-    ordered = key.sort(dim=1, descending=True).values
-    found = ordered.gather(1, (count - 1).clamp_min(0).expand(len(key), 1))
-    return torch.where(count > 0, found, math.inf)
+            return above
+        if key.device.type == "cpu":
+            return torch.from_numpy(np.partition(key.numpy(), length - count, axis=1)[:, length - count, None])
+        return key.sort(dim=1).values[:, -count, None]
+    ordered = torch.from_numpy(np.sort(key.numpy(), axis=1)) if key.device.type == "cpu" else key.sort(dim=1).values
+    place = (length - count).clamp_max(length - 1).expand(len(key), 1)
+    return torch.where(count > 0, ordered.gather(1, place), above)
 
 
 def _aspect(number: Tensor) -> Tensor:
@@ -361,3 +368,13 @@ def _mix(word: Tensor) -> Tensor:
     word = ((word ^ (word >> 16)) * 0x85EBCA6B) & _LOW_32
     word = ((word ^ (word >> 13)) * 0xC2B2AE35) & _LOW_32
     return word ^ (word >> 16)
+
+
+def _mix_small(word: Tensor) -> Tensor:
+    """`_mix` in place, of words held in int32 (products wrap, shifts copy the sign): a third of its time."""
+    part = (word >> 16).bitwise_and_(0xFFFF)
+    word.bitwise_xor_(part).mul_(0x85EBCA6B - (1 << 32))
+    torch.bitwise_right_shift(word, 13, out=part).bitwise_and_(0x7FFFF)
+    word.bitwise_xor_(part).mul_(0xC2B2AE35 - (1 << 32))
+    torch.bitwise_right_shift(word, 16, out=part).bitwise_and_(0xFFFF)
+    return word.bitwise_xor_(part)

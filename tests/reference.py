@@ -147,6 +147,20 @@ def single(value: float) -> float:
     return torch.tensor(value, dtype=torch.float32).item()
 
 
+def murmur(word: int) -> int:
+    """Murmur3's 32-bit finaliser."""
+    word = (word ^ (word >> 16)) * 0x85EBCA6B % 2**32
+    word = (word ^ (word >> 13)) * 0xC2B2AE35 % 2**32
+    return word ^ (word >> 16)
+
+
+def hash_noise(seed: int, step: int, sample: int, number: int) -> float:
+    """The noise of one patch, draw * L + patch = `number`."""
+    key = murmur(murmur(murmur((seed ^ 0x9E3779B9) % 2**32) ^ (step % 2**32)))
+    own = murmur(key ^ murmur(sample % 2**32))
+    return (murmur(own ^ murmur(number + 0x7F4A7C15)) >> 8) / 2**24
+
+
 def random_mask(noise: list[float], mask_ratio: float) -> set[int]:
     """MAE: the smallest noise stays visible."""
     return highest(noise, mask_counts(len(noise), mask_ratio, 0)[0])

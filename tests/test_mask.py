@@ -111,6 +111,16 @@ def test_noise_depends_on_the_sample_not_on_its_place() -> None:
     assert (noise[0] != noise[1]).double().mean() > 0.9
 
 
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**40), step=st.integers(0, 2**40), sample=st.integers(0, 2**40), length=st.integers(1, 9))
+def test_noise_is_the_hash_word_by_word(seed: int, step: int, sample: int, length: int) -> None:
+    noise = masks.sample_noise(seed, torch.tensor(step), torch.tensor([sample]), length)
+    for draw in range(2):
+        for patch in range(length):
+            want = reference.hash_noise(seed, step, sample, draw * length + patch)
+            assert noise[draw, 0, patch].item() == want
+
+
 def test_noise_is_uniform_and_uncorrelated() -> None:
     noise = masks.sample_noise(0, torch.tensor(1), torch.arange(4000), 49)
     assert noise.min() >= 0
