@@ -20,34 +20,49 @@ def last_block_saving(tokens: int, kept: int, dim: int, mlp_ratio: float = 4.0) 
     return 2 * skipped * dim * dim * (1 + 2 * mlp_ratio) + 4 * skipped * tokens * dim
 
 
-def encoder_flops(model: HPMViT, patches: int) -> float:
-    """Forward of the encoder on `patches` patches and the cls token, patch embedding included."""
-    dim = model.cls_token.shape[-1]
+def encoder_flops(model: HPMViT, patches: int, mask_tokens: int = 0, outputs: int = 0) -> float:
+    """Forward of the encoder on `patches` patches, `mask_tokens` and the cls token, patch embedding included; of the
+    last block only the last `outputs` tokens (0 = all)."""
+    dim, tokens = model.cls_token.shape[-1], patches + mask_tokens + 1
     embed = 2 * patches * dim * model.in_chans * model.patch_size**2
-    return embed + blocks_flops(len(model.blocks), patches + 1, dim)
+    saved = last_block_saving(tokens, outputs, dim) if outputs else 0.0
+    return embed + blocks_flops(len(model.blocks), tokens, dim) - saved
 
 
-def decoder_flops(model: HPMViT, outputs: int, head: int) -> float:
-    """Forward of one decoder with a `head` wide head on its last `outputs` tokens."""
-    dim, tokens = model.mask_token.shape[-1], model.num_patches + 1
-    blocks = blocks_flops(len(model.decoder_blocks), tokens, dim) - last_block_saving(tokens, outputs, dim)
-    return blocks + 2 * outputs * dim * head
+def reconstructor_flops(model: HPMViT, outputs: int) -> float:
+    """Forward of the reconstructor, its head on its last `outputs` tokens."""
+    dim, tokens, depth = model.mask_token.shape[-1], model.num_patches + 1, len(model.decoder_blocks)
+    blocks = blocks_flops(depth, tokens, dim) - (last_block_saving(tokens, outputs, dim) if depth else 0.0)
+    return blocks + 2 * outputs * dim * model.in_chans * model.patch_size**2
+
+
+def predictor_flops(model: HPMViT, outputs: int) -> float:
+    """Forward of the loss predictor on its last `outputs` tokens."""
+    width, tokens = model.mask_token.shape[-1], model.num_patches + 1
+    dim = model.decoder_pred_losspred.weight.shape[-1]
+    blocks = blocks_flops(len(model.decoder_blocks_losspred), tokens, dim) - last_block_saving(tokens, outputs, dim)
+    embed = 0 if dim == width else 2 * tokens * width * dim
+    return embed + blocks + 2 * outputs * dim
 
 
 def embed_flops(model: HPMViT, patches: int) -> float:
-    """Forward of the linear map from encoder to decoder width, cls included."""
-    return 2 * (patches + 1) * model.cls_token.shape[-1] * model.mask_token.shape[-1]
+    """Forward of the linear map from encoder to decoder width, cls included; SimMIM has none."""
+    return (
+        0 if model.encoder_mask_tokens else 2 * (patches + 1) * model.cls_token.shape[-1] * model.mask_token.shape[-1]
+    )
 
 
 def step_flops(model: HPMViT, recipe: Recipe) -> dict[str, float]:
     """FLOPs per sample of one step: {"teacher", "student" (forward and backward), "total"}."""
-    visible = recipe.num_patches - recipe.num_masked
-    student = encoder_flops(model, visible) + embed_flops(model, visible)
-    student += decoder_flops(model, recipe.num_masked, model.in_chans * model.patch_size**2)
-    if recipe.predict_loss != "none":
-        student += decoder_flops(model, recipe.num_masked, 1)
+    length, masked, predicts = recipe.num_patches, recipe.num_masked, recipe.predict_loss != "none"
+    if model.encoder_mask_tokens:
+        student = encoder_flops(model, length - masked, masked, 0 if predicts else masked)
+    else:
+        student = encoder_flops(model, length - masked) + embed_flops(model, length - masked)
+    student += reconstructor_flops(model, masked)
+    if predicts:
+        student += predictor_flops(model, masked)
     teacher = 0.0
     if recipe.uses_teacher:
-        teacher = encoder_flops(model, recipe.num_patches) + embed_flops(model, recipe.num_patches)
-        teacher += decoder_flops(model, recipe.num_patches + 1, 1)
+        teacher = encoder_flops(model, length) + embed_flops(model, length) + predictor_flops(model, length)
     return {"teacher": teacher, "student": 3 * student, "total": teacher + 3 * student}

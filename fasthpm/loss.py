@@ -3,11 +3,17 @@
 All in float32 whatever the forward pass ran in (and in float64 if it did).
 """
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 EPS = 1e-6
+# Pairs that `pair_blocks` holds at a time: 1 MiB of float32 on a CPU (about a core's cache), fewer launches elsewhere.
+BLOCK_ELEMENTS = {"cpu": 1 << 18}
+BLOCK_ELEMENTS_ELSEWHERE = 1 << 20
 
 
 def full_precision(values: Tensor) -> Tensor:
@@ -27,9 +33,13 @@ def pixel_target(patches: Tensor, norm_pix_loss: bool) -> Tensor:
     return (patches - mean) * (variance + EPS).rsqrt()
 
 
-def patch_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """Reconstruction loss of every patch (Eq. 3): mean squared difference, [B, M] from two [B, M, P*P*C]."""
-    return (full_precision(prediction) - target).square().mean(dim=-1)
+def patch_loss(prediction: Tensor, target: Tensor, kind: str = "mse") -> Tensor:
+    """Reconstruction loss of every patch (Eq. 3): [B, M] from two [B, M, P*P*C].
+
+    `kind`: "mse", the mean squared difference (MAE, HPM), or "l1", the mean absolute difference (SimMIM).
+    """
+    difference = full_precision(prediction) - target
+    return (difference.square() if kind == "mse" else difference.abs()).mean(dim=-1)
 
 
 def ranking_loss(predicted: Tensor, actual: Tensor) -> Tensor:
@@ -40,16 +50,66 @@ def ranking_loss(predicted: Tensor, actual: Tensor) -> Tensor:
     only. The released code computes log(sigmoid(x) + 1e-6), which caps a pair at 13.8 and loses the gradient of
     badly ordered pairs; here it is the exact log-sigmoid.
 
+    Nothing of size [B, M, M] is stored: see `pair_blocks`.
+
     - `predicted`, `actual`: [B, M]
 
     **Returns:** a scalar.
     """
+    return _RankingLoss.apply(full_precision(predicted), full_precision(actual.detach()))
+
+
+def ranking_loss_plain(predicted: Tensor, actual: Tensor) -> Tensor:
+    """`ranking_loss` as written, in some ten tensors of [B, M, M]."""
     predicted, actual = full_precision(predicted), full_precision(actual.detach())
     # (i, j) and (j, i) say the same, so the sign folds Eq. 5's two terms into one.
     sign = torch.sign(actual[:, :, None] - actual[:, None, :])
     margin = sign * (predicted[:, :, None] - predicted[:, None, :])
     valid = sign != 0
     return (F.softplus(-margin) * valid).sum() / valid.sum().clamp_min(1)
+
+
+def pair_blocks(predicted: Tensor, actual: Tensor) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+    """All pairs of patches of an image, each once, in blocks of bounded size.
+
+    - `predicted`, `actual`: [B, M], every row sorted by descending `actual`
+
+    **Yields:** rows i, columns j, margin = predicted_i - predicted_j and valid = [actual_i > actual_j], both
+    [B, rows, columns]. i = j and pairs of equal losses are not valid.
+    """
+    batch, count = predicted.shape
+    elements = BLOCK_ELEMENTS.get(predicted.device.type, BLOCK_ELEMENTS_ELSEWHERE)
+    height = max(1, min(count, elements // max(batch * count, 1)))
+    for first in range(0, count - 1, height):
+        rows, columns = slice(first, min(first + height, count)), slice(first, count)
+        margin = predicted[:, rows, None] - predicted[:, None, columns]
+        yield rows, columns, margin, actual[:, rows, None] > actual[:, None, columns]
+
+
+class _RankingLoss(torch.autograd.Function):
+    """Value and gradient in one pass over the blocks, so that the backward pass is a product with a number."""
+
+    @staticmethod
+    def forward(ctx: Any, predicted: Tensor, actual: Tensor) -> Tensor:
+        ordered, ids = actual.sort(dim=1, descending=True)
+        scores = predicted.gather(1, ids)
+        slope = torch.zeros_like(scores)
+        total = scores.new_zeros((), dtype=torch.float64)
+        pairs = torch.zeros((), dtype=torch.int64, device=scores.device)
+        for rows, columns, margin, valid in pair_blocks(scores, ordered):
+            total += F.softplus(-margin).mul_(valid).sum()
+            pairs += valid.sum()
+            push = torch.sigmoid_(margin.neg_()).mul_(valid)
+            slope[:, rows] -= push.sum(dim=2)
+            slope[:, columns] += push.sum(dim=1)
+        pairs = pairs.clamp_min(1)
+        ctx.save_for_backward(torch.empty_like(slope).scatter_(1, ids, slope / pairs))
+        return (total / pairs).to(scores.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (slope,) = ctx.saved_tensors
+        return gradients[0] * slope, None
 
 
 def absolute_loss(predicted: Tensor, actual: Tensor, *, standardize: bool = True) -> Tensor:
@@ -65,9 +125,11 @@ def absolute_loss(predicted: Tensor, actual: Tensor, *, standardize: bool = True
     return (predicted - actual).square().mean()
 
 
-def difficulty_loss(kind: str, predicted: Tensor, actual: Tensor) -> Tensor:
-    """The recipe's `predict_loss`: "relative" or "absolute"."""
-    return ranking_loss(predicted, actual) if kind == "relative" else absolute_loss(predicted, actual)
+def difficulty_loss(kind: str, predicted: Tensor, actual: Tensor, *, standardize: bool = True) -> Tensor:
+    """The recipe's `predict_loss`: "relative" or "absolute" (`standardize`: its targets)."""
+    if kind == "relative":
+        return ranking_loss(predicted, actual)
+    return absolute_loss(predicted, actual, standardize=standardize)
 
 
 def spearman(predicted: Tensor, actual: Tensor) -> Tensor:
@@ -80,8 +142,9 @@ def spearman(predicted: Tensor, actual: Tensor) -> Tensor:
 
 def pair_accuracy(predicted: Tensor, actual: Tensor) -> Tensor:
     """Share of patch pairs of an image that `predicted` puts in the actual order (0.5 = chance); [B, M] each."""
-    actual, predicted = actual.detach().float(), predicted.detach().float()
-    sign = torch.sign(actual[:, :, None] - actual[:, None, :])
-    right = torch.sign(predicted[:, :, None] - predicted[:, None, :]) == sign
-    valid = sign != 0
-    return (right & valid).sum() / valid.sum().clamp_min(1)
+    ordered, ids = actual.detach().float().sort(dim=1, descending=True)
+    scores = predicted.detach().float().gather(1, ids)
+    counts = torch.zeros(2, dtype=torch.int64, device=scores.device)
+    for _, _, margin, valid in pair_blocks(scores, ordered):
+        counts += torch.stack([((margin > 0) & valid).sum(), valid.sum()])
+    return counts[0] / counts[1].clamp_min(1)

@@ -1,4 +1,4 @@
-"""One masked autoencoder: ViT encoder, reconstructor and (HPM) loss predictor.
+"""One masked autoencoder: ViT encoder, reconstructor and (HPM) loss predictor. MAE and SimMIM are settings of it.
 
 Parameters carry the names of the published MAE and HPM checkpoints. Every parameter is read inside the forward of the
 module that owns it, so ZeRO-3 can partition them; the expensive parts only see the tokens that they need.
@@ -36,9 +36,16 @@ class Output(NamedTuple):
 class HPMViT(nn.Module):
     """Masked autoencoder with a loss predictor (HPM), or without (MAE). Fixed 2-D sine-cosine positions, cls token.
 
+    With `encoder_mask_tokens` it is SimMIM: the mask tokens enter the encoder, which sees all L patches, and the
+    reconstructor is a linear head on the encoder's output. Paper: that, 32 x 32 units and `pixel_loss="l1"`. From the
+    AMT paper's SimMIM: absolute positions (SimMIM has relative ones, and LayerScale). Ours: HPM on it, which neither
+    HPM paper tried (they added it to MAE, BEiT and iBOT); the loss predictor reads the encoder's output.
+
     - `img_size`: side or (height, width) in pixels, multiples of `patch_size`
     - `predict_loss`: "relative", "absolute" or "none" (no predictor: MAE)
-    - `norm_pix_loss`: see `fasthpm.loss.pixel_target`
+    - `predictor_dim`, `predictor_depth`: of the loss predictor; 0 = the decoder's. Another width than that of the
+      tokens that it reads (of the decoder, in SimMIM of the encoder) costs one linear map
+    - `pixel_loss`: "mse" or "l1"; `absolute_standardize`, `norm_pix_loss`: see `fasthpm.loss`
 
     **Raises:** `UserError` for sizes that do not fit together.
     """
@@ -59,14 +66,21 @@ class HPMViT(nn.Module):
         decoder_depth: int = 8,
         decoder_num_heads: int = 16,
         mlp_ratio: float = 4.0,
+        predictor_dim: int = 0,
+        predictor_depth: int = 0,
+        encoder_mask_tokens: bool = False,
         predict_loss: str = "relative",
+        absolute_standardize: bool = True,
+        pixel_loss: str = "mse",
         norm_pix_loss: bool = False,
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.img_size = (img_size, img_size) if isinstance(img_size, int) else (img_size[0], img_size[1])
         self.patch_size, self.in_chans = patch_size, in_chans
-        self.predict_loss_kind, self.norm_pix_loss = predict_loss, norm_pix_loss
+        self.predict_loss_kind, self.absolute_standardize = predict_loss, absolute_standardize
+        self.pixel_loss, self.norm_pix_loss = pixel_loss, norm_pix_loss
+        self.encoder_mask_tokens = encoder_mask_tokens
         self.grid_size = _grid(self.img_size, patch_size)
         self.num_patches = self.grid_size[0] * self.grid_size[1]
         patch_dim = patch_size**2 * in_chans
@@ -77,16 +91,21 @@ class HPMViT(nn.Module):
         self.blocks = _blocks(depth, embed_dim, num_heads, mlp_ratio)
         self.norm = nn.LayerNorm(embed_dim, LAYER_NORM_EPS)
 
-        self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
-        self.register_buffer("decoder_pos_embed", sincos_positions(decoder_embed_dim, self.grid_size)[None])
-        self.decoder_blocks = _blocks(decoder_depth, decoder_embed_dim, decoder_num_heads, mlp_ratio)
-        self.decoder_norm = nn.LayerNorm(decoder_embed_dim, LAYER_NORM_EPS)
-        self.decoder_pred = nn.Linear(decoder_embed_dim, patch_dim)
+        width = embed_dim if encoder_mask_tokens else decoder_embed_dim  # of the tokens that both heads read
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.decoder_blocks = _blocks(0 if encoder_mask_tokens else decoder_depth, width, decoder_num_heads, mlp_ratio)
+        self.decoder_norm: nn.Module = nn.Identity()
+        if not encoder_mask_tokens:
+            self.decoder_embed = nn.Linear(embed_dim, width)
+            self.register_buffer("decoder_pos_embed", sincos_positions(width, self.grid_size)[None])
+            self.decoder_norm = nn.LayerNorm(width, LAYER_NORM_EPS)
+        self.decoder_pred = nn.Linear(width, patch_dim)
         if predict_loss != "none":
-            self.decoder_blocks_losspred = _blocks(decoder_depth, decoder_embed_dim, decoder_num_heads, mlp_ratio)
-            self.decoder_norm_losspred = nn.LayerNorm(decoder_embed_dim, LAYER_NORM_EPS)
-            self.decoder_pred_losspred = ScalarHead(decoder_embed_dim, patch_dim)
+            dim = predictor_dim or decoder_embed_dim
+            self.decoder_embed_losspred = nn.Identity() if dim == width else nn.Linear(width, dim)
+            self.decoder_blocks_losspred = _blocks(predictor_depth or decoder_depth, dim, decoder_num_heads, mlp_ratio)
+            self.decoder_norm_losspred = nn.LayerNorm(dim, LAYER_NORM_EPS)
+            self.decoder_pred_losspred = ScalarHead(dim, patch_dim)
         self.apply(_init_linear)
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.mask_token, std=0.02)
@@ -116,17 +135,20 @@ class HPMViT(nn.Module):
         - `images`: float [B, C, H, W], normalised, or patches [B, L, P*P*C]
         - `mask`: bool [B, L], True = masked, the same number in every row; None = nothing masked
 
-        **Returns:** [B, 1 + V, D], cls token first, visible patches in ascending order.
+        **Returns:** [B, 1 + V, D], cls token first, visible patches in ascending order. SimMIM's encoder sees the mask
+        tokens too, and returns none of them.
         """
-        return self._encode(self.patchify(images), None if mask is None else split_ids(mask, _count(mask))[0])
+        if mask is None:
+            return self._encode(self.patchify(images))
+        visible, masked = split_ids(mask, _count(mask))
+        return self._encode(self.patchify(images), visible, masked)[:, : 1 + visible.shape[1]]
 
     def predict_loss(self, images: Tensor) -> Tensor:
         """Predicted difficulty of every patch, from all of them visible (the teacher's forward): float32 [B, L]."""
-        patches = self.patchify(images)
-        tokens = self.decoder_embed(self._encode(patches, None)) + self.decoder_pos_embed
-        for block in self.decoder_blocks_losspred:
-            tokens = block(tokens)
-        return self.decoder_pred_losspred(self.decoder_norm_losspred(tokens[:, 1:]))
+        tokens = self._encode(self.patchify(images))
+        if not self.encoder_mask_tokens:
+            tokens = self.decoder_embed(tokens) + self.decoder_pos_embed
+        return self._difficulty(tokens, self.num_patches)
 
     def forward(self, images: Tensor, mask: Tensor, *, num_masked: int | None = None) -> Output:
         """Reconstruct the masked patches and predict their losses (Eq. 2-7).
@@ -136,37 +158,51 @@ class HPMViT(nn.Module):
         """
         patches = self.patchify(images)
         visible, masked = split_ids(mask, _count(mask) if num_masked is None else num_masked)
-        tokens = self._decoder_input(self._encode(patches, visible), visible, masked)
-        count = masked.shape[1]
+        tokens, count = self._tokens(patches, visible, masked), masked.shape[1]
         reconstruction = self.decoder_pred(self.decoder_norm(_run(self.decoder_blocks, tokens, count)))
         target = losses.pixel_target(_gather(patches, masked), self.norm_pix_loss)
-        per_patch = losses.patch_loss(reconstruction, target)
+        per_patch = losses.patch_loss(reconstruction, target, self.pixel_loss)
         actual = per_patch.detach()
         if self.predict_loss_kind == "none":
             predicted, difficulty = torch.zeros_like(actual), actual.new_zeros(())
         else:
-            hidden = self.decoder_norm_losspred(_run(self.decoder_blocks_losspred, tokens, count))
-            predicted = self.decoder_pred_losspred(hidden)
-            difficulty = losses.difficulty_loss(self.predict_loss_kind, predicted, actual)
+            predicted = self._difficulty(tokens, count)
+            difficulty = losses.difficulty_loss(
+                self.predict_loss_kind, predicted, actual, standardize=self.absolute_standardize
+            )
         mean = per_patch.mean()
         return Output(mean + difficulty, mean, difficulty, actual, predicted, reconstruction)
 
-    def _encode(self, patches: Tensor, visible: Tensor | None) -> Tensor:
+    def _encode(
+        self, patches: Tensor, visible: Tensor | None = None, masked: Tensor | None = None, last: int = 0
+    ) -> Tensor:
+        """cls, visible patches and, in SimMIM, mask tokens through the encoder; `last`: as in `_run`."""
         positions = self.pos_embed[:, 1:].expand(len(patches), -1, -1)
-        if visible is not None:
-            patches, positions = _gather(patches, visible), _gather(positions, visible)
-        tokens = self.patch_embed(patches.to(self.cls_token.dtype)) + positions
+        seen = positions if visible is None else _gather(positions, visible)
+        patches = patches if visible is None else _gather(patches, visible)
+        tokens = self.patch_embed(patches.to(self.cls_token.dtype)) + seen
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(tokens), -1, -1)
-        return self.norm(_run(self.blocks, torch.cat([cls, tokens], dim=1)))
+        sequence = [cls, tokens]
+        if self.encoder_mask_tokens and masked is not None:
+            sequence.append(self.mask_token + _gather(positions, masked))
+        return self.norm(_run(self.blocks, torch.cat(sequence, dim=1), last))
 
-    def _decoder_input(self, latent: Tensor, visible: Tensor, masked: Tensor) -> Tensor:
-        """[B, 1 + L, decoder width]: cls, visible tokens, then mask tokens, each with its position."""
-        positions = self.decoder_pos_embed[:, 1:].expand(len(latent), -1, -1)
-        latent = self.decoder_embed(latent)
+    def _tokens(self, patches: Tensor, visible: Tensor, masked: Tensor) -> Tensor:
+        """What reconstructor and loss predictor read: cls, visible and masked tokens; only masked ones where no more
+        are needed."""
+        if self.encoder_mask_tokens:
+            return self._encode(patches, visible, masked, masked.shape[1] if self.predict_loss_kind == "none" else 0)
+        positions = self.decoder_pos_embed[:, 1:].expand(len(patches), -1, -1)
+        latent = self.decoder_embed(self._encode(patches, visible))
         cls = latent[:, :1] + self.decoder_pos_embed[:, :1]
         return torch.cat(
             [cls, latent[:, 1:] + _gather(positions, visible), self.mask_token + _gather(positions, masked)], dim=1
         )
+
+    def _difficulty(self, tokens: Tensor, last: int) -> Tensor:
+        """The loss predictor on what `_tokens` gives: float32 [B, last], the last `last` patches' difficulty."""
+        hidden = _run(self.decoder_blocks_losspred, self.decoder_embed_losspred(tokens), last)
+        return self.decoder_pred_losspred(self.decoder_norm_losspred(hidden))
 
 
 class PatchEmbed(nn.Module):
@@ -311,11 +347,18 @@ LAYOUTS: dict[str, tuple[tuple[int, int], ...]] = {  # size: (patch side, image 
 }
 
 
+METHODS: dict[str, dict[str, Any]] = {
+    "hpm": {},
+    "mae": {"predict_loss": "none"},
+    "simmim": {"predict_loss": "none", "encoder_mask_tokens": True, "pixel_loss": "l1"},
+}
+
+
 def model_names() -> list[str]:
-    """All registered names: {hpm,mae}_vit_{size}_patch{P}_{input}."""
+    """All registered names: {hpm,mae,simmim}_vit_{size}_patch{P}_{input}."""
     return [
         f"{method}_vit_{size}_patch{patch}_{side}"
-        for method in ("hpm", "mae")
+        for method in METHODS
         for size, layouts in LAYOUTS.items()
         for patch, side in layouts
     ]
@@ -330,10 +373,8 @@ def create_model(name: str, **overrides: Any) -> HPMViT:
     if name not in names:
         raise UserError(f"unknown model {name!r}{nearest(name, names)}; expected one of {', '.join(names)}")
     method, _, size, patch, side = name.split("_")
-    defaults: dict[str, Any] = {"img_size": int(side), "patch_size": int(patch.removeprefix("patch")), **SIZES[size]}
-    if method == "mae":
-        defaults["predict_loss"] = "none"
-    return HPMViT(**{**defaults, **overrides})
+    shape = {"img_size": int(side), "patch_size": int(patch.removeprefix("patch"))}
+    return HPMViT(**{**shape, **SIZES[size], **METHODS[method], **overrides})
 
 
 def _register(name: str) -> None:
@@ -365,7 +406,7 @@ def _run(blocks: nn.ModuleList, tokens: Tensor, last: int = 0) -> Tensor:
     """All blocks; the last one only for the `last` tokens at the end (0 = all)."""
     for block in blocks[:-1]:
         tokens = block(tokens)
-    return blocks[-1](tokens, last)
+    return blocks[-1](tokens, last) if len(blocks) else tokens[:, -last:]
 
 
 def _gather(tokens: Tensor, ids: Tensor) -> Tensor:

@@ -15,9 +15,11 @@ from typing import Any
 
 from fasthpm.data.sampling import INTERPOLATIONS, SAMPLE_ORDERS
 from fasthpm.errors import UserError, nearest
+from fasthpm.mask import BY_DIFFICULTY, POLICIES, MaskPlan
 
-MASK_POLICIES = ("random", "hpm", "hpm_easiest")
 PREDICT_LOSSES = ("relative", "absolute", "none")
+PIXEL_LOSSES = ("mse", "l1")
+ALPHA_SCHEDULES = ("released", "paper", "step")
 
 
 def option(default: Any, help: str, *, choices: tuple[str, ...] | None = None, run_only: bool = False) -> Any:
@@ -31,19 +33,33 @@ class Recipe:
 
     recipe: str = option("debug", "name of the recipe that the other flags start from")
     # model
-    model: str = option("hpm_vit_base_patch16_224", "registered model name (hpm_… predicts losses, mae_… does not)")
+    model: str = option(
+        "hpm_vit_base_patch16_224", "registered model name: hpm_…, mae_… (no loss predictor) or simmim_…"
+    )
     input_size: str = option("224", "side of the training crop, or HEIGHTxWIDTH")
     patch_size: int = option(16, "side of a patch")
     channels: int = option(3, "image channels, as the prepared set has them")
     decoder_dim: int = option(512, "width of the reconstructor and of the loss predictor")
-    decoder_depth: int = option(8, "blocks of the reconstructor and of the loss predictor")
+    decoder_depth: int = option(8, "blocks of the reconstructor (SimMIM's is a linear head) and of the loss predictor")
+    predictor_dim: int = option(0, "width of the loss predictor alone; 0 = decoder_dim")
+    predictor_depth: int = option(0, "blocks of the loss predictor alone; 0 = decoder_depth")
     decoder_heads: int = option(16, "attention heads of both decoders")
     # method
     mask_ratio: float = option(0.75, "share of patches that are masked")
-    mask_policy: str = option("hpm", "which patches are masked", choices=MASK_POLICIES)
+    mask_policy: str = option("hpm", "which patches are masked", choices=POLICIES)
+    mask_unit: int = option(0, "side in pixels of the squares that are masked as a whole (SimMIM: 32); 0 = patch_size")
     alpha_start: float = option(0.0, "share of the mask that the teacher chooses, at the start")
     alpha_end: float = option(0.5, "the same at the end; linear in between (Eq. 8)")
+    alpha_schedule: str = option(
+        "released",
+        "how far between them: (epoch+1)/epochs as in the released code, epoch/epochs as in the paper, or per step",
+        choices=ALPHA_SCHEDULES,
+    )
     predict_loss: str = option("relative", "objective of the loss predictor (Eq. 4-7)", choices=PREDICT_LOSSES)
+    absolute_standardize: bool = option(
+        True, "absolute objective: of losses standardised per image (released code), not raw ones (Eq. 4)"
+    )
+    pixel_loss: str = option("mse", "reconstruction loss: mse (MAE, HPM) or l1 (SimMIM)", choices=PIXEL_LOSSES)
     norm_pix_loss: bool = option(False, "normalise each target patch to zero mean and unit variance")
     ema_momentum: float = option(0.999, "teacher momentum at the start (Eq. 1)")
     ema_momentum_end: float = option(0.9999, "teacher momentum after the ramp")
@@ -119,13 +135,19 @@ class Recipe:
 
     @property
     def num_masked(self) -> int:
-        """M = L - int(L(1 - mask_ratio))."""
-        return self.num_patches - int(self.num_patches * (1 - self.mask_ratio))
+        """M; see `MaskPlan.num_masked`."""
+        return self.mask_plan.num_masked
+
+    @property
+    def mask_plan(self) -> MaskPlan:
+        """How the masks are drawn."""
+        unit = (self.mask_unit or self.patch_size) // self.patch_size
+        return MaskPlan(self.mask_policy, self.mask_ratio, self.grid_size, unit=unit)
 
     @property
     def uses_teacher(self) -> bool:
         """Whether a step needs the teacher's difficulty: the mask policy decides."""
-        return self.mask_policy != "random"
+        return self.mask_policy in BY_DIFFICULTY
 
     @property
     def total_steps(self) -> int:
@@ -225,6 +247,9 @@ class Recipe:
             "stop_after",
             "ema_ramp_epochs",
             "seed",
+            "mask_unit",
+            "predictor_dim",
+            "predictor_depth",
         )
         shares = (
             *("alpha_start", "alpha_end", "ema_momentum", "ema_momentum_end", "crop_min", "beta1", "beta2"),
@@ -243,10 +268,11 @@ class Recipe:
             raise UserError(
                 f"warmup_epochs {self.warmup_epochs:g} is more than epochs {self.epochs}; lower --warmup_epochs"
             )
-        if self.decoder_dim % self.decoder_heads or self.decoder_dim % 4:
-            raise UserError(
-                f"decoder_dim {self.decoder_dim} must be a multiple of 4 and of decoder_heads {self.decoder_heads}"
-            )
+        for name in ("decoder_dim", "predictor_dim"):
+            if getattr(self, name) % self.decoder_heads or getattr(self, name) % 4:
+                raise UserError(
+                    f"{name} {getattr(self, name)} must be a multiple of 4 and of decoder_heads {self.decoder_heads}"
+                )
         if self.predict_loss != "none" and self.model.startswith("mae_"):
             raise UserError(
                 f"model {self.model} has no loss predictor; use --predict_loss none, or the model hpm_{self.model[4:]}"
@@ -255,6 +281,16 @@ class Recipe:
             raise UserError(
                 f"mask_policy {self.mask_policy} follows predicted losses, but predict_loss is none; use "
                 f"--predict_loss relative, or --mask_policy random"
+            )
+        if self.predict_loss == "none" and (self.predictor_dim or self.predictor_depth):
+            raise UserError(
+                f"predictor_dim {self.predictor_dim} and predictor_depth {self.predictor_depth} shape the loss "
+                f"predictor, but predict_loss is none; use 0 for both, or --predict_loss relative"
+            )
+        if not self.absolute_standardize and self.predict_loss != "absolute":
+            raise UserError(
+                f"absolute_standardize is off, but predict_loss is {self.predict_loss}; it belongs to "
+                f"--predict_loss absolute"
             )
 
     def _check_patches(self) -> None:
@@ -268,14 +304,18 @@ class Recipe:
                     f"input_size {self.input_size} is not a multiple of patch_size {self.patch_size}; "
                     f"use e.g. --input_size {near}"
                 )
-        masked = self.num_masked if 0 <= self.mask_ratio <= 1 else -1
+        if self.mask_unit % self.patch_size:
+            near = max(1, round(self.mask_unit / self.patch_size)) * self.patch_size
+            raise UserError(
+                f"mask_unit {self.mask_unit} is not a multiple of patch_size {self.patch_size}; use e.g. "
+                f"--mask_unit {near}"
+            )
+        masked = self.num_masked
         if not 0 < masked < self.num_patches:
             raise UserError(
                 f"mask_ratio {self.mask_ratio} of {self.num_patches} patches leaves no "
                 f"{'masked' if masked == 0 else 'visible'} patch; choose one strictly between 0 and 1 that "
                 f"masks 1 to {self.num_patches - 1} patches"
-                if masked in (0, self.num_patches)
-                else f"mask_ratio is {self.mask_ratio}, expected between 0 and 1"
             )
 
 

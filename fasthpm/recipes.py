@@ -1,6 +1,7 @@
 """One short function per published run: command, the paper's number, ours or "not yet run".
 
-`from_name("hpm_vit_base_in1k_200e")` builds one; every number can be overridden on the command line.
+`from_name("hpm_vit_base_in1k_200e")` builds one; every number can be overridden on the command line. The docstrings
+say where the numbers come from: [paper], [released code] or [ours]; where they disagree, the flag that gives the other.
 """
 
 from collections.abc import Callable
@@ -16,8 +17,15 @@ def hpm_vit_base_in1k_200e() -> Recipe:
 
     deepspeed --module fasthpm.pretrain --recipe hpm_vit_base_in1k_200e --data_path in1k_train.beton --output_dir OUT
 
-    Global batch 2048, blr 1.5e-4, gradient norm clipped at 5, EMA 0.999 → 0.9999 over 100 epochs (released
-    PRETRAIN.md and code). Paper (TPAMI): fine-tune 82.95, linear 54.92, k-NN 36.09. Ours: not yet run.
+    Paper (TPAMI): fine-tune 82.95, linear 54.92, k-NN 36.09. Ours: not yet run.
+
+    [paper] mask ratio 0.75, alpha 0 → 0.5, relative loss, two decoders of 8 blocks and 512 wide; MAE's AdamW, blr
+    1.5e-4, weight decay 0.05, 40 epochs of warm-up, cosine. Other decoders: --decoder_depth and --decoder_dim for both,
+    --predictor_depth and --predictor_dim for the loss predictor alone (paper: 1, 2, 4, 8, 12 and 128 … 1024).
+    [released code] global batch 2048 (its PRETRAIN.md; its scripts: --global_batch_size 256); gradient norm clipped at
+    5 (paper: no word, --clip_grad 0); raw pixels (--norm_pix_loss); EMA 0.999 → 0.9999 over 100 epochs (paper: one
+    value, --ema_ramp_epochs 0 --ema_momentum_end M); alpha at (epoch + 1)/epochs (paper: --alpha_schedule paper).
+    [ours] the exact log-sigmoid in the relative loss; no weight decay on cls and mask token.
     """
     return Recipe(recipe="hpm_vit_base_in1k_200e", batch_size=256, global_batch_size=2048)
 
@@ -51,6 +59,91 @@ def mae_vit_base_in1k_200e() -> Recipe:
         predict_loss="none",
         clip_grad=0.0,
     )
+
+
+def mae_vit_large_in1k_200e() -> Recipe:
+    """MAE, ViT-L/16, ImageNet-1K, 200 epochs. Paper (TPAMI's table): fine-tune 83.3. Ours: not yet run.
+
+    Settings as in mae_vit_base_in1k_200e.
+    """
+    return replace(mae_vit_base_in1k_200e(), recipe="mae_vit_large_in1k_200e", model="mae_vit_large_patch16_224")
+
+
+def mae_losspred_vit_base_in1k_200e() -> Recipe:
+    """MAE with a loss predictor: HPM with random masks, ViT-B/16, ImageNet-1K, 200 epochs. The papers' "random" rows.
+
+    Paper: fine-tune 82.49, linear 51.26, k-NN 31.98. Ours: not yet run.
+
+    [paper] random masks, relative loss. [released code], [ours]: as in hpm_vit_base_in1k_200e.
+    """
+    return replace(hpm_vit_base_in1k_200e(), recipe="mae_losspred_vit_base_in1k_200e", mask_policy="random")
+
+
+def hpm_absolute_vit_base_in1k_200e() -> Recipe:
+    """HPM with the absolute loss, ViT-B/16, 200 epochs. Paper: fine-tune 82.77, linear 51.85, k-NN 34.47. Ours: not
+    yet run.
+
+    [paper] mean squared error of predicted and actual loss (Eq. 4). [released code] the actual loss standardised per
+    image first (Eq. 4 as written: --no-absolute_standardize). The rest as in hpm_vit_base_in1k_200e.
+    """
+    return replace(hpm_vit_base_in1k_200e(), recipe="hpm_absolute_vit_base_in1k_200e", predict_loss="absolute")
+
+
+def hpm_argmin_vit_base_in1k_200e() -> Recipe:
+    """Ablation: the easiest patches are masked, ViT-B/16, 200 epochs. Paper: fine-tune 82.36. Ours: not yet run.
+
+    [paper] argmin, alpha 0 → 0.5. The rest as in hpm_vit_base_in1k_200e.
+    """
+    return replace(hpm_vit_base_in1k_200e(), recipe="hpm_argmin_vit_base_in1k_200e", mask_policy="hpm_easiest")
+
+
+def hpm_hard_to_easy_vit_base_in1k_200e() -> Recipe:
+    """Ablation: hard to easy, alpha 0.5 → 0, ViT-B/16, 200 epochs. Paper: fine-tune 81.71. Ours: not yet run.
+
+    [paper] alpha. The rest as in hpm_vit_base_in1k_200e.
+    """
+    return replace(
+        hpm_vit_base_in1k_200e(), recipe="hpm_hard_to_easy_vit_base_in1k_200e", alpha_start=0.5, alpha_end=0.0
+    )
+
+
+def hpm_all_hard_vit_base_in1k_200e() -> Recipe:
+    """Ablation: only the hardest are masked, alpha 1 → 1, ViT-B/16, 200 epochs. Paper: fine-tune 81.40. Ours: not yet
+    run.
+
+    [paper] alpha. The rest as in hpm_vit_base_in1k_200e.
+    """
+    return replace(hpm_vit_base_in1k_200e(), recipe="hpm_all_hard_vit_base_in1k_200e", alpha_start=1.0, alpha_end=1.0)
+
+
+def simmim_vit_base_in1k_800e() -> Recipe:
+    """SimMIM, ViT-B/16, ImageNet-1K, 800 epochs. Paper: fine-tune 83.8. Ours: not yet run.
+
+    [paper] mask tokens in the encoder, random units of 32 x 32 pixels, ratio 0.6, linear head, l1 on masked pixels;
+    crops from 0.67 of the area. [released code] AdamW betas 0.9 and 0.999, global batch 2048, lr 1e-4 per 512 images,
+    10 epochs of warm-up, clipping at 5, lowest lr 2e-5; not reproduced: a tenth of the rate for the last 100 epochs
+    instead of a cosine, drop path 0.1, relative positions, LayerScale. [ours] the cosine; sine-cosine positions (the
+    AMT paper's SimMIM has absolute ones too).
+    """
+    return Recipe(
+        recipe="simmim_vit_base_in1k_800e", model="simmim_vit_base_patch16_224",
+        mask_policy="random", mask_ratio=0.6, mask_unit=32, predict_loss="none", pixel_loss="l1",
+        batch_size=128, global_batch_size=2048, epochs=800, warmup_epochs=10, blr=5e-5, min_lr=2e-5, beta2=0.999,
+        crop_min=0.67,
+    )  # fmt: skip
+
+
+def hpm_simmim_vit_base_in1k_800e() -> Recipe:
+    """HPM on SimMIM, ViT-B/16, ImageNet-1K, 800 epochs. No paper reports it; ours: not yet run.
+
+    [paper] HPM is "plug-and-play": a loss predictor beside the reconstructor, its teacher masks; alpha 0 → 0.5,
+    relative loss (TPAMI adds it to BEiT and iBOT too, not to SimMIM). The rest as in simmim_vit_base_in1k_800e.
+    [ours] the predictor is 2 blocks, 512 wide, on the encoder's output; a unit is as hard as its patches on average.
+    """
+    return replace(
+        simmim_vit_base_in1k_800e(), recipe="hpm_simmim_vit_base_in1k_800e",
+        mask_policy="hpm", predict_loss="relative", predictor_depth=2,
+    )  # fmt: skip
 
 
 def hpm_demo() -> Recipe:
@@ -88,6 +181,14 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
         hpm_vit_large_in1k_200e,
         hpm_vit_large_in1k_800e,
         mae_vit_base_in1k_200e,
+        mae_vit_large_in1k_200e,
+        mae_losspred_vit_base_in1k_200e,
+        hpm_absolute_vit_base_in1k_200e,
+        hpm_argmin_vit_base_in1k_200e,
+        hpm_hard_to_easy_vit_base_in1k_200e,
+        hpm_all_hard_vit_base_in1k_200e,
+        simmim_vit_base_in1k_800e,
+        hpm_simmim_vit_base_in1k_800e,
         hpm_demo,
         debug,
     )

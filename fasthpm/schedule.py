@@ -23,11 +23,17 @@ def lr_at(recipe: Recipe, step: int) -> float:
 
 
 def alpha_at(recipe: Recipe, step: int) -> float:
-    """Share of the mask that the teacher chooses (Eq. 8), constant within an epoch.
+    """Share of the mask that the teacher chooses (Eq. 8).
 
-    t/T is (epoch + 1)/epochs, as the released code has it.
+    t/T is (epoch + 1)/epochs as the released code has it, epoch/epochs as the paper, or the share of all updates that
+    are done, per the recipe's `alpha_schedule`.
     """
-    share = min((epoch_at(recipe, step) + 1) / recipe.epochs, 1.0)
+    done = {
+        "released": (epoch_at(recipe, step) + 1) / recipe.epochs,
+        "paper": epoch_at(recipe, step) / recipe.epochs,
+        "step": step / recipe.total_steps,
+    }
+    share = min(done[recipe.alpha_schedule], 1.0)
     return recipe.alpha_start + share * (recipe.alpha_end - recipe.alpha_start)
 
 

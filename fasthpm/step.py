@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fasthpm import loss as losses
 from fasthpm.clock import Stopwatch
 from fasthpm.data import DatasetInfo
-from fasthpm.mask import easy_to_hard_mask, random_mask, sample_noise, split_ids
+from fasthpm.mask import draw_mask, sample_noise, split_ids
 from fasthpm.model import HPMViT, Output, create_model
 from fasthpm.recipe import Recipe
 
@@ -35,6 +35,7 @@ class Step(nn.Module):
         super().__init__()
         self.student = student
         self.recipe = recipe
+        self.mask_plan = recipe.mask_plan
         self.stopwatch = Stopwatch()
         # Plain attributes, not buffers: DeepSpeed would round buffers to bfloat16.
         self.mean, self.std = pixel_statistics(info, recipe)
@@ -66,14 +67,12 @@ class Step(nn.Module):
 
     def _mask(self, patches: Tensor, ids: Tensor, step: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
         """The mask [B, L], and the teacher's difficulty [B, L] that chose its hard part (zeros without a teacher)."""
-        noise = sample_noise(self.recipe.seed, step, ids, self.recipe.num_patches)
-        if not self.recipe.uses_teacher:
-            return random_mask(noise[0], self.recipe.mask_ratio), torch.zeros_like(noise[0])
-        easiest = self.recipe.mask_policy == "hpm_easiest"
-        with torch.no_grad(), self.stopwatch.measure(patches.device):
-            difficulty = self._teacher[0].predict_loss(patches)
-        mask = easy_to_hard_mask(difficulty, self.recipe.mask_ratio, alpha, easiest=easiest, noise=noise)
-        return mask, difficulty
+        noise = sample_noise(self.recipe.seed, step, ids, self.mask_plan.noise_size)
+        difficulty = patches.new_zeros(patches.shape[:2], dtype=torch.float32)
+        if self.recipe.uses_teacher:
+            with torch.no_grad(), self.stopwatch.measure(patches.device):
+                difficulty = self._teacher[0].predict_loss(patches)
+        return draw_mask(self.mask_plan, noise, difficulty, alpha), difficulty
 
     @torch.no_grad()
     def _metrics(self, output: Output, mask: Tensor, difficulty: Tensor) -> Tensor:
@@ -110,6 +109,10 @@ def model_of(recipe: Recipe) -> HPMViT:
             decoder_embed_dim=recipe.decoder_dim,
             decoder_depth=recipe.decoder_depth,
             decoder_num_heads=recipe.decoder_heads,
+            predictor_dim=recipe.predictor_dim,
+            predictor_depth=recipe.predictor_depth,
             predict_loss=recipe.predict_loss,
+            absolute_standardize=recipe.absolute_standardize,
+            pixel_loss=recipe.pixel_loss,
             norm_pix_loss=recipe.norm_pix_loss,
         )

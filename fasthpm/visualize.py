@@ -52,16 +52,14 @@ def panel(model: HPMViT, recipe: Recipe, info: DatasetInfo, images: Tensor, alph
 
     Visible patches are pasted back into the reconstruction, and `norm_pix_loss` is undone with the true patches'
     statistics. The true loss of a patch is averaged over the random masks that hide it. Without a loss predictor its
-    column stays empty and the mask is random.
+    column stays empty.
     """
     step = Step(model, recipe, info)
     patches = step.normalized_patches(images.to(model.cls_token.device))
-    noise = torch.rand(2, *patches.shape[:2], generator=torch.Generator().manual_seed(recipe.seed)).to(patches.device)
-    predicted = model.predict_loss(patches) if recipe.predict_loss != "none" else torch.zeros_like(noise[0])
-    hard = alpha if recipe.uses_teacher else 0.0
-    mask = masks.easy_to_hard_mask(
-        predicted, recipe.mask_ratio, hard, noise=noise, easiest=recipe.mask_policy == "hpm_easiest"
-    )
+    size = (2, len(patches), step.mask_plan.noise_size)
+    noise = torch.rand(size, generator=torch.Generator().manual_seed(recipe.seed)).to(patches.device)
+    predicted = model.predict_loss(patches) if recipe.predict_loss != "none" else torch.zeros_like(patches[:, :, 0])
+    mask = masks.draw_mask(step.mask_plan, noise, predicted, alpha)
     rebuilt = _to_pixels(model, step, reconstruct(model, patches, mask))
     original = images.numpy()
     hidden = original * ~_spread(model, mask)[..., None] + 127 * _spread(model, mask)[..., None]

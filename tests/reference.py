@@ -132,3 +132,147 @@ def lr(epoch: float, peak: float, low: float, warmup: float, epochs: float) -> f
     if epoch < warmup:
         return peak * epoch / warmup
     return low + (peak - low) * 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup)))
+
+
+# -------------------------------------------------------------------------------------------------- masks, one sample
+# Each takes the same noise as its fast twin, as lists of floats, and gives the set of masked patches. Where keys are
+# equal the higher patch number is masked first.
+def highest(keys: list, count: int) -> set[int]:
+    """The `count` patches with the highest keys."""
+    return set(sorted(range(len(keys)), key=lambda i: (keys[i], i), reverse=True)[:count])
+
+
+def single(value: float) -> float:
+    """Rounded to float32, as scores are before they are ranked."""
+    return torch.tensor(value, dtype=torch.float32).item()
+
+
+def murmur(word: int) -> int:
+    """Murmur3's 32-bit finaliser."""
+    word = (word ^ (word >> 16)) * 0x85EBCA6B % 2**32
+    word = (word ^ (word >> 13)) * 0xC2B2AE35 % 2**32
+    return word ^ (word >> 16)
+
+
+def hash_noise(seed: int, step: int, sample: int, number: int) -> float:
+    """The noise of one patch, draw * L + patch = `number`."""
+    key = murmur(murmur(murmur((seed ^ 0x9E3779B9) % 2**32) ^ (step % 2**32)))
+    own = murmur(key ^ murmur(sample % 2**32))
+    return (murmur(own ^ murmur(number + 0x7F4A7C15)) >> 8) / 2**24
+
+
+def random_mask(noise: list[float], mask_ratio: float) -> set[int]:
+    """MAE: the smallest noise stays visible."""
+    return highest(noise, mask_counts(len(noise), mask_ratio, 0)[0])
+
+
+def easy_to_hard_mask(
+    difficulty: list[float], mask_ratio: float, share: float, ties: list[float], rest: list[float], easiest: bool
+) -> set[int]:
+    """Alg. 1: the hardest (or easiest) int(M·share), then others at random."""
+    masked, hard = mask_counts(len(difficulty), mask_ratio, share)
+    sign = -1 if easiest else 1
+    chosen = highest([(sign * d, tie) for d, tie in zip(difficulty, ties, strict=True)], hard)
+    return highest([(i in chosen, rest[i]) for i in range(len(rest))], masked)
+
+
+def aspect(number: float) -> float:
+    """BEiT's aspect ratio: log-uniform between 0.3 and 1/0.3."""
+    return math.exp(math.log(0.3) + number * (math.log(1 / 0.3) - math.log(0.3)))
+
+
+def block_distances(row: float, column: float, shape: float, rows: int, columns: int) -> list[float]:
+    """Distance of every patch's centre from a point, in a metric whose circles are rectangles of aspect `shape`."""
+    return [
+        max(abs(r + 0.5 - row * rows) / math.sqrt(shape), abs(c + 0.5 - column * columns) * math.sqrt(shape))
+        for r in range(rows)
+        for c in range(columns)
+    ]
+
+
+def block_mask(noise: list[float], rows: int, columns: int, mask_ratio: float) -> set[int]:
+    """The patches nearest to a random point."""
+    size = rows * columns
+    row, column, number = noise[size : size + 3]
+    distances = block_distances(row, column, aspect(number), rows, columns)
+    keys = [(single(-d), tie) for d, tie in zip(distances, noise, strict=False)]
+    return highest(keys, mask_counts(size, mask_ratio, 0)[0])
+
+
+def blockwise_mask(noise: list[float], rows: int, columns: int, mask_ratio: float, proposals: int) -> set[int]:
+    """BEiT: blocks that add something and not too much, one after the other; then what is nearest to a point."""
+    size = rows * columns
+    numbers, mask = noise[size:], set()
+    missing = mask_counts(size, mask_ratio, 0)[0]
+    for proposal in range(proposals):
+        how_large, how_tall, top, left = numbers[4 * proposal : 4 * proposal + 4]
+        smallest = max(1, size * 16 // 196)
+        area = smallest + how_large * (missing - smallest)
+        height, width = round(math.sqrt(area * aspect(how_tall))), round(math.sqrt(area / aspect(how_tall)))
+        if height >= rows or width >= columns:
+            continue
+        first = math.floor(top * (rows - height + 1)), math.floor(left * (columns - width + 1))
+        block = {r * columns + c for r in range(first[0], first[0] + height) for c in range(first[1], first[1] + width)}
+        if 0 < len(block - mask) <= missing:
+            missing -= len(block - mask)
+            mask |= block
+    row, column = numbers[4 * proposals : 4 * proposals + 2]
+    distances = block_distances(row, column, 1.0, rows, columns)
+    keys = [(single(-1e9 if i in mask else -distances[i]), noise[i]) for i in range(size)]
+    return mask | highest(keys, missing)
+
+
+def uniform_mask(noise: list[float], rows: int, columns: int) -> set[int]:
+    """UM-MAE: one visible patch in every 2 x 2."""
+    visible, cell = set(), 0
+    for r in range(0, rows, 2):
+        for c in range(0, columns, 2):
+            corner = int(noise[cell] * 4)
+            visible.add((r + corner // 2) * columns + c + corner % 2)
+            cell += 1
+    return set(range(rows * columns)) - visible
+
+
+def tube_mask(noise: list[float], slots: int, mask_ratio: float) -> set[int]:
+    """VideoMAE: int(ratio·R·C) patches of a frame, the same in every slot."""
+    frame = highest(noise, int(mask_ratio * len(noise)))
+    return {slot * len(noise) + patch for slot in range(slots) for patch in frame}
+
+
+def in_units(units: set[int], rows: int, columns: int, side: int) -> set[int]:
+    """Patches of the masked units of one frame."""
+    return {
+        r * columns + c
+        for r in range(rows)
+        for c in range(columns)
+        if r // side * (columns // side) + c // side in units
+    }
+
+
+def unit_means(values: list[float], rows: int, columns: int, side: int) -> list[float]:
+    """Mean difficulty of every unit."""
+    means = []
+    for top in range(0, rows, side):
+        for left in range(0, columns, side):
+            inside = [values[(top + y) * columns + left + x] for y in range(side) for x in range(side)]
+            means.append(sum(inside) / len(inside))
+    return means
+
+
+def attention_mask(
+    weights: list[float], mask_ratio: float, throw_ratio: float, noise: list[float]
+) -> tuple[set[int], set[int]]:
+    """AMT: an exponential race of rate `weight`, which is drawing one after the other in proportion to weight."""
+    times = [-math.log(u + 2.0**-25) / w if w else math.inf for w, u in zip(weights, noise, strict=True)]
+    order = sorted(range(len(weights)), key=lambda i: (times[i], -noise[i]))
+    masked, gone = int(len(weights) * mask_ratio), int(len(weights) * (mask_ratio + throw_ratio))
+    return set(order[:masked]), set(order[masked:gone])
+
+
+def draw_probability(weights: list[float], order: tuple[int, ...]) -> float:
+    """Probability that drawing without replacement, in proportion to weight, begins with `order`."""
+    probability, left = 1.0, sum(weights)
+    for patch in order:
+        probability *= weights[patch] / left
+        left -= weights[patch]
+    return probability

@@ -2,7 +2,7 @@
 
 import json
 import math
-from itertools import combinations
+from itertools import combinations, permutations
 from pathlib import Path
 
 import pytest
@@ -11,8 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from torch import Tensor
 
 from fasthpm import mask as masks
+from fasthpm.errors import UserError
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -109,6 +111,16 @@ def test_noise_depends_on_the_sample_not_on_its_place() -> None:
     assert (noise[0] != noise[1]).double().mean() > 0.9
 
 
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**40), step=st.integers(0, 2**40), sample=st.integers(0, 2**40), length=st.integers(1, 9))
+def test_noise_is_the_hash_word_by_word(seed: int, step: int, sample: int, length: int) -> None:
+    noise = masks.sample_noise(seed, torch.tensor(step), torch.tensor([sample]), length)
+    for draw in range(2):
+        for patch in range(length):
+            want = reference.hash_noise(seed, step, sample, draw * length + patch)
+            assert noise[draw, 0, patch].item() == want
+
+
 def test_noise_is_uniform_and_uncorrelated() -> None:
     noise = masks.sample_noise(0, torch.tensor(1), torch.arange(4000), 49)
     assert noise.min() >= 0
@@ -125,3 +137,229 @@ def test_noise_is_uniform_and_uncorrelated() -> None:
 def test_groups_must_divide() -> None:
     with pytest.raises(ValueError, match="10 patches do not split into 3"):
         masks.easy_to_hard_mask(torch.rand(1, 10), 0.5, 0.5, groups=3)
+
+
+# -------------------------------------------------------------------------------------------------- slow twins
+grids = st.tuples(st.integers(1, 7), st.integers(1, 7))
+seeds = st.integers(0, 2**31)
+ratios = st.floats(0.05, 0.95)
+
+
+def coarse_noise(seed: int, *shape: int) -> Tensor:
+    """Uniform in steps of 1/512, so that equal numbers are common and no key of a fast twin is rounded."""
+    return torch.randint(0, 512, shape, generator=torch.Generator().manual_seed(seed)).float() / 512
+
+
+def rows_of(mask: Tensor) -> list[set[int]]:
+    """The set of masked patches of every sample."""
+    return [set(row.nonzero().flatten().tolist()) for row in mask]
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=seeds, slots=st.integers(1, 12), groups=st.integers(1, 3), ratio=ratios, alpha=st.floats(0, 1),
+       ties=st.booleans(), easiest=st.booleans(), on_device=st.booleans())  # fmt: skip
+def test_easy_to_hard_is_the_loop(
+    seed: int, slots: int, groups: int, ratio: float, alpha: float, ties: bool, easiest: bool, on_device: bool
+) -> None:
+    noise = coarse_noise(seed, 2, 3, slots * groups)
+    difficulty = torch.randn(3, slots * groups, generator=torch.Generator().manual_seed(seed))
+    difficulty = difficulty.round() if ties else difficulty
+    share = torch.tensor(alpha, dtype=torch.float64) if on_device else alpha
+    mask = masks.easy_to_hard_mask(difficulty, ratio, share, groups=groups, easiest=easiest, noise=noise)
+    frames = [x.reshape(-1, slots).tolist() for x in (difficulty, noise[0], noise[1])]
+    for row, values, tie, rest in zip(rows_of(mask.reshape(-1, slots)), *frames, strict=True):
+        assert row == reference.easy_to_hard_mask(values, ratio, alpha, tie, rest, easiest)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=seeds, grid=grids, slots=st.integers(1, 3), ratio=ratios)
+def test_predefined_masks_are_their_loops(seed: int, grid: tuple[int, int], slots: int, ratio: float) -> None:
+    rows, columns = grid
+    size = rows * columns
+    noise = coarse_noise(seed, 3, size + 4 * masks.BLOCK_PROPOSALS + 2)
+    block = masks.block_mask(noise, grid, ratio, slots)
+    blockwise = masks.blockwise_mask(noise, grid, ratio, slots)
+    tube = masks.tube_mask(noise[:, :size], slots, ratio)
+    plain = masks.random_mask(noise[:, :size], ratio)
+    for i, numbers in enumerate(noise.tolist()):
+        frame = reference.block_mask(numbers, rows, columns, ratio)
+        assert rows_of(block)[i] == {slot * size + patch for slot in range(slots) for patch in frame}
+        frame = reference.blockwise_mask(numbers, rows, columns, ratio, masks.BLOCK_PROPOSALS)
+        assert rows_of(blockwise)[i] == {slot * size + patch for slot in range(slots) for patch in frame}
+        assert rows_of(tube)[i] == reference.tube_mask(numbers[:size], slots, ratio)
+        assert rows_of(plain)[i] == reference.random_mask(numbers[:size], ratio)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=seeds, rows=st.integers(1, 4), columns=st.integers(1, 4), side=st.integers(1, 3),
+       policy=st.sampled_from(masks.IN_UNITS), ratio=st.floats(0.3, 0.7), alpha=st.floats(0, 1))  # fmt: skip
+def test_units_are_the_loop(
+    seed: int, rows: int, columns: int, side: int, policy: str, ratio: float, alpha: float
+) -> None:
+    grid = (rows * side, columns * side)
+    plan = masks.MaskPlan(policy, ratio, grid, unit=side)
+    noise = coarse_noise(seed, 2, 2, plan.noise_size)
+    difficulty = coarse_noise(seed + 1, 2, plan.num_patches) * 8 * 36  # sums and means of units are exact
+    mask = masks.draw_mask(plan, noise, difficulty, alpha)
+    assert (mask.sum(1) == plan.num_masked).all()
+    for i, row in enumerate(rows_of(mask)):
+        first, second = noise[:, i, : rows * columns].tolist()
+        means = [reference.single(m) for m in reference.unit_means(difficulty[i].tolist(), *grid, side)]
+        if policy == "random":
+            units = reference.random_mask(first, ratio)
+        else:
+            units = reference.easy_to_hard_mask(means, ratio, alpha, first, second, policy == "hpm_easiest")
+        assert row == reference.in_units(units, *grid, side)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=seeds, rows=st.integers(1, 4), columns=st.integers(1, 4), slots=st.integers(1, 3))
+def test_uniform_leaves_one_of_every_four(seed: int, rows: int, columns: int, slots: int) -> None:
+    grid = (2 * rows, 2 * columns)
+    noise = coarse_noise(seed, 3, slots * 4 * rows * columns)
+    mask = masks.uniform_mask(noise, grid, slots)
+    frames = mask.reshape(-1, 4 * rows * columns)
+    numbers = noise[:, : slots * rows * columns].reshape(-1, rows * columns).tolist()
+    for row, frame in zip(rows_of(frames), numbers, strict=True):
+        assert row == reference.uniform_mask(frame, *grid)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=seeds, length=st.integers(1, 30), masked=st.floats(0, 0.6), thrown=st.floats(0, 0.4),
+       zeros=st.sampled_from([0.0, 0.5, 1.0]))  # fmt: skip
+def test_attention_mask_is_the_race(seed: int, length: int, masked: float, thrown: float, zeros: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.rand(3, length, generator=generator) * (torch.rand(3, length, generator=generator) >= zeros)
+    noise = torch.rand(3, length, generator=generator)
+    sets = masks.attention_mask(weights, masked, thrown, noise)
+    assert not (sets[0] & sets[1]).any()
+    for i, pair in enumerate(zip(*map(rows_of, sets), strict=True)):
+        assert pair == reference.attention_mask(weights[i].tolist(), masked, thrown, noise[i].tolist())
+
+
+# -------------------------------------------------------------------------------------------------- laws
+@settings(max_examples=80, deadline=None)
+@given(seed=seeds, grid=grids, slots=st.integers(1, 3), policy=st.sampled_from(masks.POLICIES), ratio=ratios,
+       alpha=st.floats(0, 1))  # fmt: skip
+def test_every_policy_keeps_its_count(
+    seed: int, grid: tuple[int, int], slots: int, policy: str, ratio: float, alpha: float
+) -> None:
+    if policy == "uniform":
+        grid, ratio = (2 * grid[0], 2 * grid[1]), 0.75
+    slots = max(slots, 2) if policy == "tube" else slots
+    plan = masks.MaskPlan(policy, ratio, grid, slots)
+    noise = torch.rand(2, 3, plan.noise_size, generator=torch.Generator().manual_seed(seed))
+    mask = masks.draw_mask(plan, noise, torch.rand(3, plan.num_patches), alpha)
+    assert mask.shape == (3, plan.num_patches)
+    assert mask.sum(1).tolist() == [plan.num_masked] * 3
+
+
+def check_pairs(visible: Tensor, count: int) -> None:
+    """Single and joint frequencies of `count` visible patches, drawn uniformly from all columns of bool [N, K]."""
+    draws, size = visible.shape
+    together = visible.double().T @ visible.double() / draws
+    single, pair = count / size, count * (count - 1) / (size * (size - 1))  # hypergeometric
+    limit = 5.5 * math.sqrt(single * (1 - single) / draws)
+    assert (together.diagonal() - single).abs().max() < limit
+    off = together[~torch.eye(size, dtype=torch.bool)]
+    assert (off - pair).abs().max() < 5.5 * math.sqrt(pair * (1 - pair) / draws)
+    chi_square = ((off - pair) ** 2 / (pair * (1 - pair) / draws)).mean()
+    assert 0.8 < chi_square < 1.2
+
+
+def test_pairs_of_the_rest_are_visible_as_often_as_by_chance() -> None:
+    """What difficulty leaves to chance is a uniform subset, pair by pair: L = 49, M = 37, the 18 hardest fixed."""
+    difficulty = torch.randn(49, generator=torch.Generator().manual_seed(0)).expand(30_000, 49)
+    noise = masks.sample_noise(0, torch.tensor(9), torch.arange(30_000), 49)
+    mask = masks.easy_to_hard_mask(difficulty, 0.75, 0.5, noise=noise)
+    hard = difficulty[0].argsort(descending=True)[:18]
+    assert mask[:, hard].all()
+    rest = torch.ones(49, dtype=torch.bool).index_fill_(0, hard, False)
+    check_pairs(~mask[:, rest], 12)
+    check_pairs(~masks.random_mask(noise[0], 0.75), 12)
+    check_pairs(~masks.tube_mask(noise[1], 2, 0.75)[:, :49], 13)
+
+
+def test_constant_difficulty_gives_random_masks() -> None:
+    """Ties are broken by a uniformly random order: with alpha 1 every subset is equally likely."""
+    for value in (0.0, -3.5):
+        noise = masks.sample_noise(1, torch.tensor(2), torch.arange(20_000), 20)
+        check_pairs(~masks.easy_to_hard_mask(torch.full((20_000, 20), value), 0.5, 1.0, noise=noise), 10)
+
+
+def test_attention_draws_without_replacement_in_proportion_to_weight() -> None:
+    weights, draws = [0.1, 0.5, 0.05, 0.3, 0.05], 60_000
+    noise = masks.sample_noise(3, torch.tensor(0), torch.arange(draws), 5)[0]
+    masked, thrown = masks.attention_mask(torch.tensor(weights).expand(draws, 5), 0.4, 0.2, noise)
+    code = ((masked.long() + 2 * thrown.long()) * 3 ** torch.arange(5)).sum(1)
+    expected: dict[int, float] = {}
+    for order in permutations(range(5), 3):
+        key = 3 ** order[0] + 3 ** order[1] + 2 * 3 ** order[2]
+        expected[key] = expected.get(key, 0) + reference.draw_probability(weights, order) * draws
+    observed = {key: (code == key).sum().item() for key in expected}
+    assert sum(observed.values()) == draws
+    assert sum(expected.values()) == pytest.approx(draws)
+    chi_square = sum((observed[key] - want) ** 2 / want for key, want in expected.items())
+    freedom = len(expected) - 1
+    assert chi_square < freedom + 5 * math.sqrt(2 * freedom)
+
+
+def test_published_attention_counts() -> None:
+    for length, mask_ratio, throw_ratio, round_up, want in (
+        (196, 0.45, 0.4, False, (88, 78)), (196, 0.75, 0.0, False, (147, 0)), (49, 0.44, 0.26, True, (22, 13)),
+    ):  # fmt: skip
+        noise = torch.rand(2, length)
+        sets = masks.attention_mask(torch.rand(2, length), mask_ratio, throw_ratio, noise, round_up=round_up)
+        assert [x.sum(1).tolist() for x in sets] == [[count] * 2 for count in want]
+
+
+def test_a_blockwise_mask_is_made_of_blocks() -> None:
+    """Masked patches have far more masked neighbours than random ones have, in BEiT's 14 x 14 at 40 %."""
+    plan = masks.MaskPlan("blockwise", 0.4, (14, 14))
+    noise = torch.rand(2, 100, plan.noise_size, generator=torch.Generator().manual_seed(0))
+    for policy, low, high in (("random", 0.35, 0.45), ("blockwise", 0.75, 1.0), ("block", 0.85, 1.0)):
+        grid = masks.draw_mask(masks.MaskPlan(policy, 0.4, (14, 14)), noise).reshape(100, 14, 14)
+        below = (grid[:, 1:] & grid[:, :-1]).sum() / grid[:, :-1].sum()
+        assert low < below < high
+
+
+def test_published_counts_of_units_and_tubes() -> None:
+    assert masks.MaskPlan("random", 0.6, (14, 14), unit=2).num_masked == 30 * 4  # SimMIM: ceil(49 * 0.6) units
+    assert masks.MaskPlan("random", 0.6, (48, 48), unit=8).num_masked == 22 * 64
+    tube = masks.MaskPlan("tube", 0.9, (14, 14), slots=8)
+    assert (tube.num_patches, tube.num_patches - tube.num_masked) == (1568, 160)
+    assert masks.MaskPlan("random", 0.9, (14, 14), slots=8).num_masked == 1568 - 156
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        ({"policy": "blok"}, "mask_policy is 'blok', expected one of random, hpm"),
+        ({"policy": "uniform", "mask_ratio": 0.6}, "it needs mask_ratio 0.75 \\(not 0.6\\)"),
+        ({"policy": "uniform", "grid_size": (7, 8)}, "even numbers of patches \\(not 7 x 8\\)"),
+        ({"policy": "tube"}, "an image has one frame; use --mask_policy random"),
+        ({"policy": "block", "unit": 2}, "mask_policy block does not mask in units"),
+        ({"unit": 3}, "3 x 3 patches does not divide the 8 x 8 patches"),
+        ({"mask_ratio": float("nan")}, "mask_ratio is nan, expected between 0 and 1"),
+    ],
+)
+def test_plans_that_make_no_sense(plan: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        masks.MaskPlan(**{"policy": "random", "mask_ratio": 0.75, "grid_size": (8, 8), **plan})
+
+
+def test_a_difficulty_that_is_no_number_still_gives_exact_counts() -> None:
+    difficulty = torch.rand(4, 10)
+    difficulty[0, 3], difficulty[1] = math.nan, math.nan
+    difficulty[2, 4], difficulty[3, 1] = math.inf, -math.inf
+    for alpha in (0.5, torch.tensor(0.5, dtype=torch.float64)):
+        assert (masks.easy_to_hard_mask(difficulty, 0.5, alpha).sum(1) == 5).all()
+
+
+def test_noise_is_enough_for_every_policy() -> None:
+    for policy in masks.POLICIES:
+        plan = masks.MaskPlan(policy, 0.75, (4, 4), slots=2)
+        noise = torch.rand(2, 2, plan.noise_size)
+        difficulty = torch.rand(2, plan.num_patches)
+        want = masks.draw_mask(plan, torch.cat([noise, torch.rand(2, 2, 5)], dim=2), difficulty, 0.5)
+        assert torch.equal(masks.draw_mask(plan, noise, difficulty, 0.5), want)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import reference
@@ -10,6 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fasthpm import loss, schedule
 from fasthpm.recipe import Recipe
@@ -42,6 +45,64 @@ def test_ranking_loss_is_eq_5(seed: int, shape: tuple[int, int], ties: bool) -> 
 
 
 @settings(max_examples=40, deadline=None)
+@given(seed=seeds, shape=shapes, ties=st.booleans(), elements=st.integers(1, 60))
+def test_ranking_loss_and_pair_accuracy_are_the_same_in_blocks_of_any_size(
+    seed: int, shape: tuple[int, int], ties: bool, elements: int
+) -> None:
+    predicted, actual = scores(seed, shape, ties)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(loss.BLOCK_ELEMENTS, "cpu", elements)
+        value, share = loss.ranking_loss(predicted, actual), loss.pair_accuracy(predicted, actual)
+    check(value, reference.ranking_loss(predicted, actual), predicted)
+    if actual.unique(dim=1).shape[1] > 1:
+        assert share.item() == pytest.approx(reference.pair_accuracy(predicted, actual))
+
+
+@pytest.mark.parametrize(("batch", "count"), [(7, 147), (2, 700)])
+@pytest.mark.parametrize("scale", [0.1, 30.0])
+def test_ranking_loss_is_its_plain_twin_within_float32_rounding(batch: int, count: int, scale: float) -> None:
+    """At the sizes of training, several blocks: closer to float64 than the plain form's own rounding allows."""
+    generator = torch.Generator().manual_seed(count)
+    predicted = (torch.randn(batch, count, generator=generator) * scale).requires_grad_()
+    actual = torch.rand(batch, count, generator=generator).mul_(50).round_()
+    exact = predicted.detach().double().requires_grad_()
+    values = [loss.ranking_loss(predicted, actual), loss.ranking_loss_plain(predicted, actual)]
+    truth = loss.ranking_loss_plain(exact, actual.double())
+    (want,) = torch.autograd.grad(truth, exact)
+    for value in values:
+        (gradient,) = torch.autograd.grad(value * 3, predicted)
+        torch.testing.assert_close(value.double(), truth, rtol=2e-6, atol=0)
+        torch.testing.assert_close(gradient.double() / 3, want, rtol=1e-5, atol=3e-6 * want.abs().max().item())
+
+
+def test_ranking_loss_keeps_nothing_of_the_size_of_all_pairs() -> None:
+    """No operation gives more than a block, forward or backward; the plain form does."""
+    predicted, actual = torch.randn(4, 600, requires_grad=True), torch.rand(4, 600)
+    for function, limit in ((loss.ranking_loss, loss.BLOCK_ELEMENTS["cpu"]), (loss.pair_accuracy, 1 << 18)):
+        with Largest() as largest:
+            value = function(predicted, actual)
+            if value.requires_grad:
+                value.backward()
+        assert 4 * 600 < largest.elements <= limit
+    with Largest() as largest:
+        loss.ranking_loss_plain(predicted, actual).backward()
+    assert largest.elements == 4 * 600 * 600
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that any operation gives."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return result
+
+
+@settings(max_examples=40, deadline=None)
 @given(seed=seeds, shape=shapes, ties=st.booleans(), standardize=st.booleans())
 def test_absolute_loss_is_eq_4(seed: int, shape: tuple[int, int], ties: bool, standardize: bool) -> None:
     predicted, actual = scores(seed, shape, ties)
@@ -56,6 +117,8 @@ def test_patch_loss_is_eq_3(seed: int, shape: tuple[int, int, int]) -> None:
     prediction = torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
     target = torch.randn(shape, generator=generator, dtype=torch.float64)
     check(loss.patch_loss(prediction, target).sum(), reference.patch_losses(prediction, target).sum(), prediction)
+    absolute = sum(abs(a - b) for a, b in zip(prediction.flatten(), target.flatten(), strict=True)) / shape[2]
+    check(loss.patch_loss(prediction, target, "l1").sum(), absolute, prediction)
     for fast, patch in zip(loss.pixel_target(target, True).flatten(0, 1), target.flatten(0, 1), strict=True):
         torch.testing.assert_close(fast, reference.normalised_patch(patch))
 
@@ -107,6 +170,9 @@ def test_schedules_are_the_equations(step: int, start: float, end: float) -> Non
     recipe = resolved(alpha_start=start, alpha_end=end, lr=1e-3, min_lr=1e-5)
     epoch = step // 100
     assert schedule.alpha_at(recipe, step) == pytest.approx(reference.alpha(epoch, 200, start, end))
+    for kind, share in (("paper", epoch / 200), ("step", step / 20_000)):
+        other = dataclasses.replace(recipe, alpha_schedule=kind)
+        assert schedule.alpha_at(other, step) == pytest.approx(start + share * (end - start))
     assert schedule.lr_at(recipe, step) == pytest.approx(reference.lr(step / 100, 1e-3, 1e-5, 40, 200), rel=1e-12)
     want = 0.999 + epoch / 100 * (0.9999 - 0.999) if epoch < 100 else 0.9999
     assert schedule.ema_momentum_at(recipe, step) == pytest.approx(want, rel=1e-12)

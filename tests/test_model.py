@@ -20,6 +20,7 @@ from fasthpm.checkpoint import load_reference
 from fasthpm.errors import UserError
 from fasthpm.model import HPMViT, attend, attend_plain, model_names, sincos_positions
 from fasthpm.recipe import Recipe
+from fasthpm.step import model_of
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = {case["name"]: case for case in json.loads((GOLDEN / "manifest.json").read_text())["cases"]}
@@ -176,36 +177,69 @@ def slow_forward(model: HPMViT, images: Tensor, mask: Tensor) -> tuple[Tensor, T
     for image, row in zip(images, mask, strict=True):
         weight, bias = model.patch_embed.proj.weight, model.patch_embed.proj.bias
         grid = torch.nn.functional.conv2d(image[None], weight, bias, stride=model.patch_size)
-        tokens = grid.flatten(2).transpose(1, 2) + model.pos_embed[:, 1:]
-        hidden = torch.cat([model.cls_token + model.pos_embed[:, :1], tokens[:, ~row]], 1)
-        for block in model.blocks:
-            hidden = block(hidden)
-        hidden = model.decoder_embed(model.norm(hidden))
-        positions = model.decoder_pos_embed
-        full = torch.cat([hidden[:, :1] + positions[:, :1], hidden[:, 1:] + positions[:, 1:][:, ~row],
-                          model.mask_token + positions[:, 1:][:, row]], 1)  # fmt: skip
+        tokens = grid.flatten(2).transpose(1, 2)
+        full = (slow_simmim if model.encoder_mask_tokens else slow_mae)(model, tokens, row)
         rec, dif = full, full
         for block in model.decoder_blocks:
             rec = block(rec)
-        for block in model.decoder_blocks_losspred:
-            dif = block(dif)
         count = int(row.sum())
         prediction = model.decoder_pred(model.decoder_norm(rec))[:, -count:]
         target = reference.patches_of(image, model.patch_size)[row][None]
         if model.norm_pix_loss:
             target = torch.stack([reference.normalised_patch(p) for p in target[0]])[None]
-        losses.append((prediction - target).square().mean(-1))
-        difficulties.append(model.decoder_pred_losspred(model.decoder_norm_losspred(dif))[:, -count:])
+        difference = prediction - target
+        losses.append((difference**2 if model.pixel_loss == "mse" else difference.abs()).mean(-1))
         reconstructions.append(prediction)
+        if model.predict_loss_kind == "none":
+            difficulties.append(torch.zeros_like(losses[-1]))
+            continue
+        dif = model.decoder_embed_losspred(dif)
+        for block in model.decoder_blocks_losspred:
+            dif = block(dif)
+        difficulties.append(model.decoder_pred_losspred(model.decoder_norm_losspred(dif))[:, -count:])
     return torch.cat(losses), torch.cat(difficulties), torch.cat(reconstructions)
 
 
+def slow_mae(model: HPMViT, tokens: Tensor, row: Tensor) -> Tensor:
+    """The decoders' input: visible patches through the encoder, then mask tokens."""
+    hidden = tokens + model.pos_embed[:, 1:]
+    hidden = torch.cat([model.cls_token + model.pos_embed[:, :1], hidden[:, ~row]], 1)
+    for block in model.blocks:
+        hidden = block(hidden)
+    hidden = model.decoder_embed(model.norm(hidden))
+    positions = model.decoder_pos_embed
+    return torch.cat([hidden[:, :1] + positions[:, :1], hidden[:, 1:] + positions[:, 1:][:, ~row],
+                      model.mask_token + positions[:, 1:][:, row]], 1)  # fmt: skip
+
+
+def slow_simmim(model: HPMViT, tokens: Tensor, row: Tensor) -> Tensor:
+    """Mask tokens take the places of masked patches, in raster order, and all go through the encoder."""
+    mixed = torch.where(row[None, :, None], model.mask_token, tokens) + model.pos_embed[:, 1:]
+    hidden = torch.cat([model.cls_token + model.pos_embed[:, :1], mixed], 1)
+    for block in model.blocks:
+        hidden = block(hidden)
+    hidden = model.norm(hidden)
+    return torch.cat([hidden[:, :1], hidden[:, 1:][:, ~row], hidden[:, 1:][:, row]], 1)
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "hpm": {},
+    "hpm-absolute": {"predict_loss": "absolute", "norm_pix_loss": True},
+    "hpm-absolute-raw": {"predict_loss": "absolute", "absolute_standardize": False},
+    "hpm-small-predictor": {"predictor_dim": 4, "predictor_depth": 1, "norm_pix_loss": True},
+    "hpm-deep-predictor-l1": {"predictor_depth": 3, "pixel_loss": "l1"},
+    "mae": {"predict_loss": "none"},
+    "simmim": {"predict_loss": "none", "encoder_mask_tokens": True, "pixel_loss": "l1"},
+    "simmim-hpm": {"encoder_mask_tokens": True, "pixel_loss": "l1", "predictor_depth": 1},
+    "simmim-hpm-wide": {"encoder_mask_tokens": True, "predictor_dim": 16, "predict_loss": "absolute"},
+}
+
+
 @pytest.mark.parametrize("masked", [1, 12, 23])
-@pytest.mark.parametrize("kind", ["relative", "absolute"])
-@pytest.mark.parametrize("norm_pix", [False, True])
-def test_lean_forward_equals_slow_forward(masked: int, kind: str, norm_pix: bool) -> None:
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_lean_forward_equals_slow_forward(masked: int, setting: str) -> None:
     """Values and all gradients, from one masked patch to one visible patch."""
-    model = small(predict_loss=kind, norm_pix_loss=norm_pix)
+    model = small(**SETTINGS[setting])
     images = torch.randn(3, 4, 8, 12, dtype=torch.float64)
     mask = torch.rand(3, 24).argsort(1) < masked
     output = model(images, mask, num_masked=masked)
@@ -213,7 +247,11 @@ def test_lean_forward_equals_slow_forward(masked: int, kind: str, norm_pix: bool
     torch.testing.assert_close(output.reconstruction, reconstruction)
     torch.testing.assert_close(output.per_patch_loss, per_patch.detach())
     torch.testing.assert_close(output.predicted_difficulty, predicted)
-    slow = reference.ranking_loss if kind == "relative" else lambda p, a: reference.absolute_loss(p, a, True)
+    slow = {
+        "relative": reference.ranking_loss,
+        "absolute": lambda p, a: reference.absolute_loss(p, a, model.absolute_standardize),
+        "none": lambda p, a: p.sum() * 0,
+    }[model.predict_loss_kind]
     total = reference.total(per_patch.mean(), slow(predicted, per_patch.detach()))
     torch.testing.assert_close(output.loss, total)
     parameters = list(model.parameters())
@@ -222,14 +260,42 @@ def test_lean_forward_equals_slow_forward(masked: int, kind: str, norm_pix: bool
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-12)
 
 
-def test_predict_loss_equals_the_slow_decoder_with_nothing_masked() -> None:
-    model = small()
+@pytest.mark.parametrize("setting", [name for name in SETTINGS if name not in ("mae", "simmim")])
+def test_every_loss_predictor_sees_all_patches(setting: str) -> None:
+    """The teacher's forward is the student's with nothing masked, head by head."""
+    model = small(**SETTINGS[setting])
     images = torch.randn(2, 4, 8, 12, dtype=torch.float64)
-    hidden = model.decoder_embed(model.encode(images, torch.zeros(2, 24, dtype=torch.bool))) + model.decoder_pos_embed
+    tokens = model.encode(images, torch.zeros(2, 24, dtype=torch.bool))
+    if not model.encoder_mask_tokens:
+        tokens = model.decoder_embed(tokens) + model.decoder_pos_embed
+    hidden = model.decoder_embed_losspred(tokens)
     for block in model.decoder_blocks_losspred:
         hidden = block(hidden)
     want = model.decoder_pred_losspred(model.decoder_norm_losspred(hidden))[:, 1:]
     torch.testing.assert_close(model.predict_loss(images), want)
+
+
+def test_simmims_encoder_gives_the_visible_tokens_alone() -> None:
+    """`encode` with a mask: what the loss sees of the visible patches, and no mask token."""
+    model = small(**SETTINGS["simmim"])
+    images = torch.randn(2, 4, 8, 12, dtype=torch.float64)
+    mask = torch.rand(2, 24).argsort(1) < 14
+    tokens = torch.nn.functional.conv2d(images, model.patch_embed.proj.weight, model.patch_embed.proj.bias, stride=2)
+    want = [slow_simmim(model, t[None], row)[0, :11] for t, row in zip(tokens.flatten(2).mT, mask, strict=True)]
+    torch.testing.assert_close(model.encode(images, mask), torch.stack(want))
+    assert not torch.allclose(model.encode(images)[:, 0], model.encode(images, mask)[:, 0])
+
+
+def test_decoders_take_the_papers_depths_and_widths() -> None:
+    for depth in (1, 2, 4, 8, 12):
+        model = small(predictor_depth=depth)
+        assert (len(model.decoder_blocks), len(model.decoder_blocks_losspred)) == (2, depth)
+    with torch.device("meta"):
+        for width in (128, 256, 512, 1024):
+            model = fasthpm.create_model("hpm_vit_base_patch16_224", decoder_embed_dim=width)
+            assert model.decoder_pred_losspred.weight.shape == (1, width)
+            model = fasthpm.create_model("hpm_vit_base_patch16_224", predictor_dim=width)
+            assert (model.mask_token.shape[-1], model.decoder_pred_losspred.weight.shape[-1]) == (512, width)
 
 
 def test_patchify_is_raster_order_and_inverts() -> None:
@@ -271,6 +337,8 @@ def test_every_name_is_registered_with_timm() -> None:
     model = timm.create_model("hpm_vit_nano_patch4_28", in_chans=1)
     assert isinstance(model, HPMViT)
     assert timm.create_model("mae_vit_nano_patch4_28", in_chans=1).predict_loss_kind == "none"
+    simmim = timm.create_model("simmim_vit_nano_patch4_28", in_chans=1)
+    assert (simmim.encoder_mask_tokens, simmim.pixel_loss, simmim.predict_loss_kind) == (True, "l1", "none")
 
 
 @pytest.mark.parametrize(("size", "millions"), [("base", 137.27), ("large", 354.85), ("huge", 682.14)])
@@ -307,21 +375,28 @@ def test_mae_weights_leave_the_loss_predictor_alone() -> None:
     assert torch.equal(model.decoder_pred_losspred.weight, before)
 
 
-@pytest.mark.parametrize("method", ["hpm", "mae"])
-def test_flop_formula_counts_what_runs(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [
+        ("hpm", {}),
+        ("hpm", {"predictor_dim": 32, "predictor_depth": 3}),
+        ("mae", {"mask_policy": "random", "predict_loss": "none"}),
+        ("simmim", {"mask_policy": "random", "predict_loss": "none"}),
+        ("simmim", {"predictor_depth": 1}),
+    ],
+)
+def test_flop_formula_counts_what_runs(method: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """The formula against torch's own counter over one whole step, within 1 %."""
     monkeypatch.setattr("fasthpm.model.attend", attend_plain)  # torch does not count its fused CPU kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    hpm = method == "hpm"
     recipe = Recipe(model=f"{method}_vit_nano_patch4_28", input_size="28", patch_size=4, channels=1, decoder_dim=64,
-                    decoder_depth=2, decoder_heads=4, mask_policy="hpm" if hpm else "random",
-                    predict_loss="relative" if hpm else "none")  # fmt: skip
-    model = fasthpm.create_model(recipe.model, in_chans=1, decoder_embed_dim=64, decoder_depth=2, decoder_num_heads=4)
+                    decoder_depth=2, decoder_heads=4, **changes)  # fmt: skip
+    model = model_of(recipe)
     images = torch.randn(4, 1, 28, 28)
     mask = masks.random_mask(torch.rand(4, 49), 0.75)
     with FlopCounterMode(display=False) as counter:
-        if hpm:
+        if recipe.uses_teacher:
             with torch.no_grad():
                 model.predict_loss(images)
         model(images, mask).loss.backward()

@@ -27,10 +27,10 @@ def step_of(**changes: Any) -> Step:
     return step
 
 
-def batch(count: int = 6, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """uint8 images [count, 28, 28, 1] and their ids."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (count, 28, 28, 1), dtype=torch.uint8, generator=generator), torch.arange(count) * 7
+def batch(count: int = 6, seed: int = 0, side: int = 28) -> tuple[torch.Tensor, torch.Tensor]:
+    """uint8 images [count, side, side, 1] and their ids."""
+    images = torch.randint(0, 256, (count, side, side, 1), generator=torch.Generator().manual_seed(seed))
+    return images.to(torch.uint8), torch.arange(count) * 7
 
 
 def test_pixels_are_normalised_and_cut_as_the_model_cuts_them() -> None:
@@ -53,10 +53,26 @@ def test_the_hardest_patches_by_the_teacher_are_masked() -> None:
         assert row[values.argsort(descending=True)[:hard]].all()
 
 
-def test_a_samples_mask_does_not_depend_on_its_batch() -> None:
-    step = step_of()
-    images, ids = batch()
+POLICIES = {
+    "random": {"mask_policy": "random"},
+    "hpm": {},
+    "hpm-units": {"input_size": "32", "mask_unit": 8},
+    "block": {"mask_policy": "block"},
+    "blockwise": {"mask_policy": "blockwise"},
+    "uniform": {"mask_policy": "uniform", "input_size": "32"},
+    "simmim": {"model": "simmim_vit_nano_patch4_28", "mask_policy": "random", "input_size": "32", "mask_unit": 8,
+               "predict_loss": "none", "pixel_loss": "l1"},
+    "simmim-hpm": {"model": "simmim_vit_nano_patch4_28", "predictor_depth": 1, "pixel_loss": "l1"},
+    "mae-absolute": {"mask_policy": "random", "predict_loss": "absolute", "absolute_standardize": False},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_samples_mask_does_not_depend_on_its_batch(policy: str) -> None:
+    step = step_of(**POLICIES[policy])
+    images, ids = batch(side=step.recipe.image_size[0])
     whole = step(images, ids, torch.tensor(3), ALPHA).mask
+    assert (whole.sum(1) == step.recipe.num_masked).all()
     parts = torch.cat([step(images[i : i + 2], ids[i : i + 2], torch.tensor(3), ALPHA).mask for i in (0, 2, 4)])
     assert torch.equal(whole, parts)
     assert not torch.equal(whole, step(images, ids, torch.tensor(4), ALPHA).mask)
@@ -115,10 +131,10 @@ class NoSynchronisation(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("policy", ["hpm", "random"])
+@pytest.mark.parametrize("policy", POLICIES)
 def test_a_step_never_waits_for_the_device(policy: str) -> None:
-    step = step_of(mask_policy=policy)
-    images, ids = batch()
+    step = step_of(**POLICIES[policy])
+    images, ids = batch(side=step.recipe.image_size[0])
     update = torch.tensor(3)
     with NoSynchronisation():
         step(images, ids, update, ALPHA).loss.backward()
@@ -137,12 +153,27 @@ def test_weights_follow_the_seed_alone() -> None:
     assert not torch.equal(one.cls_token, other.cls_token)
 
 
-def test_gradients_reach_encoder_and_both_decoders_but_no_teacher() -> None:
-    step = step_of()
-    step(*batch(), torch.tensor(0), ALPHA).loss.backward()
+@pytest.mark.parametrize("policy", ["hpm", "simmim", "simmim-hpm"])
+def test_gradients_reach_encoder_and_heads_but_no_teacher(policy: str) -> None:
+    step = step_of(**POLICIES[policy])
+    step(*batch(side=step.recipe.image_size[0]), torch.tensor(0), ALPHA).loss.backward()
     missing = [name for name, p in step.named_parameters() if p.grad is None]
     assert not missing
-    assert all(p.grad is None for p in step._teacher[0].parameters())
+    assert all(p.grad is None for teacher in step._teacher for p in teacher.parameters())
+
+
+def test_hard_units_are_masked_as_a_whole() -> None:
+    """The units of the highest mean difficulty, each with all of its patches."""
+    step = step_of(**POLICIES["hpm-units"])
+    images, ids = batch(side=32)
+    mask = step(images, ids, torch.tensor(3), ALPHA).mask
+    difficulty = step._teacher[0].predict_loss(step.normalized_patches(images)).tolist()
+    for row, values in zip(mask, difficulty, strict=True):
+        means = reference.unit_means(values, 8, 8, 2)
+        hardest = sorted(range(16), key=lambda i: means[i])[-6:]  # int(12 * 0.5)
+        assert all(row[patch] for patch in reference.in_units(set(hardest), 8, 8, 2))
+        units = {patch // 8 // 2 * 4 + patch % 8 // 2 for patch in row.nonzero().flatten().tolist()}
+        assert len(units) == 12
 
 
 def test_recipes_of_the_papers_have_the_papers_sizes() -> None:

@@ -1,0 +1,158 @@
+"""The ranking loss, forward and backward: in blocks and as written; time, peak memory, values and gradients.
+
+    python -m bench.losses [--device cuda] [--threads 1] [--rounds 5] [-o bench/results/losses.json]
+
+The forms take turns within a round; times are of the process' CPU on a CPU and of the clock on a GPU, and a ratio is
+the median of the rounds' ratios. Peak memory is what one call adds: on a CPU the growth of a fresh process' resident
+memory, which includes everything that torch allocates inside its kernels, on a GPU what torch's allocator reports.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fasthpm import loss
+from fasthpm.cli import Parser, run_command
+from fasthpm.errors import UserError
+from fasthpm.metrics import wait_for
+from fasthpm.versions import versions
+
+FORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "plain": loss.ranking_loss_plain,
+    "blocks": loss.ranking_loss,
+}
+CASES = ((256, 147), (32, 1411))  # images and clips: batch, masked patches
+ACCURACY_BATCH = 4  # samples that are compared with float64
+
+
+def inputs(batch: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Predicted and actual losses [B, M]."""
+    generator = torch.Generator().manual_seed(0)
+    predicted = torch.randn(batch, count, generator=generator).to(device).requires_grad_()
+    return predicted, torch.rand(batch, count, generator=generator).to(device)
+
+
+def run_once(form: str, predicted: Tensor, actual: Tensor) -> tuple[Tensor, Tensor]:
+    """Value and gradient."""
+    value = FORMS[form](predicted, actual)
+    return value.detach(), torch.autograd.grad(value, predicted)[0]
+
+
+def measure(batch: int, count: int, rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of each form in each round, after one round of warm-up."""
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
+    predicted, actual = inputs(batch, count, device)
+    seconds: dict[str, list[float]] = {form: [] for form in FORMS}
+    for round_number in range(rounds + 1):
+        for form in FORMS:
+            wait_for(device)
+            begin = clock()
+            run_once(form, predicted, actual)
+            wait_for(device)
+            if round_number:
+                seconds[form].append(clock() - begin)
+    return seconds
+
+
+def resident(field: str) -> int:
+    """Bytes of this process' memory: "VmRSS" (now) or "VmHWM" (peak)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
+
+
+def peak_here(form: str, batch: int, count: int, device: torch.device) -> int:
+    """Bytes that one call adds to this process' peak (or to the allocator's, on a GPU)."""
+    run_once(form, *inputs(2, 5, device))  # threads, autograd's engine, kernels
+    predicted, actual = inputs(batch, count, device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run_once(form, predicted, actual)
+        return torch.cuda.max_memory_allocated() - before
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = resident("VmRSS")
+    run_once(form, predicted, actual)
+    return resident("VmHWM") - before
+
+
+def peak(form: str, batch: int, count: int, device: torch.device) -> int:
+    """`peak_here` in a process of its own."""
+    command = [sys.executable, "-m", "bench.losses", "--device", device.type, "--peak_of", form, str(batch), str(count)]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def accuracy(count: int, device: torch.device) -> dict[str, dict[str, float]]:
+    """Errors of value and gradient against the plain form in float64, relative to value and largest gradient."""
+    predicted, actual = inputs(ACCURACY_BATCH, count, device)
+    value, gradient = run_once("plain", predicted.detach().double().requires_grad_(), actual.double())
+    errors = {}
+    for form in FORMS:
+        own = run_once(form, predicted, actual)
+        errors[form] = {
+            "value": float((own[0] - value).abs() / value),
+            "gradient": float((own[1] - gradient).abs().max() / gradient.abs().max()),
+        }
+    return errors
+
+
+def case(batch: int, count: int, rounds: int, device: torch.device) -> dict[str, Any]:
+    """All figures of one size."""
+    seconds = measure(batch, count, rounds, device)
+    ratios = [plain / blocks for plain, blocks in zip(seconds["plain"], seconds["blocks"], strict=True)]
+    bytes_of_pairs = batch * count * count * 2
+    peaks = {form: peak(form, batch, count, device) for form in FORMS}
+    return {
+        "batch": batch, "masked": count, "times_faster": statistics.median(ratios),
+        "times_faster_range": [min(ratios), max(ratios)],
+        "median_milliseconds": {form: statistics.median(values) * 1e3 for form, values in seconds.items()},
+        "peak_bytes": peaks,
+        "peak_in_copies_of_bf16_pairs": {form: value / bytes_of_pairs for form, value in peaks.items()},
+        "error_against_float64": accuracy(count, device), "seconds": seconds,
+    }  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`python -m bench.losses`."""
+    parser = Parser(prog="python -m bench.losses", description=__doc__)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch on the CPU")
+    parser.add_argument("--rounds", type=int, default=5, help="measured rounds")
+    parser.add_argument("--peak_of", nargs=3, metavar=("FORM", "BATCH", "MASKED"), help=argparse.SUPPRESS)
+    parser.add_argument("-o", "--output", type=Path, default=None, help="write the raw figures here as JSON")
+    arguments = parser.parse_args(argv)
+    if arguments.rounds < 1 or arguments.threads < 1:
+        raise UserError("rounds and threads must be 1 or more")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device is cuda, but torch sees no GPU; use --device cpu")
+    torch.set_num_threads(arguments.threads)
+    device = torch.device(arguments.device)
+    if arguments.peak_of:
+        form, batch, count = arguments.peak_of
+        print(peak_here(form, int(batch), int(count), device))
+        return
+    cases = [case(*size, arguments.rounds, device) for size in CASES]
+    result = {"bench": "losses", "threads": torch.get_num_threads(), "cases": cases, "versions": versions(device, 1)}
+    if arguments.output:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+    for found in cases:
+        print(f"B {found['batch']}, M {found['masked']}: blocks {found['times_faster']:.1f} x faster than plain")
+        for form in FORMS:
+            errors = found["error_against_float64"][form]
+            mebibytes, copies = found["peak_bytes"][form] / 2**20, found["peak_in_copies_of_bf16_pairs"][form]
+            print(f"  {form:7} {found['median_milliseconds'][form]:8.1f} ms, peak {mebibytes:.1f} MiB = {copies:.2f} "
+                  f"copies of [B, M, M] in bf16; error: value {errors['value']:.0e}, gradient "
+                  f"{errors['gradient']:.0e}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    run_command(main)
