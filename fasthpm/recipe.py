@@ -85,7 +85,9 @@ class Recipe:
     data_path: str = option("", "prepared set (.beton), several joined by commas, image folder, or synthetic:N")
     crop_min: float = option(0.2, "smallest share of the image area that a random crop covers")
     flip: bool = option(True, "flip training images at random")
-    interpolation: str = option("area", "how crops are resized", choices=INTERPOLATIONS)
+    interpolation: str = option(
+        "bicubic", "how crops are resized; area is 4-10 % faster and softer", choices=INTERPOLATIONS
+    )
     color_jitter: float = option(0.0, "brightness, contrast and saturation vary by up to this share; 0 = off")
     sample_order: str = option(
         "random",

@@ -1,9 +1,8 @@
-"""The fast loader: prepared `.beton` sets, decoded and resized by FFCV's C library inside one compiled loop.
+"""The fast loader: prepared `.beton` sets, decoded by libturbojpeg and resized by our own kernel in one compiled loop.
 
-FFCV's own `Loader` is not used: its crops cannot be seeded, its batches share memory that is overwritten later, it
-compiles in every process and ignores decoding errors. Only its file format and its C library are. The loop is plain
-nogil code called from Python threads: no numba threading layer takes part, hence no clash with forks or with other
-users of OpenMP or TBB.
+Of FFCV only the file format is used: its `Loader` cannot seed its crops, reuses the memory of its batches, compiles in
+every process and ignores decoding errors. The loop is plain nogil code called from Python threads: no numba threading
+layer takes part, hence no clash with forks or with other users of OpenMP or TBB.
 """
 
 from collections.abc import Callable
@@ -25,8 +24,8 @@ def _kernel() -> Callable[..., None]:
         from fasthpm.data.ffcv_kernel import decode
     except (ImportError, OSError) as error:
         raise UserError(
-            f"reading .beton files needs FFCV ({error}); install it with pip install 'fasthpm[ffcv]' (README lists the "
-            f"system libraries it needs), or train on an image folder"
+            f"reading .beton files needs numba and libturbojpeg ({error}); install them with pip install "
+            f"'fasthpm[ffcv]' and your system's packages (scripts/setup.sh names them), or train on an image folder"
         ) from error
     return decode
 

@@ -55,7 +55,7 @@ class LoaderOptions:
     flip: bool = True
     crop_pct: float | None = None
     accum_iter: int = 1
-    interpolation: str = "area"
+    interpolation: str = "bicubic"
     color_jitter: float = 0.0
     sample_order: str = "random"
     max_bad_samples: float | None = None

@@ -136,7 +136,7 @@ def _average_rows(image: Array, target: int) -> Array:
 def area_resize(image: Array, size: tuple[int, int]) -> Array:
     """Resize uint8 [h, w, C] to `size` by exact pixel-area averaging: uint8 [H, W, C].
 
-    What OpenCV calls INTER_AREA, which FFCV's C library uses. The two agree to one grey level where both sides shrink
+    What OpenCV calls INTER_AREA, which FFCV's own loader uses. The two agree to one grey level where both sides shrink
     or both grow; where one shrinks and the other grows OpenCV takes two taps, and single pixels differ by more.
     """
     if image.shape[:2] == size:
