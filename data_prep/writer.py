@@ -346,11 +346,12 @@ def _encode_all(task: _Task, job: Job, chunks: list[tuple[int, Array]], num_work
                     raise KeyboardInterrupt
             job.commit()
         except BaseException as error:
-            pool.shutdown(wait=False, cancel_futures=True)
             with contextlib.suppress(OSError):
                 job.commit()
             _explain(error, sum(len(indices) for _, indices in chunks[: job.chunks]), task.total)
             raise
+        finally:
+            pool.shutdown(cancel_futures=True)  # and waits: nobody may hold the lock afterwards
 
 
 def _explain(error: BaseException, done: int, total: int) -> None:
@@ -381,7 +382,13 @@ def _asked_to_stop() -> Iterator[Callable[[], bool]]:
     """Ctrl-C and SIGTERM only ask to stop after the current chunk; a second one stops at once."""
     asked: list[int] = []
 
+    owner = os.getpid()
+
     def ask(number: int, frame: Any) -> None:
+        if os.getpid() != owner:  # a worker that has not come to `_enter_worker` yet
+            if number == signal.SIGTERM:
+                os._exit(1)
+            return
         if asked:
             raise KeyboardInterrupt
         asked.append(number)
@@ -403,14 +410,14 @@ _options = WriteOptions()
 
 def _enter_worker(source: Samples, options: WriteOptions, lock: int) -> None:
     """Start of every process: die with the parent, leave Ctrl-C to it, one thread each."""
-    import cv2
-
     global _source, _options
-    _source, _options = source, options
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.close(lock)  # else it would stay locked for a moment after the parent has been killed
+    import cv2
+
+    _source, _options = source, options
     cv2.setNumThreads(0)
     Image.MAX_IMAGE_PIXELS = None  # ours takes its place: PIL only warns until twice the limit
     warnings.simplefilter("ignore")  # PIL's remarks on odd but readable files

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -228,9 +229,11 @@ def test_a_sharded_set_replaces_a_single_one_and_back(tmp_path):
 def test_all_files_of_a_job_have_as_many_channels(tmp_path):
     folder = image_folder(tmp_path / "in", 8, grey=True)
     picture(0).save(folder / "ant" / "colour.png")
-    out = prepare(folder, tmp_path / "a.beton", "--shards", "3", "--val_count", "2")
-    sets = [*members(out), tmp_path / "a_val.beton"]
-    assert {open_beton(path).info.channels for path in sets} == {3}
+    for seed in "012":  # the colours are in different files
+        flags = ("--shards", "3", "--val_count", "2", "--seed", seed, "--overwrite")
+        out = prepare(folder, tmp_path / "a.beton", *flags)
+        sets = [*members(out), tmp_path / "a_val.beton"]
+        assert {open_beton(path).info.channels for path in sets} == {3}
 
 
 # ------------------------------------------------------------------------------------------------------- selection
@@ -386,8 +389,10 @@ def test_tar_shards_with_class_names_and_odd_samples(tmp_path):
 def test_damaged_and_missing_tar_shards_are_one_line(tmp_path):
     write_tars(tmp_path / "in", 6)
     path = tmp_path / "in" / "train-0001.tar"
-    for length in (6000, 4608, 700, 0):  # in data, in a header or before one, in the first sample, nothing
-        os.truncate(path, min(length, path.stat().st_size))
+    with tarfile.open(path) as tar:
+        last = tar.getmembers()[-1]
+    for length in (last.offset_data + 1, last.offset + 100, last.offset, 700, 0):  # in data, in a header, before one
+        os.truncate(path, length)
         with pytest.raises(UserError, match=r"train-0001\.tar is no plain \.tar file, or is damaged"):
             prepare(tmp_path / "in", tmp_path / "a.beton")
     with pytest.raises(UserError, match=r"train-0007\.tar is not there"):
