@@ -301,8 +301,9 @@ def test_positions_outside_the_set_are_refused(make):
 
 
 # ------------------------------------------------------------------------------------------------------- pixels
-def test_ffcv_pixels_agree_with_the_plain_truth(tmp_path):
-    """Raw sets, same boxes: at most one grey level where both sides shrink or both grow, close elsewhere."""
+@pytest.mark.parametrize("interpolation", ["area", "bicubic"])
+def test_ffcv_pixels_agree_with_the_plain_truth(interpolation, tmp_path):
+    """Raw sets, same boxes: at most one grey level, but for a few values where PIL rounds or clips between its passes."""
     folder = image_folder(tmp_path / "folder", 12, sizes=((40, 48), (61, 37), (24, 24)))
     loader = build_loader(
         prepare(folder, tmp_path / "set.beton", "--write_mode", "raw"),
@@ -310,22 +311,21 @@ def test_ffcv_pixels_agree_with_the_plain_truth(tmp_path):
         image_size=(24, 24),
         channels=3,
         num_workers=2,
+        interpolation=interpolation,
     )
     stored = build_loader(folder, batch_size=1, image_size=(8, 8), channels=3, train=False)
     originals = {np.asarray(Image.open(path)).tobytes(): path for path in map(Path, stored._images.paths)}
     decoded = raw_images(Path(loader.source))
     assert {image.tobytes() for image in decoded} == set(originals)
-    mixed = 0
     for epoch in range(6):
         loader.set_epoch(epoch)
         (batch,) = loader
         for row, index, crop in zip(batch.images.numpy(), batch.ids.tolist(), batch.crops.numpy(), strict=True):
-            truth = crop_resize(decoded[index], crop, (24, 24))
+            truth = crop_resize(decoded[index], crop, (24, 24), interpolation)
             difference = np.abs(row.astype(int) - truth)
-            same_way = (crop[2] >= 24) == (crop[3] >= 24) or 24 in (crop[2], crop[3])
-            mixed += not same_way
-            assert difference.max() <= 1 if same_way else difference.mean() <= 3
-    assert 0 < mixed < 36
+            allowed = 0 if interpolation == "area" else 0.01
+            assert (difference > 1).mean() <= allowed
+            assert difference.max() <= (1 if interpolation == "area" else 12)
     loader.close()
     stored.close()
 

@@ -132,7 +132,7 @@ def build_loader(
       mirroring; only full global batches. Otherwise in order, the centre (`crop_pct` of the largest box; None is 0.875,
       or 1 when all stored images have `image_size` already), each sample once over all ranks, in batches of which the
       last may be smaller, on some ranks empty.
-    - `interpolation`: how crops are resized, "bicubic" (PIL's, antialiased, as in MAE) or "area" (pixel areas averaged).
+    - `interpolation`: how crops are resized, "bicubic" (PIL's, antialiased) or "area" (pixel areas averaged).
     - `color_jitter`: in training, brightness, contrast and saturation are multiplied by 1 ± up to this; 0 = not.
     - `sample_order`: "random", or "blocks" for sets larger than memory: neighbours in storage are read together, and
       shuffled within a pool of about 1 GiB (`sampling.block_order`).
