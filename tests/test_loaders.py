@@ -424,7 +424,9 @@ def test_the_next_batch_is_asked_for_while_the_consumer_works(sources):
     assert loader.state_dict() == {"epoch": 0, "batch": 1}
     next(iterator)
     assert asked[2].wait(10)
+    again = next(iter(loader))  # the third, though it was asked for before
     loader.close()
+    assert same(again, list(build_loader(sources["ffcv"], batch_size=4, image_size=SIZE, channels=3))[2])
 
 
 def test_an_error_ahead_comes_after_the_batch_before_it(sources, monkeypatch):
@@ -952,12 +954,14 @@ def test_ranks_threads_and_resumed_runs_agree_on_replacements(broken, kind):
 
 @pytest.mark.parametrize("kind", ["ffcv", "plain"])
 def test_too_many_bad_samples_end_the_run_and_are_named(broken, kind, monkeypatch):
-    with pytest.raises(UserError, match=r"1 sample of .* does not decode, max_bad_samples 0 allows 0 of 23") as error:
+    with pytest.raises(UserError, match=r"1 sample does not decode, max_bad_samples 0 allows 0 of the 23 in") as error:
         list(load_broken(broken, kind, batch_size=1, max_bad_samples=0.0))
     assert "\n" not in str(error.value)
     monkeypatch.setattr(quarantine, "FEWEST", 1)
     monkeypatch.setattr(quarantine, "NAMED", 2)
-    with pytest.raises(UserError, match=r"4 samples .* 0\.15 allows 3 of 23: .* and 2 more \(all are named in"):
+    with pytest.raises(
+        UserError, match=r"4 samples do .* 0\.15 allows 3 of the 23 in .*: .* and 2 more \(all are named in"
+    ):
         list(load_broken(broken, kind, batch_size=23, max_bad_samples=0.15))
     assert len(list(load_broken(broken, kind, batch_size=23, max_bad_samples=0.2))) == 1
 

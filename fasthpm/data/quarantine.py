@@ -31,9 +31,9 @@ def too_many(source: str, bad: Sequence[BadSample], share: float, num_samples: i
     if len(bad) <= limit:
         return None
     others = f" and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
-    count = "1 sample" if len(bad) == 1 else f"{len(bad)} samples"
+    found = "1 sample does" if len(bad) == 1 else f"{len(bad)} samples do"
     return UserError(
-        f"{count} of {source} do{'es' if len(bad) == 1 else ''} not decode, max_bad_samples {share:g} allows {limit} of {num_samples}: "
+        f"{found} not decode, max_bad_samples {share:g} allows {limit} of the {num_samples} in {source}: "
         f"{', '.join(entry.name for entry in bad[:NAMED])}{others} ({rest}); copy or prepare the set again, or raise "
         f"--max_bad_samples"
     )
