@@ -21,7 +21,7 @@ from PIL import Image
 from fasthpm.data import Batch, build_loader, ffcv_images, prefetch, quarantine, read_info, synthetic
 from fasthpm.data.beton import ALLOCATION, JPEG, open_beton
 from fasthpm.data.device import DeviceLoader, on_device
-from fasthpm.data.pixels import jitter_colours
+from fasthpm.data.pixels import jitter_colours, render
 from fasthpm.data.prefetch import count_workers
 from fasthpm.data.prepared import merged_ranges, open_set
 from fasthpm.data.sampling import (
@@ -29,7 +29,6 @@ from fasthpm.data.sampling import (
     block_order,
     centre_crops,
     colour_factors,
-    crop_resize,
     mix,
     random_crops,
     replacements,
@@ -303,7 +302,7 @@ def test_positions_outside_the_set_are_refused(make):
 # ------------------------------------------------------------------------------------------------------- pixels
 @pytest.mark.parametrize("interpolation", ["area", "bicubic"])
 def test_ffcv_pixels_agree_with_the_plain_truth(interpolation, tmp_path):
-    """Raw sets, same boxes: at most one grey level, but for a few values where PIL rounds or clips between its passes."""
+    """Raw sets, same boxes: one grey level at most, but for a few values where PIL rounds or clips between passes."""
     folder = image_folder(tmp_path / "folder", 12, sizes=((40, 48), (61, 37), (24, 24)))
     loader = build_loader(
         prepare(folder, tmp_path / "set.beton", "--write_mode", "raw"),
@@ -321,7 +320,7 @@ def test_ffcv_pixels_agree_with_the_plain_truth(interpolation, tmp_path):
         loader.set_epoch(epoch)
         (batch,) = loader
         for row, index, crop in zip(batch.images.numpy(), batch.ids.tolist(), batch.crops.numpy(), strict=True):
-            truth = crop_resize(decoded[index], crop, (24, 24), interpolation)
+            truth = render(decoded[index], crop, (24, 24), interpolation, np.ones(3))
             difference = np.abs(row.astype(int) - truth)
             allowed = 0 if interpolation == "area" else 0.01
             assert (difference > 1).mean() <= allowed
@@ -520,6 +519,7 @@ def test_samples_are_named_by_the_file_they_were_made_of(tmp_path):
     out = prepare_shards(image_folder(tmp_path / "folder", 8), tmp_path / "set.beton", 2)
     second = tmp_path / "set-00001-of-00002.beton"
     list_sources(second, ["a.png", "with, comma\nand line.png", "b.png", "caf\udce9.png"])
+    (tmp_path / "set-00000-of-00002.files.csv").unlink()  # as older sets, and those of others
     names = [open_set(out).name_of(sample) for sample in range(8)]
     assert names[3] == f"{tmp_path / 'set-00000-of-00002.beton'}: sample 3"
     assert names[4] == f"a.png ({second}, sample 0)"
@@ -565,7 +565,7 @@ def test_colours_change_as_in_torchvision(channels, factors):
     assert (ours != truth.permute(1, 2, 0).numpy()).mean() < 0.01
 
 
-@pytest.mark.parametrize("kind", ["plain", "synthetic"])
+@pytest.mark.parametrize("kind", ["ffcv", "plain", "synthetic"])
 def test_colours_vary_and_crops_do_not(sources, kind):
     options = {"batch_size": 23, "image_size": SIZE, "channels": 3, "seed": 4}
     (still,) = build_loader(sources[kind], **options)
@@ -574,7 +574,9 @@ def test_colours_vary_and_crops_do_not(sources, kind):
     assert not torch.equal(still.images, vivid.images)
     factors = colour_factors(4, 0, still.ids.numpy(), 0.5, 3)
     for before, after, change in zip(still.images.numpy(), vivid.images.numpy(), factors, strict=True):
-        assert np.array_equal(after, jitter_colours(before, change))
+        # The kernel rounds once at the end, the plain twin after each factor.
+        difference = np.abs(after.astype(int) - jitter_colours(before, change))
+        assert difference.max() <= (2 if kind == "ffcv" else 0)
     (plain,) = build_loader(sources[kind], color_jitter=0.5, train=False, **options)
     (same_plain,) = build_loader(sources[kind], train=False, **options)
     assert torch.equal(plain.images, same_plain.images)
@@ -585,7 +587,7 @@ def test_bicubic_is_pils_on_the_crop_alone(sources, kind, channels):
     options = {"batch_size": 23, "image_size": SIZE, "channels": channels, "seed": 4}
     loader = build_loader(sources[kind], interpolation="bicubic", **options)
     (batch,) = loader
-    (area,) = build_loader(sources[kind], **options)
+    (area,) = build_loader(sources[kind], interpolation="area", **options)
     assert torch.equal(batch.crops, area.crops)
     assert not torch.equal(batch.images, area.images)
     for row, index, crop in zip(batch.images.numpy(), batch.ids.tolist(), batch.crops.tolist(), strict=True):
@@ -1037,7 +1039,7 @@ for source in sys.argv[2:]:
 try:
     build_loader(sys.argv[1], batch_size=4, image_size=(8, 8), channels=3)
 except UserError as error:
-    assert "needs FFCV" in str(error), error
+    assert "needs numba and libturbojpeg" in str(error), error
 else:
     raise SystemExit("a .beton without FFCV was not refused")
 """
