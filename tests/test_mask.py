@@ -190,8 +190,8 @@ def test_predefined_masks_are_their_loops(seed: int, grid: tuple[int, int], slot
         assert rows_of(plain)[i] == reference.random_mask(numbers[:size], ratio)
 
 
-@settings(max_examples=30, deadline=None)
-@given(seed=seeds, rows=st.integers(1, 4), columns=st.integers(1, 4), side=st.integers(1, 3),
+@settings(max_examples=60, deadline=None)
+@given(seed=seeds, rows=st.integers(2, 4), columns=st.integers(2, 4), side=st.integers(2, 3),
        policy=st.sampled_from(masks.IN_UNITS), ratio=st.floats(0.3, 0.7), alpha=st.floats(0, 1))  # fmt: skip
 def test_units_are_the_loop(
     seed: int, rows: int, columns: int, side: int, policy: str, ratio: float, alpha: float

@@ -1,18 +1,28 @@
-"""The fused step: masks that depend on samples alone, a teacher that is only held, and no waiting for the device."""
+"""The fused step: masks that depend on samples alone, a teacher that is only held, and no waiting for the device.
+
+Ranks run this file too (`main`): combinations of baseline, mask and difficulty loss through the real engine.
+"""
 
 import dataclasses
+import itertools
+from argparse import ArgumentParser
+from pathlib import Path
 from typing import Any
 
 import pytest
 import reference
 import torch
+from launch import ROOT, check_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fasthpm import loss, recipes
+from fasthpm import engine, loss, recipes
 from fasthpm.data import DatasetInfo
+from fasthpm.errors import UserError
+from fasthpm.mask import POLICIES as MASK_POLICIES
 from fasthpm.mask import split_ids
-from fasthpm.recipe import Recipe
+from fasthpm.recipe import PREDICT_LOSSES, Recipe
 from fasthpm.step import METRICS, Step, model_of
+from fasthpm.teacher import EMATeacher
 
 INFO = DatasetInfo(100, 1, (0.3,), (0.2,), ("a",))
 ALPHA = torch.tensor(0.5, dtype=torch.float64)
@@ -51,6 +61,90 @@ def test_the_hardest_patches_by_the_teacher_are_masked() -> None:
     difficulty = step._teacher[0].predict_loss(step.normalized_patches(images))
     for row, values in zip(mask, difficulty, strict=True):
         assert row[values.argsort(descending=True)[:hard]].all()
+
+
+def combinations() -> list[dict[str, Any]]:
+    """Baselines, masks, units and difficulty losses as recipe fields, whether or not they make sense together."""
+    baselines = [{"model": "hpm_vit_nano_patch4_28"}, {"model": "mae_vit_nano_patch4_28"},
+                 {"model": "simmim_vit_nano_patch4_28", "pixel_loss": "l1"}]  # fmt: skip
+    objectives: list[dict[str, Any]] = [{"predict_loss": kind} for kind in PREDICT_LOSSES]
+    objectives.append({"predict_loss": "absolute", "absolute_standardize": False})
+    units = [{"mask_unit": 0}, {"mask_unit": 8}]
+    table = itertools.product(baselines, [{"mask_policy": policy} for policy in MASK_POLICIES], units, objectives)
+    return [{key: value for part in parts for key, value in part.items()} for parts in table]
+
+
+def why_not(changes: dict[str, Any]) -> str:
+    """What a combination is refused with, in part; "" if it makes sense."""
+    policy, predicts = changes["mask_policy"], changes["predict_loss"] != "none"
+    if predicts and changes["model"].startswith("mae"):
+        return "has no loss predictor; use --predict_loss none"
+    if policy.startswith("hpm") and not predicts:
+        return "follows predicted losses, but predict_loss is none"
+    if changes["mask_unit"] and policy in ("block", "blockwise", "uniform", "tube"):
+        return "does not mask in units; use --mask_unit 0"
+    return "repeats one mask in every frame of a video" if policy == "tube" else ""
+
+
+def toy(changes: dict[str, Any]) -> Recipe:
+    """The smallest recipe with these choices: 16 patches."""
+    return dataclasses.replace(recipes.debug(), input_size="16", batch_size=2, **changes)
+
+
+def main() -> None:
+    """Three updates of every combination that makes sense, on each rank."""
+    parser = ArgumentParser()
+    parser.add_argument("--local_rank", type=int)
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--every", type=int, default=1)
+    arguments = parser.parse_args()
+    sensible = [changes for changes in combinations() if not why_not(changes)][:: arguments.every]
+    with engine.session() as launch:
+        for changes in sensible:
+            train_three(toy(changes).resolve(100, launch.world_size), arguments.config, launch)
+        if launch.rank == 0:
+            print(f"{len(sensible)} combinations ran")
+
+
+def train_three(recipe: Recipe, config: str, launch: engine.Launch) -> None:
+    """Three updates, and what must hold in each."""
+    step = Step(model_of(recipe), recipe, INFO)
+    merged = engine.merge_config(config, recipe, launch.world_size)
+    wrapped = engine.build_engine(step, recipe, merged, launch)
+    if recipe.uses_teacher:
+        step.attach_teacher(EMATeacher(wrapped, step.student, "student.", model_of(recipe), 0.9).module)
+    images, ids = batch(2, side=16)
+    losses = []
+    for update in range(3):
+        output = wrapped(images.to(launch.device), ids.to(launch.device), torch.tensor(update), ALPHA)
+        wrapped.backward(output.loss)
+        wrapped.step()
+        losses.append(float(output.loss.detach()))
+        assert output.mask.sum(1).tolist() == [recipe.num_masked] * 2
+    assert all(0 < value < 1000 for value in losses), (recipe, losses)
+    assert len(set(losses)) == 3, (recipe, losses)
+
+
+@pytest.mark.parametrize(("ranks", "preset", "every"), [(1, "zero1_bf16", 5), (2, "zero3_bf16", 11)])
+def test_sensible_combinations_train_through_the_engine(ranks: int, preset: str, every: int) -> None:
+    """Every fifth on one rank, every eleventh on two; `--every 1` runs them all."""
+    output = check_ranks(
+        Path(__file__), "--config", ROOT / "ds_configs" / f"{preset}.json", "--every", every, ranks=ranks, timeout=400
+    )
+    count = len([changes for changes in combinations() if not why_not(changes)][::every])
+    assert f"{count} combinations ran" in output
+
+
+def test_the_other_combinations_are_refused_with_a_reason() -> None:
+    for changes in combinations():
+        reason = why_not(changes)
+        if reason:
+            with pytest.raises(UserError) as caught:
+                toy(changes)
+            assert reason in str(caught.value)
+            assert "\n" not in str(caught.value)
+        else:
+            assert toy(changes).num_masked > 0
 
 
 POLICIES = {
@@ -179,3 +273,7 @@ def test_hard_units_are_masked_as_a_whole() -> None:
 def test_recipes_of_the_papers_have_the_papers_sizes() -> None:
     assert Recipe().num_patches == 196
     assert Recipe().num_masked == 147
+
+
+if __name__ == "__main__":
+    main()
