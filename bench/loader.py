@@ -150,7 +150,7 @@ def report(result: dict[str, Any]) -> str:
               [[name, show(row["from_start"]), show(row["from_build"])]
                for name, row in result["first_batch"].items()]),
         wait_report(result["data_wait"]),
-        table(("pixels of the same crops, 0..255", "mean |difference|", "largest"),
+        table(("pixels of the same crops, 0..255", "mean absolute difference", "largest"),
               [[name, f"{row['mean']:.2f}", str(row["max"])] for name, row in result["pixels"].items()]),
     ]  # fmt: skip
     if not has_interpolation():

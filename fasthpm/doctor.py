@@ -309,24 +309,25 @@ def measure(recipe: Recipe, seconds: float, timeout: float = TIMEOUT) -> Iterato
     asked = json.dumps({"recipe": dataclasses.asdict(recipe), "seconds": seconds, "parts": parts})
     environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER_NAMES}
     with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "fasthpm.rates", asked], stdout=subprocess.PIPE, stderr=errors, text=True,
-            env=environment,
-        )  # fmt: skip
-        timer = threading.Timer(timeout, process.kill)
-        timer.start()
-        try:
-            for line in process.stdout or ():
-                found = json.loads(line)
-                parts.remove(found["part"])
-                yield found
-        finally:
-            overdue = not timer.is_alive()
-            timer.cancel()
-            process.kill()
-            status = process.wait()
+        command = [sys.executable, "-m", "fasthpm.rates", asked]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment) as process:
+            timer = threading.Timer(timeout, process.kill)
+            timer.start()
+            try:
+                for line in process.stdout or ():
+                    found = json.loads(line)
+                    parts.remove(found["part"])
+                    yield found
+                process.wait()
+                overdue = not timer.is_alive()
+            except BaseException:
+                process.kill()
+                raise
+            finally:
+                timer.cancel()
         errors.seek(0)
         last = (errors.read().strip().splitlines() or [""])[-1]
+        status = process.returncode
     why = f"not known after {timeout:.0f} s" if overdue else f"its process ended with status {status} {last}".strip()
     yield from ({"part": part, "error": why} for part in parts)
 

@@ -124,7 +124,9 @@ def test_status_1_where_a_needed_part_is_missing(
 def test_status_0_where_only_extras_are_missing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(doctor, "CHECKS", (lambda: Finding("DALI", False, "absent", needed=False),))
+    monkeypatch.setattr(
+        doctor, "CHECKS", (lambda: Finding("torch", True, "2"), lambda: Finding("DALI", False, "absent", needed=False))
+    )
     doctor.main([])
     output = capsys.readouterr().out
     assert "missing  DALI" in output
