@@ -103,7 +103,7 @@ def _add_storage(parser: argparse.ArgumentParser) -> None:
         "--jpeg_quality",
         type=int,
         metavar="1..100",
-        help=f"default {preset['jpeg_quality']}; the loader's fast DCT loses more above that than the quality gains",
+        help=f"default {preset['jpeg_quality']}",
     )
     parser.add_argument("--reencode", action="store_true", help="encode all images anew, also JPEGs that could be kept")
     parser.add_argument(

@@ -21,10 +21,10 @@ from safetensors import safe_open
 from fasthpm.checkpoint import load_weights
 from fasthpm.cli import Parser
 from fasthpm.errors import UserError
+from fasthpm.export_forms import TARGETS, Target
 from fasthpm.foreign import IMPORT_NOTE
 from fasthpm.model import HPMViT
 from fasthpm.recipe import Recipe
-from fasthpm.targets import TARGETS, Target
 
 TOLERANCE = 1e-8  # of the largest output, in float64: tells even a LayerNorm's eps of 1e-6 from 1e-5
 IMAGES = 2  # of the fixed input

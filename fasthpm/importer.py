@@ -151,15 +151,12 @@ def recipe_for(
 
     **Raises:** `UserError` if no registered model has these shapes, or they leave a choice.
     """
-    if shape.predictor_depth not in (0, shape.decoder_depth):
-        raise UserError(
-            f"its loss predictor has {shape.predictor_depth} blocks and its reconstructor {shape.decoder_depth}; "
-            f"expected as many"
-        )
     known: dict[str, Any] = {"model": _model_name(shape), "patch_size": shape.patch_size, "channels": shape.in_chans}
     known["input_size"] = fields.get("input_size") or _square(shape)
     if shape.decoder_dim:
         known |= {"decoder_dim": shape.decoder_dim, "decoder_depth": shape.decoder_depth}
+        if shape.predictor_depth not in (0, shape.decoder_depth):
+            known["predictor_depth"] = shape.predictor_depth
     if not shape.predictor_depth:
         known |= {"mask_policy": "random", "predict_loss": "none", "clip_grad": 0.0}
     if isinstance(stored.get("norm_pix_loss"), bool):
@@ -188,6 +185,8 @@ def check_recipe(recipe: Recipe, shape: Architecture) -> None:
     if shape.decoder_dim:
         pairs["decoder_dim"] = (recipe.decoder_dim, shape.decoder_dim)
         pairs["decoder_depth"] = (recipe.decoder_depth, shape.decoder_depth)
+        if shape.predictor_depth:
+            pairs["predictor_depth"] = (recipe.predictor_depth or recipe.decoder_depth, shape.predictor_depth)
     wrong = [f"{name} {asked} (file: {has})" for name, (asked, has) in pairs.items() if asked != has]
     if wrong:
         raise UserError(f"the recipe {recipe.recipe} is of another model: {', '.join(wrong)}; name a recipe that fits")

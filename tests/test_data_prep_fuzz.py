@@ -16,7 +16,7 @@ from data_fixtures import image_folder, prepare
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from fasthpm.data.beton import DESCRIPTOR, HEADER, RAW, ROW, open_beton
+from fasthpm.data.beton import DESCRIPTOR, HEADER, ROW, open_beton
 
 CASES, SECONDS = 60, 60  # mutations per region, and for how long one of them may take
 CHILD = """
@@ -114,9 +114,9 @@ def regions(path: Path) -> dict[str, list[range]]:
 
 
 def layout(path: Path) -> list[object]:
-    """What the loader takes from the tables and can check: not labels, nor sizes that a JPEG itself states."""
+    """What the loader takes from the tables and can check: not labels."""
     beton = open_beton(path)
-    sizes = np.where(beton.modes == RAW, beton.heights.astype(np.int64) * 65536 + beton.widths, 0)
+    sizes = beton.heights.astype(np.int64) * 65536 + beton.widths
     columns = (beton.positions, beton.lengths, beton.modes, sizes)
     return [beton.info, *(column.tolist() for column in columns)]
 

@@ -19,7 +19,7 @@ from launch import check_ranks
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fasthpm import checkpoint, export, recipe_list, recipes, targets
+from fasthpm import checkpoint, export, export_forms, recipe_list, recipes
 from fasthpm.__main__ import dispatch
 from fasthpm.checkpoint import load_weights
 from fasthpm.errors import UserError
@@ -154,6 +154,15 @@ def test_hpm_checkpoint_with_its_ema(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "hpm checkpoint: nano, patches of 4, images 12x12x3, decoder 32 x 2" in text
     assert f"converted  2, the average of {PATCH**2 * 3} rows, the same function: decoder_pred_losspred.weight" in text
     assert "assumed    4 heads, norm_pix_loss False: not told by the shapes" in text
+
+
+def test_a_predictor_of_a_depth_of_its_own(tmp_path: Path) -> None:
+    state = {k: v for k, v in published().items() if not k.startswith(f"decoder_blocks_losspred.{DECODER_DEPTH - 1}.")}
+    torch.save(state, tmp_path / "hpm.pth")
+    run_import(tmp_path / "hpm.pth", tmp_path / "run", *FLAGS)
+    model, recipe = load_weights(tmp_path / "run")
+    assert (recipe.decoder_depth, recipe.predictor_depth) == (DECODER_DEPTH, DECODER_DEPTH - 1)
+    check_same(model, state)
 
 
 def test_mae_checkpoint_with_its_arguments(tmp_path: Path) -> None:
@@ -528,7 +537,7 @@ def test_timm_and_hugging_face_encoders(tmp_path: Path, size: str, channels: int
     run, model = run_with(tmp_path / "run", input_size=size, channels=channels)
     images = pictures(model)
     dispatch(["export", str(run), "-o", str(tmp_path / "new" / "encoder.safetensors")])
-    vit = timm.models.VisionTransformer(**targets.metadata_of(tmp_path / "new/encoder.safetensors", "timm")).eval()
+    vit = timm.models.VisionTransformer(**export_forms.metadata_of(tmp_path / "new/encoder.safetensors", "timm")).eval()
     vit.load_state_dict(load_file(tmp_path / "new/encoder.safetensors"))
     close(vit.forward_features(images), model.encode(images))
     dispatch(["export", str(run), "--format", "hf_vit", "-o", str(tmp_path / "hf")])
@@ -541,7 +550,7 @@ def test_timm_names_are_suggested_where_they_fit(tmp_path: Path) -> None:
     sizes = {"model": "hpm_vit_tiny_patch16_224", "input_size": "224", "patch_size": 16, "decoder_depth": 1}
     _, model = run_with(tmp_path / "run", **sizes)
     export.export_weights(model, load_weights(tmp_path / "run")[1], tmp_path / "tiny.safetensors")
-    line = targets.TARGETS["timm"].usage(tmp_path / "tiny.safetensors")
+    line = export_forms.TARGETS["timm"].usage(tmp_path / "tiny.safetensors")
     vit = eval(line, {"timm": timm}).eval()
     close(vit(pictures(model)), model.encode(pictures(model))[:, 0])
 
@@ -591,12 +600,12 @@ def test_plain_file_comes_back_as_the_same_run(tmp_path: Path) -> None:
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in again.state_dict().items())
 
 
-@pytest.mark.parametrize("form", targets.TARGETS)
+@pytest.mark.parametrize("form", export_forms.TARGETS)
 def test_a_difference_leaves_no_file(tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One weight that is off by a ten-thousandth on its way out is found in every form."""
     _, model = run_with(tmp_path / "run")
     recipe = load_weights(tmp_path / "run")[1]
-    original = targets.save_file
+    original = export_forms.save_file
 
     def off(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
         names = ("blocks.2.norm2.bias", "layer_2.ln_2.bias", "layer.2.layernorm_after.bias")
@@ -604,18 +613,18 @@ def test_a_difference_leaves_no_file(tmp_path: Path, form: str, monkeypatch: pyt
         tensors[key][3] += 1e-4
         original(tensors, path, metadata)
 
-    monkeypatch.setattr(targets, "save_file", off)
+    monkeypatch.setattr(export_forms, "save_file", off)
     output = tmp_path / "out" / "some.safetensors"
     with pytest.raises(RuntimeError, match="outputs differ from ours by"):
         export.export_weights(model, recipe, output, form)
     assert not list(output.parent.iterdir())
-    monkeypatch.setattr(targets, "save_file", original)
+    monkeypatch.setattr(export_forms, "save_file", original)
     assert export.export_weights(model, recipe, output, form) < 1e-12
 
 
 def test_even_the_eps_of_a_norm_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, model = run_with(tmp_path / "run")
-    monkeypatch.setattr(targets, "LAYER_NORM_EPS", 1e-12)
+    monkeypatch.setattr(export_forms, "LAYER_NORM_EPS", 1e-12)
     with pytest.raises(RuntimeError, match="transformers's outputs differ from ours"):
         export.export_weights(model, load_weights(tmp_path / "run")[1], tmp_path / "hf", "hf_vit")
 
