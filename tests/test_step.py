@@ -4,6 +4,7 @@ Ranks run this file too (`main`): combinations of baseline, mask and difficulty 
 """
 
 import dataclasses
+import gc
 import itertools
 from argparse import ArgumentParser
 from pathlib import Path
@@ -102,6 +103,7 @@ def main() -> None:
     with engine.session() as launch:
         for changes in sensible:
             train_three(toy(changes).resolve(100, launch.world_size), arguments.config, launch)
+            gc.freeze()  # DeepSpeed collects six times an engine, over all that earlier ones left
         if launch.rank == 0:
             print(f"{len(sensible)} combinations ran")
 
