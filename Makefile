@@ -14,8 +14,8 @@ help:  ## list these commands
 setup:  ## install everything into .venv (PYTHON=python3.12 chooses the interpreter)
 	@bash scripts/setup.sh
 
-test: setup  ## run the whole test suite (ARGS="-k mask" goes to pytest)
-	.venv/bin/python -m pytest $(ARGS)
+test: setup  ## run the whole test suite, two files at a time (ARGS="-k mask" goes to pytest)
+	.venv/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: setup  ## check style and types
 	.venv/bin/python -m ruff check .

@@ -182,7 +182,7 @@ def _compress(pixels: Array, options: WriteOptions) -> bytes:
 def restart_interval(width: int) -> int:
     """Blocks of 16 pixels between two restart markers: about 2, and a divisor of those in a row of `width` pixels."""
     blocks = -(-width // MCU)
-    return min((n for n in range(1, blocks + 1) if blocks % n == 0), key=lambda n: abs(n - 2))
+    return min((n for n in range(1, blocks + 1) if blocks % n == 0), key=lambda n: (abs(n - 2), -n))
 
 
 # ------------------------------------------------------------------------------------------------------- measuring

@@ -86,7 +86,7 @@ class Recipe:
     crop_min: float = option(0.2, "smallest share of the image area that a random crop covers")
     flip: bool = option(True, "flip training images at random")
     interpolation: str = option(
-        "bicubic", "how crops are resized; area is 4-10 % faster and softer", choices=INTERPOLATIONS
+        "bicubic", "how crops are resized; area is a little faster and softer", choices=INTERPOLATIONS
     )
     color_jitter: float = option(0.0, "brightness, contrast and saturation vary by up to this share; 0 = off")
     sample_order: str = option(

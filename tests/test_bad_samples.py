@@ -89,7 +89,7 @@ def test_a_run_survives_a_bad_sample_and_says_so(broken: Path, tmp_path: Path) -
     output = check_ranks(
         "fasthpm.pretrain", *RUN, "--data_path", broken, "--output_dir", tmp_path, launcher="python", timeout=300
     )
-    assert output.count("set.beton: sample 5 does not decode; another sample takes its place") == 1
+    assert output.count("set.beton, sample 5) does not decode; another sample takes its place") == 1
     assert f"bad samples  1 were replaced: {tmp_path / 'bad_samples.csv'}" in output
     assert read_metrics(tmp_path)[-1]["bad_samples"] == 1
 
