@@ -21,8 +21,8 @@ from fasthpm.versions import versions
 
 QUALITY = 90
 SETS = {  # how each prepared set is stored
-    "500": ("--max_resolution", "500"),
-    "500-reencoded": ("--max_resolution", "500", "--reencode"),  # as FFCV's writer does: no JPEG is kept as it is
+    "500-reencoded": ("--max_resolution", "500"),  # the default, and as FFCV's writer does it
+    "500-kept": ("--max_resolution", "500", "--keep_jpeg"),
     "400": ("--max_resolution", "400"),
     "256": ("--max_resolution", "256"),
     "raw256": ("--max_resolution", "256", "--write_mode", "raw"),
@@ -88,14 +88,6 @@ def say(line: str) -> None:
 
 
 # -------------------------------------------------------------------------------------------------------- data
-def known_sets() -> list[str]:
-    """Names of `SETS`; without the re-encoded one where every JPEG is encoded anew anyway."""
-    from data_prep.images import build_parser  # here, so that it is no part of what starting a loader takes
-
-    known = build_parser().format_help()
-    return [name for name, flags in SETS.items() if "--reencode" not in flags or "--reencode" in known]
-
-
 def choose_photos(photos: Path, work: Path, count: int) -> Path:
     """A folder of links to `count` evenly spaced files of `photos` (0 = all), one subfolder per class.
 

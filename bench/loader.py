@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.common import (
+    SETS,
     choose_photos,
     files_in,
-    known_sets,
     machine,
     prepared,
     ratios,
@@ -39,7 +39,7 @@ from fasthpm.errors import UserError
 
 BASELINE = "torchvision, MAE's transforms"
 SLOW_SHARE = 8  # loaders that decode or draw in plain numpy get this part of the images
-FFCV_TWINS = ("500", "500-reencoded", "256")  # sets on which FFCV's own loader runs too
+FFCV_TWINS = ("500-reencoded", "256")  # sets on which FFCV's own loader runs too
 PIXEL_IMAGES = 64
 QUICK_IMAGES, QUICK_ROUNDS = 48, 2
 INTERPOLATIONS = ("area", "bicubic")
@@ -179,9 +179,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=5, help="measured rounds (default 5)")
     parser.add_argument("--workers", type=int, default=0, help="threads or workers of each loader; 0 = all cores")
     parser.add_argument("--batch_size", type=int, default=64, help="images per batch (default 64)")
-    parser.add_argument(
-        "--sets", nargs="+", choices=known_sets(), default=known_sets(), help="prepared sets to measure"
-    )
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS), help="prepared sets to measure")
     parser.add_argument("--starts", type=int, default=3, help="fresh processes for the first batch (default 3)")
     parser.add_argument(
         "--gpu_tflops", type=float, default=790, help="the GPU's matmul rate (790: bf16, H200, measured)"

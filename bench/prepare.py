@@ -24,7 +24,6 @@ from bench.common import (
     SETS,
     choose_photos,
     files_in,
-    known_sets,
     machine,
     prepare_command,
     ratios,
@@ -67,7 +66,7 @@ def write_with_ffcv(source: Path, out: Path, name: str, workers: int) -> None:
     from ffcv.fields import IntField, RGBImageField
     from ffcv.writer import DatasetWriter
 
-    words = [word for word in SETS[name] if word != "--reencode"]
+    words = [word for word in SETS[name] if word != "--keep_jpeg"]
     flags = dict(zip(words[::2], words[1::2], strict=True))
     field = RGBImageField(
         write_mode=flags.get("--write_mode", "jpg"), max_resolution=int(flags["--max_resolution"]),
@@ -186,7 +185,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--images", type=int, default=1000, help="photographs; 0 = all (default 1000)")
     parser.add_argument("--rounds", type=int, default=3, help="measured rounds (default 3)")
     parser.add_argument("--workers", type=int, default=0, help="processes of each writer; 0 = all cores")
-    parser.add_argument("--sets", nargs="+", choices=known_sets(), default=known_sets(), help="prepared sets to write")
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS), help="prepared sets to write")
     parser.add_argument("--work", type=Path, default=None, help="folder for what is written; none = temporary")
     parser.add_argument("--quick", action="store_true", help="seconds, to see that it runs: its figures mean nothing")
     parser.add_argument("-o", "--output", type=Path, default=None, help="write the raw figures here as JSON")
