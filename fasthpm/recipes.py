@@ -152,13 +152,12 @@ def hpm_demo() -> Recipe:
     deepspeed --module fasthpm.pretrain --recipe hpm_demo --data_path data/train.beton --output_dir runs/demo
 
     Raw pixels as in HPM's scripts: with `norm_pix_loss` the teacher's difficulty turned against the true loss here
-    (bench/LOG.md). Small batches, because in so short a run the number of updates counts; the momentum is lower than
-    the papers' because the run is a thousand times shorter.
+    (bench/LOG.md). The momentum is lower than the papers' because the run is a thousand times shorter.
     """
     return Recipe(
         recipe="hpm_demo", model="hpm_vit_nano_patch4_28", input_size="28", patch_size=4, channels=1,
-        decoder_dim=64, decoder_depth=2, decoder_heads=2,
-        batch_size=16, global_batch_size=32, epochs=4, steps_per_epoch=1500, warmup_epochs=0.2,
+        decoder_dim=64, decoder_depth=2, decoder_heads=4,
+        batch_size=32, global_batch_size=64, epochs=4, steps_per_epoch=800, warmup_epochs=0.2,
         lr=1e-3, crop_min=0.5, ema_momentum=0.99, ema_momentum_end=0.999, ema_ramp_epochs=4,
         log_every=50, save_every=1, panel_every=1,
     )  # fmt: skip

@@ -361,7 +361,7 @@ def write_tars(folder: Path, count: int, labels: str = "number") -> dict[str, tu
 def test_tar_shards_of_webdataset(tmp_path, how):
     made = write_tars(tmp_path / "in", 10)
     name = {"folder": "", "glob": "train-*.tar", "braces": "train-{0000..0001}.tar"}[how]
-    out = prepare(tmp_path / "in" / name, tmp_path / "a.beton")
+    out = prepare(tmp_path / "in" / name, tmp_path / "a.beton", *KEEP)
     beton = open_beton(out)
     assert beton.info.classes == ("0", "1", "2")
     stems = [Path(name).stem for name in named(out)]
@@ -440,7 +440,7 @@ def write_parquet(folder: Path, count: int, *, described: bool = True, split: st
 @pytest.mark.parametrize(("described", "classes"), [(True, ("cow", "ape", "bat")), (False, ("0", "1", "2"))])
 def test_parquet_files_of_hugging_face(tmp_path, described, classes):
     made = write_parquet(tmp_path / "in", 20, described=described)
-    out = prepare(tmp_path / "in", tmp_path / "a.beton")
+    out = prepare(tmp_path / "in", tmp_path / "a.beton", *KEEP)
     beton = open_beton(out)
     assert beton.info.classes == classes
     assert sorted(blobs(out)) == sorted(made)
