@@ -1,13 +1,16 @@
 """What the data benches share: processor time, spread, ratios within rounds, prepared sets, tables, the JSON."""
 
+import argparse
 import json
 import os
 import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +76,33 @@ def machine() -> dict[str, Any]:
         "ram_gib": psutil.virtual_memory().total / 2**30,
         "load_average": os.getloadavg()[0],
     }
+
+
+@contextmanager
+def work_folder(chosen: Path | None) -> Iterator[Path]:
+    """`chosen`, made if need be, or a temporary folder."""
+    with tempfile.TemporaryDirectory(prefix="fasthpm-bench-") as temporary:
+        work = chosen or Path(temporary)
+        work.mkdir(parents=True, exist_ok=True)
+        yield work
+
+
+def add_device_arguments(parser: argparse.ArgumentParser, rounds: int) -> None:
+    """`--device`, `--threads`, `--rounds` and `--output` of a bench of tensor code."""
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch on the CPU")
+    parser.add_argument("--rounds", type=int, default=rounds, help="measured rounds")
+    parser.add_argument("-o", "--output", type=Path, default=None, help="write the raw figures here as JSON")
+
+
+def use_device(arguments: argparse.Namespace) -> torch.device:
+    """The device that was asked for, torch's threads set. **Raises:** `UserError` for impossible values."""
+    if arguments.rounds < 1 or arguments.threads < 1:
+        raise UserError("rounds and threads must be 1 or more")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device is cuda, but torch sees no GPU; use --device cpu")
+    torch.set_num_threads(arguments.threads)
+    return torch.device(arguments.device)
 
 
 def write_json(path: Path | None, result: dict[str, Any]) -> None:

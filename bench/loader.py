@@ -12,7 +12,6 @@ long as a GPU's would take times needed / present cores.
 """
 
 import argparse
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from bench.common import (
     show,
     spread,
     table,
+    work_folder,
     write_json,
 )
 from bench.pixels import compare_pixels
@@ -202,9 +202,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         arguments.images, arguments.rounds, arguments.batch_size = QUICK_IMAGES, QUICK_ROUNDS, 8
         arguments.sets, arguments.starts, arguments.wait_seconds = ["256"], 1, 0.5
     arguments.workers = count_workers(arguments.workers)
-    with tempfile.TemporaryDirectory(prefix="fasthpm-bench-") as temporary:
-        work = arguments.work or Path(temporary)
-        work.mkdir(parents=True, exist_ok=True)
+    with work_folder(arguments.work) as work:
         result = bench(arguments, work)
     write_json(arguments.output, result)
     print(report(result))

@@ -8,7 +8,6 @@ memory, which includes everything that torch allocates inside its kernels, on a 
 """
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -20,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.common import add_device_arguments, use_device, write_json
 from fasthpm import loss
 from fasthpm.cli import Parser, run_command
-from fasthpm.errors import UserError
 from fasthpm.metrics import wait_for
 from fasthpm.versions import versions
 
@@ -123,27 +122,17 @@ def case(batch: int, count: int, rounds: int, device: torch.device) -> dict[str,
 def main(argv: Sequence[str] | None = None) -> None:
     """`python -m bench.losses`."""
     parser = Parser(prog="python -m bench.losses", description=__doc__)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch on the CPU")
-    parser.add_argument("--rounds", type=int, default=5, help="measured rounds")
+    add_device_arguments(parser, rounds=5)
     parser.add_argument("--peak_of", nargs=3, metavar=("FORM", "BATCH", "MASKED"), help=argparse.SUPPRESS)
-    parser.add_argument("-o", "--output", type=Path, default=None, help="write the raw figures here as JSON")
     arguments = parser.parse_args(argv)
-    if arguments.rounds < 1 or arguments.threads < 1:
-        raise UserError("rounds and threads must be 1 or more")
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device is cuda, but torch sees no GPU; use --device cpu")
-    torch.set_num_threads(arguments.threads)
-    device = torch.device(arguments.device)
+    device = use_device(arguments)
     if arguments.peak_of:
         form, batch, count = arguments.peak_of
         print(peak_here(form, int(batch), int(count), device))
         return
     cases = [case(*size, arguments.rounds, device) for size in CASES]
     result = {"bench": "losses", "threads": torch.get_num_threads(), "cases": cases, "versions": versions(device, 1)}
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(arguments.output, result)
     for found in cases:
         print(f"B {found['batch']}, M {found['masked']}: blocks {found['times_faster']:.1f} x faster than plain")
         for form in FORMS:

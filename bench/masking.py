@@ -9,20 +9,18 @@ rounds' ratios to `loop`.
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from bench.common import add_device_arguments, use_device, write_json
 from fasthpm import mask as masks
 from fasthpm.cli import Parser, run_command
-from fasthpm.errors import UserError
 from fasthpm.metrics import wait_for
 from fasthpm.versions import versions
 
@@ -120,20 +118,11 @@ def summary(arguments: argparse.Namespace) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     """`python -m bench.masking`."""
     parser = Parser(prog="python -m bench.masking", description=__doc__)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch on the CPU")
-    parser.add_argument("--rounds", type=int, default=11, help="measured rounds")
-    parser.add_argument("-o", "--output", type=Path, default=None, help="write the raw figures here as JSON")
+    add_device_arguments(parser, rounds=11)
     arguments = parser.parse_args(argv)
-    if arguments.rounds < 1 or arguments.threads < 1:
-        raise UserError("rounds and threads must be 1 or more")
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device is cuda, but torch sees no GPU; use --device cpu")
-    torch.set_num_threads(arguments.threads)
+    use_device(arguments)
     result = summary(arguments)
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(arguments.output, result)
     for name, case in result["cases"].items():
         print(name)
         for variant, milliseconds in case["median_milliseconds"].items():

@@ -11,7 +11,6 @@ syncs anything; `data_prep.images` does all of that, in the time given here.
 import argparse
 import resource
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,6 +31,7 @@ from bench.common import (
     show,
     spread,
     table,
+    work_folder,
     write_json,
 )
 from fasthpm.cli import Parser, run_command
@@ -204,9 +204,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.quick:
         arguments.images, arguments.rounds, arguments.sets = QUICK_IMAGES, QUICK_ROUNDS, ["256"]
     arguments.workers = count_workers(arguments.workers)
-    with tempfile.TemporaryDirectory(prefix="fasthpm-bench-") as temporary:
-        work = arguments.work or Path(temporary)
-        work.mkdir(parents=True, exist_ok=True)
+    with work_folder(arguments.work) as work:
         result = bench(arguments, work)
     write_json(arguments.output, result)
     print(report(result))

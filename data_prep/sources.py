@@ -9,6 +9,7 @@ import hashlib
 import os
 import re
 import tarfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -42,7 +43,7 @@ class Samples(Protocol):
     def fingerprint(self) -> str | None: ...  # of names and labels; None if they cannot be told apart
 
 
-class Source:
+class Source(ABC):
     """A `Samples` with known labels; its kinds say how bytes are read."""
 
     groups: Array | None = None  # int64 [N]: samples that must be read together
@@ -58,8 +59,9 @@ class Source:
     def sample(self, index: int) -> tuple[bytes, int]:
         return self._bytes(index), int(self.labels[index])
 
+    @abstractmethod
     def _bytes(self, index: int) -> bytes:
-        raise NotImplementedError
+        """The encoded image."""
 
     def name(self, index: int) -> str:
         return self.names[index]

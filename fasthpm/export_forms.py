@@ -5,6 +5,7 @@ Only names, arguments and layouts live here; `fasthpm.export` compares outputs a
 
 import importlib
 import json
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, cast
 
@@ -51,7 +52,7 @@ HUGGINGFACE_BLOCK: Names = (
 )
 
 
-class Target:
+class Target(ABC):
     """One form of the weights: how it is written, and what its library computes from what was written.
 
     - `path` is the file, or the folder for a target with `folder`; `images` float64 [B, C, H, W]; `mask` bool [B, L]
@@ -67,21 +68,21 @@ class Target:
         """Why the library has no such model, or an empty string."""
         return ""
 
+    @abstractmethod
     def write(self, model: HPMViT, recipe: Recipe, metadata: dict[str, str], path: Path) -> None:
         """Write the file or the folder."""
-        raise NotImplementedError
 
+    @abstractmethod
     def theirs(self, path: Path, images: Tensor, mask: Tensor) -> Tensor:
         """Outputs of the library's model, in float64, with the weights that were written."""
-        raise NotImplementedError
 
     def ours(self, model: HPMViT, images: Tensor, mask: Tensor) -> Tensor:
         """The same outputs of our model: here the encoder's tokens [B, 1 + L, D]."""
         return model.encode(images)
 
+    @abstractmethod
     def usage(self, path: Path) -> str:
         """The line of Python that loads what was written."""
-        raise NotImplementedError
 
 
 # -------------------------------------------------------------------------------------------------- timm, torchvision
