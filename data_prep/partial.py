@@ -7,7 +7,8 @@
     publish.json    once all is complete: which files go where
 
 A line of the journal is written after the data that it tells of have reached the disk, so that whatever a kill or a
-power cut leaves behind is sound up to the last whole line, and the rest is cut off.
+power cut leaves behind is sound up to the last whole line, and the rest is cut off. Waiting for the disk is a thread's
+work; reading and encoding go on meanwhile.
 """
 
 import contextlib
@@ -17,7 +18,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -124,11 +126,16 @@ class PartFile:
             self._files = data, rows
         return self._files
 
-    def sync(self) -> None:
-        """Everything appended is on the disk afterwards."""
+    def flush(self) -> list[int]:
+        """Hand everything appended to the system; the numbers of the files that are left to sync."""
         for file in self._files or ():
             file.flush()
-            os.fsync(file.fileno())
+        return [file.fileno() for file in self._files or ()]
+
+    def sync(self) -> None:
+        """Everything appended is on the disk afterwards."""
+        for number in self.flush():
+            os.fsync(number)
 
     def close(self) -> None:
         for file in self._files or ():
@@ -177,6 +184,8 @@ class Job:
         self.rejected: list[tuple[int, str]] = []
         self._pending: list[str] = []
         self._committed = time.monotonic()
+        self._syncer = ThreadPoolExecutor(1, "commit")
+        self._committing: Future[None] | None = None
         self._gone = False
 
     # ---- what was done before
@@ -227,20 +236,37 @@ class Job:
         self._pending.append(json.dumps(entry) + "\n")
         self.chunks += 1
         if time.monotonic() - self._committed > COMMIT_SECONDS:
-            self.commit()
+            self._begin_commit()
 
     def commit(self) -> None:
-        """Data first, then the journal's lines about them."""
-        for part in self.parts:
-            part.sync()
+        """Everything appended is safe afterwards."""
+        self._begin_commit()
+        self._end_commit()
+
+    def _begin_commit(self) -> None:
+        self._end_commit()  # a disk that cannot keep up slows us down
+        numbers = [number for part in self.parts for number in part.flush()]
         lines, self._pending = self._pending, []
+        self._committing = self._syncer.submit(self._make_safe, numbers, lines)
+        self._committed = time.monotonic()
+
+    def _end_commit(self) -> None:
+        committing, self._committing = self._committing, None
+        if committing:
+            committing.result()
+
+    def _make_safe(self, numbers: Sequence[int], lines: Sequence[str]) -> None:
+        """Data first, then the journal's lines about them."""
+        for number in numbers:
+            os.fsync(number)
         with (self.folder / "journal.jsonl").open("a") as journal:
             journal.writelines(lines)
             journal.flush()
             os.fsync(journal.fileno())
-        self._committed = time.monotonic()
 
     def close(self) -> None:
+        with contextlib.suppress(OSError):  # reported by the commit that is asked for
+            self._end_commit()
         for part in self.parts:
             part.close()
 
