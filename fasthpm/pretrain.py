@@ -75,6 +75,7 @@ class Run:
     saving: int = 0  # the update whose checkpoint was begun last
     unsaved: str = ""  # why it is lost, on rank 0
     preempted: bool = False  # a signal ends the run at this update
+    notes: dict[str, str] = dataclasses.field(default_factory=dict)  # further files of every checkpoint: name and text
 
     @property
     def num_parameters(self) -> int:
@@ -169,6 +170,8 @@ def save(run: Run) -> None:
         try:
             checkpoint.require_space(output_dir, run.num_parameters)
             aside = [str(checkpoint.begin(output_dir, run.done))]
+            for name, text in run.notes.items():
+                (Path(aside[0]) / name).write_text(text)
         except (UserError, OSError) as error:
             not_saved(run, str(error))
     dist.broadcast_object_list(aside)
