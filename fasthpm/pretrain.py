@@ -27,6 +27,7 @@ from fasthpm.data import Batch, Loader, build_loader
 from fasthpm.data.device import on_device
 from fasthpm.errors import UserError
 from fasthpm.metrics import Metrics, measure_matmul_rate
+from fasthpm.probes.online import OnlineProbe
 from fasthpm.recipe import Recipe, add_recipe_arguments, build_recipe, save_recipe, science_of
 from fasthpm.saver import Job, Saver
 from fasthpm.signals import StopSignals
@@ -75,6 +76,7 @@ class Run:
     saving: int = 0  # the update whose checkpoint was begun last
     unsaved: str = ""  # why it is lost, on rank 0
     preempted: bool = False  # a signal ends the run at this update
+    online: OnlineProbe | None = None
     notes: dict[str, str] = dataclasses.field(default_factory=dict)  # further files of every checkpoint: name and text
 
     @property
@@ -124,10 +126,22 @@ def build(recipe: Recipe, launch: engine.Launch) -> Run:
     saver = Saver(launch.rank, launch.world_size, timeout=engine.timeout().total_seconds())
     run = Run(recipe, launch, loader, deepspeed_engine, step, teacher, zero.MasterLayout(deepspeed_engine), saver)
     resume(run)
+    run.online = online_probe(run, config)
     run.bad_samples = BadSampleLog(
         Path(recipe.output_dir), recipe.data_path, recipe.max_bad_samples, rank=launch.rank, keep=run.done > 0
     )
     return run
+
+
+def online_probe(run: Run, config: dict[str, Any]) -> OnlineProbe | None:
+    """The probe that the recipe asks for, with the head of the run that goes on."""
+    recipe = run.recipe
+    if not (recipe.online_probe_every or recipe.online_knn_every):
+        return None
+    with engine.in_agreement():
+        probe = OnlineProbe(recipe, run.step, run.loader.info, run.launch, config)
+        probe.load(Path(recipe.output_dir), run.done)
+    return probe
 
 
 def resume(run: Run) -> None:
@@ -234,6 +248,8 @@ def train(run: Run, metrics: Metrics, stop: StopSignals, watchdog: Watchdog) -> 
             run.engine.step()
             metrics.add(now, batch, output)
         run.done += 1
+        if run.online:
+            run.online.after_update(run.done, batch)
         run.preempted = stop.agreed()
         metrics.progress.update()
         with watchdog.doing("saving or drawing"):
@@ -248,18 +264,30 @@ def after_update(run: Run, metrics: Metrics, last: int) -> None:
     epoch = run.done // epoch_length
     saving = ending or run.preempted or (epoch_ends and epoch % recipe.save_every == 0)
     drawing = recipe.panel_every > 0 and (ending or (epoch_ends and epoch % recipe.panel_every == 0))
-    if run.done % recipe.log_every == 0 or saving or drawing:
+    probing = epoch_ends and recipe.online_knn_every > 0 and epoch % recipe.online_knn_every == 0
+    if run.done % recipe.log_every == 0 or saving or drawing or probing:
         metrics.read(
             run.done, run.done / epoch_length, run.step.stopwatch.read(), lr=schedule.lr_at(recipe, run.done - 1),
             alpha=schedule.alpha_at(recipe, run.done - 1), ema_momentum=schedule.ema_momentum_at(recipe, run.done - 1),
             grad_norm=float(engine.grad_norm(run.engine)), bad_samples=run.bad_samples.update(run.loader),
+            **probed(run, probing),
         )  # fmt: skip
     if drawing:
         draw_panel(run, metrics)
     if saving:
         save(run)
-    if drawing or saving:
+        if run.online:
+            with metrics.surviving_the_disk(run.done):
+                run.online.save(Path(recipe.output_dir), run.done)
+    if drawing or saving or probing:
         metrics.restart()
+
+
+def probed(run: Run, knn: bool) -> dict[str, float]:
+    """What the online probe has to say, with a k-NN test if asked for. Collective."""
+    if not run.online:
+        return {}
+    return run.online.read() | (run.online.knn() if knn else {})
 
 
 def draw_panel(run: Run, metrics: Metrics) -> None:

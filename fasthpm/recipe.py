@@ -111,6 +111,12 @@ class Recipe:
     save_every: int = option(10, "epochs between two checkpoints", run_only=True)
     keep_checkpoints: int = option(3, "checkpoints kept; the newest valid one is never deleted", run_only=True)
     panel_every: int = option(10, "epochs between two picture panels; 0 = off", run_only=True)
+    online_probe_every: int = option(
+        0, "updates between two steps of a linear probe on the encoder's detached features; 0 = off", run_only=True
+    )
+    online_knn_every: int = option(
+        0, "epochs between two k-NN tests on a fixed part of the training set; 0 = off", run_only=True
+    )
     stop_after: int = option(0, "stop after this many updates, keeping the schedule; 0 = never", run_only=True)
 
     def __post_init__(self) -> None:
@@ -236,6 +242,8 @@ class Recipe:
         )
         not_negative = (
             "accum_iter",
+            "online_probe_every",
+            "online_knn_every",
             "global_batch_size",
             "warmup_epochs",
             "blr",

@@ -284,9 +284,12 @@ class PrefetchLoader(ABC):
         return ids[len(ids) * begin // pool : len(ids) * end // pool]
 
     def _make(self, epoch: int, batch: int) -> Batch:
-        """Decode one batch into fresh memory, pinned where there is a CUDA device."""
+        """Decode one batch of `epoch`."""
         self._announce(epoch, batch)
-        asked = self._ids(epoch, batch)
+        return self.take(epoch, self._ids(epoch, batch))
+
+    def take(self, epoch: int, asked: Array) -> Batch:
+        """Decode the samples `asked` [B] as `epoch` crops them, into fresh memory (pinned if there is CUDA)."""
         pin = torch.cuda.is_available()
         shape = (len(asked), *self.options.image_size, self.options.channels)
         images = torch.empty(shape, dtype=torch.uint8, pin_memory=pin)
