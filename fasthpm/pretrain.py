@@ -306,7 +306,8 @@ def finish(run: Run) -> None:
         return
     model, recipe = checkpoint.load_weights(output_dir)
     info = {"mean": run.loader.info.mean, "std": run.loader.info.std}
-    export.export_weights(model, recipe, output_dir / "encoder.safetensors", info=info)
+    exported = output_dir / export.EXPORTED[model.video]
+    export.export_weights(model, recipe, exported, info=info)
     report.write(output_dir)
     bad = (
         f"\n  bad samples  {run.bad_samples.count} were replaced: {run.bad_samples.path}"
@@ -316,7 +317,7 @@ def finish(run: Run) -> None:
     print(
         f"finished {run.done} of {recipe.total_steps} updates\n"
         f"  checkpoint   {checkpoint.checkpoint_path(output_dir, run.done)}\n"
-        f"  encoder      {output_dir / 'encoder.safetensors'} (timm)\n"
+        f"  {'model  ' if model.video else 'encoder'}      {exported} ({export.default_form(model)})\n"
         f"  TensorBoard  tensorboard --logdir {output_dir / 'tensorboard'}\n"
         f"  report       {output_dir / 'report.md'}{bad}",
         file=sys.stderr,

@@ -100,6 +100,9 @@ class Recipe:
     )
     steps_per_epoch: int = option(0, "updates per epoch; 0 = all full global batches of the data set")
     # the run itself: none of these changes what is learnt
+    activation_checkpointing: bool = option(
+        False, "save memory: keep the blocks' inputs only, compute the rest again in the backward pass", run_only=True
+    )
     num_workers: int = option(0, "decoding threads per device; 0 = cores / devices on this machine", run_only=True)
     max_bad_samples: float = option(
         0.001,
@@ -286,10 +289,9 @@ class Recipe:
                 raise UserError(
                     f"{name} {getattr(self, name)} must be a multiple of 4 and of decoder_heads {self.decoder_heads}"
                 )
-        if self.predict_loss != "none" and self.model.startswith("mae_"):
-            raise UserError(
-                f"model {self.model} has no loss predictor; use --predict_loss none, or the model hpm_{self.model[4:]}"
-            )
+        if self.predict_loss != "none" and self.model.startswith(("mae_", "videomae_")):
+            other = f"hpm_{self.model.partition('_')[2]}{'_video' if self.model.startswith('video') else ''}"
+            raise UserError(f"model {self.model} has no loss predictor; use --predict_loss none, or the model {other}")
         if self.uses_teacher and self.predict_loss == "none":
             raise UserError(
                 f"mask_policy {self.mask_policy} follows predicted losses, but predict_loss is none; use "
