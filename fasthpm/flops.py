@@ -21,24 +21,25 @@ def last_block_saving(tokens: int, kept: int, dim: int, mlp_ratio: float = 4.0) 
 
 
 def encoder_flops(model: HPMViT, patches: int, mask_tokens: int = 0, outputs: int = 0) -> float:
-    """Forward of the encoder on `patches` patches, `mask_tokens` and the cls token, patch embedding included; of the
-    last block only the last `outputs` tokens (0 = all)."""
-    dim, tokens = model.cls_token.shape[-1], patches + mask_tokens + 1
-    embed = 2 * patches * dim * model.in_chans * model.patch_size**2
+    """Forward of the encoder on `patches` patches, `mask_tokens` and the cls token (where there is one), patch
+    embedding included; of the last block only the last `outputs` tokens (0 = all)."""
+    dim, tokens = model.embed_dim, patches + mask_tokens + model.num_prefix_tokens
+    embed = 2 * patches * dim * model.patch_dim
     saved = last_block_saving(tokens, outputs, dim) if outputs else 0.0
     return embed + blocks_flops(len(model.blocks), tokens, dim) - saved
 
 
 def reconstructor_flops(model: HPMViT, outputs: int) -> float:
     """Forward of the reconstructor, its head on its last `outputs` tokens."""
-    dim, tokens, depth = model.mask_token.shape[-1], model.num_patches + 1, len(model.decoder_blocks)
+    dim, depth = model.mask_token.shape[-1], len(model.decoder_blocks)
+    tokens = model.num_patches + model.num_prefix_tokens
     blocks = blocks_flops(depth, tokens, dim) - (last_block_saving(tokens, outputs, dim) if depth else 0.0)
-    return blocks + 2 * outputs * dim * model.in_chans * model.patch_size**2
+    return blocks + 2 * outputs * dim * model.patch_dim
 
 
 def predictor_flops(model: HPMViT, outputs: int) -> float:
     """Forward of the loss predictor on its last `outputs` tokens."""
-    width, tokens = model.mask_token.shape[-1], model.num_patches + 1
+    width, tokens = model.mask_token.shape[-1], model.num_patches + model.num_prefix_tokens
     dim = model.decoder_pred_losspred.weight.shape[-1]
     blocks = blocks_flops(len(model.decoder_blocks_losspred), tokens, dim) - last_block_saving(tokens, outputs, dim)
     embed = 0 if dim == width else 2 * tokens * width * dim
@@ -47,9 +48,8 @@ def predictor_flops(model: HPMViT, outputs: int) -> float:
 
 def embed_flops(model: HPMViT, patches: int) -> float:
     """Forward of the linear map from encoder to decoder width, cls included; SimMIM has none."""
-    return (
-        0 if model.encoder_mask_tokens else 2 * (patches + 1) * model.cls_token.shape[-1] * model.mask_token.shape[-1]
-    )
+    tokens = patches + model.num_prefix_tokens
+    return 0 if model.encoder_mask_tokens else 2 * tokens * model.embed_dim * model.mask_token.shape[-1]
 
 
 def step_flops(model: HPMViT, recipe: Recipe) -> dict[str, float]:

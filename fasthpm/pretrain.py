@@ -104,7 +104,7 @@ def build(recipe: Recipe, launch: engine.Launch) -> Run:
         loader = build_loader(
             recipe.data_path, batch_size=recipe.batch_size, image_size=recipe.image_size, channels=recipe.channels,
             seed=recipe.seed, rank=launch.rank, world_size=launch.world_size, num_workers=recipe.num_workers,
-            accum_iter=accum_iter,
+            accum_iter=accum_iter, num_frames=recipe.num_frames, sampling_rate=recipe.sampling_rate,
             crop_min=recipe.crop_min, flip=recipe.flip, interpolation=recipe.interpolation,
             color_jitter=recipe.color_jitter, sample_order=recipe.sample_order, max_bad_samples=recipe.max_bad_samples,
         )  # fmt: skip
@@ -306,7 +306,8 @@ def finish(run: Run) -> None:
         return
     model, recipe = checkpoint.load_weights(output_dir)
     info = {"mean": run.loader.info.mean, "std": run.loader.info.std}
-    export.export_weights(model, recipe, output_dir / "encoder.safetensors", info=info)
+    exported = output_dir / export.EXPORTED[model.video]
+    export.export_weights(model, recipe, exported, info=info)
     report.write(output_dir)
     bad = (
         f"\n  bad samples  {run.bad_samples.count} were replaced: {run.bad_samples.path}"
@@ -316,7 +317,7 @@ def finish(run: Run) -> None:
     print(
         f"finished {run.done} of {recipe.total_steps} updates\n"
         f"  checkpoint   {checkpoint.checkpoint_path(output_dir, run.done)}\n"
-        f"  encoder      {output_dir / 'encoder.safetensors'} (timm)\n"
+        f"  {'model  ' if model.video else 'encoder'}      {exported} ({export.default_form(model)})\n"
         f"  TensorBoard  tensorboard --logdir {output_dir / 'tensorboard'}\n"
         f"  report       {output_dir / 'report.md'}{bad}",
         file=sys.stderr,

@@ -39,6 +39,9 @@ class Recipe:
     input_size: str = option("224", "side of the training crop, or HEIGHTxWIDTH")
     patch_size: int = option(16, "side of a patch")
     channels: int = option(3, "image channels, as the prepared set has them")
+    num_frames: int = option(1, "frames of a clip; 1 = images")
+    sampling_rate: int = option(1, "a clip takes every how many-th frame of its video (VideoMAE: SSv2 2, Kinetics 4)")
+    tubelet_size: int = option(1, "frames that a patch spans (VideoMAE: 2)")
     decoder_dim: int = option(512, "width of the reconstructor and of the loss predictor")
     decoder_depth: int = option(8, "blocks of the reconstructor (SimMIM's is a linear head) and of the loss predictor")
     predictor_dim: int = option(0, "width of the loss predictor alone; 0 = decoder_dim")
@@ -97,6 +100,9 @@ class Recipe:
     )
     steps_per_epoch: int = option(0, "updates per epoch; 0 = all full global batches of the data set")
     # the run itself: none of these changes what is learnt
+    activation_checkpointing: bool = option(
+        False, "save memory: keep the blocks' inputs only, compute the rest again in the backward pass", run_only=True
+    )
     num_workers: int = option(0, "decoding threads per device; 0 = cores / devices on this machine", run_only=True)
     max_bad_samples: float = option(
         0.001,
@@ -131,9 +137,14 @@ class Recipe:
         return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
 
     @property
+    def slots(self) -> int:
+        """Frame slots: tubelets along time, 1 for images."""
+        return self.num_frames // self.tubelet_size
+
+    @property
     def num_patches(self) -> int:
         """L."""
-        return self.grid_size[0] * self.grid_size[1]
+        return self.slots * self.grid_size[0] * self.grid_size[1]
 
     @property
     def num_masked(self) -> int:
@@ -144,7 +155,7 @@ class Recipe:
     def mask_plan(self) -> MaskPlan:
         """How the masks are drawn."""
         unit = (self.mask_unit or self.patch_size) // self.patch_size
-        return MaskPlan(self.mask_policy, self.mask_ratio, self.grid_size, unit=unit)
+        return MaskPlan(self.mask_policy, self.mask_ratio, self.grid_size, self.slots, unit=unit)
 
     @property
     def uses_teacher(self) -> bool:
@@ -225,6 +236,9 @@ class Recipe:
         positive = (
             "patch_size",
             "channels",
+            "num_frames",
+            "sampling_rate",
+            "tubelet_size",
             "decoder_dim",
             "decoder_depth",
             "decoder_heads",
@@ -275,10 +289,9 @@ class Recipe:
                 raise UserError(
                     f"{name} {getattr(self, name)} must be a multiple of 4 and of decoder_heads {self.decoder_heads}"
                 )
-        if self.predict_loss != "none" and self.model.startswith("mae_"):
-            raise UserError(
-                f"model {self.model} has no loss predictor; use --predict_loss none, or the model hpm_{self.model[4:]}"
-            )
+        if self.predict_loss != "none" and self.model.startswith(("mae_", "videomae_")):
+            other = f"hpm_{self.model.partition('_')[2]}{'_video' if self.model.startswith('video') else ''}"
+            raise UserError(f"model {self.model} has no loss predictor; use --predict_loss none, or the model {other}")
         if self.uses_teacher and self.predict_loss == "none":
             raise UserError(
                 f"mask_policy {self.mask_policy} follows predicted losses, but predict_loss is none; use "
@@ -306,6 +319,12 @@ class Recipe:
                     f"input_size {self.input_size} is not a multiple of patch_size {self.patch_size}; "
                     f"use e.g. --input_size {near}"
                 )
+        if self.num_frames % self.tubelet_size:
+            near = max(1, round(self.num_frames / self.tubelet_size)) * self.tubelet_size
+            raise UserError(
+                f"num_frames {self.num_frames} is not a multiple of tubelet_size {self.tubelet_size}; use e.g. "
+                f"--num_frames {near}"
+            )
         if self.mask_unit % self.patch_size:
             near = max(1, round(self.mask_unit / self.patch_size)) * self.patch_size
             raise UserError(

@@ -113,6 +113,44 @@ def patches_of(image: Tensor, side: int) -> Tensor:
     return torch.stack(patches)
 
 
+def tubelets_of(clip: Tensor, frames: int, side: int) -> Tensor:
+    """[C, T, H, W] -> [L, frames*side*side*C]: slot by slot in raster order, each as (frame, row, column, channel)."""
+    channels, length, height, width = clip.shape
+    patches = []
+    for first in range(0, length, frames):
+        for top in range(0, height, side):
+            for left in range(0, width, side):
+                values = []
+                for t in range(frames):
+                    for y in range(side):
+                        for x in range(side):
+                            values += [clip[c, first + t, top + y, left + x] for c in range(channels)]
+                patches.append(torch.stack(values))
+    return torch.stack(patches)
+
+
+def normalised_tubelet(patch: Tensor, channels: int, eps: float) -> Tensor:
+    """VideoMAE's target: every channel on its own, unbiased, eps outside the root."""
+    out = [patch[0]] * len(patch)
+    for c in range(channels):
+        values = [patch[i] for i in range(c, len(patch), channels)]
+        mean = sum(values) / len(values)
+        std = (sum((x - mean) ** 2 for x in values) / (len(values) - 1)) ** 0.5
+        for k, x in enumerate(values):
+            out[k * channels + c] = (x - mean) / (std + eps)
+    return torch.stack(out)
+
+
+def sinusoid(dim: int, count: int) -> Tensor:
+    """VideoMAE's fixed positions, entry by entry."""
+    table = torch.zeros(count, dim, dtype=torch.float64)
+    for index in range(count):
+        for channel in range(dim):
+            angle = index / 10000 ** (2 * (channel // 2) / dim)
+            table[index, channel] = math.cos(angle) if channel % 2 else math.sin(angle)
+    return table
+
+
 def sincos(dim: int, rows: int, columns: int) -> Tensor:
     """MAE's fixed positions, entry by entry; the first row is the cls token's."""
     quarter = dim // 4
