@@ -104,7 +104,7 @@ def build(recipe: Recipe, launch: engine.Launch) -> Run:
         loader = build_loader(
             recipe.data_path, batch_size=recipe.batch_size, image_size=recipe.image_size, channels=recipe.channels,
             seed=recipe.seed, rank=launch.rank, world_size=launch.world_size, num_workers=recipe.num_workers,
-            accum_iter=accum_iter,
+            accum_iter=accum_iter, num_frames=recipe.num_frames, sampling_rate=recipe.sampling_rate,
             crop_min=recipe.crop_min, flip=recipe.flip, interpolation=recipe.interpolation,
             color_jitter=recipe.color_jitter, sample_order=recipe.sample_order, max_bad_samples=recipe.max_bad_samples,
         )  # fmt: skip

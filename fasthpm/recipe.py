@@ -39,6 +39,9 @@ class Recipe:
     input_size: str = option("224", "side of the training crop, or HEIGHTxWIDTH")
     patch_size: int = option(16, "side of a patch")
     channels: int = option(3, "image channels, as the prepared set has them")
+    num_frames: int = option(1, "frames of a clip; 1 = images")
+    sampling_rate: int = option(1, "a clip takes every how many-th frame of its video (VideoMAE: SSv2 2, Kinetics 4)")
+    tubelet_size: int = option(1, "frames that a patch spans (VideoMAE: 2)")
     decoder_dim: int = option(512, "width of the reconstructor and of the loss predictor")
     decoder_depth: int = option(8, "blocks of the reconstructor (SimMIM's is a linear head) and of the loss predictor")
     predictor_dim: int = option(0, "width of the loss predictor alone; 0 = decoder_dim")
@@ -131,9 +134,14 @@ class Recipe:
         return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
 
     @property
+    def slots(self) -> int:
+        """Frame slots: tubelets along time, 1 for images."""
+        return self.num_frames // self.tubelet_size
+
+    @property
     def num_patches(self) -> int:
         """L."""
-        return self.grid_size[0] * self.grid_size[1]
+        return self.slots * self.grid_size[0] * self.grid_size[1]
 
     @property
     def num_masked(self) -> int:
@@ -144,7 +152,7 @@ class Recipe:
     def mask_plan(self) -> MaskPlan:
         """How the masks are drawn."""
         unit = (self.mask_unit or self.patch_size) // self.patch_size
-        return MaskPlan(self.mask_policy, self.mask_ratio, self.grid_size, unit=unit)
+        return MaskPlan(self.mask_policy, self.mask_ratio, self.grid_size, self.slots, unit=unit)
 
     @property
     def uses_teacher(self) -> bool:
@@ -225,6 +233,9 @@ class Recipe:
         positive = (
             "patch_size",
             "channels",
+            "num_frames",
+            "sampling_rate",
+            "tubelet_size",
             "decoder_dim",
             "decoder_depth",
             "decoder_heads",
@@ -306,6 +317,12 @@ class Recipe:
                     f"input_size {self.input_size} is not a multiple of patch_size {self.patch_size}; "
                     f"use e.g. --input_size {near}"
                 )
+        if self.num_frames % self.tubelet_size:
+            near = max(1, round(self.num_frames / self.tubelet_size)) * self.tubelet_size
+            raise UserError(
+                f"num_frames {self.num_frames} is not a multiple of tubelet_size {self.tubelet_size}; use e.g. "
+                f"--num_frames {near}"
+            )
         if self.mask_unit % self.patch_size:
             near = max(1, round(self.mask_unit / self.patch_size)) * self.patch_size
             raise UserError(

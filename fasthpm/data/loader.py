@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class Batch:
     """One rank's share of a micro-batch. B samples; every tensor is the batch's own memory, never reused."""
 
-    images: Tensor  # uint8 [B, H, W, C]
+    images: Tensor  # uint8 [B, H, W, C], or clips [B, T, H, W, C]
     labels: Tensor  # int64 [B]
     ids: Tensor  # int64 [B], index of each sample in the data set
     crops: Tensor  # int64 [B, 5]: top, left, height, width of the crop in the stored image, and whether it was flipped
@@ -118,6 +118,8 @@ def build_loader(
     color_jitter: float = 0.0,
     sample_order: str = "random",
     max_bad_samples: float | None = None,
+    num_frames: int = 1,
+    sampling_rate: int = 1,
 ) -> Loader:
     """A `Loader` of `data_path`: FFCV for a `.beton`, PIL for a folder of images, drawn images for `synthetic:N`.
 
@@ -139,7 +141,7 @@ def build_loader(
     - `max_bad_samples`: a sample that does not decode is replaced by another, which (seed, epoch, sample id) decide;
       once more distinct ones than this share of the set are met (10 are always put up with; 0 = none), loading fails.
       None: 0.001 in training; without `train` the first one is an error, and none is replaced.
-
+    - `num_frames`, `sampling_rate`: T frames of each video, every `sampling_rate`-th one; 1 frame: images.
     - `accum_iter`: batches per update. A training epoch holds whole updates only, so that it has the same samples
       however an update is cut into batches.
 
@@ -165,12 +167,17 @@ def build_loader(
         color_jitter=color_jitter,
         sample_order=sample_order,
         max_bad_samples=max_bad_samples,
+        num_frames=num_frames,
+        sampling_rate=sampling_rate,
     )
     if source.startswith("synthetic:"):
         from fasthpm.data.synthetic import SyntheticLoader
 
         return SyntheticLoader(source, options)
-    if _is_beton(source):
+    beton = _is_beton(source)
+    if num_frames > 1:
+        raise UserError(f"data_path {source} holds images, not videos; use --num_frames 1, or prepared videos")
+    if beton:
         from fasthpm.data.ffcv_images import FfcvLoader
 
         return FfcvLoader(source, options)

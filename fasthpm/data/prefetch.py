@@ -59,11 +59,15 @@ class LoaderOptions:
     color_jitter: float = 0.0
     sample_order: str = "random"
     max_bad_samples: float | None = None
+    num_frames: int = 1
+    sampling_rate: int = 1
 
     def __post_init__(self) -> None:
         self._check("batch_size", self.batch_size >= 1, "1 or more")
         self._check("image_size", min(self.image_size) >= 1, "a height and a width of 1 or more")
         self._check("channels", self.channels in (1, 3), "1 (grey) or 3 (RGB)")
+        self._check("num_frames", self.num_frames >= 1, "1 (images) or more")
+        self._check("sampling_rate", self.sampling_rate >= 1, "1 (every frame) or more")
         self._check("accum_iter", self.accum_iter >= 1, "1 or more")
         self._check("num_workers", self.num_workers >= 0, "0 (share the cores) or more")
         self._check("rank", 0 <= self.rank < self.world_size, f"0 to {self.world_size - 1}")
@@ -83,6 +87,12 @@ class LoaderOptions:
     def global_batch(self) -> int:
         """G: samples of a batch over all ranks."""
         return self.batch_size * self.world_size
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """Of one sample's pixels: (H, W, C), or (T, H, W, C) for clips."""
+        frames = (self.num_frames,) if self.num_frames > 1 else ()
+        return (*frames, *self.image_size, self.channels)
 
     @property
     def bad_share(self) -> float | None:
@@ -125,7 +135,9 @@ class PrefetchLoader(ABC):
 
     @abstractmethod
     def _fill(self, images: Array, ids: Array, crops: Array, factors: Array) -> Array:
-        """Write crops [b, 5] of the samples `ids` [b] into `images`, uint8 [b, H, W, C]. Called from many threads.
+        """Write crops [b, 5] of the samples `ids` [b] into `images`, uint8 [b, H, W, C] or of clips [b, T, H, W, C].
+
+        Called from many threads.
 
         `factors`, float32 [b, 3], are of brightness, contrast and saturation. Returns which samples do not decode:
         bool [b].
@@ -272,8 +284,7 @@ class PrefetchLoader(ABC):
         self._announce(epoch, batch)
         asked = self._ids(epoch, batch)
         pin = torch.cuda.is_available()
-        shape = (len(asked), *self.options.image_size, self.options.channels)
-        images = torch.empty(shape, dtype=torch.uint8, pin_memory=pin)
+        images = torch.empty((len(asked), *self.options.sample_shape), dtype=torch.uint8, pin_memory=pin)
         ids, crops, sizes = self._read(images.numpy(), epoch, asked)
         rest = [torch.from_numpy(np.ascontiguousarray(x, np.int64)) for x in (self._labels(ids), ids, crops, sizes)]
         rest.append(torch.from_numpy(ids != asked))
