@@ -43,6 +43,7 @@ from data_prep.writer import (
 )
 from fasthpm import __version__
 from fasthpm.data import video_set
+from fasthpm.data.loader import is_video_set
 from fasthpm.data.prefetch import count_workers
 from fasthpm.data.sampling import Array
 from fasthpm.data.video_set import FORMAT, LAYOUT, MANIFEST, VIDEO
@@ -257,8 +258,8 @@ def _check_output(out: Path) -> None:
 def _refuse_existing(out: Path, overwrite: bool) -> None:
     if not out.exists() or not any(out.iterdir()):
         return
-    if not overwrite or not video_set.is_video_set(out):
-        what = "a prepared set" if video_set.is_video_set(out) else "a folder with other things"
+    if not overwrite or not is_video_set(out):
+        what = "a prepared set" if is_video_set(out) else "a folder with other things"
         raise UserError(f"output {out} exists, {what}; use --overwrite to replace a prepared set, or another name")
 
 

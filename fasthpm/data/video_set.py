@@ -23,6 +23,7 @@ import numpy as np
 
 from fasthpm.data.beton import info_of
 from fasthpm.data.loader import DatasetInfo
+from fasthpm.data.prepared import merged_ranges
 from fasthpm.data.sampling import Array
 from fasthpm.errors import UserError
 
@@ -67,6 +68,17 @@ class VideoSet:
         start, end = int(self.positions[frame]), int(self.positions[frame + 1])
         return np.frombuffer(self.frames, np.uint8, end - start, start)
 
+    def leave_neighbours(self) -> None:
+        """Have the system read what is asked for and nothing around it, from here on."""
+        self.frames.madvise(mmap.MADV_RANDOM)
+
+    def read_ahead(self, frames: Array) -> None:
+        """Ask the system to read these frames into its cache, in the order of storage, without waiting."""
+        begin, end = self.positions[frames].astype(np.int64), self.positions[frames + 1].astype(np.int64)
+        for start, stop in merged_ranges(begin, end):
+            start -= start % mmap.PAGESIZE
+            self.frames.madvise(mmap.MADV_WILLNEED, start, stop - start)
+
     def row(self, video: int) -> dict[str, str]:
         """The manifest's row of `video`; empty if there is none."""
         try:
@@ -81,21 +93,6 @@ class VideoSet:
         source = self.row(video).get("path", "")
         plain = " ".join(source.encode("utf-8", "backslashreplace").decode().split())
         return f"{plain} ({self.path}, video {video})" if plain else f"{self.path}: video {video}"
-
-
-def is_video_set(path: Path) -> bool:
-    """Whether `path` is, or was meant to be, a prepared video set."""
-    if not path.is_dir() or not (path / INFO).is_file():
-        return False
-    return (path / FRAMES).exists() or (path / VIDEOS).exists() or _format(path) == FORMAT
-
-
-def _format(path: Path) -> Any:
-    try:
-        values = json.loads((path / INFO).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return values.get("format") if isinstance(values, dict) else None
 
 
 def read_sidecar(path: Path) -> dict[str, Any]:
