@@ -25,6 +25,9 @@ class Batch:
     crops: Tensor  # int64 [B, 5]: top, left, height, width of the crop in the stored image, and whether it was flipped
     sizes: Tensor  # int64 [B, 2]: height, width of the stored image
     replaced: Tensor  # bool [B]: the sample whose turn it was does not decode, this is another one
+    maps: Tensor = dataclasses.field(
+        default_factory=lambda: torch.zeros(0)
+    )  # float16 [B, rows, cols]; see fasthpm.maps
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`; asynchronous where the source is pinned."""
@@ -118,6 +121,7 @@ def build_loader(
     color_jitter: float = 0.0,
     sample_order: str = "random",
     max_bad_samples: float | None = None,
+    whole: bool = False,
 ) -> Loader:
     """A `Loader` of `data_path`: FFCV for a `.beton`, PIL for a folder of images, drawn images for `synthetic:N`.
 
@@ -139,7 +143,7 @@ def build_loader(
     - `max_bad_samples`: a sample that does not decode is replaced by another, which (seed, epoch, sample id) decide;
       once more distinct ones than this share of the set are met (10 are always put up with; 0 = none), loading fails.
       None: 0.001 in training; without `train` the first one is an error, and none is replaced.
-
+    - `whole`: without `train`, the whole image instead of its centre, squeezed into `image_size`.
     - `accum_iter`: batches per update. A training epoch holds whole updates only, so that it has the same samples
       however an update is cut into batches.
 
@@ -165,6 +169,7 @@ def build_loader(
         color_jitter=color_jitter,
         sample_order=sample_order,
         max_bad_samples=max_bad_samples,
+        whole=whole,
     )
     if source.startswith("synthetic:"):
         from fasthpm.data.synthetic import SyntheticLoader
