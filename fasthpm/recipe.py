@@ -377,7 +377,7 @@ class Recipe:
                 f"--mask_unit {near}"
             )
         if self.teacher_scale > 1 and self.num_frames > 1:
-            raise UserError(f"teacher_scale {self.teacher_scale} is for images; use 1 with num_frames {self.num_frames}")
+            raise UserError(f"teacher_scale {self.teacher_scale} is for images; use 1 with {self.num_frames} frames")
         if any(side % self.teacher_scale for side in self.grid_size):
             raise UserError(
                 f"teacher_scale {self.teacher_scale} does not divide the grid of {self.grid_size[0]} x "

@@ -26,6 +26,9 @@ class Batch:
     crops: Tensor  # int64 [B, 5]: top, left, height, width of the crop in the stored image, and whether it was flipped
     sizes: Tensor  # int64 [B, 2]: height, width of the stored image
     replaced: Tensor  # bool [B]: the sample whose turn it was does not decode, this is another one
+    maps: Tensor = dataclasses.field(
+        default_factory=lambda: torch.zeros(0)
+    )  # float16 [B, rows, cols]; see fasthpm.maps
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`; asynchronous where the source is pinned."""
@@ -128,6 +131,7 @@ def build_loader(
     crop: str = "auto",
     views: tuple[int, int] = (1, 1),
     decoder: str = "auto",
+    whole: bool = False,
 ) -> Loader:
     """A `Loader` of `data_path`: FFCV for a `.beton`, PIL for a folder of images, drawn images for `synthetic:N`.
 
@@ -159,6 +163,7 @@ def build_loader(
     - `decoder`: of videos, "turbojpeg" (libturbojpeg and our kernel, the "auto"); "dali", DALI on the CPU; "dali_gpu",
       DALI and nvJPEG: batches are on the GPU; "dali_video", DALI on the video files of a set prepared with --copy, by
       NVDEC where there is a GPU.
+    - `whole`: without `train`, the whole image instead of its centre, squeezed into `image_size`.
     - `accum_iter`: batches per update. A training epoch holds whole updates only, so that it has the same samples
       however an update is cut into batches.
 
@@ -189,6 +194,7 @@ def build_loader(
         crop=crop,
         views=views,
         decoder=decoder,
+        whole=whole,
     )
     if source.startswith("synthetic:"):
         from fasthpm.data.synthetic import SyntheticLoader

@@ -29,6 +29,7 @@ from fasthpm.data.sampling import (
     random_crops,
     replacements,
     sample_order,
+    whole_crops,
 )
 from fasthpm.errors import UserError
 
@@ -67,6 +68,7 @@ class LoaderOptions:
     crop: str = "auto"
     views: tuple[int, int] = (1, 1)
     decoder: str = "auto"
+    whole: bool = False
 
     def __post_init__(self) -> None:
         self._check("batch_size", self.batch_size >= 1, "1 or more")
@@ -270,6 +272,8 @@ class PrefetchLoader(ABC):
         options = self.options
         if options.train:
             return random_crops(options.seed, epoch, ids, sizes, options.crop_min, options.flip)
+        if options.whole:
+            return whole_crops(sizes)
         return centre_crops(sizes, options.image_size, self._crop_pct)
 
     def _factors(self, epoch: int, ids: Array) -> Array:
