@@ -23,6 +23,7 @@ PREDICTORS = ("separate", "shared")
 DECODER_ATTENTIONS = ("self", "cross")
 TEACHER_PRECISIONS = ("model", "fp8")
 ALPHA_SCHEDULES = ("released", "paper", "step")
+ON_NONFINITE = ("halt", "skip", "rollback")
 
 
 def option(default: Any, help: str, *, choices: tuple[str, ...] | None = None, run_only: bool = False) -> Any:
@@ -136,6 +137,15 @@ class Recipe:
     log_every: int = option(20, "updates between two readings of the metrics", run_only=True)
     save_every: int = option(10, "epochs between two checkpoints", run_only=True)
     keep_checkpoints: int = option(3, "checkpoints kept; the newest valid one is never deleted", run_only=True)
+    keep_every: int = option(0, "epochs between two checkpoints that are kept for ever; 0 = none", run_only=True)
+    on_nonfinite: str = option(
+        "halt",
+        "what an update does whose loss or gradient is not finite: end the run, be left out, or go back to the last "
+        "checkpoint and leave its samples out",
+        choices=ON_NONFINITE,
+        run_only=True,
+    )
+    max_nonfinite: int = option(10, "updates that on_nonfinite may leave out before the run ends", run_only=True)
     panel_every: int = option(10, "epochs between two picture panels; 0 = off", run_only=True)
     compile: bool = option(
         False, "compile the step with torch.compile: minutes at the start, then faster on GPUs", run_only=True
@@ -285,6 +295,8 @@ class Recipe:
             "num_workers",
             "panel_every",
             "stop_after",
+            "keep_every",
+            "max_nonfinite",
             "ema_ramp_epochs",
             "seed",
             "mask_unit",
@@ -304,6 +316,11 @@ class Recipe:
         for name in shares:
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} is {getattr(self, name)}, expected 0 to 1")
+        if self.keep_every % self.save_every:
+            raise UserError(
+                f"keep_every {self.keep_every} is not a multiple of save_every {self.save_every}: nothing would be "
+                f"there to keep; use e.g. --keep_every {-(-self.keep_every // self.save_every) * self.save_every}"
+            )
         if self.warmup_epochs > self.epochs:
             raise UserError(
                 f"warmup_epochs {self.warmup_epochs:g} is more than epochs {self.epochs}; lower --warmup_epochs"
