@@ -110,6 +110,7 @@ def build(recipe: Recipe, launch: engine.Launch) -> Run:
             accum_iter=accum_iter, num_frames=recipe.num_frames, sampling_rate=recipe.sampling_rate,
             crop_min=recipe.crop_min, flip=recipe.flip, interpolation=recipe.interpolation,
             color_jitter=recipe.color_jitter, sample_order=recipe.sample_order, max_bad_samples=recipe.max_bad_samples,
+            decoder=recipe.video_decoder,
         )  # fmt: skip
         recipe = recipe.resolve(loader.info.num_samples, launch.world_size)
         checkpoint.compare_recipes(recipe, science_of)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fasthpm.data.clip_sampling import DECODERS
 from fasthpm.data.sampling import INTERPOLATIONS, SAMPLE_ORDERS
 from fasthpm.errors import UserError, nearest
 from fasthpm.mask import BY_DIFFICULTY, POLICIES, MaskPlan
@@ -118,6 +119,12 @@ class Recipe:
         "order of an epoch; blocks: for sets larger than memory, neighbours on disk are read together and shuffled "
         "within pools of 1 GiB",
         choices=SAMPLE_ORDERS,
+    )
+    video_decoder: str = option(
+        "auto",
+        "who decodes prepared videos: turbojpeg (auto); dali on the CPU; dali_gpu; dali_video, NVDEC on a set prepared "
+        "with --copy",
+        choices=DECODERS,
     )
     steps_per_epoch: int = option(0, "updates per epoch; 0 = all full global batches of the data set")
     # the run itself: none of these changes what is learnt

@@ -7,6 +7,8 @@ import numpy as np
 
 from fasthpm.data.sampling import Array, key_of, uniforms
 
+CROPS = ("auto", "multi_scale", "random_resized")  # auto: random_resized for images, multi_scale for videos
+DECODERS = ("auto", "turbojpeg", "dali", "dali_gpu", "dali_video")  # of videos; see build_loader
 CLIP = 6  # what a key is for; `sampling` has 1 to 5
 SCALES = (1, 0.875, 0.75, 0.66)  # of VideoMAE's multi-scale crop; sides are at most one step apart
 PAIRS = np.array([(i, j) for i in range(len(SCALES)) for j in range(len(SCALES)) if abs(i - j) <= 1])

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fasthpm.data.background import Background
+from fasthpm.data.clip_sampling import CROPS, DECODERS
 from fasthpm.data.loader import Batch, DatasetInfo
 from fasthpm.data.quarantine import BadSample, Quarantine
 from fasthpm.data.sampling import (
@@ -38,8 +39,6 @@ DEFAULT_CROP_PCT = 0.875
 MAX_BAD_SAMPLES = 0.001
 REPLACEMENTS = 20  # tried in turn where replacements do not decode either
 BLOCK_BYTES, WINDOW_BLOCKS = 4 * 2**20, 256  # of sample_order "blocks": what is read together, and shuffled together
-CROPS = ("auto", "multi_scale", "random_resized")  # auto: random_resized for images, multi_scale for videos
-DECODERS = ("auto", "turbojpeg", "dali", "dali_gpu", "dali_video")  # of videos; see build_loader
 BLOCK_SAMPLES = 64  # the same where nothing is stored side by side
 
 
