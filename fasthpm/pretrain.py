@@ -78,6 +78,7 @@ class Run:
     preempted: bool = False  # a signal ends the run at this update
     skipped: list[int] = dataclasses.field(default_factory=list)  # updates (from 0) that are left out: not finite
     batches: Iterator[Batch] = dataclasses.field(init=False)  # from here on
+    notes: dict[str, str] = dataclasses.field(default_factory=dict)  # further files of every checkpoint: name and text
 
     @property
     def num_parameters(self) -> int:
@@ -179,6 +180,8 @@ def save(run: Run) -> None:
         try:
             checkpoint.require_space(output_dir, run.num_parameters)
             aside = [str(checkpoint.begin(output_dir, run.done))]
+            for name, text in run.notes.items():
+                (Path(aside[0]) / name).write_text(text)
         except (UserError, OSError) as error:
             not_saved(run, str(error))
     dist.broadcast_object_list(aside)
