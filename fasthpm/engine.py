@@ -9,8 +9,9 @@ import io
 import json
 import logging
 import os
+import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
@@ -198,6 +199,29 @@ def in_agreement() -> Iterator[None]:
     except UserError as found:
         error = found
     agree(error)
+
+
+@contextmanager
+def naming_lost_ranks(where: Callable[[], str]) -> Iterator[None]:
+    """Say in one line, before the traceback, that a collective failed because another rank or the network is gone.
+
+    - `where`: how far this rank had come
+    """
+    try:
+        yield
+    except RuntimeError as error:  # gloo has no class of its own
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            print(
+                f"fasthpm: error: rank {dist.get_rank()} lost another rank {where()} ({_first_line(error)}); see what "
+                f"its machine says, and start the same command to resume from the last checkpoint",
+                file=sys.stderr,
+                flush=True,
+            )
+        raise
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0].rpartition("] ")[2].rstrip(". ")
 
 
 # ------------------------------------------------------------------------------------------------------ configuration

@@ -425,10 +425,12 @@ def pretrain(asked: Recipe, launch: engine.Launch) -> StopSignals:
         limit = 0.8 * engine.timeout().total_seconds()  # before collectives give up, which name nobody
         watchdog = Watchdog(Path(recipe.output_dir), launch.rank, launch.world_size, timeout=limit)
         with StopSignals() as stop, watchdog:
-            train(run, metrics, stop, watchdog)
-            stop.drain()
-            finish_last_save(run)
+            with engine.naming_lost_ranks(lambda: f"after update {run.done}"):
+                train(run, metrics, stop, watchdog)
+                stop.drain()
+                finish_last_save(run)
     finally:
+        run.saver.close()
         metrics.close()
         run.loader.close()
     if launch.rank == 0:
@@ -446,6 +448,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from fasthpm.cli import run_command
+    from fasthpm.cli import run_rank
 
-    run_command(main)
+    run_rank(main)
