@@ -7,7 +7,8 @@
     publish.json    once all is complete: which files go where
 
 A line of the journal is written after the data that it tells of have reached the disk, so that whatever a kill or a
-power cut leaves behind is sound up to the last whole line, and the rest is cut off.
+power cut leaves behind is sound up to the last whole line, and the rest is cut off. Waiting for the disk is a thread's
+work; reading and encoding go on meanwhile.
 """
 
 import contextlib
@@ -17,7 +18,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -69,6 +71,7 @@ class Chunk:
     labels: Array  # int64 [A]
     samples: list[Stored]
     rejected: list[tuple[int, str]]
+    facts: list[Any] = field(default_factory=list)  # more to remember, as JSON
 
 
 class PartFile:
@@ -124,11 +127,16 @@ class PartFile:
             self._files = data, rows
         return self._files
 
-    def sync(self) -> None:
-        """Everything appended is on the disk afterwards."""
+    def flush(self) -> list[int]:
+        """Hand everything appended to the system; the numbers of the files that are left to sync."""
         for file in self._files or ():
             file.flush()
-            os.fsync(file.fileno())
+        return [file.fileno() for file in self._files or ()]
+
+    def sync(self) -> None:
+        """Everything appended is on the disk afterwards."""
+        for number in self.flush():
+            os.fsync(number)
 
     def close(self) -> None:
         for file in self._files or ():
@@ -175,8 +183,11 @@ class Job:
         self.folder, self.parts = folder, parts
         self.chunks = 0  # finished ones
         self.rejected: list[tuple[int, str]] = []
+        self.facts: list[Any] = []
         self._pending: list[str] = []
         self._committed = time.monotonic()
+        self._syncer = ThreadPoolExecutor(1, "commit")
+        self._committing: Future[None] | None = None
         self._gone = False
 
     # ---- what was done before
@@ -196,10 +207,12 @@ class Job:
         """Forget everything."""
         self.close()
         for path in self.folder.iterdir():
-            if path.name != "lock":
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != "lock":
                 path.unlink()
-        self.chunks, self.rejected, self._pending = 0, [], []
-        self.parts = [PartFile(part.path, part.num_listed) for part in self.parts]
+        self.chunks, self.rejected, self.facts, self._pending = 0, [], [], []
+        self.parts = [type(part)(part.path, part.num_listed) for part in self.parts]
         (self.folder / "job.json").write_text(json.dumps(description))
 
     def _read_journal(self) -> None:
@@ -214,6 +227,7 @@ class Job:
                 break
             self.parts[entry["part"]].restore(entry)
             self.rejected += [(index, reason) for index, reason in entry["rejected"]]
+            self.facts += entry.get("facts", [])
             self.chunks, whole = self.chunks + 1, whole + len(line)
         if lines:
             os.truncate(path, whole)
@@ -223,24 +237,43 @@ class Job:
         """Add a chunk to its file; now and then make everything safe."""
         self.parts[part].append(chunk)
         self.rejected += chunk.rejected
+        self.facts += chunk.facts
         entry = {"chunk": self.chunks, "part": part, **self.parts[part].entry(), "rejected": chunk.rejected}
+        entry |= {"facts": chunk.facts} if chunk.facts else {}
         self._pending.append(json.dumps(entry) + "\n")
         self.chunks += 1
         if time.monotonic() - self._committed > COMMIT_SECONDS:
-            self.commit()
+            self._begin_commit()
 
     def commit(self) -> None:
-        """Data first, then the journal's lines about them."""
-        for part in self.parts:
-            part.sync()
+        """Everything appended is safe afterwards."""
+        self._begin_commit()
+        self._end_commit()
+
+    def _begin_commit(self) -> None:
+        self._end_commit()  # a disk that cannot keep up slows us down
+        numbers = [number for part in self.parts for number in part.flush()]
         lines, self._pending = self._pending, []
+        self._committing = self._syncer.submit(self._make_safe, numbers, lines)
+        self._committed = time.monotonic()
+
+    def _end_commit(self) -> None:
+        committing, self._committing = self._committing, None
+        if committing:
+            committing.result()
+
+    def _make_safe(self, numbers: Sequence[int], lines: Sequence[str]) -> None:
+        """Data first, then the journal's lines about them."""
+        for number in numbers:
+            os.fsync(number)
         with (self.folder / "journal.jsonl").open("a") as journal:
             journal.writelines(lines)
             journal.flush()
             os.fsync(journal.fileno())
-        self._committed = time.monotonic()
 
     def close(self) -> None:
+        with contextlib.suppress(OSError):  # reported by the commit that is asked for
+            self._end_commit()
         for part in self.parts:
             part.close()
 

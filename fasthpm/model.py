@@ -56,6 +56,11 @@ class HPMViT(nn.Module):
     - `predict_loss`: "relative", "absolute" or "none" (no predictor: MAE)
     - `predictor_dim`, `predictor_depth`: of the loss predictor; 0 = the decoder's. Another width than that of the
       tokens that it reads (of the decoder, in SimMIM of the encoder) costs one linear map
+    - `predictor`: "separate", or "shared": a norm and a linear head on the reconstructor's blocks instead of blocks of
+      its own (the CVPR paper's open question)
+    - `decoder_attention`: "self", or "cross": only mask tokens go through the decoders; in every block they attend to
+      cls and visible tokens as those enter the decoder (after CrossMAE, arXiv 2401.14391), not to each other. The
+      teacher asks with mask tokens everywhere. Parameters have the same names and shapes
     - `pixel_loss`: "mse" or "l1"; `absolute_standardize`, `norm_pix_loss`: see `fasthpm.loss`
     - `activation_checkpointing`: keep only the blocks' inputs and compute the rest again in the backward pass
 
@@ -80,6 +85,8 @@ class HPMViT(nn.Module):
         mlp_ratio: float = 4.0,
         predictor_dim: int = 0,
         predictor_depth: int = 0,
+        predictor: str = "separate",
+        decoder_attention: str = "self",
         encoder_mask_tokens: bool = False,
         predict_loss: str = "relative",
         absolute_standardize: bool = True,
@@ -100,6 +107,9 @@ class HPMViT(nn.Module):
         self.predict_loss_kind, self.absolute_standardize = predict_loss, absolute_standardize
         self.pixel_loss, self.norm_pix_loss = pixel_loss, norm_pix_loss
         self.encoder_mask_tokens = encoder_mask_tokens
+        self.predictor, self.decoder_attention = predictor, decoder_attention
+        if encoder_mask_tokens and (predictor == "shared" or decoder_attention == "cross"):
+            raise UserError("SimMIM has no decoder blocks: use predictor separate and decoder_attention self with it")
         self.grid_size = _grid(self.img_size, patch_size)
         self.slots = _slots(num_frames, tubelet_size, video)
         self.num_patches = self.slots * self.grid_size[0] * self.grid_size[1]
@@ -114,7 +124,8 @@ class HPMViT(nn.Module):
 
         width = embed_dim if encoder_mask_tokens else decoder_embed_dim  # of the tokens that both heads read
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.decoder_blocks = _blocks(0 if encoder_mask_tokens else decoder_depth, width, decoder_num_heads, mlp_ratio)
+        depth_of_decoder = 0 if encoder_mask_tokens else decoder_depth
+        self.decoder_blocks = _blocks(depth_of_decoder, width, decoder_num_heads, mlp_ratio, decoder_attention)
         self.decoder_norm: nn.Module = nn.Identity()
         if not encoder_mask_tokens:
             self.decoder_embed = nn.Linear(embed_dim, width, bias=not video)
@@ -123,8 +134,9 @@ class HPMViT(nn.Module):
         self.decoder_pred = nn.Linear(width, self.patch_dim)
         if predict_loss != "none":
             dim = predictor_dim or decoder_embed_dim
+            blocks = 0 if predictor == "shared" else predictor_depth or decoder_depth
             self.decoder_embed_losspred = nn.Identity() if dim == width else nn.Linear(width, dim)
-            self.decoder_blocks_losspred = _blocks(predictor_depth or decoder_depth, dim, decoder_num_heads, mlp_ratio)
+            self.decoder_blocks_losspred = _blocks(blocks, dim, decoder_num_heads, mlp_ratio, decoder_attention)
             self.decoder_norm_losspred = nn.LayerNorm(dim, LAYER_NORM_EPS)
             self.decoder_pred_losspred = ScalarHead(dim, self.patch_dim)
         self.apply(_init_linear)
@@ -165,12 +177,36 @@ class HPMViT(nn.Module):
         visible, masked = split_ids(mask, _count(mask))
         return self._encode(self.patchify(images), visible, masked)[:, : self.num_prefix_tokens + visible.shape[1]]
 
-    def predict_loss(self, images: Tensor) -> Tensor:
-        """Predicted difficulty of every patch, from all of them visible (the teacher's forward): float32 [B, L]."""
-        tokens = self._encode(self.patchify(images))
+    def predict_loss(self, images: Tensor, scale: int = 1) -> Tensor:
+        """Predicted difficulty of every patch, from all of them visible (the teacher's forward): float32 [B, L].
+
+        `scale`: see the image this many times smaller in both directions, and enlarge the map; it divides the grid.
+        """
+        patches = self.patchify(images)
+        if scale == 1:
+            return self._predict(patches)
+        small = self._predict(shrink(patches, self.grid_size, self.patch_size, scale), scale)
+        maps = small.reshape(-1, 1, self.grid_size[0] // scale, self.grid_size[1] // scale)
+        return F.interpolate(maps, self.grid_size, mode="bilinear", align_corners=False).flatten(1)
+
+    def _predict(self, patches: Tensor, scale: int = 1) -> Tensor:
+        tokens, count = self._encode(patches, table=self._table("pos_embed", scale)), patches.shape[1]
         if not self.encoder_mask_tokens:
-            tokens = self.decoder_embed(tokens) + self.decoder_pos_embed
-        return self._difficulty(tokens, self.num_patches)
+            positions = self._table("decoder_pos_embed", scale)
+            tokens = self.decoder_embed(tokens) + positions
+        if self.decoder_attention == "cross":  # it was trained on mask tokens that attend to visible ones
+            asking = (self.mask_token + positions[:, self.num_prefix_tokens :]).expand(len(tokens), -1, -1)
+            tokens = torch.cat([tokens, asking], dim=1)
+        trunk = self._trunk(tokens, count) if self.predictor == "shared" else tokens
+        return self._difficulty(trunk, count)
+
+    def _table(self, name: str, scale: int) -> Tensor:
+        """A table of positions [1, 1 + L, D], or that of a grid `scale` times coarser: means over scale x scale."""
+        table: Tensor = getattr(self, name)
+        if scale == 1:
+            return table
+        grid = table[:, 1:].transpose(1, 2).unflatten(2, self.grid_size)
+        return torch.cat([table[:, :1], F.avg_pool2d(grid, scale).flatten(2).transpose(1, 2)], dim=1)
 
     def forward(self, images: Tensor, mask: Tensor, *, num_masked: int | None = None) -> Output:
         """Reconstruct the masked patches and predict their losses (Eq. 2-7).
@@ -181,14 +217,15 @@ class HPMViT(nn.Module):
         patches = self.patchify(images)
         visible, masked = split_ids(mask, _count(mask) if num_masked is None else num_masked)
         tokens, count = self._tokens(patches, visible, masked), masked.shape[1]
-        reconstruction = self.decoder_pred(self.decoder_norm(self._run(self.decoder_blocks, tokens, count)))
+        trunk = self._trunk(tokens, count)
+        reconstruction = self.decoder_pred(self.decoder_norm(trunk))
         target = self.target(_gather(patches, masked))
         per_patch = losses.patch_loss(reconstruction, target, self.pixel_loss)
         actual = per_patch.detach()
         if self.predict_loss_kind == "none":
             predicted, difficulty = torch.zeros_like(actual), actual.new_zeros(())
         else:
-            predicted = self._difficulty(tokens, count)
+            predicted = self._difficulty(trunk if self.predictor == "shared" else tokens, count)
             difficulty = losses.difficulty_loss(
                 self.predict_loss_kind, predicted, actual, standardize=self.absolute_standardize
             )
@@ -207,15 +244,18 @@ class HPMViT(nn.Module):
             return sinusoid_positions(dim, self.num_patches)[None]
         return sincos_positions(dim, self.grid_size)[None]
 
-    def _run(self, blocks: nn.ModuleList, tokens: Tensor, last: int = 0) -> Tensor:
-        return _run(blocks, tokens, last, self.activation_checkpointing and torch.is_grad_enabled())
+    def _run(self, blocks: nn.ModuleList, tokens: Tensor, last: int = 0, cross: bool = False) -> Tensor:
+        run = _run_cross if cross else _run
+        return run(blocks, tokens, last, self.activation_checkpointing and torch.is_grad_enabled())
 
     def _encode(
-        self, patches: Tensor, visible: Tensor | None = None, masked: Tensor | None = None, last: int = 0
-    ) -> Tensor:
-        """cls, visible patches and, in SimMIM, mask tokens through the encoder; `last`: as in `_run`."""
+        self, patches: Tensor, visible: Tensor | None = None, masked: Tensor | None = None, last: int = 0,
+        table: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """cls, visible patches and, in SimMIM, mask tokens through the encoder; `last`: as in `_run`; `table`: of
+        positions, if not `pos_embed`."""
         prefix = self.num_prefix_tokens
-        positions = self.pos_embed[:, prefix:].expand(len(patches), -1, -1)
+        positions = (self.pos_embed if table is None else table)[:, prefix:].expand(len(patches), -1, -1)
         seen = positions if visible is None else _gather(positions, visible)
         patches = patches if visible is None else _gather(patches, visible)
         sequence = [self.patch_embed(patches.to(self.mask_token.dtype)) + seen]
@@ -239,9 +279,14 @@ class HPMViT(nn.Module):
             sequence.insert(0, latent[:, :1] + self.decoder_pos_embed[:, :1])
         return torch.cat(sequence, dim=1)
 
+    def _trunk(self, tokens: Tensor, last: int) -> Tensor:
+        """The reconstructor's blocks on what `_tokens` gives: [B, last, width], the last `last` tokens."""
+        return self._run(self.decoder_blocks, tokens, last, self.decoder_attention == "cross")
+
     def _difficulty(self, tokens: Tensor, last: int) -> Tensor:
-        """The loss predictor on what `_tokens` gives: float32 [B, last], the last `last` patches' difficulty."""
-        hidden = self._run(self.decoder_blocks_losspred, self.decoder_embed_losspred(tokens), last)
+        """The loss predictor on what `_tokens`, or `_trunk` if it is shared, gives: float32 [B, last]."""
+        cross = self.decoder_attention == "cross" and self.predictor == "separate"
+        hidden = self._run(self.decoder_blocks_losspred, self.decoder_embed_losspred(tokens), last, cross)
         return self.decoder_pred_losspred(self.decoder_norm_losspred(hidden))
 
 
@@ -309,6 +354,54 @@ class Attention(nn.Module):
         return self.proj(out.transpose(1, 2).reshape(batch, last, dim))
 
 
+class CrossAttention(nn.Module):
+    """Multi-head attention of some tokens to others, with the parameters of `Attention`."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = CrossProjection(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, tokens: Tensor, context: Tensor) -> Tensor:
+        """[B, N, D] and [B, K, D] -> [B, N, D]."""
+        batch, length, dim = tokens.shape
+        query, pairs = self.qkv(tokens, context)
+        shape = (self.num_heads, dim // self.num_heads)
+        key, value = pairs.unflatten(2, (2, *shape)).permute(2, 0, 3, 1, 4).unbind(0)
+        out = attend(query.unflatten(2, shape).transpose(1, 2), key, value)
+        return self.proj(out.transpose(1, 2).reshape(batch, length, dim))
+
+
+class CrossProjection(nn.Linear):
+    """The first third of its outputs, queries, of some tokens; the rest, keys and values, of others."""
+
+    def forward(self, tokens: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """[B, N, D] and [B, K, D] -> [B, N, D] and [B, K, 2 D]."""
+        dim = self.in_features
+        queries = F.linear(tokens, self.weight[:dim], self.bias[:dim])
+        return queries, F.linear(context, self.weight[dim:], self.bias[dim:])
+
+
+class CrossBlock(nn.Module):
+    """Pre-norm block whose tokens attend to a context alone: `Block`'s parameters, `norm1` for both."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, LAYER_NORM_EPS)
+        self.attn = CrossAttention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, LAYER_NORM_EPS)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+    def forward(self, tokens: Tensor, context: Tensor) -> Tensor:
+        """[B, N, D] and [B, K, D] -> [B, N, D]."""
+        # One module, one call: ZeRO-3 gathers the norm's weights once.
+        count = tokens.shape[1]
+        asking, known = self.norm1(torch.cat([tokens, context], dim=1)).split([count, context.shape[1]], dim=1)
+        tokens = tokens + self.attn(asking, known)
+        return tokens + self.mlp(self.norm2(tokens))
+
+
 class Mlp(nn.Module):
     """Linear, GELU, Linear."""
 
@@ -354,6 +447,14 @@ def attend_plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(d)) v, as written."""
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
     return scores.softmax(dim=-1) @ value
+
+
+def shrink(patches: Tensor, grid_size: tuple[int, int], side: int, scale: int) -> Tensor:
+    """The patches of images made `scale` times smaller by averaging: [B, L, P*P*C] -> [B, L / scale^2, P*P*C]."""
+    rows, columns = grid_size[0] // scale, grid_size[1] // scale
+    cut = patches.reshape(len(patches), rows, scale, columns, scale, side, side, -1).permute(0, 1, 3, 2, 5, 4, 6, 7)
+    pixels = cut.reshape(len(patches), rows * columns, side, scale, side, scale, -1).mean(dim=(3, 5))
+    return pixels.flatten(2)
 
 
 def sincos_positions(dim: int, grid_size: tuple[int, int]) -> Tensor:
@@ -493,8 +594,9 @@ def _video_decoder(size: str) -> dict[str, int]:
     return {"decoder_embed_dim": width, "decoder_num_heads": heads, "decoder_depth": depth}
 
 
-def _blocks(depth: int, dim: int, num_heads: int, mlp_ratio: float) -> nn.ModuleList:
-    return nn.ModuleList(Block(dim, num_heads, mlp_ratio) for _ in range(depth))
+def _blocks(depth: int, dim: int, num_heads: int, mlp_ratio: float, attention: str = "self") -> nn.ModuleList:
+    kind = CrossBlock if attention == "cross" else Block
+    return nn.ModuleList(kind(dim, num_heads, mlp_ratio) for _ in range(depth))
 
 
 def _run(blocks: nn.ModuleList, tokens: Tensor, last: int = 0, again: bool = False) -> Tensor:
@@ -506,6 +608,14 @@ def _run(blocks: nn.ModuleList, tokens: Tensor, last: int = 0, again: bool = Fal
         kept = last if number == len(blocks) else 0
         tokens = checkpoint(block, tokens, kept, use_reentrant=False) if again else block(tokens, kept)
     return tokens if len(blocks) else tokens[:, -last:]
+
+
+def _run_cross(blocks: nn.ModuleList, tokens: Tensor, last: int, again: bool = False) -> Tensor:
+    """All cross-attention blocks: the `last` tokens at the end attend to those before them; `again`: as in `_run`."""
+    context, tokens = tokens.split([tokens.shape[1] - last, last], dim=1)
+    for block in blocks:
+        tokens = checkpoint(block, tokens, context, use_reentrant=False) if again else block(tokens, context)
+    return tokens
 
 
 def _gather(tokens: Tensor, ids: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ class Step(nn.Module):
         difficulty = patches.new_zeros(patches.shape[:2], dtype=torch.float32)
         if self.recipe.uses_teacher:
             with torch.no_grad(), self.stopwatch.measure(patches.device):
-                difficulty = self._teacher[0].predict_loss(patches)
+                difficulty = self._teacher[0].predict_loss(patches, self.recipe.teacher_scale)
         return draw_mask(self.mask_plan, noise, difficulty, alpha), difficulty
 
     @torch.no_grad()
@@ -112,6 +112,8 @@ def model_of(recipe: Recipe) -> HPMViT:
             decoder_num_heads=recipe.decoder_heads,
             predictor_dim=recipe.predictor_dim,
             predictor_depth=recipe.predictor_depth,
+            predictor=recipe.predictor,
+            decoder_attention=recipe.decoder_attention,
             predict_loss=recipe.predict_loss,
             absolute_standardize=recipe.absolute_standardize,
             pixel_loss=recipe.pixel_loss,

@@ -307,6 +307,51 @@ def attention_mask(
     return set(order[:masked]), set(order[masked:gone])
 
 
+def crop_map(
+    values: list[list[float]], crop: tuple[int, int, int, int, int], size: tuple[int, int], rows: int, columns: int
+) -> list[float]:
+    """AMT: the map of the whole image at the centre of every patch of a crop, between the centres of its cells."""
+    top, left, height, width, flipped = crop
+    out = []
+    for r in range(rows):
+        for c in range(columns):
+            column = columns - 1 - c if flipped else c
+            y = (top + height * (r + 0.5) / rows) / size[0] * len(values) - 0.5
+            x = (left + width * (column + 0.5) / columns) / size[1] * len(values[0]) - 0.5
+            out.append(between(values, y, x))
+    return out
+
+
+def between(values: list[list[float]], y: float, x: float) -> float:
+    """Bilinear, constant beyond the outermost values."""
+    y, x = min(max(y, 0.0), len(values) - 1.0), min(max(x, 0.0), len(values[0]) - 1.0)
+    i, j = min(int(y), len(values) - 2), min(int(x), len(values[0]) - 2)
+    upper = values[i][j] + (values[i][j + 1] - values[i][j]) * (x - j)
+    lower = values[i + 1][j] + (values[i + 1][j + 1] - values[i + 1][j]) * (x - j)
+    return upper + (lower - upper) * (y - i)
+
+
+def released_crop_map(
+    values: list[list[float]], crop: tuple[int, int, int, int, int], size: tuple[int, int], rows: int, columns: int,
+    side: int,
+) -> list[float]:  # fmt: skip
+    """AMT's released code: the top left cells, enlarged to the crop's pixels, averaged over every patch."""
+    top, left, height, width, flipped = crop
+    cells = [row[: (left + width) // size[1] + 2] for row in values[: (top + height) // size[0] + 2]]
+    high, wide = rows * side, columns * side
+    pixels = [
+        [between(cells, (y + 0.5) * len(cells) / high - 0.5, (x + 0.5) * len(cells[0]) / wide - 0.5)
+         for x in range(wide)] for y in range(high)
+    ]  # fmt: skip
+    if flipped:
+        pixels = [row[::-1] for row in pixels]
+    return [
+        sum(pixels[r * side + y][c * side + x] for y in range(side) for x in range(side)) / side**2
+        for r in range(rows)
+        for c in range(columns)
+    ]
+
+
 def draw_probability(weights: list[float], order: tuple[int, ...]) -> float:
     """Probability that drawing without replacement, in proportion to weight, begins with `order`."""
     probability, left = 1.0, sum(weights)
