@@ -20,7 +20,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fasthpm import checkpoint, engine, export, flops, recipes, report, schedule, shards, visualize, zero
+from fasthpm import (
+    checkpoint,
+    engine,
+    export,
+    flops,
+    recipes,
+    report,
+    schedule,
+    shards,
+    video_pictures,
+    visualize,
+    zero,
+)
 from fasthpm.bad_samples import BadSampleLog
 from fasthpm.cli import Parser
 from fasthpm.data import Batch, Loader, build_loader
@@ -36,7 +48,7 @@ from fasthpm.teacher import EMATeacher
 from fasthpm.versions import versions
 from fasthpm.watchdog import Watchdog
 
-PANEL_IMAGES = 8
+PANEL_IMAGES, PANEL_CLIPS = 8, 2
 
 
 def parse_arguments(argv: Sequence[str] | None) -> Recipe:
@@ -348,11 +360,20 @@ def draw_panel(run: Run, metrics: Metrics) -> None:
     model.load_state_dict(weights.get("teacher", weights["student"]))
     images, info = visualize.fixed_images(run.recipe, PANEL_IMAGES)
     alpha = schedule.alpha_at(run.recipe, run.done - 1)
-    picture = visualize.panel(model, run.recipe, info, images, alpha)
-    folder = Path(run.recipe.output_dir) / "panels"
+    path = Path(run.recipe.output_dir) / "panels" / f"step-{run.done:08d}.png"
+    if model.video:
+        frames = video_pictures.frames(model, run.recipe, info, images[:PANEL_CLIPS], alpha)
+        picture = video_pictures.sheet(frames, run.recipe.tubelet_size)
+        animation = video_pictures.animation(frames)
+        metrics.animation("clips", animation, run.done)
+        with metrics.surviving_the_disk(run.done):
+            path.parent.mkdir(exist_ok=True)
+            path.with_suffix(".gif").write_bytes(animation)
+    else:
+        picture = visualize.panel(model, run.recipe, info, images, alpha)
     with metrics.surviving_the_disk(run.done):
-        folder.mkdir(exist_ok=True)
-        visualize.save_png(picture, folder / f"step-{run.done:08d}.png")
+        path.parent.mkdir(exist_ok=True)
+        visualize.save_png(picture, path)
     metrics.image("panel", picture, run.done)
 
 
