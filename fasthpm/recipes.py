@@ -11,6 +11,8 @@ from pathlib import Path
 from fasthpm.errors import UserError, nearest
 from fasthpm.recipe import Recipe, load_recipe
 
+FAST_REFRESH_EPOCHS = 10  # of the difficulty maps in the fast preset
+
 
 def hpm_vit_base_in1k_200e() -> Recipe:
     """HPM, ViT-B/16, ImageNet-1K, 200 epochs.
