@@ -12,8 +12,11 @@ of that pass' forward, timed in the same rounds, is added to its step.
 
 import argparse
 import dataclasses
-import gc
+import json
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -204,16 +207,28 @@ def one_precision(precision: str, arguments: argparse.Namespace, launch: engine.
 
 def summary(arguments: argparse.Namespace, launch: engine.Launch) -> dict[str, Any]:
     """Everything a reader needs to judge the ratios."""
-    found = {}
-    for precision in arguments.precision:
-        found[precision] = one_precision(precision, arguments, launch)
-        gc.collect()
+    (precision,) = arguments.precision
+    found = {precision: one_precision(precision, arguments, launch)}
     return {
         "bench": "step", "size": arguments.size, "batch_size": arguments.batch_size, "rounds": arguments.rounds,
         "threads": torch.get_num_threads(), "compile": arguments.compile,
         "refresh_epochs": recipes.FAST_REFRESH_EPOCHS, "precisions": found,
         "versions": versions(launch.device, launch.world_size),
     }  # fmt: skip
+
+
+def each_by_itself(argv: Sequence[str], precisions: Sequence[str]) -> dict[str, Any]:
+    """One process per precision: DeepSpeed's engines do not give their memory back."""
+    results = []
+    with tempfile.TemporaryDirectory(prefix="fasthpm-bench-") as folder:
+        for precision in precisions:
+            path = Path(folder) / f"{precision}.json"
+            own = [*argv, "--precision", precision, "-o", str(path)]
+            done = subprocess.run([sys.executable, "-m", "bench.step", *own], stdout=subprocess.DEVNULL, check=False)
+            if done.returncode:
+                raise UserError(f"{precision}: bench.step ended with status {done.returncode}; its message is above")
+            results.append(json.loads(path.read_text()))
+    return {**results[0], "precisions": {key: value for one in results for key, value in one["precisions"].items()}}
 
 
 def report(result: dict[str, Any]) -> str:
@@ -249,10 +264,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     if arguments.batch_size < 1 or arguments.rounds < 1:
         raise UserError("batch_size and rounds must be 1 or more")
-    with engine.session() as launch:
-        if arguments.threads:
-            torch.set_num_threads(arguments.threads)
-        result = summary(arguments, launch)
+    if len(arguments.precision) > 1:
+        result = each_by_itself(sys.argv[1:] if argv is None else argv, arguments.precision)
+    else:
+        with engine.session() as launch:
+            if arguments.threads:
+                torch.set_num_threads(arguments.threads)
+            result = summary(arguments, launch)
     write_json(arguments.output, result)
     print(report(result))
 
