@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ class RunState:
     loader: dict[str, Any]  # the loader's state_dict
     world_size: int  # ranks that wrote it
     accum_iter: int  # the loader's batches per update
+    skipped: list[int] = field(default_factory=list)  # updates (from 0) that were left out: not finite
 
 
 # -------------------------------------------------------------------------------------------------- write
@@ -105,10 +106,22 @@ def require_space(output_dir: Path, parameters: int) -> None:
         )
 
 
-def rotate(output_dir: Path, keep: int) -> None:
-    """Delete all but the `keep` newest checkpoints."""
-    for folder in _checkpoints(output_dir)[keep:]:
-        shutil.rmtree(folder)
+def rotate(output_dir: Path, keep: int, *, newest: Path | None = None, every: int = 0) -> None:
+    """Delete all but the `keep` newest checkpoints.
+
+    - `newest`: the one just written; any of a later update is damaged, or resume would have begun there, and must not
+      take its place
+    - `every`: updates between two that are kept for ever; 0 = none
+    """
+    folders = [folder for folder in _checkpoints(output_dir) if newest is None or step_of(folder) <= step_of(newest)]
+    for folder in folders[keep:]:
+        if not every or step_of(folder) % every or not step_of(folder):
+            shutil.rmtree(folder)
+
+
+def step_of(folder: Path) -> int:
+    """Updates done at a checkpoint, by its name."""
+    return int(folder.name.rpartition("-")[2])
 
 
 def file_hash(path: Path) -> str:
@@ -132,7 +145,8 @@ def fsync(path: Path) -> None:
 # -------------------------------------------------------------------------------------------------- find and verify
 def _checkpoints(output_dir: Path) -> list[Path]:
     """Checkpoint folders, newest first, verified or not."""
-    return sorted((output_dir / "checkpoints").glob("step-*"), reverse=True)
+    folders = (output_dir / "checkpoints").glob("step-*")
+    return sorted((f for f in folders if f.name.removeprefix("step-").isdecimal()), key=step_of, reverse=True)
 
 
 def damage(folder: Path) -> str:

@@ -261,7 +261,19 @@ def merge_config(path: str | Path, recipe: Recipe, world_size: int) -> dict[str,
         config[key] = wanted
     if _uses_bf16(config):
         config.setdefault("data_types", {}).setdefault("buffer_dtype", "bf16")
+        if recipe.on_nonfinite == "skip":
+            _check_gradients(config["bf16"], str(path))
     return config
+
+
+def _check_gradients(bf16: dict[str, Any], path: str) -> None:
+    """Have ZeRO 1 and 2 look at the gradients before they use them, as the other stages always do in bf16."""
+    if bf16.get("check_grad_overflow", True) is not True:
+        raise UserError(
+            f"{path}: bf16.check_grad_overflow is {bf16['check_grad_overflow']!r}, but the recipe's on_nonfinite is "
+            f"'skip', which needs it; remove it there, or use --on_nonfinite rollback"
+        )
+    bf16["check_grad_overflow"] = True
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -375,3 +387,11 @@ def grad_norm(engine: Any) -> Tensor | float:
     """Global gradient norm of the last update, before clipping; infinite if the update was skipped."""
     norm = engine.get_global_grad_norm()
     return 0.0 if norm is None else norm
+
+
+def update_applied(engine: Any) -> bool:
+    """Whether the last update changed the weights: DeepSpeed leaves out those whose gradient is not finite.
+
+    The same on all ranks. Stages 1 and 2 in bf16 look at the gradient only if bf16.check_grad_overflow is set.
+    """
+    return bool(engine.was_step_applied())

@@ -35,10 +35,10 @@ def decoder_flops(model: HPMViT, depth: int, dim: int, seen: int, masked: int, o
 
 
 def encoder_flops(model: HPMViT, patches: int, mask_tokens: int = 0, outputs: int = 0) -> float:
-    """Forward of the encoder on `patches` patches, `mask_tokens` and the cls token, patch embedding included; of the
-    last block only the last `outputs` tokens (0 = all)."""
-    dim, tokens = model.cls_token.shape[-1], patches + mask_tokens + 1
-    embed = 2 * patches * dim * model.in_chans * model.patch_size**2
+    """Forward of the encoder on `patches` patches, `mask_tokens` and the cls token (where there is one), patch
+    embedding included; of the last block only the last `outputs` tokens (0 = all)."""
+    dim, tokens = model.embed_dim, patches + mask_tokens + model.num_prefix_tokens
+    embed = 2 * patches * dim * model.patch_dim
     saved = last_block_saving(tokens, outputs, dim) if outputs else 0.0
     return embed + blocks_flops(len(model.blocks), tokens, dim) - saved
 
@@ -52,22 +52,23 @@ def predictor_flops(model: HPMViT, seen: int, masked: int, outputs: int) -> floa
     """Forward of the loss predictor, without what it shares; arguments as in `decoder_flops`."""
     width, dim = model.mask_token.shape[-1], model.decoder_pred_losspred.weight.shape[-1]
     blocks = decoder_flops(model, len(model.decoder_blocks_losspred), dim, seen, masked, outputs)
-    read = outputs if model.predictor == "shared" else seen + max(masked, outputs * (model.decoder_attention == "cross"))
+    cross = model.decoder_attention == "cross"
+    read = outputs if model.predictor == "shared" else seen + max(masked, outputs if cross else 0)
     return (0 if dim == width else 2 * read * width * dim) + blocks + 2 * outputs * dim
 
 
 def teacher_flops(model: HPMViT, length: int) -> float:
-    """Forward of `HPMViT.predict_loss` on `length` patches per image."""
-    shared = trunk_flops(model, length + 1, 0, length) if model.predictor == "shared" else 0.0
-    predictor = predictor_flops(model, length + 1, 0, length)
+    """Forward of `HPMViT.predict_loss` on `length` patches per sample."""
+    seen = length + model.num_prefix_tokens
+    shared = trunk_flops(model, seen, 0, length) if model.predictor == "shared" else 0.0
+    predictor = predictor_flops(model, seen, 0, length)
     return encoder_flops(model, length) + embed_flops(model, length) + shared + predictor
 
 
 def embed_flops(model: HPMViT, patches: int) -> float:
     """Forward of the linear map from encoder to decoder width, cls included; SimMIM has none."""
-    return (
-        0 if model.encoder_mask_tokens else 2 * (patches + 1) * model.cls_token.shape[-1] * model.mask_token.shape[-1]
-    )
+    tokens = patches + model.num_prefix_tokens
+    return 0 if model.encoder_mask_tokens else 2 * tokens * model.embed_dim * model.mask_token.shape[-1]
 
 
 def step_flops(model: HPMViT, recipe: Recipe) -> dict[str, float]:
@@ -77,7 +78,7 @@ def step_flops(model: HPMViT, recipe: Recipe) -> dict[str, float]:
         student = encoder_flops(model, length - masked, masked, 0 if predicts else masked)
     else:
         student = encoder_flops(model, length - masked) + embed_flops(model, length - masked)
-    tokens = (length - masked + 1, masked, masked)
+    tokens = (length - masked + model.num_prefix_tokens, masked, masked)
     student += trunk_flops(model, *tokens) + 2 * masked * model.decoder_pred.weight.numel()
     if predicts:
         student += predictor_flops(model, *tokens)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fasthpm.data.clip_sampling import DECODERS
 from fasthpm.data.sampling import INTERPOLATIONS, SAMPLE_ORDERS
 from fasthpm.errors import UserError, nearest
 from fasthpm.mask import BY_DIFFICULTY, POLICIES, MaskPlan
@@ -23,6 +24,7 @@ PREDICTORS = ("separate", "shared")
 DECODER_ATTENTIONS = ("self", "cross")
 TEACHER_PRECISIONS = ("model", "fp8")
 ALPHA_SCHEDULES = ("released", "paper", "step")
+ON_NONFINITE = ("halt", "skip", "rollback")
 
 
 def option(default: Any, help: str, *, choices: tuple[str, ...] | None = None, run_only: bool = False) -> Any:
@@ -42,6 +44,9 @@ class Recipe:
     input_size: str = option("224", "side of the training crop, or HEIGHTxWIDTH")
     patch_size: int = option(16, "side of a patch")
     channels: int = option(3, "image channels, as the prepared set has them")
+    num_frames: int = option(1, "frames of a clip; 1 = images")
+    sampling_rate: int = option(1, "a clip takes every how many-th frame of its video (VideoMAE: SSv2 2, Kinetics 4)")
+    tubelet_size: int = option(1, "frames that a patch spans (VideoMAE: 2)")
     decoder_dim: int = option(512, "width of the reconstructor and of the loss predictor")
     decoder_depth: int = option(8, "blocks of the reconstructor (SimMIM's is a linear head) and of the loss predictor")
     predictor_dim: int = option(0, "width of the loss predictor alone; 0 = decoder_dim")
@@ -115,8 +120,17 @@ class Recipe:
         "within pools of 1 GiB",
         choices=SAMPLE_ORDERS,
     )
+    video_decoder: str = option(
+        "auto",
+        "who decodes prepared videos: turbojpeg (auto); dali on the CPU; dali_gpu; dali_video, NVDEC on a set prepared "
+        "with --copy",
+        choices=DECODERS,
+    )
     steps_per_epoch: int = option(0, "updates per epoch; 0 = all full global batches of the data set")
     # the run itself: none of these changes what is learnt
+    activation_checkpointing: bool = option(
+        False, "save memory: keep the blocks' inputs only, compute the rest again in the backward pass", run_only=True
+    )
     num_workers: int = option(0, "decoding threads per device; 0 = cores / devices on this machine", run_only=True)
     max_bad_samples: float = option(
         0.001,
@@ -130,6 +144,15 @@ class Recipe:
     log_every: int = option(20, "updates between two readings of the metrics", run_only=True)
     save_every: int = option(10, "epochs between two checkpoints", run_only=True)
     keep_checkpoints: int = option(3, "checkpoints kept; the newest valid one is never deleted", run_only=True)
+    keep_every: int = option(0, "epochs between two checkpoints that are kept for ever; 0 = none", run_only=True)
+    on_nonfinite: str = option(
+        "halt",
+        "what an update does whose loss or gradient is not finite: end the run, be left out, or go back to the last "
+        "checkpoint and leave its samples out",
+        choices=ON_NONFINITE,
+        run_only=True,
+    )
+    max_nonfinite: int = option(10, "updates that on_nonfinite may leave out before the run ends", run_only=True)
     panel_every: int = option(10, "epochs between two picture panels; 0 = off", run_only=True)
     compile: bool = option(
         False, "compile the step with torch.compile: minutes at the start, then faster on GPUs", run_only=True
@@ -154,9 +177,14 @@ class Recipe:
         return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
 
     @property
+    def slots(self) -> int:
+        """Frame slots: tubelets along time, 1 for images."""
+        return self.num_frames // self.tubelet_size
+
+    @property
     def num_patches(self) -> int:
         """L."""
-        return self.grid_size[0] * self.grid_size[1]
+        return self.slots * self.grid_size[0] * self.grid_size[1]
 
     @property
     def num_masked(self) -> int:
@@ -167,7 +195,7 @@ class Recipe:
     def mask_plan(self) -> MaskPlan:
         """How the masks are drawn."""
         unit = (self.mask_unit or self.patch_size) // self.patch_size
-        return MaskPlan(self.mask_policy, self.mask_ratio, self.grid_size, unit=unit)
+        return MaskPlan(self.mask_policy, self.mask_ratio, self.grid_size, self.slots, unit=unit)
 
     @property
     def uses_teacher(self) -> bool:
@@ -248,6 +276,9 @@ class Recipe:
         positive = (
             "patch_size",
             "channels",
+            "num_frames",
+            "sampling_rate",
+            "tubelet_size",
             "decoder_dim",
             "decoder_depth",
             "decoder_heads",
@@ -271,6 +302,8 @@ class Recipe:
             "num_workers",
             "panel_every",
             "stop_after",
+            "keep_every",
+            "max_nonfinite",
             "ema_ramp_epochs",
             "seed",
             "mask_unit",
@@ -290,6 +323,11 @@ class Recipe:
         for name in shares:
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} is {getattr(self, name)}, expected 0 to 1")
+        if self.keep_every % self.save_every:
+            raise UserError(
+                f"keep_every {self.keep_every} is not a multiple of save_every {self.save_every}: nothing would be "
+                f"there to keep; use e.g. --keep_every {-(-self.keep_every // self.save_every) * self.save_every}"
+            )
         if self.warmup_epochs > self.epochs:
             raise UserError(
                 f"warmup_epochs {self.warmup_epochs:g} is more than epochs {self.epochs}; lower --warmup_epochs"
@@ -299,10 +337,9 @@ class Recipe:
                 raise UserError(
                     f"{name} {getattr(self, name)} must be a multiple of 4 and of decoder_heads {self.decoder_heads}"
                 )
-        if self.predict_loss != "none" and self.model.startswith("mae_"):
-            raise UserError(
-                f"model {self.model} has no loss predictor; use --predict_loss none, or the model hpm_{self.model[4:]}"
-            )
+        if self.predict_loss != "none" and self.model.startswith(("mae_", "videomae_")):
+            other = f"hpm_{self.model.partition('_')[2]}{'_video' if self.model.startswith('video') else ''}"
+            raise UserError(f"model {self.model} has no loss predictor; use --predict_loss none, or the model {other}")
         if self.uses_teacher and self.predict_loss == "none":
             raise UserError(
                 f"mask_policy {self.mask_policy} follows predicted losses, but predict_loss is none; use "
@@ -351,12 +388,22 @@ class Recipe:
                     f"input_size {self.input_size} is not a multiple of patch_size {self.patch_size}; "
                     f"use e.g. --input_size {near}"
                 )
+        if self.num_frames % self.tubelet_size:
+            near = max(1, round(self.num_frames / self.tubelet_size)) * self.tubelet_size
+            raise UserError(
+                f"num_frames {self.num_frames} is not a multiple of tubelet_size {self.tubelet_size}; use e.g. "
+                f"--num_frames {near}"
+            )
         if self.mask_unit % self.patch_size:
             near = max(1, round(self.mask_unit / self.patch_size)) * self.patch_size
             raise UserError(
                 f"mask_unit {self.mask_unit} is not a multiple of patch_size {self.patch_size}; use e.g. "
                 f"--mask_unit {near}"
             )
+        if self.teacher_scale > 1 and self.num_frames > 1:
+            raise UserError(f"teacher_scale {self.teacher_scale} is for images; use 1 with {self.num_frames} frames")
+        if self.teacher_scale > 1 and self.num_frames > 1:
+            raise UserError(f"teacher_scale {self.teacher_scale} is for images, not for clips of {self.num_frames} frames")
         if any(side % self.teacher_scale for side in self.grid_size):
             raise UserError(
                 f"teacher_scale {self.teacher_scale} does not divide the grid of {self.grid_size[0]} x "

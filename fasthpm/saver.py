@@ -97,8 +97,9 @@ class Saver:
             written |= found["files"]
         for rank in range(self.world_size):
             _marker(job.aside, rank).unlink()
-        checkpoint.commit(job.aside, job.recipe, job.state, written)
-        checkpoint.rotate(job.aside.parent.parent, job.recipe.keep_checkpoints)
+        newest = checkpoint.commit(job.aside, job.recipe, job.state, written)
+        every = job.recipe.keep_every * job.recipe.steps_per_epoch
+        checkpoint.rotate(job.aside.parent.parent, job.recipe.keep_checkpoints, newest=newest, every=every)
 
 
 def _marker(aside: Path, rank: int) -> Path:

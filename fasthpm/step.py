@@ -59,7 +59,7 @@ class Step(nn.Module):
     def forward(self, images: Tensor, ids: Tensor, step: Tensor, alpha: Tensor) -> StepOutput:
         """One micro-step on this rank.
 
-        - `images`: uint8 [B, H, W, C]; `ids`: int64 [B]
+        - `images`: uint8 [B, H, W, C] or clips [B, T, H, W, C]; `ids`: int64 [B]
         - `step`: int64 0-dim, the update; `alpha`: float64 0-dim, share of the mask chosen by the teacher
         """
         self.mean, self.std = self.mean.to(images.device), self.std.to(images.device)
@@ -100,13 +100,14 @@ class Step(nn.Module):
                 learn.give_up(error)
 
     def normalized_patches(self, images: Tensor) -> Tensor:
-        """uint8 [B, H, W, C] -> float32 [B, L, P*P*C], zero mean and unit variance over the data set."""
+        """uint8 [B, (T,) H, W, C] -> float32 [B, L, t*P*P*C], zero mean and unit variance over the data set."""
         mean, std = self.mean.to(images.device), self.std.to(images.device)
-        batch, height, width, channels = images.shape
-        side = self.recipe.patch_size
-        rows, columns = height // side, width // side
-        patches = images.reshape(batch, rows, side, columns, side, channels).transpose(2, 3)
-        return ((patches.float() - mean) / std).reshape(batch, rows * columns, side * side * channels)
+        batch, (height, width, channels) = len(images), images.shape[-3:]
+        side, frames = self.recipe.patch_size, self.recipe.tubelet_size
+        slots, rows, columns = self.recipe.slots, height // side, width // side
+        cut = images.reshape(batch, slots, frames, rows, side, columns, side, channels)
+        scaled = (cut.permute(0, 1, 3, 5, 2, 4, 6, 7).float() - mean) / std
+        return scaled.reshape(batch, slots * rows * columns, frames * side * side * channels)
 
     @torch.no_grad()
     def _metrics(self, output: Output, mask: Tensor, difficulty: Tensor) -> Tensor:
@@ -151,4 +152,7 @@ def model_of(recipe: Recipe) -> HPMViT:
             absolute_standardize=recipe.absolute_standardize,
             pixel_loss=recipe.pixel_loss,
             norm_pix_loss=recipe.norm_pix_loss,
+            num_frames=recipe.num_frames,
+            tubelet_size=recipe.tubelet_size,
+            activation_checkpointing=recipe.activation_checkpointing,
         )
