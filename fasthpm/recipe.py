@@ -402,6 +402,8 @@ class Recipe:
             )
         if self.teacher_scale > 1 and self.num_frames > 1:
             raise UserError(f"teacher_scale {self.teacher_scale} is for images; use 1 with {self.num_frames} frames")
+        if self.teacher_scale > 1 and self.num_frames > 1:
+            raise UserError(f"teacher_scale {self.teacher_scale} is for images, not for clips of {self.num_frames} frames")
         if any(side % self.teacher_scale for side in self.grid_size):
             raise UserError(
                 f"teacher_scale {self.teacher_scale} does not divide the grid of {self.grid_size[0]} x "
