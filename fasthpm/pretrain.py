@@ -419,7 +419,7 @@ def finish(run: Run) -> None:
         f"finished {run.done} of {recipe.total_steps} updates\n"
         f"  checkpoint   {checkpoint.checkpoint_path(output_dir, run.done)}\n"
         f"  {'model  ' if model.video else 'encoder'}      {exported} ({export.default_form(model)})\n"
-        f"  TensorBoard  tensorboard --logdir {output_dir / 'tensorboard'}\n"
+        f"  TensorBoard  tensorboard --host 127.0.0.1 --logdir {output_dir / 'tensorboard'}\n"
         f"  report       {output_dir / 'report.md'}{bad}",
         file=sys.stderr,
     )
