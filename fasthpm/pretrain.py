@@ -40,6 +40,7 @@ from fasthpm.data.device import on_device
 from fasthpm.errors import UserError
 from fasthpm.health import NotFinite
 from fasthpm.metrics import Metrics, measure_matmul_rate
+from fasthpm.probes.online import OnlineProbe
 from fasthpm.recipe import Recipe, add_recipe_arguments, build_recipe, save_recipe, science_of
 from fasthpm.saver import Job, Saver
 from fasthpm.signals import StopSignals
@@ -90,6 +91,7 @@ class Run:
     preempted: bool = False  # a signal ends the run at this update
     skipped: list[int] = dataclasses.field(default_factory=list)  # updates (from 0) that are left out: not finite
     batches: Iterator[Batch] = dataclasses.field(init=False)  # from here on
+    online: OnlineProbe | None = None
     notes: dict[str, str] = dataclasses.field(default_factory=dict)  # further files of every checkpoint: name and text
 
     @property
@@ -141,10 +143,22 @@ def build(recipe: Recipe, launch: engine.Launch) -> Run:
     run = Run(recipe, launch, loader, deepspeed_engine, step, teacher, zero.MasterLayout(deepspeed_engine), saver)
     run.batches = endless(loader)
     resume(run)
+    run.online = online_probe(run, config)
     run.bad_samples = BadSampleLog(
         Path(recipe.output_dir), recipe.data_path, recipe.max_bad_samples, rank=launch.rank, keep=run.done > 0
     )
     return run
+
+
+def online_probe(run: Run, config: dict[str, Any]) -> OnlineProbe | None:
+    """The probe that the recipe asks for, with the head of the run that goes on."""
+    recipe = run.recipe
+    if not (recipe.online_probe_every or recipe.online_knn_every):
+        return None
+    with engine.in_agreement():
+        probe = OnlineProbe(recipe, run.step, run.loader.info, run.launch, config)
+        probe.load(Path(recipe.output_dir), run.done)
+    return probe
 
 
 def resume(run: Run) -> None:
@@ -282,6 +296,8 @@ def update(run: Run, metrics: Metrics, watchdog: Watchdog) -> None:
         folder = metrics.save_forensics(now)
         metrics.discard(now)
         leave_out(run, metrics, now, folder)
+    elif run.online:
+        run.online.after_update(now + 1, batch)
 
 
 def leave_out(run: Run, metrics: Metrics, bad: int, folder: Path) -> None:
@@ -337,18 +353,30 @@ def after_update(run: Run, metrics: Metrics, last: int) -> None:
     epoch = run.done // epoch_length
     saving = ending or run.preempted or (epoch_ends and epoch % recipe.save_every == 0)
     drawing = recipe.panel_every > 0 and (ending or (epoch_ends and epoch % recipe.panel_every == 0))
-    if run.done % recipe.log_every == 0 or saving or drawing:
+    probing = epoch_ends and recipe.online_knn_every > 0 and epoch % recipe.online_knn_every == 0
+    if run.done % recipe.log_every == 0 or saving or drawing or probing:
         metrics.read(
             run.done, run.done / epoch_length, run.step.stopwatch.read(), lr=schedule.lr_at(recipe, run.done - 1),
             alpha=schedule.alpha_at(recipe, run.done - 1), ema_momentum=schedule.ema_momentum_at(recipe, run.done - 1),
             skipped_updates=len(run.skipped), bad_samples=run.bad_samples.update(run.loader),
+            **probed(run, probing),
         )  # fmt: skip
     if drawing:
         draw_panel(run, metrics)
     if saving:
         save(run)
-    if drawing or saving:
+        if run.online:
+            with metrics.surviving_the_disk(run.done):
+                run.online.save(Path(recipe.output_dir), run.done)
+    if drawing or saving or probing:
         metrics.restart()
+
+
+def probed(run: Run, knn: bool) -> dict[str, float]:
+    """What the online probe has to say, with a k-NN test if asked for. Collective."""
+    if not run.online:
+        return {}
+    return run.online.read() | (run.online.knn() if knn else {})
 
 
 def draw_panel(run: Run, metrics: Metrics) -> None:

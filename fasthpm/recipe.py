@@ -157,6 +157,12 @@ class Recipe:
     compile: bool = option(
         False, "compile the step with torch.compile: minutes at the start, then faster on GPUs", run_only=True
     )
+    online_probe_every: int = option(
+        0, "updates between two steps of a linear probe on the encoder's detached features; 0 = off", run_only=True
+    )
+    online_knn_every: int = option(
+        0, "epochs between two k-NN tests on a fixed part of the training set; 0 = off", run_only=True
+    )
     stop_after: int = option(0, "stop after this many updates, keeping the schedule; 0 = never", run_only=True)
 
     def __post_init__(self) -> None:
@@ -291,6 +297,8 @@ class Recipe:
         )
         not_negative = (
             "accum_iter",
+            "online_probe_every",
+            "online_knn_every",
             "global_batch_size",
             "warmup_epochs",
             "blr",
@@ -402,8 +410,6 @@ class Recipe:
             )
         if self.teacher_scale > 1 and self.num_frames > 1:
             raise UserError(f"teacher_scale {self.teacher_scale} is for images; use 1 with {self.num_frames} frames")
-        if self.teacher_scale > 1 and self.num_frames > 1:
-            raise UserError(f"teacher_scale {self.teacher_scale} is for images, not for clips of {self.num_frames} frames")
         if any(side % self.teacher_scale for side in self.grid_size):
             raise UserError(
                 f"teacher_scale {self.teacher_scale} does not divide the grid of {self.grid_size[0]} x "
