@@ -22,6 +22,7 @@ from video_fixtures import prepare_videos, video_folder
 from fasthpm.data import Batch, build_loader, clips, ffcv_images, prefetch, quarantine, read_info, synthetic
 from fasthpm.data.beton import ALLOCATION, JPEG, open_beton
 from fasthpm.data.device import DeviceLoader, on_device
+from fasthpm.data.loader import split_sources
 from fasthpm.data.pixels import jitter_colours, render
 from fasthpm.data.prefetch import count_workers
 from fasthpm.data.prepared import merged_ranges, open_set
@@ -1097,3 +1098,7 @@ def test_ctrl_c_ends_a_process_with_a_running_loader(sources, kind):
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode in (-2, 130, 1)
     assert done.stderr.rstrip().endswith("KeyboardInterrupt"), done.stderr
+
+
+def test_a_list_of_sets_may_be_longer_than_a_file_name() -> None:
+    assert split_sources(",".join(["a" * 100 + ".beton"] * 100)) == ["a" * 100 + ".beton"] * 100

@@ -1,6 +1,7 @@
 """`Batch`, `DatasetInfo`, the `Loader` protocol, and the one place that chooses a loader."""
 
 import dataclasses
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,9 @@ class Batch:
     crops: Tensor  # int64 [B, 5]: top, left, height, width of the crop in the stored image, and whether it was flipped
     sizes: Tensor  # int64 [B, 2]: height, width of the stored image
     replaced: Tensor  # bool [B]: the sample whose turn it was does not decode, this is another one
+    maps: Tensor = dataclasses.field(
+        default_factory=lambda: torch.zeros(0)
+    )  # float16 [B, rows, cols]; see fasthpm.maps
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`; asynchronous where the source is pinned."""
@@ -127,6 +131,7 @@ def build_loader(
     crop: str = "auto",
     views: tuple[int, int] = (1, 1),
     decoder: str = "auto",
+    whole: bool = False,
 ) -> Loader:
     """A `Loader` of `data_path`: FFCV for a `.beton`, PIL for a folder of images, drawn images for `synthetic:N`.
 
@@ -158,6 +163,7 @@ def build_loader(
     - `decoder`: of videos, "turbojpeg" (libturbojpeg and our kernel, the "auto"); "dali", DALI on the CPU; "dali_gpu",
       DALI and nvJPEG: batches are on the GPU; "dali_video", DALI on the video files of a set prepared with --copy, by
       NVDEC where there is a GPU.
+    - `whole`: without `train`, the whole image instead of its centre, squeezed into `image_size`.
     - `accum_iter`: batches per update. A training epoch holds whole updates only, so that it has the same samples
       however an update is cut into batches.
 
@@ -188,6 +194,7 @@ def build_loader(
         crop=crop,
         views=views,
         decoder=decoder,
+        whole=whole,
     )
     if source.startswith("synthetic:"):
         from fasthpm.data.synthetic import SyntheticLoader
@@ -219,7 +226,8 @@ def is_video_set(path: Path) -> bool:
 
 def split_sources(source: str) -> list[str]:
     """The names in a comma list; a name that is there with its commas stays whole."""
-    return source.split(",") if "," in source and not Path(source).exists() else [source]
+    there = os.path.exists(source)  # unlike Path.exists, no error for a list longer than a name may be
+    return source.split(",") if "," in source and not there else [source]
 
 
 def _is_beton(source: str) -> bool:

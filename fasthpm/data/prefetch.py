@@ -30,6 +30,7 @@ from fasthpm.data.sampling import (
     random_crops,
     replacements,
     sample_order,
+    whole_crops,
 )
 from fasthpm.errors import UserError
 
@@ -66,6 +67,7 @@ class LoaderOptions:
     crop: str = "auto"
     views: tuple[int, int] = (1, 1)
     decoder: str = "auto"
+    whole: bool = False
 
     def __post_init__(self) -> None:
         self._check("batch_size", self.batch_size >= 1, "1 or more")
@@ -206,6 +208,22 @@ class PrefetchLoader(ABC):
             self._pool.shutdown()
             self._pool = None
 
+    # ---------------------------------------------------------------------------------------------- single samples
+    def stored(self, sample: int) -> Array | None:
+        """The stored image, uncropped: uint8 [h, w, C]; None where it does not decode."""
+        ids = np.array([sample])
+        size = self._sizes(ids)
+        if not size.all():
+            return None
+        image = np.empty((1, *size[0], self.options.channels), np.uint8)
+        crop = np.concatenate([np.zeros((1, 2)), size, np.zeros((1, 1))], 1).astype(np.int64)
+        bad = self._fill(image, ids, crop, np.ones((1, 3), np.float32))
+        return None if bad[0] else image[0]
+
+    def labels_of(self, samples: Array) -> Array:
+        """Labels of `samples` [B]: int64 [B]."""
+        return np.ascontiguousarray(self._labels(samples), np.int64)
+
     # ---------------------------------------------------------------------------------------------- position
     def _go_to(self, epoch: int, batch: int) -> None:
         if epoch < 0 or not 0 <= batch <= len(self):
@@ -269,6 +287,8 @@ class PrefetchLoader(ABC):
         options = self.options
         if options.train:
             return random_crops(options.seed, epoch, ids, sizes, options.crop_min, options.flip)
+        if options.whole:
+            return whole_crops(sizes)
         return centre_crops(sizes, options.image_size, self._crop_pct)
 
     def _factors(self, epoch: int, ids: Array) -> Array:
