@@ -138,7 +138,19 @@ def stored_size(stream: Stream, short_side: int) -> tuple[int, int]:
 
 
 def _input(path: str) -> list[str]:
-    return ["ffmpeg", "-v", "error", "-nostdin", "-y", "-protocol_whitelist", "file,pipe", "-threads", "1", "-i", f"file:{path}"]
+    return [
+        "ffmpeg",
+        "-v",
+        "error",
+        "-nostdin",
+        "-y",
+        "-protocol_whitelist",
+        "file,pipe",
+        "-threads",
+        "1",
+        "-i",
+        f"file:{path}",
+    ]
 
 
 def _filters(size: tuple[int, int], fps: Fraction, stride: int) -> str:
@@ -177,7 +189,7 @@ def _running(command: Sequence[str], timeout: float) -> Iterator[Any]:
         # In a group of its own: Ctrl-C is for us, and must not look like a damaged video.
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=words, bufsize=1 << 20, process_group=0)
         late = threading.Event()
-        timer = threading.Timer(timeout, lambda: (late.set(), process.kill()))
+        timer = threading.Timer(timeout, _stop, (process, late))
         if timeout:
             timer.start()
         try:
@@ -195,6 +207,11 @@ def _running(command: Sequence[str], timeout: float) -> Iterator[Any]:
             process.kill()
             process.wait()
             process.stdout.close()  # type: ignore[union-attr]
+
+
+def _stop(process: subprocess.Popen[bytes], late: threading.Event) -> None:
+    late.set()
+    process.kill()
 
 
 def _plain_words(report: bytes) -> str:

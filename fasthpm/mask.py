@@ -329,12 +329,17 @@ def _threshold(key: Tensor, count: int | Tensor) -> Tensor:
     if isinstance(count, int):
         if count == 0:
             return above
-        if key.device.type == "cpu":
+        if _numpy_is_faster(key):
             return torch.from_numpy(np.partition(key.numpy(), length - count, axis=1)[:, length - count, None])
         return key.sort(dim=1).values[:, -count, None]
-    ordered = torch.from_numpy(np.sort(key.numpy(), axis=1)) if key.device.type == "cpu" else key.sort(dim=1).values
+    ordered = torch.from_numpy(np.sort(key.numpy(), axis=1)) if _numpy_is_faster(key) else key.sort(dim=1).values
     place = (length - count).clamp_max(length - 1).expand(len(key), 1)
     return torch.where(count > 0, ordered.gather(1, place), above)
+
+
+def _numpy_is_faster(key: Tensor) -> bool:
+    """On a CPU, unless a compiler is tracing, which cannot follow numpy."""
+    return key.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _aspect(number: Tensor) -> Tensor:

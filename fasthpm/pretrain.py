@@ -90,6 +90,7 @@ class Run:
     preempted: bool = False  # a signal ends the run at this update
     skipped: list[int] = dataclasses.field(default_factory=list)  # updates (from 0) that are left out: not finite
     batches: Iterator[Batch] = dataclasses.field(init=False)  # from here on
+    notes: dict[str, str] = dataclasses.field(default_factory=dict)  # further files of every checkpoint: name and text
 
     @property
     def num_parameters(self) -> int:
@@ -191,6 +192,8 @@ def save(run: Run) -> None:
         try:
             checkpoint.require_space(output_dir, run.num_parameters)
             aside = [str(checkpoint.begin(output_dir, run.done))]
+            for name, text in run.notes.items():
+                (Path(aside[0]) / name).write_text(text)
         except (UserError, OSError) as error:
             not_saved(run, str(error))
     dist.broadcast_object_list(aside)
@@ -443,10 +446,12 @@ def pretrain(asked: Recipe, launch: engine.Launch) -> StopSignals:
         limit = 0.8 * engine.timeout().total_seconds()  # before collectives give up, which name nobody
         watchdog = Watchdog(Path(recipe.output_dir), launch.rank, launch.world_size, timeout=limit)
         with StopSignals() as stop, watchdog:
-            train(run, metrics, stop, watchdog)
-            stop.drain()
-            finish_last_save(run)
+            with engine.naming_lost_ranks(lambda: f"after update {run.done}"):
+                train(run, metrics, stop, watchdog)
+                stop.drain()
+                finish_last_save(run)
     finally:
+        run.saver.close()
         metrics.close()
         run.loader.close()
     if launch.rank == 0:
@@ -464,6 +469,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from fasthpm.cli import run_command
+    from fasthpm.cli import run_rank
 
-    run_command(main)
+    run_rank(main)

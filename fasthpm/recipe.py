@@ -402,6 +402,8 @@ class Recipe:
             )
         if self.teacher_scale > 1 and self.num_frames > 1:
             raise UserError(f"teacher_scale {self.teacher_scale} is for images; use 1 with {self.num_frames} frames")
+        if self.teacher_scale > 1 and self.num_frames > 1:
+            raise UserError(f"teacher_scale {self.teacher_scale} is for images, not for clips of {self.num_frames} frames")
         if any(side % self.teacher_scale for side in self.grid_size):
             raise UserError(
                 f"teacher_scale {self.teacher_scale} does not divide the grid of {self.grid_size[0]} x "
@@ -453,9 +455,9 @@ def science_of(recipe: Recipe) -> dict[str, Any]:
     return {f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe) if not f.metadata["run_only"]}
 
 
-def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
-    """One flag per recipe field, without defaults: what is not given comes from the recipe."""
-    for field in dataclasses.fields(Recipe):
+def add_recipe_arguments(parser: argparse.ArgumentParser, kind: Any = Recipe) -> None:
+    """One flag per field of the dataclass `kind`, without defaults: what is not given comes from the recipe."""
+    for field in dataclasses.fields(kind):
         if field.name == "recipe":
             continue
         choices = field.metadata["choices"]
@@ -464,5 +466,5 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
         if field.type is bool:
             parser.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction, **options)
         else:
-            kind = typing.cast(type, field.type)
-            parser.add_argument(f"--{field.name}", type=kind, metavar=kind.__name__.upper(), **options)
+            of = typing.cast(type, field.type)
+            parser.add_argument(f"--{field.name}", type=of, metavar=of.__name__.upper(), **options)

@@ -12,6 +12,8 @@ from fasthpm.errors import UserError, nearest
 from fasthpm.recipe import Recipe, load_recipe
 from fasthpm.recipes_video import VIDEO_RECIPES
 
+FAST_REFRESH_EPOCHS = 10  # of the difficulty maps in the fast preset
+
 
 def hpm_vit_base_in1k_200e() -> Recipe:
     """HPM, ViT-B/16, ImageNet-1K, 200 epochs.

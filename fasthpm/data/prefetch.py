@@ -208,6 +208,22 @@ class PrefetchLoader(ABC):
             self._pool.shutdown()
             self._pool = None
 
+    # ---------------------------------------------------------------------------------------------- single samples
+    def stored(self, sample: int) -> Array | None:
+        """The stored image, uncropped: uint8 [h, w, C]; None where it does not decode."""
+        ids = np.array([sample])
+        size = self._sizes(ids)
+        if not size.all():
+            return None
+        image = np.empty((1, *size[0], self.options.channels), np.uint8)
+        crop = np.concatenate([np.zeros((1, 2)), size, np.zeros((1, 1))], 1).astype(np.int64)
+        bad = self._fill(image, ids, crop, np.ones((1, 3), np.float32))
+        return None if bad[0] else image[0]
+
+    def labels_of(self, samples: Array) -> Array:
+        """Labels of `samples` [B]: int64 [B]."""
+        return np.ascontiguousarray(self._labels(samples), np.int64)
+
     # ---------------------------------------------------------------------------------------------- position
     def _go_to(self, epoch: int, batch: int) -> None:
         if epoch < 0 or not 0 <= batch <= len(self):
