@@ -3,6 +3,10 @@ layers, attention scores and values, patch embedding); a backward pass counts tw
 norms and softmax count nothing; nothing is counted that the method does not need.
 """
 
+import dataclasses
+
+import torch
+
 from fasthpm.model import HPMViT
 from fasthpm.recipe import Recipe
 
@@ -84,3 +88,16 @@ def step_flops(model: HPMViT, recipe: Recipe) -> dict[str, float]:
         student += predictor_flops(model, *tokens)
     teacher = teacher_flops(model, length // recipe.teacher_scale**2) if recipe.uses_teacher else 0.0
     return {"teacher": teacher, "student": 3 * student, "total": teacher + 3 * student}
+
+
+def cost_over_mae(recipe: Recipe) -> float:
+    """FLOPs of the recipe's step over those of MAE's, same encoder, reconstructor and masks."""
+    from fasthpm.step import model_of
+
+    usual = {name: getattr(Recipe, name) for name in ("predictor", "predictor_depth", "predictor_dim", "teacher_scale",
+                                                      "teacher_precision", "decoder_attention")}  # fmt: skip
+    policy = "random" if recipe.uses_teacher else recipe.mask_policy
+    mae = dataclasses.replace(recipe, mask_policy=policy, predict_loss="none", absolute_standardize=True, **usual)
+    with torch.device("meta"):
+        totals = [step_flops(model_of(one), one)["total"] for one in (recipe, mae)]
+    return totals[0] / totals[1]

@@ -28,7 +28,7 @@ from fasthpm.step import METRICS, StepOutput
 FORENSICS = "nonfinite"
 TENSORBOARD_GROUPS = {
     "loss": ("loss", "reconstruction_loss", "difficulty_loss"),
-    "predictor": ("spearman", "pair_accuracy", "teacher_spearman"),
+    "predictor": ("spearman", "pair_accuracy", "teacher_spearman", "map_spearman"),
     "schedule": ("lr", "alpha", "ema_momentum", "grad_norm"),
     "health": ("loss_spikes", "skipped_updates"),
     "data": ("bad_samples",),
@@ -210,6 +210,8 @@ class Metrics:
             self._open_writer()
             for group, names in TENSORBOARD_GROUPS.items():
                 for name in names:
+                    if name not in record:  # a fast mode's
+                        continue
                     self._writer.add_scalar(f"{group}/{name}", record[name], step)
         self.progress.set_postfix(
             loss=f"{record['loss']:.3f}",

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fasthpm import checkpoint, engine, export, flops, recipes, report, schedule, shards, visualize, zero
+from fasthpm import checkpoint, engine, export, flops, fp8, recipes, report, schedule, shards, visualize, zero
 from fasthpm.bad_samples import BadSampleLog
 from fasthpm.cli import Parser
 from fasthpm.data import Batch, Loader, build_loader
@@ -72,6 +72,7 @@ class Run:
     layout: zero.MasterLayout
     saver: Saver
     bad_samples: BadSampleLog = dataclasses.field(init=False)
+    seen: torch.Tensor | None = None  # images of the last micro-step
     done: int = 0  # updates
     saving: int = 0  # the update whose checkpoint was begun last
     unsaved: str = ""  # why it is lost, on rank 0
@@ -115,6 +116,8 @@ def build(recipe: Recipe, launch: engine.Launch) -> Run:
         recipe = recipe.resolve(loader.info.num_samples, launch.world_size)
         checkpoint.compare_recipes(recipe, science_of)
         config = engine.merge_config(recipe.deepspeed_config, recipe, launch.world_size)
+        if recipe.teacher_precision == "fp8":
+            fp8.require_fp8(launch.device)
         student = checkpoint.initial_model(recipe)
     loader = on_device(loader, launch.device)
     step = Step(student, recipe, loader.info)
@@ -124,6 +127,8 @@ def build(recipe: Recipe, launch: engine.Launch) -> Run:
         momentum = schedule.ema_momentum_at(recipe, 0)
         teacher = EMATeacher(deepspeed_engine, step.student, "student.", model_of(recipe), momentum)
         step.attach_teacher(teacher.module)
+        if recipe.teacher_precision == "fp8":
+            fp8.use_fp8(teacher.module)
     saver = Saver(launch.rank, launch.world_size, timeout=engine.timeout().total_seconds())
     run = Run(recipe, launch, loader, deepspeed_engine, step, teacher, zero.MasterLayout(deepspeed_engine), saver)
     run.batches = endless(loader)
@@ -260,6 +265,7 @@ def update(run: Run, metrics: Metrics, watchdog: Watchdog) -> None:
         run.engine.backward(output.loss)
         run.engine.step()
         metrics.add(now, batch, output)
+        run.seen = batch.images
     if left_out:
         return
     metrics.updated(now, engine.grad_norm(run.engine))
@@ -323,10 +329,13 @@ def after_update(run: Run, metrics: Metrics, last: int) -> None:
     saving = ending or run.preempted or (epoch_ends and epoch % recipe.save_every == 0)
     drawing = recipe.panel_every > 0 and (ending or (epoch_ends and epoch % recipe.panel_every == 0))
     if run.done % recipe.log_every == 0 or saving or drawing:
+        agreement = {}
+        if recipe.approximates_teacher and run.seen is not None:
+            agreement["map_spearman"] = float(run.step.map_spearman(run.seen))
         metrics.read(
             run.done, run.done / epoch_length, run.step.stopwatch.read(), lr=schedule.lr_at(recipe, run.done - 1),
             alpha=schedule.alpha_at(recipe, run.done - 1), ema_momentum=schedule.ema_momentum_at(recipe, run.done - 1),
-            skipped_updates=len(run.skipped), bad_samples=run.bad_samples.update(run.loader),
+            skipped_updates=len(run.skipped), bad_samples=run.bad_samples.update(run.loader), **agreement,
         )  # fmt: skip
     if drawing:
         draw_panel(run, metrics)
@@ -410,6 +419,9 @@ def pretrain(asked: Recipe, launch: engine.Launch) -> StopSignals:
             prepare_output(run)
     if launch.rank == 0:
         effective = f"{recipe.global_batch_size} = {recipe.batch_size} x {launch.world_size} x {recipe.accum_iter}"
+        if recipe.fast_modes:
+            print(f"fast modes: {', '.join(recipe.fast_modes)}; {flops.cost_over_mae(recipe):.2f} x MAE's FLOPs",
+                  file=sys.stderr)  # fmt: skip
         print(f"{recipe.recipe}: lr {recipe.lr:.3e}, global batch {effective}, {recipe.total_steps} updates, "
               f"{launch.device.type}", file=sys.stderr)  # fmt: skip
     dtype = next(run.step.student.parameters()).dtype

@@ -203,6 +203,19 @@ class Recipe:
         return self.mask_policy in BY_DIFFICULTY
 
     @property
+    def approximates_teacher(self) -> bool:
+        """Whether the masks follow a map that is not the exact teacher's of this crop and update."""
+        return self.teacher_scale > 1 or self.teacher_precision != "model"
+
+    @property
+    def fast_modes(self) -> list[str]:
+        """The fast modes that are on, each as `field value`."""
+        names = ("predictor", "predictor_depth", "predictor_dim", "decoder_attention", "teacher_scale",
+                 "teacher_precision")  # fmt: skip
+        usual = {field.name: field.default for field in dataclasses.fields(self)}
+        return [f"{name} {getattr(self, name)}" for name in names if getattr(self, name) != usual[name]]
+
+    @property
     def total_steps(self) -> int:
         """Updates of the whole schedule; known once the recipe is resolved."""
         return self.epochs * self.steps_per_epoch

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fasthpm import fp8
 from fasthpm import loss as losses
 from fasthpm.clock import Stopwatch
 from fasthpm.compiled import Compiled
@@ -71,6 +72,14 @@ class Step(nn.Module):
         if self._untried:
             self._try_backward(images, ids, step, alpha, difficulty)
         return learn(images, ids, step, alpha, difficulty)
+
+    @torch.no_grad()
+    def map_spearman(self, images: Tensor) -> Tensor:
+        """Rank correlation of the map that the masks follow with the exact teacher's, over some samples of a batch."""
+        images = images[:HEALTH_SAMPLES]
+        with fp8.exact(self._teacher[0]):
+            exact = self._teacher[0].predict_loss(self.normalized_patches(images))
+        return losses.spearman(self._difficulty(images), exact)
 
     def _difficulty(self, images: Tensor) -> Tensor:
         """The teacher's difficulty of every patch, float32 [B, L]."""
