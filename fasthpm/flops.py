@@ -29,16 +29,16 @@ def encoder_flops(model: HPMViT, patches: int, mask_tokens: int = 0, outputs: in
     return embed + blocks_flops(len(model.blocks), tokens, dim) - saved
 
 
-def reconstructor_flops(model: HPMViT, outputs: int) -> float:
-    """Forward of the reconstructor, its head on its last `outputs` tokens."""
-    dim, tokens, depth = model.mask_token.shape[-1], model.num_patches + 1, len(model.decoder_blocks)
+def reconstructor_flops(model: HPMViT, outputs: int, thrown: int = 0) -> float:
+    """Forward of the reconstructor, its head on its last `outputs` tokens; `thrown` patches are not there."""
+    dim, tokens, depth = model.mask_token.shape[-1], model.num_patches + 1 - thrown, len(model.decoder_blocks)
     blocks = blocks_flops(depth, tokens, dim) - (last_block_saving(tokens, outputs, dim) if depth else 0.0)
     return blocks + 2 * outputs * dim * model.in_chans * model.patch_size**2
 
 
-def predictor_flops(model: HPMViT, outputs: int) -> float:
-    """Forward of the loss predictor on its last `outputs` tokens."""
-    width, tokens = model.mask_token.shape[-1], model.num_patches + 1
+def predictor_flops(model: HPMViT, outputs: int, thrown: int = 0) -> float:
+    """Forward of the loss predictor on its last `outputs` tokens; `thrown` patches are not there."""
+    width, tokens = model.mask_token.shape[-1], model.num_patches + 1 - thrown
     dim = model.decoder_pred_losspred.weight.shape[-1]
     blocks = blocks_flops(len(model.decoder_blocks_losspred), tokens, dim) - last_block_saving(tokens, outputs, dim)
     embed = 0 if dim == width else 2 * tokens * width * dim
@@ -55,13 +55,15 @@ def embed_flops(model: HPMViT, patches: int) -> float:
 def step_flops(model: HPMViT, recipe: Recipe) -> dict[str, float]:
     """FLOPs per sample of one step: {"teacher", "student" (forward and backward), "total"}."""
     length, masked, predicts = recipe.num_patches, recipe.num_masked, recipe.predict_loss != "none"
+    thrown = recipe.mask_plan.num_thrown
+    visible = length - masked - thrown
     if model.encoder_mask_tokens:
-        student = encoder_flops(model, length - masked, masked, 0 if predicts else masked)
+        student = encoder_flops(model, visible, masked, 0 if predicts else masked)
     else:
-        student = encoder_flops(model, length - masked) + embed_flops(model, length - masked)
-    student += reconstructor_flops(model, masked)
+        student = encoder_flops(model, visible) + embed_flops(model, visible)
+    student += reconstructor_flops(model, masked, thrown)
     if predicts:
-        student += predictor_flops(model, masked)
+        student += predictor_flops(model, masked, thrown)
     teacher = 0.0
     if recipe.uses_teacher:
         teacher = encoder_flops(model, length) + embed_flops(model, length) + predictor_flops(model, length)

@@ -150,14 +150,18 @@ class HPMViT(nn.Module):
             tokens = self.decoder_embed(tokens) + self.decoder_pos_embed
         return self._difficulty(tokens, self.num_patches)
 
-    def forward(self, images: Tensor, mask: Tensor, *, num_masked: int | None = None) -> Output:
+    def forward(
+        self, images: Tensor, mask: Tensor, *, num_masked: int | None = None, thrown: Tensor | None = None,
+        num_thrown: int = 0,
+    ) -> Output:  # fmt: skip
         """Reconstruct the masked patches and predict their losses (Eq. 2-7).
 
         - `images`, `mask`: as in `encode`
         - `num_masked`: M, if known; else it is read from `mask`, which waits for the device
+        - `thrown`: bool [B, L], `num_thrown` True per row: patches that are not masked and that nothing sees (AMT)
         """
         patches = self.patchify(images)
-        visible, masked = split_ids(mask, _count(mask) if num_masked is None else num_masked)
+        visible, masked = split_ids(mask, _count(mask) if num_masked is None else num_masked, thrown, num_thrown)
         tokens, count = self._tokens(patches, visible, masked), masked.shape[1]
         reconstruction = self.decoder_pred(self.decoder_norm(_run(self.decoder_blocks, tokens, count)))
         target = losses.pixel_target(_gather(patches, masked), self.norm_pix_loss)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fasthpm import checkpoint, engine, export, flops, recipes, report, schedule, shards, visualize, zero
+from fasthpm import checkpoint, engine, export, flops, maps, recipes, report, schedule, shards, visualize, zero
 from fasthpm.bad_samples import BadSampleLog
 from fasthpm.cli import Parser
 from fasthpm.data import Batch, Loader, build_loader
@@ -70,6 +70,7 @@ class Run:
     teacher: EMATeacher | None
     layout: zero.MasterLayout
     saver: Saver
+    maps: maps.RunMaps | None
     bad_samples: BadSampleLog = dataclasses.field(init=False)
     done: int = 0  # updates
     saving: int = 0  # the update whose checkpoint was begun last
@@ -112,7 +113,8 @@ def build(recipe: Recipe, launch: engine.Launch) -> Run:
         checkpoint.compare_recipes(recipe, science_of)
         config = engine.merge_config(recipe.deepspeed_config, recipe, launch.world_size)
         student = checkpoint.initial_model(recipe)
-    loader = on_device(loader, launch.device)
+    map_store = maps.for_recipe(recipe, loader.info)
+    loader = on_device(maps.with_maps(loader, map_store), launch.device)
     step = Step(student, recipe, loader.info)
     deepspeed_engine = engine.build_engine(step, recipe, config, launch)
     teacher = None
@@ -121,7 +123,8 @@ def build(recipe: Recipe, launch: engine.Launch) -> Run:
         teacher = EMATeacher(deepspeed_engine, step.student, "student.", model_of(recipe), momentum)
         step.attach_teacher(teacher.module)
     saver = Saver(launch.rank, launch.world_size, timeout=engine.timeout().total_seconds())
-    run = Run(recipe, launch, loader, deepspeed_engine, step, teacher, zero.MasterLayout(deepspeed_engine), saver)
+    run = Run(recipe, launch, loader, deepspeed_engine, step, teacher, zero.MasterLayout(deepspeed_engine), saver,
+              map_store)  # fmt: skip
     resume(run)
     run.bad_samples = BadSampleLog(
         Path(recipe.output_dir), recipe.data_path, recipe.max_bad_samples, rank=launch.rank, keep=run.done > 0
@@ -150,6 +153,9 @@ def resume(run: Run) -> None:
     updates = state.loader["batch"] // state.accum_iter
     run.loader.load_state_dict({**state.loader, "batch": updates * run.recipe.accum_iter})
     run.done = state.step
+    with engine.in_agreement():
+        if run.maps and not run.maps.due_at(run.done, run.recipe.steps_per_epoch):
+            run.maps.open(run.done // run.recipe.steps_per_epoch)
     if run.launch.rank == 0:
         writers = f"{state.world_size} rank{'s' if state.world_size > 1 else ''}"
         ranks = f", written by {writers}" if state.world_size != run.launch.world_size else ""
@@ -218,6 +224,8 @@ def train(run: Run, metrics: Metrics, stop: StopSignals, watchdog: Watchdog) -> 
     batches = endless(run.loader)
     while run.done < last and not run.preempted:
         now = run.done
+        if run.maps and run.maps.due_at(now, recipe.steps_per_epoch):
+            refresh_maps(run, watchdog)
         engine.set_lr(run.engine, schedule.lr_at(recipe, now))
         if run.teacher:
             run.teacher.momentum = schedule.ema_momentum_at(recipe, now)
@@ -226,7 +234,8 @@ def train(run: Run, metrics: Metrics, stop: StopSignals, watchdog: Watchdog) -> 
         for _ in range(recipe.accum_iter):
             with metrics.waiting_for_data(), watchdog.doing("loading data"):
                 batch = next(batches)
-            output = run.engine(batch.images, batch.ids, update, alpha)
+            weights = run.maps.weights(batch) if run.maps else None
+            output = run.engine(batch.images, batch.ids, update, alpha, weights)
             run.engine.backward(output.loss)
             run.engine.step()
             metrics.add(now, batch, output)
@@ -236,6 +245,28 @@ def train(run: Run, metrics: Metrics, stop: StopSignals, watchdog: Watchdog) -> 
         with watchdog.doing("saving or drawing"):
             after_update(run, metrics, last)
         watchdog.progressed(run.done)
+
+
+def refresh_maps(run: Run, watchdog: Watchdog) -> None:
+    """Make the maps of all samples anew, with the student as it is. Collective."""
+    recipe, launch, step = run.recipe, run.launch, run.step
+    assert run.maps is not None
+    epoch = run.done // recipe.steps_per_epoch
+
+    def compute(images: torch.Tensor) -> torch.Tensor:
+        attention = maps.cls_attention(step.student, step.normalized_patches(images))
+        return maps.attention_weights(attention, per_head=recipe.map_per_head)
+
+    with engine.in_agreement():
+        loader = build_loader(
+            recipe.data_path, batch_size=recipe.batch_size, image_size=recipe.image_size, channels=recipe.channels,
+            rank=launch.rank, world_size=launch.world_size, num_workers=recipe.num_workers, train=False, whole=True,
+            interpolation=recipe.interpolation, max_bad_samples=1.0,
+        )  # fmt: skip
+    with watchdog.doing("making maps"):
+        run.maps.refresh(epoch, loader, compute, launch, lambda: watchdog.progressed(run.done))
+    if launch.rank == 0:
+        run.maps.prune(checkpoint.oldest_step(Path(recipe.output_dir)) // recipe.steps_per_epoch)
 
 
 def after_update(run: Run, metrics: Metrics, last: int) -> None:

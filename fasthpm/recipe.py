@@ -15,7 +15,7 @@ from typing import Any
 
 from fasthpm.data.sampling import INTERPOLATIONS, SAMPLE_ORDERS
 from fasthpm.errors import UserError, nearest
-from fasthpm.mask import BY_DIFFICULTY, POLICIES, MaskPlan
+from fasthpm.mask import BY_DIFFICULTY, MAP_CROPS, POLICIES, MaskPlan
 
 PREDICT_LOSSES = ("relative", "absolute", "none")
 PIXEL_LOSSES = ("mse", "l1")
@@ -48,6 +48,15 @@ class Recipe:
     mask_ratio: float = option(0.75, "share of patches that are masked")
     mask_policy: str = option("hpm", "which patches are masked", choices=POLICIES)
     mask_unit: int = option(0, "side in pixels of the squares that are masked as a whole (SimMIM: 32); 0 = patch_size")
+    throw_ratio: float = option(0.0, "attention masks (AMT): share of patches that neither encoder nor loss sees")
+    warmup_mask_ratio: float = option(0.75, "attention masks: ratio of the random masks before the first maps")
+    map_refresh_epochs: int = option(40, "attention masks: epochs between two passes that make the maps anew")
+    map_crop: str = option(
+        "image",
+        "attention masks: the map is cropped with its image, or its top left cells read, as released code does",
+        choices=MAP_CROPS,
+    )
+    map_per_head: bool = option(False, "attention masks: scale each head's map and then average, as released code does")
     alpha_start: float = option(0.0, "share of the mask that the teacher chooses, at the start")
     alpha_end: float = option(0.5, "the same at the end; linear in between (Eq. 8)")
     alpha_schedule: str = option(
@@ -144,7 +153,19 @@ class Recipe:
     def mask_plan(self) -> MaskPlan:
         """How the masks are drawn."""
         unit = (self.mask_unit or self.patch_size) // self.patch_size
-        return MaskPlan(self.mask_policy, self.mask_ratio, self.grid_size, unit=unit)
+        return MaskPlan(self.mask_policy, self.mask_ratio, self.grid_size, unit=unit, throw_ratio=self.throw_ratio)
+
+    @property
+    def warmup_plan(self) -> MaskPlan:
+        """How they are drawn as long as there are no maps, if the policy needs them; else `mask_plan`."""
+        if not self.uses_maps:
+            return self.mask_plan
+        return dataclasses.replace(self.mask_plan, policy="random", mask_ratio=self.warmup_mask_ratio, throw_ratio=0.0)
+
+    @property
+    def uses_maps(self) -> bool:
+        """Whether a run keeps attention maps of its samples."""
+        return self.mask_policy == "attention"
 
     @property
     def uses_teacher(self) -> bool:
@@ -233,6 +254,7 @@ class Recipe:
             "log_every",
             "save_every",
             "keep_checkpoints",
+            "map_refresh_epochs",
         )
         not_negative = (
             "accum_iter",
@@ -255,7 +277,7 @@ class Recipe:
         )
         shares = (
             *("alpha_start", "alpha_end", "ema_momentum", "ema_momentum_end", "crop_min", "beta1", "beta2"),
-            *("color_jitter", "max_bad_samples"),
+            *("color_jitter", "max_bad_samples", "throw_ratio", "warmup_mask_ratio"),
         )
         for name in positive:
             if getattr(self, name) <= 0:
@@ -312,12 +334,22 @@ class Recipe:
                 f"mask_unit {self.mask_unit} is not a multiple of patch_size {self.patch_size}; use e.g. "
                 f"--mask_unit {near}"
             )
-        masked = self.num_masked
+        masked, thrown = self.num_masked, self.mask_plan.num_thrown
+        if masked and thrown and masked + thrown >= self.num_patches:
+            raise UserError(
+                f"mask_ratio {self.mask_ratio} and throw_ratio {self.throw_ratio} of {self.num_patches} patches leave "
+                f"no visible patch; choose ratios whose sum is below 1"
+            )
         if not 0 < masked < self.num_patches:
             raise UserError(
                 f"mask_ratio {self.mask_ratio} of {self.num_patches} patches leaves no "
                 f"{'masked' if masked == 0 else 'visible'} patch; choose one strictly between 0 and 1 that "
                 f"masks 1 to {self.num_patches - 1} patches"
+            )
+        if self.uses_maps and not 0 < self.warmup_plan.num_masked < self.num_patches:
+            raise UserError(
+                f"warmup_mask_ratio {self.warmup_mask_ratio} of {self.num_patches} patches leaves no masked or no "
+                f"visible patch; choose one strictly between 0 and 1, e.g. --warmup_mask_ratio 0.75"
             )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fasthpm import loss as losses
 from fasthpm.clock import Stopwatch
 from fasthpm.data import DatasetInfo
-from fasthpm.mask import draw_mask, sample_noise, split_ids
+from fasthpm.mask import MaskPlan, draw_sets, sample_noise, split_ids
 from fasthpm.model import HPMViT, Output, create_model
 from fasthpm.recipe import Recipe
 
@@ -35,7 +35,7 @@ class Step(nn.Module):
         super().__init__()
         self.student = student
         self.recipe = recipe
-        self.mask_plan = recipe.mask_plan
+        self.mask_plan, self.warmup_plan = recipe.mask_plan, recipe.warmup_plan
         self.stopwatch = Stopwatch()
         # Plain attributes, not buffers: DeepSpeed would round buffers to bfloat16.
         self.mean, self.std = pixel_statistics(info, recipe)
@@ -45,15 +45,20 @@ class Step(nn.Module):
         """Let `teacher` (its `predict_loss`) choose the hard patches."""
         self._teacher = [teacher]
 
-    def forward(self, images: Tensor, ids: Tensor, step: Tensor, alpha: Tensor) -> StepOutput:
+    def forward(
+        self, images: Tensor, ids: Tensor, step: Tensor, alpha: Tensor, weights: Tensor | None = None
+    ) -> StepOutput:
         """One micro-step on this rank.
 
         - `images`: uint8 [B, H, W, C]; `ids`: int64 [B]
         - `step`: int64 0-dim, the update; `alpha`: float64 0-dim, share of the mask chosen by the teacher
+        - `weights`: float32 [B, L], of attention; None: masks are random, as before the first maps
         """
         patches = self.normalized_patches(images)
-        mask, difficulty = self._mask(patches, ids, step, alpha)
-        output = self.student(patches, mask, num_masked=self.recipe.num_masked)
+        plan = self.warmup_plan if weights is None else self.mask_plan
+        mask, thrown, difficulty = self._mask(plan, patches, ids, step, alpha, weights)
+        gone = {} if thrown is None else {"thrown": thrown, "num_thrown": plan.num_thrown}
+        output = self.student(patches, mask, num_masked=plan.num_masked, **gone)
         return StepOutput(output.loss, self._metrics(output, mask, difficulty), mask)
 
     def normalized_patches(self, images: Tensor) -> Tensor:
@@ -65,14 +70,17 @@ class Step(nn.Module):
         patches = images.reshape(batch, rows, side, columns, side, channels).transpose(2, 3)
         return ((patches.float() - self.mean) / self.std).reshape(batch, rows * columns, side * side * channels)
 
-    def _mask(self, patches: Tensor, ids: Tensor, step: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
-        """The mask [B, L], and the teacher's difficulty [B, L] that chose its hard part (zeros without a teacher)."""
-        noise = sample_noise(self.recipe.seed, step, ids, self.mask_plan.noise_size)
+    def _mask(
+        self, plan: MaskPlan, patches: Tensor, ids: Tensor, step: Tensor, alpha: Tensor, weights: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """The mask [B, L], the patches thrown away [B, L], and the teacher's difficulty [B, L] that chose the mask's
+        hard part (zeros without a teacher)."""
+        noise = sample_noise(self.recipe.seed, step, ids, plan.noise_size)
         difficulty = patches.new_zeros(patches.shape[:2], dtype=torch.float32)
         if self.recipe.uses_teacher:
             with torch.no_grad(), self.stopwatch.measure(patches.device):
                 difficulty = self._teacher[0].predict_loss(patches)
-        return draw_mask(self.mask_plan, noise, difficulty, alpha), difficulty
+        return *draw_sets(plan, noise, difficulty if weights is None else weights, alpha), difficulty
 
     @torch.no_grad()
     def _metrics(self, output: Output, mask: Tensor, difficulty: Tensor) -> Tensor:
@@ -81,7 +89,7 @@ class Step(nn.Module):
         """
         predicted = output.predicted_difficulty[:HEALTH_SAMPLES]
         actual = output.per_patch_loss[:HEALTH_SAMPLES]
-        masked = split_ids(mask[:HEALTH_SAMPLES], self.recipe.num_masked)[1]
+        masked = split_ids(mask[:HEALTH_SAMPLES], actual.shape[1])[1]
         seen = difficulty[:HEALTH_SAMPLES].gather(1, masked)
         health = (
             losses.spearman(predicted, actual),

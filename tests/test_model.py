@@ -383,6 +383,7 @@ def test_mae_weights_leave_the_loss_predictor_alone() -> None:
         ("mae", {"mask_policy": "random", "predict_loss": "none"}),
         ("simmim", {"mask_policy": "random", "predict_loss": "none"}),
         ("simmim", {"predictor_depth": 1}),
+        ("hpm", {"mask_policy": "attention", "mask_ratio": 0.45, "throw_ratio": 0.4}),
     ],
 )
 def test_flop_formula_counts_what_runs(method: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -394,10 +395,11 @@ def test_flop_formula_counts_what_runs(method: str, changes: dict[str, Any], mon
                     decoder_depth=2, decoder_heads=4, **changes)  # fmt: skip
     model = model_of(recipe)
     images = torch.randn(4, 1, 28, 28)
-    mask = masks.random_mask(torch.rand(4, 49), 0.75)
+    plan = recipe.mask_plan
+    mask, thrown = masks.draw_sets(plan, torch.rand(2, 4, 49), torch.rand(4, 49))
     with FlopCounterMode(display=False) as counter:
         if recipe.uses_teacher:
             with torch.no_grad():
                 model.predict_loss(images)
-        model(images, mask).loss.backward()
+        model(images, mask, thrown=thrown, num_thrown=plan.num_thrown).loss.backward()
     assert counter.get_total_flops() / 4 == pytest.approx(flops.step_flops(model, recipe)["total"], rel=0.01)
