@@ -299,12 +299,13 @@ def unit_means(values: list[float], rows: int, columns: int, side: int) -> list[
 
 
 def attention_mask(
-    weights: list[float], mask_ratio: float, throw_ratio: float, noise: list[float]
+    weights: list[float], mask_ratio: float, throw_ratio: float, noise: list[float], round_up: bool = False
 ) -> tuple[set[int], set[int]]:
     """AMT: an exponential race of rate `weight`, which is drawing one after the other in proportion to weight."""
+    count = math.ceil if round_up else int
     times = [-math.log(u + 2.0**-25) / w if w else math.inf for w, u in zip(weights, noise, strict=True)]
     order = sorted(range(len(weights)), key=lambda i: (times[i], -noise[i]))
-    masked, gone = int(len(weights) * mask_ratio), int(len(weights) * (mask_ratio + throw_ratio))
+    masked, gone = count(len(weights) * mask_ratio), count(len(weights) * (mask_ratio + throw_ratio))
     return set(order[:masked]), set(order[masked:gone])
 
 
