@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ class RunState:
     loader: dict[str, Any]  # the loader's state_dict
     world_size: int  # ranks that wrote it
     accum_iter: int  # the loader's batches per update
+    skipped: list[int] = field(default_factory=list)  # updates (from 0) that were left out: not finite
 
 
 # -------------------------------------------------------------------------------------------------- write
@@ -106,10 +107,28 @@ def require_space(output_dir: Path, parameters: int) -> None:
         )
 
 
-def rotate(output_dir: Path, keep: int) -> None:
-    """Delete all but the `keep` newest checkpoints."""
-    for folder in _checkpoints(output_dir)[keep:]:
-        shutil.rmtree(folder)
+def rotate(output_dir: Path, keep: int, *, newest: Path | None = None, every: int = 0) -> None:
+    """Delete all but the `keep` newest checkpoints.
+
+    - `newest`: the one just written; any of a later update is damaged, or resume would have begun there, and must not
+      take its place
+    - `every`: updates between two that are kept for ever; 0 = none
+    """
+    folders = [folder for folder in _checkpoints(output_dir) if newest is None or step_of(folder) <= step_of(newest)]
+    for folder in folders[keep:]:
+        if not every or step_of(folder) % every or not step_of(folder):
+            shutil.rmtree(folder)
+
+
+def step_of(folder: Path) -> int:
+    """Updates done at a checkpoint, by its name."""
+    return int(folder.name.rpartition("-")[2])
+
+
+def oldest_step(output_dir: Path) -> int:
+    """Updates of the oldest checkpoint that is kept; 0 without any."""
+    folders = _checkpoints(output_dir)
+    return int(folders[-1].name.removeprefix("step-")) if folders else 0
 
 
 def file_hash(path: Path) -> str:
@@ -133,7 +152,8 @@ def fsync(path: Path) -> None:
 # -------------------------------------------------------------------------------------------------- find and verify
 def _checkpoints(output_dir: Path) -> list[Path]:
     """Checkpoint folders, newest first, verified or not."""
-    return sorted((output_dir / "checkpoints").glob("step-*"), reverse=True)
+    folders = (output_dir / "checkpoints").glob("step-*")
+    return sorted((f for f in folders if f.name.removeprefix("step-").isdecimal()), key=step_of, reverse=True)
 
 
 def damage(folder: Path) -> str:
@@ -144,6 +164,8 @@ def damage(folder: Path) -> str:
         return f"{MANIFEST} is missing or unreadable"
     for name, (size, digest) in manifest.items():
         path = folder / name
+        if ".." in path.parts or not path.is_relative_to(folder):  # it may be someone else's
+            return f"{MANIFEST} leads out of the checkpoint, to {name}"
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != size or file_hash(path) != digest:

@@ -13,13 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fasthpm.data.clip_sampling import DECODERS
 from fasthpm.data.sampling import INTERPOLATIONS, SAMPLE_ORDERS
 from fasthpm.errors import UserError, nearest
-from fasthpm.mask import BY_DIFFICULTY, POLICIES, MaskPlan
+from fasthpm.mask import BY_DIFFICULTY, MAP_CROPS, POLICIES, MaskPlan
 
 PREDICT_LOSSES = ("relative", "absolute", "none")
 PIXEL_LOSSES = ("mse", "l1")
+PREDICTORS = ("separate", "shared")
+DECODER_ATTENTIONS = ("self", "cross")
+TEACHER_PRECISIONS = ("model", "fp8")
 ALPHA_SCHEDULES = ("released", "paper", "step")
+ON_NONFINITE = ("halt", "skip", "rollback")
 
 
 def option(default: Any, help: str, *, choices: tuple[str, ...] | None = None, run_only: bool = False) -> Any:
@@ -39,15 +44,37 @@ class Recipe:
     input_size: str = option("224", "side of the training crop, or HEIGHTxWIDTH")
     patch_size: int = option(16, "side of a patch")
     channels: int = option(3, "image channels, as the prepared set has them")
+    num_frames: int = option(1, "frames of a clip; 1 = images")
+    sampling_rate: int = option(1, "a clip takes every how many-th frame of its video (VideoMAE: SSv2 2, Kinetics 4)")
+    tubelet_size: int = option(1, "frames that a patch spans (VideoMAE: 2)")
     decoder_dim: int = option(512, "width of the reconstructor and of the loss predictor")
     decoder_depth: int = option(8, "blocks of the reconstructor (SimMIM's is a linear head) and of the loss predictor")
     predictor_dim: int = option(0, "width of the loss predictor alone; 0 = decoder_dim")
     predictor_depth: int = option(0, "blocks of the loss predictor alone; 0 = decoder_depth")
+    predictor: str = option(
+        "separate",
+        "loss predictor: blocks of its own, or shared: a small head on the reconstructor's (fast mode)",
+        choices=PREDICTORS,
+    )
+    decoder_attention: str = option(
+        "self",
+        "decoders: self attention over all tokens, or cross: only masked ones, attending to visible (fast mode)",
+        choices=DECODER_ATTENTIONS,
+    )
     decoder_heads: int = option(16, "attention heads of both decoders")
     # method
     mask_ratio: float = option(0.75, "share of patches that are masked")
     mask_policy: str = option("hpm", "which patches are masked", choices=POLICIES)
     mask_unit: int = option(0, "side in pixels of the squares that are masked as a whole (SimMIM: 32); 0 = patch_size")
+    throw_ratio: float = option(0.0, "attention masks (AMT): share of patches that neither encoder nor loss sees")
+    warmup_mask_ratio: float = option(0.75, "attention masks: ratio of the random masks before the first maps")
+    map_refresh_epochs: int = option(40, "attention masks: epochs between two passes that make the maps anew")
+    map_crop: str = option(
+        "image",
+        "attention masks: the map is cropped with its image, or its top left cells read, as released code does",
+        choices=MAP_CROPS,
+    )
+    map_per_head: bool = option(False, "attention masks: scale each head's map and then average, as released code does")
     alpha_start: float = option(0.0, "share of the mask that the teacher chooses, at the start")
     alpha_end: float = option(0.5, "the same at the end; linear in between (Eq. 8)")
     alpha_schedule: str = option(
@@ -64,6 +91,19 @@ class Recipe:
     ema_momentum: float = option(0.999, "teacher momentum at the start (Eq. 1)")
     ema_momentum_end: float = option(0.9999, "teacher momentum after the ramp")
     ema_ramp_epochs: int = option(100, "epochs over which the momentum ramps up linearly")
+    teacher_scale: int = option(
+        1, "the teacher sees images this many times smaller, its map is enlarged; 1 = full size (fast mode)"
+    )
+    teacher_precision: str = option(
+        "model",
+        "the teacher's matrix products: model = as the model's, fp8 where the GPU has it (fast mode)",
+        choices=TEACHER_PRECISIONS,
+    )
+    teacher_maps: bool = option(
+        False,
+        "masks follow maps of whole images that the teacher makes every map_refresh_epochs, cropped with the image "
+        "(fast mode)",
+    )
     # optimisation
     batch_size: int = option(64, "samples per device and micro-step", run_only=True)
     accum_iter: int = option(
@@ -95,8 +135,17 @@ class Recipe:
         "within pools of 1 GiB",
         choices=SAMPLE_ORDERS,
     )
+    video_decoder: str = option(
+        "auto",
+        "who decodes prepared videos: turbojpeg (auto); dali on the CPU; dali_gpu; dali_video, NVDEC on a set prepared "
+        "with --copy",
+        choices=DECODERS,
+    )
     steps_per_epoch: int = option(0, "updates per epoch; 0 = all full global batches of the data set")
     # the run itself: none of these changes what is learnt
+    activation_checkpointing: bool = option(
+        False, "save memory: keep the blocks' inputs only, compute the rest again in the backward pass", run_only=True
+    )
     num_workers: int = option(0, "decoding threads per device; 0 = cores / devices on this machine", run_only=True)
     max_bad_samples: float = option(
         0.001,
@@ -110,7 +159,19 @@ class Recipe:
     log_every: int = option(20, "updates between two readings of the metrics", run_only=True)
     save_every: int = option(10, "epochs between two checkpoints", run_only=True)
     keep_checkpoints: int = option(3, "checkpoints kept; the newest valid one is never deleted", run_only=True)
+    keep_every: int = option(0, "epochs between two checkpoints that are kept for ever; 0 = none", run_only=True)
+    on_nonfinite: str = option(
+        "halt",
+        "what an update does whose loss or gradient is not finite: end the run, be left out, or go back to the last "
+        "checkpoint and leave its samples out",
+        choices=ON_NONFINITE,
+        run_only=True,
+    )
+    max_nonfinite: int = option(10, "updates that on_nonfinite may leave out before the run ends", run_only=True)
     panel_every: int = option(10, "epochs between two picture panels; 0 = off", run_only=True)
+    compile: bool = option(
+        False, "compile the step with torch.compile: minutes at the start, then faster on GPUs", run_only=True
+    )
     online_probe_every: int = option(
         0, "updates between two steps of a linear probe on the encoder's detached features; 0 = off", run_only=True
     )
@@ -137,9 +198,14 @@ class Recipe:
         return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
 
     @property
+    def slots(self) -> int:
+        """Frame slots: tubelets along time, 1 for images."""
+        return self.num_frames // self.tubelet_size
+
+    @property
     def num_patches(self) -> int:
         """L."""
-        return self.grid_size[0] * self.grid_size[1]
+        return self.slots * self.grid_size[0] * self.grid_size[1]
 
     @property
     def num_masked(self) -> int:
@@ -150,12 +216,39 @@ class Recipe:
     def mask_plan(self) -> MaskPlan:
         """How the masks are drawn."""
         unit = (self.mask_unit or self.patch_size) // self.patch_size
-        return MaskPlan(self.mask_policy, self.mask_ratio, self.grid_size, unit=unit)
+        return MaskPlan(
+            self.mask_policy, self.mask_ratio, self.grid_size, self.slots, unit=unit, throw_ratio=self.throw_ratio
+        )
+
+    @property
+    def warmup_plan(self) -> MaskPlan:
+        """How they are drawn as long as there are no maps, if the policy needs them; else `mask_plan`."""
+        if self.mask_policy != "attention":
+            return self.mask_plan
+        return dataclasses.replace(self.mask_plan, policy="random", mask_ratio=self.warmup_mask_ratio, throw_ratio=0.0)
+
+    @property
+    def uses_maps(self) -> bool:
+        """Whether a run keeps maps of its samples, of attention or of the teacher's difficulty."""
+        return self.mask_policy == "attention" or self.teacher_maps
 
     @property
     def uses_teacher(self) -> bool:
         """Whether a step needs the teacher's difficulty: the mask policy decides."""
         return self.mask_policy in BY_DIFFICULTY
+
+    @property
+    def approximates_teacher(self) -> bool:
+        """Whether the masks follow a map that is not the exact teacher's of this crop and update."""
+        return self.teacher_maps or self.teacher_scale > 1 or self.teacher_precision != "model"
+
+    @property
+    def fast_modes(self) -> list[str]:
+        """The fast modes that are on, each as `field value`."""
+        names = ("teacher_maps", "predictor", "predictor_depth", "predictor_dim", "decoder_attention", "teacher_scale",
+                 "teacher_precision")  # fmt: skip
+        usual = {field.name: field.default for field in dataclasses.fields(self)}
+        return [f"{name} {getattr(self, name)}" for name in names if getattr(self, name) != usual[name]]
 
     @property
     def total_steps(self) -> int:
@@ -231,6 +324,9 @@ class Recipe:
         positive = (
             "patch_size",
             "channels",
+            "num_frames",
+            "sampling_rate",
+            "tubelet_size",
             "decoder_dim",
             "decoder_depth",
             "decoder_heads",
@@ -239,6 +335,8 @@ class Recipe:
             "log_every",
             "save_every",
             "keep_checkpoints",
+            "teacher_scale",
+            "map_refresh_epochs",
         )
         not_negative = (
             "accum_iter",
@@ -255,6 +353,8 @@ class Recipe:
             "num_workers",
             "panel_every",
             "stop_after",
+            "keep_every",
+            "max_nonfinite",
             "ema_ramp_epochs",
             "seed",
             "mask_unit",
@@ -263,7 +363,7 @@ class Recipe:
         )
         shares = (
             *("alpha_start", "alpha_end", "ema_momentum", "ema_momentum_end", "crop_min", "beta1", "beta2"),
-            *("color_jitter", "max_bad_samples"),
+            *("color_jitter", "max_bad_samples", "throw_ratio", "warmup_mask_ratio"),
         )
         for name in positive:
             if getattr(self, name) <= 0:
@@ -274,6 +374,11 @@ class Recipe:
         for name in shares:
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} is {getattr(self, name)}, expected 0 to 1")
+        if self.keep_every % self.save_every:
+            raise UserError(
+                f"keep_every {self.keep_every} is not a multiple of save_every {self.save_every}: nothing would be "
+                f"there to keep; use e.g. --keep_every {-(-self.keep_every // self.save_every) * self.save_every}"
+            )
         if self.warmup_epochs > self.epochs:
             raise UserError(
                 f"warmup_epochs {self.warmup_epochs:g} is more than epochs {self.epochs}; lower --warmup_epochs"
@@ -283,10 +388,9 @@ class Recipe:
                 raise UserError(
                     f"{name} {getattr(self, name)} must be a multiple of 4 and of decoder_heads {self.decoder_heads}"
                 )
-        if self.predict_loss != "none" and self.model.startswith("mae_"):
-            raise UserError(
-                f"model {self.model} has no loss predictor; use --predict_loss none, or the model hpm_{self.model[4:]}"
-            )
+        if self.predict_loss != "none" and self.model.startswith(("mae_", "videomae_")):
+            other = f"hpm_{self.model.partition('_')[2]}{'_video' if self.model.startswith('video') else ''}"
+            raise UserError(f"model {self.model} has no loss predictor; use --predict_loss none, or the model {other}")
         if self.uses_teacher and self.predict_loss == "none":
             raise UserError(
                 f"mask_policy {self.mask_policy} follows predicted losses, but predict_loss is none; use "
@@ -297,10 +401,36 @@ class Recipe:
                 f"predictor_dim {self.predictor_dim} and predictor_depth {self.predictor_depth} shape the loss "
                 f"predictor, but predict_loss is none; use 0 for both, or --predict_loss relative"
             )
+        self._check_fast_modes()
         if not self.absolute_standardize and self.predict_loss != "absolute":
             raise UserError(
                 f"absolute_standardize is off, but predict_loss is {self.predict_loss}; it belongs to "
                 f"--predict_loss absolute"
+            )
+
+    def _check_fast_modes(self) -> None:
+        shared, cross = self.predictor == "shared", self.decoder_attention == "cross"
+        if shared and self.predict_loss == "none":
+            raise UserError("predictor is shared, but predict_loss is none; use --predict_loss relative")
+        if shared and (self.predictor_dim or self.predictor_depth):
+            raise UserError(
+                f"predictor_dim {self.predictor_dim} and predictor_depth {self.predictor_depth} shape a loss predictor "
+                f"of its own, but predictor is shared; use 0 for both, or --predictor separate"
+            )
+        if (shared or cross) and self.model.startswith("simmim_"):
+            raise UserError(
+                f"model {self.model} has no decoder blocks to share or to attend in; use --predictor separate "
+                f"--decoder_attention self"
+            )
+        if self.teacher_maps and (not self.uses_teacher or self.num_frames > 1):
+            raise UserError(
+                f"teacher_maps keeps a teacher's maps of images, but mask_policy is {self.mask_policy} and num_frames "
+                f"{self.num_frames}; use --mask_policy hpm on images, or --no-teacher_maps"
+            )
+        if not self.uses_teacher and (self.teacher_scale != 1 or self.teacher_precision != "model"):
+            raise UserError(
+                f"teacher_scale {self.teacher_scale} and teacher_precision {self.teacher_precision} change the "
+                f"teacher, but mask_policy {self.mask_policy} uses none; use --mask_policy hpm"
             )
 
     def _check_patches(self) -> None:
@@ -314,18 +444,41 @@ class Recipe:
                     f"input_size {self.input_size} is not a multiple of patch_size {self.patch_size}; "
                     f"use e.g. --input_size {near}"
                 )
+        if self.num_frames % self.tubelet_size:
+            near = max(1, round(self.num_frames / self.tubelet_size)) * self.tubelet_size
+            raise UserError(
+                f"num_frames {self.num_frames} is not a multiple of tubelet_size {self.tubelet_size}; use e.g. "
+                f"--num_frames {near}"
+            )
         if self.mask_unit % self.patch_size:
             near = max(1, round(self.mask_unit / self.patch_size)) * self.patch_size
             raise UserError(
                 f"mask_unit {self.mask_unit} is not a multiple of patch_size {self.patch_size}; use e.g. "
                 f"--mask_unit {near}"
             )
-        masked = self.num_masked
+        if self.teacher_scale > 1 and self.num_frames > 1:
+            raise UserError(f"teacher_scale {self.teacher_scale} is for images; use 1 with {self.num_frames} frames")
+        if any(side % self.teacher_scale for side in self.grid_size):
+            raise UserError(
+                f"teacher_scale {self.teacher_scale} does not divide the grid of {self.grid_size[0]} x "
+                f"{self.grid_size[1]} patches; use 1, or another --input_size"
+            )
+        masked, thrown = self.num_masked, self.mask_plan.num_thrown
+        if masked and thrown and masked + thrown >= self.num_patches:
+            raise UserError(
+                f"mask_ratio {self.mask_ratio} and throw_ratio {self.throw_ratio} of {self.num_patches} patches leave "
+                f"no visible patch; choose ratios whose sum is below 1"
+            )
         if not 0 < masked < self.num_patches:
             raise UserError(
                 f"mask_ratio {self.mask_ratio} of {self.num_patches} patches leaves no "
                 f"{'masked' if masked == 0 else 'visible'} patch; choose one strictly between 0 and 1 that "
                 f"masks 1 to {self.num_patches - 1} patches"
+            )
+        if self.uses_maps and not 0 < self.warmup_plan.num_masked < self.num_patches:
+            raise UserError(
+                f"warmup_mask_ratio {self.warmup_mask_ratio} of {self.num_patches} patches leaves no masked or no "
+                f"visible patch; choose one strictly between 0 and 1, e.g. --warmup_mask_ratio 0.75"
             )
 
 

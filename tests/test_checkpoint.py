@@ -69,10 +69,48 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, damage: str) -> Non
     assert str(new) in warnings[0]
 
 
+@pytest.mark.parametrize("name", ["../../secret", "/etc/passwd"])
+def test_a_manifest_does_not_lead_out_of_its_checkpoint(tmp_path: Path, name: str) -> None:
+    folder = write(tmp_path, 1)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (tmp_path / "secret").write_text("x")
+    path = folder / name
+    manifest[name] = [path.stat().st_size, checkpoint.file_hash(path)]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert checkpoint.damage(folder) == f"manifest.json leads out of the checkpoint, to {name}"
+
+
 def test_rotation_keeps_the_newest(tmp_path: Path) -> None:
     folders = [write(tmp_path, step) for step in (1, 2, 10, 3)]
     checkpoint.rotate(tmp_path, 2)
     assert [f.exists() for f in folders] == [False, False, True, True]
+
+
+def test_rotation_keeps_some_for_ever(tmp_path: Path) -> None:
+    for step in (0, 3, 6, 9, 12, 15, 18):
+        checkpoint.rotate(tmp_path, 2, newest=write(tmp_path, step), every=6)
+    kept = sorted(checkpoint.step_of(folder) for folder in (tmp_path / "checkpoints").iterdir())
+    assert kept == [6, 12, 15, 18]  # not 0: nothing is learnt there
+
+
+def test_rotation_never_deletes_the_checkpoint_just_written(tmp_path: Path) -> None:
+    """Two of later updates are damaged: the run has gone back behind them, and must not lose what it writes now."""
+    for step in (4, 10, 12):
+        folder = write(tmp_path, step)
+        if step > 4:
+            (folder / "manifest.json").unlink()
+    (tmp_path / "checkpoints" / "step-00000004-copy").mkdir()  # a user's own
+    newest = write(tmp_path, 6)
+    checkpoint.rotate(tmp_path, 2, newest=newest)
+    assert checkpoint.newest_valid(tmp_path, lambda line: None) == newest
+    checkpoint.rotate(tmp_path, 1, newest=newest)
+    assert checkpoint.newest_valid(tmp_path, lambda line: None) == newest
+    assert (tmp_path / "checkpoints" / "step-00000004-copy").is_dir()
+
+
+def test_checkpoints_to_keep_must_be_written() -> None:
+    with pytest.raises(UserError, match=r"keep_every 15 is not a multiple of save_every 10.*use e.g. --keep_every 20"):
+        dataclasses.replace(recipes.debug(), save_every=10, keep_every=15)
 
 
 def test_resume_choices(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Checkpoints written in the background: complete or not there, whatever a rank or a disk does."""
 
 import contextlib
+import dataclasses
 import errno
 import os
 import subprocess
@@ -63,6 +64,17 @@ def test_a_checkpoint_appears_when_every_rank_has_written(tmp_path: Path) -> Non
         shards.SavedState(folder)
 
 
+def test_old_checkpoints_go_but_those_to_keep(tmp_path: Path) -> None:
+    recipe = dataclasses.replace(recipes.debug(), keep_checkpoints=1, keep_every=1, save_every=1, steps_per_epoch=4)
+    for step in (3, 4, 6, 7):
+        checkpoint.begin(tmp_path, step)
+        savers = pair()
+        for rank, saver in enumerate(savers):
+            saver.start(dataclasses.replace(job(tmp_path, rank, step=step), recipe=recipe))
+        assert [saver.wait() for saver in savers] == ["", ""]
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step-00000004", "step-00000007"}
+
+
 @pytest.mark.parametrize("failing", [0, 1])
 def test_a_disk_that_fails_one_rank_loses_this_checkpoint_alone(
     failing: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -84,6 +96,20 @@ def test_a_disk_that_fails_one_rank_loses_this_checkpoint_alone(
         assert ("No space left on device" in problems[0]) is not expected
         assert checkpoint.checkpoint_path(tmp_path, step).exists() is expected
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step-00000003", "step-00000005"}
+
+
+def test_a_run_that_ends_leaves_no_thread(tmp_path: Path) -> None:
+    """Rank 1 is gone: its part will never come, and rank 0 waits for it no longer than the run lives."""
+    zero, _ = pair(timeout=60)
+    aside = checkpoint.begin(tmp_path, 3)
+    begin = time.monotonic()
+    zero.start(job(tmp_path, 0))
+    assert zero.busy
+    zero.close()
+    assert not zero.busy
+    assert time.monotonic() - begin < 20
+    assert not aside.exists()
+    assert not checkpoint.checkpoint_path(tmp_path, 3).exists()
 
 
 def test_a_rank_that_never_writes_is_named(tmp_path: Path) -> None:

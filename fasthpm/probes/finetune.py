@@ -149,7 +149,7 @@ SCRATCH = {"layer_decay": 1.0}  # no layer knows anything yet
 def preset(name: str, model: HPMViT, from_scratch: bool) -> dict[str, Any]:
     """What `--preset` changes of the defaults for this model."""
     small = name == "small" or (name == "auto" and max(model.img_size) <= SMALL_SIDE)
-    chosen: dict[str, Any] = SMALL if small else BY_WIDTH.get(model.cls_token.shape[-1], {})
+    chosen: dict[str, Any] = SMALL if small else BY_WIDTH.get(model.embed_dim, {})
     return {**chosen, **(SCRATCH if from_scratch else {})}
 
 

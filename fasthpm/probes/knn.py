@@ -4,7 +4,8 @@
     torchrun --nproc_per_node 8 -m fasthpm knn RUN …     # features and queries are split over the ranks
 
 Protocol (DINO): features L2-normalised, votes exp(similarity / 0.07), k in {10, 20, 100, 200}; images resized and
-centre-cropped (224/256 of the short side, or whole where the set is stored at the model's size).
+centre-cropped (224/256 of the short side, or whole where the set is stored at the model's size). Of a video, the clip
+in its middle.
 """
 
 import argparse
@@ -58,20 +59,29 @@ def features(
 ) -> Features:
     """This rank's features of its share of a data set.
 
-    - `pool`: "cls" (the cls token) or "mean" (of the patch tokens), after the encoder's final norm
+    - `pool`: "cls" (the cls token) or "mean" (of the patch tokens), after the encoder's final norm; empty = cls where
+      there is one: video models have none
     - `limit`: only samples whose id is below this; 0 = all
     """
     step = Step(model, recipe, loader.info)
     none = torch.zeros(0, device=device).long()
-    parts = [Features(model.cls_token.new_zeros(0, model.cls_token.shape[-1]), none, none)]
+    pool = pool_of(model, pool)
+    parts = [Features(torch.zeros(0, model.embed_dim, device=device), none, none)]
     total = -(-limit // (loader.batch_size * world_size)) if limit else len(loader)
     batches = itertools.islice(loader, total)
     for batch in tqdm(batches, desc=f"{pool} features", unit="batch", disable=quiet, leave=False, total=total):
         tokens = model.encode(step.normalized_patches(batch.images.to(device)))
-        pooled = tokens[:, 0] if pool == "cls" else tokens[:, 1:].mean(dim=1)
+        pooled = tokens[:, 0] if pool == "cls" else tokens[:, model.num_prefix_tokens :].mean(dim=1)
         rows = F.normalize(pooled.float(), dim=1)
         parts.append(first(Features(rows, batch.labels.to(device), batch.ids.to(device)), limit))
     return Features(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def pool_of(model: HPMViT, asked: str) -> str:
+    """How features are pooled. **Raises:** `UserError` for the cls token of a model that has none."""
+    if asked == "cls" and not model.num_prefix_tokens:
+        raise UserError("--pool cls: video models have no cls token; use --pool mean, their default")
+    return asked or ("cls" if model.num_prefix_tokens else "mean")
 
 
 def first(bank: Features, size: int) -> Features:
@@ -138,6 +148,7 @@ def evaluate(arguments: argparse.Namespace, weights: str, launch: engine.Launch)
     with engine.in_agreement():
         model, recipe = load_weights(arguments.run, weights)
         model = model.to(launch.device)
+        arguments.pool = pool_of(model, arguments.pool)
         largest = 0 if 0 in sizes else max(sizes)
         bank, info = _side(arguments, arguments.train_path, model, recipe, launch, largest)
         queries, val_info = _side(arguments, arguments.val_path, model, recipe, launch)
@@ -179,6 +190,8 @@ def _side(
         world_size=launch.world_size,
         num_workers=arguments.num_workers,
         train=False,
+        num_frames=recipe.num_frames,
+        sampling_rate=recipe.sampling_rate,
     )
     try:
         quiet = launch.rank != 0
@@ -199,7 +212,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--weights", choices=("student", "teacher", "untrained"), nargs="+", default=["student"],
         help="which encoder; several give several results",
     )  # fmt: skip
-    parser.add_argument("--pool", choices=("cls", "mean"), default="cls", help="cls token, or mean of the patches")
+    parser.add_argument(
+        "--pool", choices=("cls", "mean"), default="", help="cls token (default), or mean of the patches (of videos)"
+    )
     parser.add_argument("--batch_size", type=int, default=256, help="images per device and forward")
     parser.add_argument(
         "--bank_size", type=int, nargs="+", default=[0], metavar="N",

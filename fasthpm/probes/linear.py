@@ -245,7 +245,7 @@ def build(arguments: argparse.Namespace, launch: engine.Launch) -> Probe:
         with engine.in_agreement():
             result.check_labels(labels, arguments.train_path, len(train.info.classes))
         batches = CachedBatches(rows, labels, arguments.batch_size, arguments.seed, launch)
-    dim = model.cls_token.shape[-1]
+    dim = model.embed_dim
     head = LinearHead(dim, len(train.info.classes), arguments.seed).to(launch.device)
     probe = Probe(
         arguments, launch, head, build_optimizer(head, arguments.protocol), batches, [train, val], val, encoder,

@@ -55,7 +55,7 @@ class OnlineProbe:
             )
         self.recipe, self.step, self.launch, self.classes = recipe, step, launch, len(info.classes)
         with torch.random.fork_rng(devices=[]):
-            head = LinearHead(step.student.cls_token.shape[-1], self.classes, recipe.seed)
+            head = LinearHead(step.student.embed_dim, self.classes, recipe.seed)
         self.head = head.to(launch.device)
         self.optimizer = torch.optim.AdamW(self.head.parameters(), LR, weight_decay=0.0)
         self._sums = torch.zeros(3, dtype=torch.float64, device=launch.device)  # hits, loss, images
