@@ -225,7 +225,7 @@ def load_encoder(run: Path, given: dict[str, Any]) -> tuple[HPMViT, Recipe]:
     model, recipe = checkpoint.load_weights(run, given.get("weights", "student"))
     if given.get("from_scratch"):
         model = model_of(dataclasses.replace(recipe, seed=given.get("seed", 0)))
-    if getattr(model, "num_frames", 1) > 1:
+    if model.video:
         raise UserError(f"{run} was trained on video; fine-tuning takes image models")
     return model, recipe
 
