@@ -214,7 +214,7 @@ def build(arguments: argparse.Namespace, given: dict[str, Any], launch: engine.L
     saver = Saver(launch.rank, launch.world_size, timeout=engine.timeout().total_seconds())
     run = FineTuning(
         plan, launch, loader, deepspeed_engine, step, ema, zero.MasterLayout(deepspeed_engine), saver,
-        settings=settings, val_loader=val_loader, origin=origin, notes={checkpoint.CLASSIFIER: notes},
+        settings=settings, maps=None, val_loader=val_loader, origin=origin, notes={checkpoint.CLASSIFIER: notes},
     )  # fmt: skip
     pretrain.resume(run)
     return run
