@@ -42,7 +42,7 @@ from fasthpm.data.device import on_device
 from fasthpm.errors import UserError
 from fasthpm.health import NotFinite
 from fasthpm.metrics import Metrics, measure_matmul_rate
-from fasthpm.probes.online import OnlineProbe
+from fasthpm.probes import online as online_probes
 from fasthpm.recipe import Recipe, add_recipe_arguments, build_recipe, save_recipe, science_of
 from fasthpm.saver import Job, Saver
 from fasthpm.signals import StopSignals
@@ -95,7 +95,7 @@ class Run:
     preempted: bool = False  # a signal ends the run at this update
     skipped: list[int] = dataclasses.field(default_factory=list)  # updates (from 0) that are left out: not finite
     batches: Iterator[Batch] = dataclasses.field(init=False)  # from here on
-    online: OnlineProbe | None = None
+    online: online_probes.OnlineProbe | None = None
     notes: dict[str, str] = dataclasses.field(default_factory=dict)  # further files of every checkpoint: name and text
 
     @property
@@ -134,6 +134,7 @@ def build(recipe: Recipe, launch: engine.Launch) -> Run:
         recipe = recipe.resolve(loader.info.num_samples, launch.world_size)
         checkpoint.compare_recipes(recipe, science_of)
         config = engine.merge_config(recipe.deepspeed_config, recipe, launch.world_size)
+        online_probes.check(recipe, loader.info, config)
         if recipe.teacher_precision == "fp8":
             fp8.require_fp8(launch.device)
         student = checkpoint.initial_model(recipe)
@@ -153,20 +154,20 @@ def build(recipe: Recipe, launch: engine.Launch) -> Run:
               map_store)  # fmt: skip
     run.batches = endless(loader)
     resume(run)
-    run.online = online_probe(run, config)
+    run.online = online_probe(run)
     run.bad_samples = BadSampleLog(
         Path(recipe.output_dir), recipe.data_path, recipe.max_bad_samples, rank=launch.rank, keep=run.done > 0
     )
     return run
 
 
-def online_probe(run: Run, config: dict[str, Any]) -> OnlineProbe | None:
+def online_probe(run: Run) -> online_probes.OnlineProbe | None:
     """The probe that the recipe asks for, with the head of the run that goes on."""
     recipe = run.recipe
     if not (recipe.online_probe_every or recipe.online_knn_every):
         return None
     with engine.in_agreement():
-        probe = OnlineProbe(recipe, run.step, run.loader.info, run.launch, config)
+        probe = online_probes.OnlineProbe(recipe, run.step, run.loader.info, run.launch)
         probe.load(Path(recipe.output_dir), run.done)
     return probe
 

@@ -14,7 +14,7 @@ from launch import check_ranks
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from fasthpm import pretrain
+from fasthpm import engine, pretrain
 from fasthpm.checkpoint import load_weights
 from fasthpm.data import build_loader
 from fasthpm.errors import UserError
@@ -36,8 +36,11 @@ def start(command: Any, *words: object) -> None:
 
 def refused(command: Any, *words: object) -> str:
     """The one line with which a command refuses its arguments."""
-    with pytest.raises(UserError) as caught:
-        start(command, *words)
+    try:
+        with pytest.raises(UserError) as caught:
+            start(command, *words)
+    finally:
+        engine.finish()  # a process would end here
     assert "\n" not in str(caught.value)
     return str(caught.value)
 

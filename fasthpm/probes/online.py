@@ -35,27 +35,32 @@ LR = 1e-3  # AdamW's
 HEAD = "online_probe.safetensors"
 
 
-class OnlineProbe:
-    """A linear head that learns beside the pretraining, and a k-NN test now and then. Collective.
-
-    - `step`: the module that DeepSpeed wraps; `config`: DeepSpeed's
+def check(recipe: Recipe, info: DatasetInfo, config: dict[str, Any]) -> None:
+    """Whether the online probe that the recipe asks for, if any, is possible; `config`: DeepSpeed's.
 
     **Raises:** `UserError` for data with one class only, for k-NN of video, and under ZeRO 3, whose weights no rank
     holds whole.
     """
+    if not (recipe.online_probe_every or recipe.online_knn_every):
+        return
+    if config.get("zero_optimization", {}).get("stage") == 3:
+        raise UserError("the online probe needs whole weights on every rank; use ZeRO 0, 1 or 2, or leave it out")
+    if recipe.num_frames > 1 and recipe.online_knn_every:
+        raise UserError("online_knn_every is for images; use 0, and fasthpm knn for video")
+    if len(info.classes) < 2:
+        raise UserError(
+            f"{recipe.data_path} has {len(info.classes)} class, and an online probe needs labels of 2 or more; "
+            f"leave online_probe_every and online_knn_every at 0"
+        )
 
-    def __init__(
-        self, recipe: Recipe, step: Step, info: DatasetInfo, launch: engine.Launch, config: dict[str, Any]
-    ) -> None:
-        if config.get("zero_optimization", {}).get("stage") == 3:
-            raise UserError("the online probe needs whole weights on every rank; use ZeRO 0, 1 or 2, or leave it out")
-        if len(info.classes) < 2:
-            raise UserError(
-                f"{recipe.data_path} has {len(info.classes)} class, and an online probe needs labels of 2 or more; "
-                f"leave online_probe_every and online_knn_every at 0"
-            )
-        if recipe.num_frames > 1 and recipe.online_knn_every:
-            raise UserError("online_knn_every is for images; use 0, and fasthpm knn for video")
+
+class OnlineProbe:
+    """A linear head that learns beside the pretraining, and a k-NN test now and then. Collective.
+
+    - `step`: the module that DeepSpeed wraps
+    """
+
+    def __init__(self, recipe: Recipe, step: Step, info: DatasetInfo, launch: engine.Launch) -> None:
         self.recipe, self.step, self.launch, self.classes = recipe, step, launch, len(info.classes)
         with torch.random.fork_rng(devices=[]):
             head = LinearHead(step.student.embed_dim, self.classes, recipe.seed)
