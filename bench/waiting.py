@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,13 @@ import numpy as np
 from bench.common import spread
 from bench.variants import MEAN, STD, Spec, our_loader
 from fasthpm import recipes
-from fasthpm.data import Loader
+from fasthpm.data import Loader, read_info
 from fasthpm.data.prefetch import AHEAD
 from fasthpm.data.sampling import random_crops, sample_order
 
 RECIPE = "hpm_vit_base_in1k_200e"
 FILLED = AHEAD + 1  # batches of an epoch that are not counted: the look-ahead fills while they are taken
+LONG_EPOCH = 24  # batches, at least, of an epoch at a GPU's pace
 EPOCH_SAMPLES = 1_281_167  # ImageNet's, for the cost of an epoch's order
 
 FIRST_BATCH = """
@@ -83,19 +85,19 @@ def gflops_per_image() -> float:
 
 
 def data_waits(specs: Iterable[Spec], per_core: dict[str, float], flops_per_second: float,
-               seconds: float) -> dict[str, Any]:  # fmt: skip
+               seconds: float, batch_size: int) -> dict[str, Any]:  # fmt: skip
     """How many cores each loader needs for a GPU of `flops_per_second`, and the share of time waited with so many.
 
-    With C cores needed and c here, a step lasts C / c times the GPU's: the same load on each core. The GPU's host would
-    also spend most of a core on launching kernels; that core is not counted.
+    With C cores needed and c here, a step lasts C / c times the GPU's: the same load on
+    each core. The GPU's host would also spend most of a core on launching kernels; that core is not counted.
     """
     gflops = gflops_per_image()
     wanted = flops_per_second / (gflops * 1e9)
     loaders = {}
     for spec in specs:
         cores = math.ceil(wanted / per_core[spec.name])
-        step = spec.batch_size / wanted * cores / spec.workers
-        loader = our_loader(spec)
+        step = batch_size / wanted * cores / spec.workers
+        loader = our_loader(_long(spec, batch_size))
         loaders[spec.name] = {
             "cores": cores,
             "load": wanted / (cores * per_core[spec.name]),
@@ -103,8 +105,16 @@ def data_waits(specs: Iterable[Spec], per_core: dict[str, float], flops_per_seco
             "wait_percent": 100 * wait_share(loader, step, seconds),
         }
         loader.close()
-    return {"recipe": RECIPE, "gflops_per_image": gflops, "flops_per_second": flops_per_second,
-            "images_per_second": wanted, "loaders": loaders}  # fmt: skip
+    return {
+        "recipe": RECIPE, "batch_size": batch_size, "gflops_per_image": gflops, "flops_per_second": flops_per_second,
+        "images_per_second": wanted, "loaders": loaders,
+    }  # fmt: skip
+
+
+def _long(spec: Spec, batch_size: int) -> Spec:
+    """The same set as often as makes an epoch long, in batches of `batch_size`."""
+    repeats = math.ceil(LONG_EPOCH * batch_size / read_info(spec.data).num_samples)
+    return replace(spec, data=",".join([spec.data] * repeats), batch_size=batch_size)
 
 
 def wait_share(loader: Loader, step_seconds: float, seconds: float) -> float:

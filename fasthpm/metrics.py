@@ -150,6 +150,16 @@ class Metrics:
                 self._open_writer()
                 self._writer.add_image(tag, picture, step, dataformats="HWC")
 
+    def animation(self, tag: str, gif: bytes, step: int) -> None:
+        """Add a GIF to TensorBoard's images (rank 0), which shows it moving."""
+        if self.rank == 0:
+            from tensorboard.compat.proto.summary_pb2 import Summary
+
+            image = Summary.Image(encoded_image_string=gif)
+            with self.surviving_the_disk(step):
+                self._open_writer()
+                self._writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
+
     def close(self) -> None:
         """Flush and close all files."""
         self.progress.close()

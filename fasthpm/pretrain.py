@@ -20,7 +20,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fasthpm import checkpoint, engine, export, flops, recipes, report, schedule, shards, visualize, zero
+from fasthpm import (
+    checkpoint,
+    engine,
+    export,
+    flops,
+    recipes,
+    report,
+    schedule,
+    shards,
+    video_pictures,
+    visualize,
+    zero,
+)
 from fasthpm.bad_samples import BadSampleLog
 from fasthpm.cli import Parser
 from fasthpm.data import Batch, Loader, build_loader
@@ -36,7 +48,7 @@ from fasthpm.teacher import EMATeacher
 from fasthpm.versions import versions
 from fasthpm.watchdog import Watchdog
 
-PANEL_IMAGES = 8
+PANEL_IMAGES, PANEL_CLIPS = 8, 2
 
 
 def parse_arguments(argv: Sequence[str] | None) -> Recipe:
@@ -78,6 +90,7 @@ class Run:
     preempted: bool = False  # a signal ends the run at this update
     skipped: list[int] = dataclasses.field(default_factory=list)  # updates (from 0) that are left out: not finite
     batches: Iterator[Batch] = dataclasses.field(init=False)  # from here on
+    notes: dict[str, str] = dataclasses.field(default_factory=dict)  # further files of every checkpoint: name and text
 
     @property
     def num_parameters(self) -> int:
@@ -107,9 +120,10 @@ def build(recipe: Recipe, launch: engine.Launch) -> Run:
         loader = build_loader(
             recipe.data_path, batch_size=recipe.batch_size, image_size=recipe.image_size, channels=recipe.channels,
             seed=recipe.seed, rank=launch.rank, world_size=launch.world_size, num_workers=recipe.num_workers,
-            accum_iter=accum_iter,
+            accum_iter=accum_iter, num_frames=recipe.num_frames, sampling_rate=recipe.sampling_rate,
             crop_min=recipe.crop_min, flip=recipe.flip, interpolation=recipe.interpolation,
             color_jitter=recipe.color_jitter, sample_order=recipe.sample_order, max_bad_samples=recipe.max_bad_samples,
+            decoder=recipe.video_decoder,
         )  # fmt: skip
         recipe = recipe.resolve(loader.info.num_samples, launch.world_size)
         checkpoint.compare_recipes(recipe, science_of)
@@ -178,6 +192,8 @@ def save(run: Run) -> None:
         try:
             checkpoint.require_space(output_dir, run.num_parameters)
             aside = [str(checkpoint.begin(output_dir, run.done))]
+            for name, text in run.notes.items():
+                (Path(aside[0]) / name).write_text(text)
         except (UserError, OSError) as error:
             not_saved(run, str(error))
     dist.broadcast_object_list(aside)
@@ -344,11 +360,20 @@ def draw_panel(run: Run, metrics: Metrics) -> None:
     model.load_state_dict(weights.get("teacher", weights["student"]))
     images, info = visualize.fixed_images(run.recipe, PANEL_IMAGES)
     alpha = schedule.alpha_at(run.recipe, run.done - 1)
-    picture = visualize.panel(model, run.recipe, info, images, alpha)
-    folder = Path(run.recipe.output_dir) / "panels"
+    path = Path(run.recipe.output_dir) / "panels" / f"step-{run.done:08d}.png"
+    if model.video:
+        frames = video_pictures.frames(model, run.recipe, info, images[:PANEL_CLIPS], alpha)
+        picture = video_pictures.sheet(frames, run.recipe.tubelet_size)
+        animation = video_pictures.animation(frames)
+        metrics.animation("clips", animation, run.done)
+        with metrics.surviving_the_disk(run.done):
+            path.parent.mkdir(exist_ok=True)
+            path.with_suffix(".gif").write_bytes(animation)
+    else:
+        picture = visualize.panel(model, run.recipe, info, images, alpha)
     with metrics.surviving_the_disk(run.done):
-        folder.mkdir(exist_ok=True)
-        visualize.save_png(picture, folder / f"step-{run.done:08d}.png")
+        path.parent.mkdir(exist_ok=True)
+        visualize.save_png(picture, path)
     metrics.image("panel", picture, run.done)
 
 
@@ -382,7 +407,8 @@ def finish(run: Run) -> None:
         return
     model, recipe = checkpoint.load_weights(output_dir)
     info = {"mean": run.loader.info.mean, "std": run.loader.info.std}
-    export.export_weights(model, recipe, output_dir / "encoder.safetensors", info=info)
+    exported = output_dir / export.EXPORTED[model.video]
+    export.export_weights(model, recipe, exported, info=info)
     report.write(output_dir)
     bad = (
         f"\n  bad samples  {run.bad_samples.count} were replaced: {run.bad_samples.path}"
@@ -392,7 +418,7 @@ def finish(run: Run) -> None:
     print(
         f"finished {run.done} of {recipe.total_steps} updates\n"
         f"  checkpoint   {checkpoint.checkpoint_path(output_dir, run.done)}\n"
-        f"  encoder      {output_dir / 'encoder.safetensors'} (timm)\n"
+        f"  {'model  ' if model.video else 'encoder'}      {exported} ({export.default_form(model)})\n"
         f"  TensorBoard  tensorboard --host 127.0.0.1 --logdir {output_dir / 'tensorboard'}\n"
         f"  report       {output_dir / 'report.md'}{bad}",
         file=sys.stderr,

@@ -4,13 +4,15 @@ Nothing here waits for the device: ids, masks and metrics stay on it, counts are
 function of (seed, update, sample id). The teacher is held, not registered: DeepSpeed must neither shard nor train it.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fasthpm import loss as losses
 from fasthpm.clock import Stopwatch
+from fasthpm.compiled import Compiled
 from fasthpm.data import DatasetInfo
 from fasthpm.mask import draw_mask, sample_noise, split_ids
 from fasthpm.model import HPMViT, Output, create_model
@@ -40,6 +42,15 @@ class Step(nn.Module):
         # Plain attributes, not buffers: DeepSpeed would round buffers to bfloat16.
         self.mean, self.std = pixel_statistics(info, recipe)
         self._teacher: list[HPMViT] = []
+        self._parts: tuple[Callable[..., Tensor], Callable[..., StepOutput]] = (self._difficulty, self._learn)
+        self._untried = recipe.compile
+        if recipe.compile:
+            self.compile_with("inductor")
+
+    def compile_with(self, backend: str | Callable[..., Any]) -> None:
+        """Compile the teacher's forward, and all from the mask to the losses and their gradients, with a backend."""
+        self._parts = Compiled(self._difficulty, "the teacher", backend), Compiled(self._learn, "the step", backend)
+        self._untried = True
 
     def attach_teacher(self, teacher: HPMViT) -> None:
         """Let `teacher` (its `predict_loss`) choose the hard patches."""
@@ -48,31 +59,55 @@ class Step(nn.Module):
     def forward(self, images: Tensor, ids: Tensor, step: Tensor, alpha: Tensor) -> StepOutput:
         """One micro-step on this rank.
 
-        - `images`: uint8 [B, H, W, C]; `ids`: int64 [B]
+        - `images`: uint8 [B, H, W, C] or clips [B, T, H, W, C]; `ids`: int64 [B]
         - `step`: int64 0-dim, the update; `alpha`: float64 0-dim, share of the mask chosen by the teacher
         """
+        self.mean, self.std = self.mean.to(images.device), self.std.to(images.device)
+        teach, learn = self._parts
+        difficulty = torch.zeros(len(images), self.recipe.num_patches, device=images.device)
+        if self.recipe.uses_teacher:
+            with torch.no_grad(), self.stopwatch.measure(images.device):
+                difficulty = teach(images)
+        if self._untried:
+            self._try_backward(images, ids, step, alpha, difficulty)
+        return learn(images, ids, step, alpha, difficulty)
+
+    def _difficulty(self, images: Tensor) -> Tensor:
+        """The teacher's difficulty of every patch, float32 [B, L]."""
+        return self._teacher[0].predict_loss(self.normalized_patches(images), self.recipe.teacher_scale)
+
+    def _learn(self, images: Tensor, ids: Tensor, step: Tensor, alpha: Tensor, difficulty: Tensor) -> StepOutput:
+        """Everything after the teacher: mask, student, losses."""
         patches = self.normalized_patches(images)
-        mask, difficulty = self._mask(patches, ids, step, alpha)
+        noise = sample_noise(self.recipe.seed, step, ids, self.mask_plan.noise_size)
+        mask = draw_mask(self.mask_plan, noise, difficulty, alpha)
         output = self.student(patches, mask, num_masked=self.recipe.num_masked)
         return StepOutput(output.loss, self._metrics(output, mask, difficulty), mask)
 
-    def normalized_patches(self, images: Tensor) -> Tensor:
-        """uint8 [B, H, W, C] -> float32 [B, L, P*P*C], zero mean and unit variance over the data set."""
-        self.mean, self.std = self.mean.to(images.device), self.std.to(images.device)
-        batch, height, width, channels = images.shape
-        side = self.recipe.patch_size
-        rows, columns = height // side, width // side
-        patches = images.reshape(batch, rows, side, columns, side, channels).transpose(2, 3)
-        return ((patches.float() - self.mean) / self.std).reshape(batch, rows * columns, side * side * channels)
+    def _try_backward(self, *arguments: Tensor) -> None:
+        """Let a compiler that fails do so here, where there is a way back: it meets the gradients at their first use.
 
-    def _mask(self, patches: Tensor, ids: Tensor, step: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
-        """The mask [B, L], and the teacher's difficulty [B, L] that chose its hard part (zeros without a teacher)."""
-        noise = sample_noise(self.recipe.seed, step, ids, self.mask_plan.noise_size)
-        difficulty = patches.new_zeros(patches.shape[:2], dtype=torch.float32)
-        if self.recipe.uses_teacher:
-            with torch.no_grad(), self.stopwatch.measure(patches.device):
-                difficulty = self._teacher[0].predict_loss(patches)
-        return draw_mask(self.mask_plan, noise, difficulty, alpha), difficulty
+        No hook of DeepSpeed's sees these gradients, and no weight has any afterwards.
+        """
+        self._untried, learn = False, self._parts[1]
+        if isinstance(learn, Compiled) and not learn.failure and torch.is_grad_enabled():
+            loss = learn(*arguments).loss
+            try:
+                torch.autograd.grad(loss, [w for w in self.student.parameters() if w.requires_grad], allow_unused=True)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                learn.give_up(error)
+
+    def normalized_patches(self, images: Tensor) -> Tensor:
+        """uint8 [B, (T,) H, W, C] -> float32 [B, L, t*P*P*C], zero mean and unit variance over the data set."""
+        mean, std = self.mean.to(images.device), self.std.to(images.device)
+        batch, (height, width, channels) = len(images), images.shape[-3:]
+        side, frames = self.recipe.patch_size, self.recipe.tubelet_size
+        slots, rows, columns = self.recipe.slots, height // side, width // side
+        cut = images.reshape(batch, slots, frames, rows, side, columns, side, channels)
+        scaled = (cut.permute(0, 1, 3, 5, 2, 4, 6, 7).float() - mean) / std
+        return scaled.reshape(batch, slots * rows * columns, frames * side * side * channels)
 
     @torch.no_grad()
     def _metrics(self, output: Output, mask: Tensor, difficulty: Tensor) -> Tensor:
@@ -111,8 +146,13 @@ def model_of(recipe: Recipe) -> HPMViT:
             decoder_num_heads=recipe.decoder_heads,
             predictor_dim=recipe.predictor_dim,
             predictor_depth=recipe.predictor_depth,
+            predictor=recipe.predictor,
+            decoder_attention=recipe.decoder_attention,
             predict_loss=recipe.predict_loss,
             absolute_standardize=recipe.absolute_standardize,
             pixel_loss=recipe.pixel_loss,
             norm_pix_loss=recipe.norm_pix_loss,
+            num_frames=recipe.num_frames,
+            tubelet_size=recipe.tubelet_size,
+            activation_checkpointing=recipe.activation_checkpointing,
         )

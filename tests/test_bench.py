@@ -216,13 +216,13 @@ def test_cores_follow_from_the_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(waiting, "time", clock)
     monkeypatch.setattr(waiting, "our_loader", lambda spec: Paced(clock, 0.005, 4))
     monkeypatch.setattr(waiting, "gflops_per_image", lambda: 100.0)
-    found = waiting.data_waits([Spec("x", "ours", "", 2, 10)], {"x": 300.0}, 1e14, 0.01)
+    found = waiting.data_waits([Spec("x", "ours", "synthetic:10", 2, 10)], {"x": 300.0}, 1e14, 0.01, 256)
     assert found["images_per_second"] == 1000
     row = found["loaders"]["x"]
     assert row["cores"] == 4
     assert row["load"] == pytest.approx(1000 / 1200)
-    assert row["step_seconds"] == pytest.approx(10 / 1000 * 4 / 2)
-    assert row["wait_percent"] == pytest.approx(100 * 5 / (5 + 20))
+    assert row["step_seconds"] == pytest.approx(256 / 1000 * 4 / 2)
+    assert row["wait_percent"] == pytest.approx(100 * 5 / (5 + 512))
 
 
 def test_our_pixels_are_those_of_the_references(photographs: Path, tmp_path: Path) -> None:

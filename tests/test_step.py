@@ -82,9 +82,9 @@ def why_not(changes: dict[str, Any]) -> str:
         return "has no loss predictor; use --predict_loss none"
     if policy.startswith("hpm") and not predicts:
         return "follows predicted losses, but predict_loss is none"
-    if changes["mask_unit"] and policy in ("block", "blockwise", "uniform", "tube"):
+    if changes["mask_unit"] and policy in ("block", "blockwise", "uniform", "tube", "hpm_tube"):
         return "does not mask in units; use --mask_unit 0"
-    return "repeats one mask in every frame of a video" if policy == "tube" else ""
+    return "repeats one mask in every frame of a video" if policy in ("tube", "hpm_tube") else ""
 
 
 def toy(changes: dict[str, Any]) -> Recipe:
