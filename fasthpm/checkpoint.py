@@ -125,6 +125,12 @@ def step_of(folder: Path) -> int:
     return int(folder.name.rpartition("-")[2])
 
 
+def oldest_step(output_dir: Path) -> int:
+    """Updates of the oldest checkpoint that is kept; 0 without any."""
+    folders = _checkpoints(output_dir)
+    return int(folders[-1].name.removeprefix("step-")) if folders else 0
+
+
 def file_hash(path: Path) -> str:
     """sha256 of a file, in bounded memory."""
     digest = hashlib.sha256()
