@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fasthpm.recipe import Recipe
@@ -162,11 +161,11 @@ def masks_one_by_one(difficulty: Tensor, mask_ratio: float, share: float) -> Ten
     """bool [B, L]: the hardest and a random rest, image by image through the host."""
     length = difficulty.shape[1]
     masked = length - int(length * (1 - mask_ratio))
-    hard, rows = int(masked * share), []
+    hard, rows, chance = int(masked * share), [], np.random.default_rng()
     for values in difficulty:
         order = np.argsort(values.cpu().numpy())
         rest = order[: length - hard].copy()
-        np.random.shuffle(rest)
+        chance.shuffle(rest)
         row = np.zeros(length, bool)
         row[order[length - hard :]] = True
         row[rest[: masked - hard]] = True

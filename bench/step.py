@@ -1,6 +1,6 @@
 """Whole training steps, interleaved: exact HPM, its fast preset, MAE, and both as the published code is structured.
 
-    python -m bench.step [--size base] [--batch_size 8] [--precision fp32 bf16] [--rounds 5] [-o bench/results/step.json]
+    python -m bench.step [--size base] [--batch_size 8] [--precision fp32 bf16] [--rounds 5] [-o step.json]
 
 A step is everything between two batches: normalisation, teacher, mask, student, backward, clipping, AdamW, EMA. Ours
 go through the DeepSpeed engine; `eager_mae` and `eager_hpm` are `bench.baselines`. The variants take turns within a

@@ -138,19 +138,7 @@ def stored_size(stream: Stream, short_side: int) -> tuple[int, int]:
 
 
 def _input(path: str) -> list[str]:
-    return [
-        "ffmpeg",
-        "-v",
-        "error",
-        "-nostdin",
-        "-y",
-        "-protocol_whitelist",
-        "file,pipe",
-        "-threads",
-        "1",
-        "-i",
-        f"file:{path}",
-    ]
+    return ["ffmpeg", "-v", "error", "-nostdin", "-y", "-protocol_whitelist", "file,pipe", "-threads", "1", "-i", f"file:{path}"]
 
 
 def _filters(size: tuple[int, int], fps: Fraction, stride: int) -> str:

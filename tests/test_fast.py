@@ -50,7 +50,7 @@ def gradients(value: Tensor, model: torch.nn.Module) -> dict[str, Tensor]:
 def assert_alike(one: dict[str, Tensor], two: dict[str, Tensor]) -> None:
     assert set(one) == set(two)
     for name, gradient in one.items():
-        torch.testing.assert_close(gradient, two[name], rtol=1e-8, atol=1e-10, msg=lambda text: f"{name}: {text}")
+        torch.testing.assert_close(gradient, two[name], rtol=1e-8, atol=1e-10, msg=f"gradient of {name}")
 
 
 # ------------------------------------------------------------------------------------------------------ the model
@@ -88,10 +88,9 @@ def test_cross_attention_decoders_are_self_attention_that_sees_the_context_alone
         hidden[:, : len(context)] = False
         out = []
         for head in range(block.attn.num_heads):
-            part = slice(
-                head * query.shape[1] // block.attn.num_heads, (head + 1) * query.shape[1] // block.attn.num_heads
-            )
-            scores = (query[:, part] @ key[:, part].T / (part.stop - part.start) ** 0.5).masked_fill(hidden, -torch.inf)
+            size = query.shape[1] // block.attn.num_heads
+            part = slice(head * size, (head + 1) * size)
+            scores = (query[:, part] @ key[:, part].T / size**0.5).masked_fill(hidden, -torch.inf)
             out.append(scores.softmax(dim=1) @ value[:, part])
         asking = asking + block.attn.proj(torch.cat(out, dim=1))[len(context) :]
         return asking + block.mlp(block.norm2(asking))

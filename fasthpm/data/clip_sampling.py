@@ -40,9 +40,7 @@ def clip_frames(starts: Array, frames: Array, count: int, step: int) -> Array:
     return (starts[:, None] + step * np.arange(count)) % frames[:, None]
 
 
-def multi_scale_crops(
-    seed: int, epoch: int, ids: Array, sizes: Array, image_size: tuple[int, int], flip: bool
-) -> Array:
+def multi_scale_crops(seed: int, epoch: int, ids: Array, sizes: Array, image_size: tuple[int, int], flip: bool) -> Array:
     """VideoMAE's pretraining crop (GroupMultiScaleCrop): int64 [B, 5] of top, left, height, width, flipped.
 
     Height and width each are the shorter side times one of `SCALES`, at one of 13 fixed `POSITIONS`. `sizes`: int64
