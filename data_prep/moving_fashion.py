@@ -76,8 +76,8 @@ def encode_clips(clips: Array, folder: Path, num_frames: int) -> None:
     if done.returncode or written != len(clips) // num_frames:
         words = done.stderr.decode("utf-8", "replace").strip().splitlines()
         raise UserError(
-            f"ffmpeg wrote {written} of {len(clips) // num_frames} videos into {folder} ({words[-1] if words else ''}); "
-            f"it needs libx264"
+            f"ffmpeg wrote {written} of {len(clips) // num_frames} videos into {folder} ({''.join(words[-1:])}); it "
+            f"needs libx264"
         )
 
 

@@ -1,4 +1,4 @@
-"""Where videos come from: class folders, lists `path label` (VideoMAE's and Kinetics' csv), Something-Something V2 JSON."""
+"""Where videos come from: class folders, lists `path label` (VideoMAE's csv), Something-Something V2's JSON."""
 
 import json
 import os
@@ -12,7 +12,9 @@ from data_prep.sources import Files, number_labels
 from fasthpm.data.pixels import list_images
 from fasthpm.errors import UserError
 
-EXTENSIONS = frozenset([".3gp", ".avi", ".flv", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm"])
+EXTENSIONS = frozenset(
+    [".3gp", ".avi", ".flv", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm"]
+)
 LISTS = (".csv", ".txt")
 SSV2_LABELS = ("something-something-v2-labels.json", "labels.json")
 SSV2_FOLDERS = ("20bn-something-something-v2", "videos", ".")
@@ -48,7 +50,9 @@ def _open_folder(source: Path) -> Files:
         )
     found = list_images(source, every_file=True)
     prefix = os.path.join(source, "")
-    return Files(str(source), [path.removeprefix(prefix) for path in found.paths], np.array(found.labels), found.classes)
+    return Files(
+        str(source), [path.removeprefix(prefix) for path in found.paths], np.array(found.labels), found.classes
+    )
 
 
 def _open_list(source: Path, root: Path) -> Files:
@@ -81,7 +85,9 @@ def _listed(source: Path, root: Path, rows: Iterable[tuple[str, str]]) -> Files:
 def _open_ssv2(source: Path, root: Path | None) -> Files:
     """Entries {"id", "template"}; `labels.json` beside them numbers the templates, else their alphabet does."""
     entries = _read(source)
-    if not isinstance(entries, list) or not all(isinstance(e, dict) and {"id", "template"} <= e.keys() for e in entries):
+    if not isinstance(entries, list) or not all(
+        isinstance(e, dict) and {"id", "template"} <= e.keys() for e in entries
+    ):
         raise UserError(f"{source} is no list of objects with id and template, as Something-Something V2's .json has")
     folder = root or next(source.parent / name for name in SSV2_FOLDERS if (source.parent / name).is_dir())
     numbers = next((_read(source.parent / name) for name in SSV2_LABELS if (source.parent / name).is_file()), None)

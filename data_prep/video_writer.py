@@ -113,7 +113,9 @@ def read_video(path: str, options: VideoOptions, copy_to: Path | None) -> tuple[
     size = stored_size(stream, options.short_side)
     fps = Fraction(options.fps).limit_denominator(1001) if options.fps else stream.fps
     coding = WriteOptions(jpeg_quality=options.jpeg_quality, keep_jpeg=False)
-    pictures = frames(path, size, fps, stride=options.frame_stride, seconds=options.max_seconds, timeout=options.timeout)
+    pictures = frames(
+        path, size, fps, stride=options.frame_stride, seconds=options.max_seconds, timeout=options.timeout
+    )
     stored = [encode(picture, coding, 0.0) for picture in pictures]
     _check_length(len(stored), fps, stream, options)
     fact = {
@@ -136,9 +138,7 @@ def _check_length(stored: int, fps: Fraction, stream: Stream, options: VideoOpti
         raise ValueError(f"it has about {span} frames, fewer than --min_frames {options.min_frames}")
 
 
-def _copy(
-    path: str, stream: Stream, fps: Fraction, size: tuple[int, int], options: VideoOptions, target: Path
-) -> str:
+def _copy(path: str, stream: Stream, fps: Fraction, size: tuple[int, int], options: VideoOptions, target: Path) -> str:
     """Put a file that a GPU decodes at `target` (its ending is chosen here); its name within the set."""
     whole = stream.seconds <= options.max_seconds and fps == stream.fps
     kept = whole and fits_nvdec(path, stream)
@@ -240,7 +240,7 @@ def prepare(
 
 
 def _describe(source: Files, options: VideoOptions, ffmpeg: str) -> dict[str, Any]:
-    values = {"files": source.fingerprint(), "root": source.root, "classes": list(source.classes)}
+    values: dict[str, Any] = {"files": source.fingerprint(), "root": source.root, "classes": list(source.classes)}
     values["versions"] = {"layout": LAYOUT, "ffmpeg": ffmpeg} | package_versions("numpy", "opencv-python")
     flags = {f"--{name}": value for name, value in dataclasses.asdict(options).items() if name != "timeout"}
     return json.loads(json.dumps(values | flags))

@@ -38,10 +38,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("source", type=Path, metavar="SRC", help="videos, see above")
     parser.add_argument("out", type=Path, metavar="OUT_DIR", help="folder to write")
     parser.add_argument("--video_root", type=Path, metavar="DIR", help="where the names of a list or JSON begin")
-    parser.add_argument("--classes", type=Path, metavar="FILE", help="a list's class names, one a line, in order of label")
+    parser.add_argument(
+        "--classes", type=Path, metavar="FILE", help="a list's class names, one a line, in order of label"
+    )
     parser.add_argument(
         "--short_side", type=int, default=default.short_side, metavar="PIXELS",
-        help=f"shrink videos whose shorter side is more; 0 = never (default {default.short_side}; VideoMAE: 320, SSv2 240)",
+        help=f"shrink videos whose shorter side is more; 0 = never (default {default.short_side}; VideoMAE: 320)",
     )  # fmt: skip
     parser.add_argument(
         "--frame_stride", type=int, default=default.frame_stride, metavar="N",
@@ -78,7 +80,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in ("max_rejected", "num_workers"):
         if getattr(args, name) < 0:
             raise UserError(f"{name} {getattr(args, name):g} is negative, expected 0 or more")
-    names = ("short_side", "frame_stride", "fps", "jpeg_quality", "min_frames", "max_seconds", "copy", "seed", "timeout")
+    names = (
+        "short_side",
+        "frame_stride",
+        "fps",
+        "jpeg_quality",
+        "min_frames",
+        "max_seconds",
+        "copy",
+        "seed",
+        "timeout",
+    )
     options, started = VideoOptions(**{name: getattr(args, name) for name in names}), time.monotonic()
     source = open_videos(args.source, args.video_root)
     if args.classes:

@@ -30,6 +30,7 @@ from fasthpm.recipe import Recipe, load_recipe, save_recipe
 from fasthpm.step import model_of
 
 MANIFEST, STATE, RECIPE = "manifest.json", "state.json", "recipe.json"
+CLASSIFIER = "finetune.json"  # in checkpoints of fine-tuning, which hold a classifier and no decoder
 WRITING = ".writing-"
 HASH_CHUNK = 1 << 22
 BYTES_PER_PARAMETER = 17  # float32 master, two moments and EMA; a little for names and hashes
@@ -163,6 +164,8 @@ def damage(folder: Path) -> str:
         return f"{MANIFEST} is missing or unreadable"
     for name, (size, digest) in manifest.items():
         path = folder / name
+        if ".." in path.parts or not path.is_relative_to(folder):  # it may be someone else's
+            return f"{MANIFEST} leads out of the checkpoint, to {name}"
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != size or file_hash(path) != digest:
@@ -243,12 +246,10 @@ def continued(recipe: Recipe, world_size: int) -> Recipe:
 
 
 # -------------------------------------------------------------------------------------------------- weights in and out
-def load_weights(source: Path, which: str = "student") -> tuple[HPMViT, Recipe]:
-    """The float32 model of a run (its newest valid checkpoint) or of one checkpoint, in eval mode.
+def checkpoint_of(source: Path) -> Path:
+    """The checkpoint that `source` means: the newest valid one of a run, or itself.
 
-    - `which`: "student" or "teacher" (the EMA); "untrained" gives the run's weights before the first update
-
-    **Raises:** `UserError` if there is no such checkpoint or it has no teacher.
+    **Raises:** `UserError` if there is none, or it is a fine-tuned classifier's.
     """
     run = (source / "checkpoints").is_dir()
     folder = newest_valid(source, lambda line: print(f"warning: {line}", file=sys.stderr)) if run else source
@@ -257,6 +258,22 @@ def load_weights(source: Path, which: str = "student") -> tuple[HPMViT, Recipe]:
             f"{source} holds no valid checkpoint; expected the output_dir of a run or one of its "
             f"checkpoints/step-… folders"
         )
+    if (folder / CLASSIFIER).is_file():
+        raise UserError(
+            f"{source} holds a fine-tuned classifier; give the pretraining run that it came from, or evaluate it with "
+            f"fasthpm finetune --evaluate"
+        )
+    return folder
+
+
+def load_weights(source: Path, which: str = "student") -> tuple[HPMViT, Recipe]:
+    """The float32 model of a run (its newest valid checkpoint) or of one checkpoint, in eval mode.
+
+    - `which`: "student" or "teacher" (the EMA); "untrained" gives the run's weights before the first update
+
+    **Raises:** `UserError` if there is no such checkpoint or it has no teacher.
+    """
+    folder = checkpoint_of(source)
     recipe = load_recipe(folder / RECIPE)
     model = (initial_model(recipe) if which == "untrained" else model_of(recipe)).eval()
     if which != "untrained":

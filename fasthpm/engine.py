@@ -9,8 +9,9 @@ import io
 import json
 import logging
 import os
+import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
@@ -200,6 +201,29 @@ def in_agreement() -> Iterator[None]:
     agree(error)
 
 
+@contextmanager
+def naming_lost_ranks(where: Callable[[], str]) -> Iterator[None]:
+    """Say in one line, before the traceback, that a collective failed because another rank or the network is gone.
+
+    - `where`: how far this rank had come
+    """
+    try:
+        yield
+    except RuntimeError as error:  # gloo has no class of its own
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            print(
+                f"fasthpm: error: rank {dist.get_rank()} lost another rank {where()} ({_first_line(error)}); see what "
+                f"its machine says, and start the same command to resume from the last checkpoint",
+                file=sys.stderr,
+                flush=True,
+            )
+        raise
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0].rpartition("] ")[2].rstrip(". ")
+
+
 # ------------------------------------------------------------------------------------------------------ configuration
 RECIPE_OWNS = {
     "train_micro_batch_size_per_gpu": "batch_size",
@@ -345,17 +369,25 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     ]
 
 
-def build_engine(step_module: nn.Module, recipe: Recipe, config: dict[str, Any], launch: Launch) -> Any:
+def build_engine(
+    step_module: nn.Module,
+    recipe: Recipe,
+    config: dict[str, Any],
+    launch: Launch,
+    groups: list[dict[str, Any]] | None = None,
+) -> Any:
     """Wrap `step_module` in DeepSpeed with AdamW (fused), its state allocated and its step count at 0.
 
     - `config`: from `merge_config`
+    - `groups`: AdamW's parameter groups; None = `parameter_groups`. A group's `lr_scale` multiplies its learning rate
 
     **Returns:** a `deepspeed.DeepSpeedEngine`.
     """
     import deepspeed
 
+    step_module.to(launch.device)
     optimizer = torch.optim.AdamW(
-        parameter_groups(step_module.to(launch.device), recipe.weight_decay),
+        groups or parameter_groups(step_module, recipe.weight_decay),
         lr=0.0,  # ZeRO 0 takes an empty step while it starts, which must not decay the weights
         betas=(recipe.beta1, recipe.beta2),
         eps=1e-8,
@@ -378,9 +410,9 @@ def hush() -> Iterator[None]:
 
 
 def set_lr(engine: Any, lr: float) -> None:
-    """Learning rate of every parameter group, from the next update on."""
+    """Learning rate of every parameter group, times its `lr_scale` if it has one, from the next update on."""
     for group in engine.basic_optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 def grad_norm(engine: Any) -> Tensor | float:

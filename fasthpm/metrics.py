@@ -32,6 +32,7 @@ TENSORBOARD_GROUPS = {
     "schedule": ("lr", "alpha", "ema_momentum", "grad_norm"),
     "health": ("loss_spikes", "skipped_updates"),
     "data": ("bad_samples",),
+    "probe": ("probe_accuracy", "probe_loss", "knn_accuracy"),
     "speed": ("images_per_second", "data_wait_percent", "teacher_percent", "mfu_percent", "memory_gib"),
 }
 
@@ -150,6 +151,16 @@ class Metrics:
                 self._open_writer()
                 self._writer.add_image(tag, picture, step, dataformats="HWC")
 
+    def animation(self, tag: str, gif: bytes, step: int) -> None:
+        """Add a GIF to TensorBoard's images (rank 0), which shows it moving."""
+        if self.rank == 0:
+            from tensorboard.compat.proto.summary_pb2 import Summary
+
+            image = Summary.Image(encoded_image_string=gif)
+            with self.surviving_the_disk(step):
+                self._open_writer()
+                self._writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
+
     def close(self) -> None:
         """Flush and close all files."""
         self.progress.close()
@@ -210,9 +221,8 @@ class Metrics:
             self._open_writer()
             for group, names in TENSORBOARD_GROUPS.items():
                 for name in names:
-                    if name not in record:  # a fast mode's
-                        continue
-                    self._writer.add_scalar(f"{group}/{name}", record[name], step)
+                    if name in record:
+                        self._writer.add_scalar(f"{group}/{name}", record[name], step)
         self.progress.set_postfix(
             loss=f"{record['loss']:.3f}",
             img_s=f"{record['images_per_second']:.0f}",

@@ -20,7 +20,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fasthpm import checkpoint, engine, export, flops, fp8, maps, recipes, report, schedule, shards, visualize, zero
+from fasthpm import (
+    checkpoint,
+    engine,
+    export,
+    flops,
+    fp8,
+    maps,
+    recipes,
+    report,
+    schedule,
+    shards,
+    video_pictures,
+    visualize,
+    zero,
+)
 from fasthpm.bad_samples import BadSampleLog
 from fasthpm.cli import Parser
 from fasthpm.data import Batch, Loader, build_loader
@@ -28,6 +42,7 @@ from fasthpm.data.device import on_device
 from fasthpm.errors import UserError
 from fasthpm.health import NotFinite
 from fasthpm.metrics import Metrics, measure_matmul_rate
+from fasthpm.probes.online import OnlineProbe
 from fasthpm.recipe import Recipe, add_recipe_arguments, build_recipe, save_recipe, science_of
 from fasthpm.saver import Job, Saver
 from fasthpm.signals import StopSignals
@@ -36,7 +51,7 @@ from fasthpm.teacher import EMATeacher
 from fasthpm.versions import versions
 from fasthpm.watchdog import Watchdog
 
-PANEL_IMAGES = 8
+PANEL_IMAGES, PANEL_CLIPS = 8, 2
 
 
 def parse_arguments(argv: Sequence[str] | None) -> Recipe:
@@ -80,6 +95,8 @@ class Run:
     preempted: bool = False  # a signal ends the run at this update
     skipped: list[int] = dataclasses.field(default_factory=list)  # updates (from 0) that are left out: not finite
     batches: Iterator[Batch] = dataclasses.field(init=False)  # from here on
+    online: OnlineProbe | None = None
+    notes: dict[str, str] = dataclasses.field(default_factory=dict)  # further files of every checkpoint: name and text
 
     @property
     def num_parameters(self) -> int:
@@ -136,10 +153,22 @@ def build(recipe: Recipe, launch: engine.Launch) -> Run:
               map_store)  # fmt: skip
     run.batches = endless(loader)
     resume(run)
+    run.online = online_probe(run, config)
     run.bad_samples = BadSampleLog(
         Path(recipe.output_dir), recipe.data_path, recipe.max_bad_samples, rank=launch.rank, keep=run.done > 0
     )
     return run
+
+
+def online_probe(run: Run, config: dict[str, Any]) -> OnlineProbe | None:
+    """The probe that the recipe asks for, with the head of the run that goes on."""
+    recipe = run.recipe
+    if not (recipe.online_probe_every or recipe.online_knn_every):
+        return None
+    with engine.in_agreement():
+        probe = OnlineProbe(recipe, run.step, run.loader.info, run.launch, config)
+        probe.load(Path(recipe.output_dir), run.done)
+    return probe
 
 
 def resume(run: Run) -> None:
@@ -190,6 +219,8 @@ def save(run: Run) -> None:
         try:
             checkpoint.require_space(output_dir, run.num_parameters)
             aside = [str(checkpoint.begin(output_dir, run.done))]
+            for name, text in run.notes.items():
+                (Path(aside[0]) / name).write_text(text)
         except (UserError, OSError) as error:
             not_saved(run, str(error))
     dist.broadcast_object_list(aside)
@@ -282,6 +313,8 @@ def update(run: Run, metrics: Metrics, watchdog: Watchdog) -> None:
         folder = metrics.save_forensics(now)
         metrics.discard(now)
         leave_out(run, metrics, now, folder)
+    elif run.online:
+        run.online.after_update(now + 1, batch)
 
 
 def leave_out(run: Run, metrics: Metrics, bad: int, folder: Path) -> None:
@@ -363,21 +396,37 @@ def after_update(run: Run, metrics: Metrics, last: int) -> None:
     epoch = run.done // epoch_length
     saving = ending or run.preempted or (epoch_ends and epoch % recipe.save_every == 0)
     drawing = recipe.panel_every > 0 and (ending or (epoch_ends and epoch % recipe.panel_every == 0))
-    if run.done % recipe.log_every == 0 or saving or drawing:
-        agreement = {}
-        if recipe.approximates_teacher and run.seen is not None:
-            agreement["map_spearman"] = float(run.step.map_spearman(*run.seen))
+    probing = epoch_ends and recipe.online_knn_every > 0 and epoch % recipe.online_knn_every == 0
+    if run.done % recipe.log_every == 0 or saving or drawing or probing:
         metrics.read(
             run.done, run.done / epoch_length, run.step.stopwatch.read(), lr=schedule.lr_at(recipe, run.done - 1),
             alpha=schedule.alpha_at(recipe, run.done - 1), ema_momentum=schedule.ema_momentum_at(recipe, run.done - 1),
-            skipped_updates=len(run.skipped), bad_samples=run.bad_samples.update(run.loader), **agreement,
+            skipped_updates=len(run.skipped), bad_samples=run.bad_samples.update(run.loader),
+            **agreement(run), **probed(run, probing),
         )  # fmt: skip
     if drawing:
         draw_panel(run, metrics)
     if saving:
         save(run)
-    if drawing or saving:
+        if run.online:
+            with metrics.surviving_the_disk(run.done):
+                run.online.save(Path(recipe.output_dir), run.done)
+    if drawing or saving or probing:
         metrics.restart()
+
+
+def agreement(run: Run) -> dict[str, float]:
+    """How well a fast mode's difficulty agrees with the exact teacher's, if there is one."""
+    if not run.recipe.approximates_teacher or run.seen is None:
+        return {}
+    return {"map_spearman": float(run.step.map_spearman(*run.seen))}
+
+
+def probed(run: Run, knn: bool) -> dict[str, float]:
+    """What the online probe has to say, with a k-NN test if asked for. Collective."""
+    if not run.online:
+        return {}
+    return run.online.read() | (run.online.knn() if knn else {})
 
 
 def draw_panel(run: Run, metrics: Metrics) -> None:
@@ -389,11 +438,20 @@ def draw_panel(run: Run, metrics: Metrics) -> None:
     model.load_state_dict(weights.get("teacher", weights["student"]))
     images, info = visualize.fixed_images(run.recipe, PANEL_IMAGES)
     alpha = schedule.alpha_at(run.recipe, run.done - 1)
-    picture = visualize.panel(model, run.recipe, info, images, alpha)
-    folder = Path(run.recipe.output_dir) / "panels"
+    path = Path(run.recipe.output_dir) / "panels" / f"step-{run.done:08d}.png"
+    if model.video:
+        frames = video_pictures.frames(model, run.recipe, info, images[:PANEL_CLIPS], alpha)
+        picture = video_pictures.sheet(frames, run.recipe.tubelet_size)
+        animation = video_pictures.animation(frames)
+        metrics.animation("clips", animation, run.done)
+        with metrics.surviving_the_disk(run.done):
+            path.parent.mkdir(exist_ok=True)
+            path.with_suffix(".gif").write_bytes(animation)
+    else:
+        picture = visualize.panel(model, run.recipe, info, images, alpha)
     with metrics.surviving_the_disk(run.done):
-        folder.mkdir(exist_ok=True)
-        visualize.save_png(picture, folder / f"step-{run.done:08d}.png")
+        path.parent.mkdir(exist_ok=True)
+        visualize.save_png(picture, path)
     metrics.image("panel", picture, run.done)
 
 
@@ -439,7 +497,7 @@ def finish(run: Run) -> None:
         f"finished {run.done} of {recipe.total_steps} updates\n"
         f"  checkpoint   {checkpoint.checkpoint_path(output_dir, run.done)}\n"
         f"  {'model  ' if model.video else 'encoder'}      {exported} ({export.default_form(model)})\n"
-        f"  TensorBoard  tensorboard --logdir {output_dir / 'tensorboard'}\n"
+        f"  TensorBoard  tensorboard --host 127.0.0.1 --logdir {output_dir / 'tensorboard'}\n"
         f"  report       {output_dir / 'report.md'}{bad}",
         file=sys.stderr,
     )
@@ -469,10 +527,12 @@ def pretrain(asked: Recipe, launch: engine.Launch) -> StopSignals:
         limit = 0.8 * engine.timeout().total_seconds()  # before collectives give up, which name nobody
         watchdog = Watchdog(Path(recipe.output_dir), launch.rank, launch.world_size, timeout=limit)
         with StopSignals() as stop, watchdog:
-            train(run, metrics, stop, watchdog)
-            stop.drain()
-            finish_last_save(run)
+            with engine.naming_lost_ranks(lambda: f"after update {run.done}"):
+                train(run, metrics, stop, watchdog)
+                stop.drain()
+                finish_last_save(run)
     finally:
+        run.saver.close()
         metrics.close()
         run.loader.close()
     if launch.rank == 0:
@@ -490,6 +550,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from fasthpm.cli import run_command
+    from fasthpm.cli import run_rank
 
-    run_command(main)
+    run_rank(main)

@@ -172,6 +172,12 @@ class Recipe:
     compile: bool = option(
         False, "compile the step with torch.compile: minutes at the start, then faster on GPUs", run_only=True
     )
+    online_probe_every: int = option(
+        0, "updates between two steps of a linear probe on the encoder's detached features; 0 = off", run_only=True
+    )
+    online_knn_every: int = option(
+        0, "epochs between two k-NN tests on a fixed part of the training set; 0 = off", run_only=True
+    )
     stop_after: int = option(0, "stop after this many updates, keeping the schedule; 0 = never", run_only=True)
 
     def __post_init__(self) -> None:
@@ -334,6 +340,8 @@ class Recipe:
         )
         not_negative = (
             "accum_iter",
+            "online_probe_every",
+            "online_knn_every",
             "global_batch_size",
             "warmup_epochs",
             "blr",
@@ -511,9 +519,9 @@ def science_of(recipe: Recipe) -> dict[str, Any]:
     return {f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe) if not f.metadata["run_only"]}
 
 
-def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
-    """One flag per recipe field, without defaults: what is not given comes from the recipe."""
-    for field in dataclasses.fields(Recipe):
+def add_recipe_arguments(parser: argparse.ArgumentParser, kind: Any = Recipe) -> None:
+    """One flag per field of the dataclass `kind`, without defaults: what is not given comes from the recipe."""
+    for field in dataclasses.fields(kind):
         if field.name == "recipe":
             continue
         choices = field.metadata["choices"]
@@ -522,5 +530,5 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
         if field.type is bool:
             parser.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction, **options)
         else:
-            kind = typing.cast(type, field.type)
-            parser.add_argument(f"--{field.name}", type=kind, metavar=kind.__name__.upper(), **options)
+            of = typing.cast(type, field.type)
+            parser.add_argument(f"--{field.name}", type=of, metavar=of.__name__.upper(), **options)

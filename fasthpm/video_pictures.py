@@ -28,13 +28,15 @@ MILLISECONDS = 120  # that a frame of the animation is shown
 def frames(model: HPMViT, recipe: Recipe, info: DatasetInfo, clips: Tensor, alpha: float) -> np.ndarray:
     """What the pictures are made of: uint8 [N, len(ROWS), T, H, W, 3].
 
-    - `clips`: uint8 [N, T, H, W, C]; `alpha`: share of the mask that the predicted difficulty chooses
+    - `clips`: uint8 [N, T, H, W, C], or [N, H, W, C] where T = 1
+    - `alpha`: share of the mask that the predicted difficulty chooses
 
     Visible patches are pasted back into the reconstruction, and `norm_pix_loss` is undone with the true patches'
     statistics. The true loss of a patch is averaged over random masks that hide it; heat is scaled clip by clip.
     Without a loss predictor its row stays empty.
     """
     step = Step(model, recipe, info)
+    clips = clips[:, None] if clips.dim() == 4 else clips
     patches = step.normalized_patches(clips.to(model.mask_token.device))
     noise = _noise((2, len(patches), step.mask_plan.noise_size), recipe.seed, patches.device)
     predicted = model.predict_loss(patches) if recipe.predict_loss != "none" else torch.zeros_like(patches[:, :, 0])

@@ -363,6 +363,38 @@ def draw_probability(weights: list[float], order: tuple[int, ...]) -> float:
     return probability
 
 
+# ---------------------------------------------------------------------------------------------------- probes
+def lars_step(
+    weights: list[Tensor], grads: list[Tensor], momenta: list[Tensor], lr: float
+) -> tuple[list[Tensor], list[Tensor]]:
+    """LARS as MAE's linear probe uses it (no weight decay): a tensor with two or more dimensions takes its gradient
+    times 0.001 * |w| / |g|; then momentum 0.9, then the step."""
+    moved, kept = [], []
+    for weight, grad, momentum in zip(weights, grads, momenta, strict=True):
+        if weight.ndim > 1:
+            grad = grad * (0.001 * math.sqrt(float((weight**2).sum())) / math.sqrt(float((grad**2).sum())))
+        momentum = 0.9 * momentum + grad
+        moved.append(weight - lr * momentum)
+        kept.append(momentum)
+    return moved, kept
+
+
+def layer_normalised_pool(tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """MAE's global pool: the mean of the patch tokens [B, L, D], then LayerNorm with eps 1e-6: [B, D]."""
+    rows = []
+    for sample in tokens:
+        mean = sum(sample) / len(sample)
+        centred = mean - mean.mean()
+        rows.append(centred / torch.sqrt((centred**2).mean() + 1e-6) * weight + bias)
+    return torch.stack(rows)
+
+
+def selected_patches(difficulty: list[float], count: int, policy: str) -> list[int]:
+    """The `count` hardest or easiest patches of one image, ascending; the first of equals wins."""
+    sign = -1 if policy == "hardest" else 1
+    return sorted(sorted(range(len(difficulty)), key=lambda i: (sign * difficulty[i], i))[:count])
+
+
 # -------------------------------------------------------------------------------------------------- fast modes
 def layer_norm(values: Tensor, norm: Any) -> Tensor:
     """Zero mean, unit variance (biased, eps inside the root), scaled and shifted."""

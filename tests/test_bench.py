@@ -59,6 +59,17 @@ def test_loader_bench_runs(photographs: Path, tmp_path: Path) -> None:
     assert "data wait" in done.stdout
 
 
+def test_checkpoint_bench_runs(tmp_path: Path) -> None:
+    out = tmp_path / "checkpoint.json"
+    done = run_bench("checkpoint", "--size", "nano", "--rounds", 1, "-o", out)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(out.read_text())
+    assert result["bytes"] >= 16 * result["parameters"]
+    assert 0 < result["asynchronous"]["blocked"]["low"] < result["asynchronous"]["complete"]["low"]
+    assert result["synchronous"]["blocked"] == result["synchronous"]["complete"]
+    assert "| asynchronous | " in done.stdout
+
+
 def test_prepare_bench_runs(photographs: Path, tmp_path: Path) -> None:
     out = tmp_path / "prepare.json"
     done = run_bench("prepare", photographs, "--quick", "--workers", 2, "-o", out)

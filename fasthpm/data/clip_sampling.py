@@ -13,7 +13,7 @@ CLIP = 6  # what a key is for; `sampling` has 1 to 5
 SCALES = (1, 0.875, 0.75, 0.66)  # of VideoMAE's multi-scale crop; sides are at most one step apart
 PAIRS = np.array([(i, j) for i in range(len(SCALES)) for j in range(len(SCALES)) if abs(i - j) <= 1])
 SNAP = 3  # pixels: a side that differs by less from the output's is set to it
-# Where crops begin, in quarters of the room there is: corners, middles of the sides, centre, and halfway to the corners.
+# Where crops begin, in quarters of the room: corners, middles of the sides, centre, and halfway to the corners.
 POSITIONS = np.array([(y, x) for y in (0, 2, 4) for x in (0, 2, 4)] + [(1, 1), (1, 3), (3, 1), (3, 3)])
 REPEATS = 40  # views of training take their draws from epochs 1 << REPEATS apart, which no training reaches
 
@@ -30,7 +30,7 @@ def clip_starts(seed: int, epoch: int, ids: Array, frames: Array, span: int) -> 
 
 
 def view_starts(frames: Array, span: int, clip: Array, clips: int) -> Array:
-    """First frame of clip number `clip` [B] of `clips` evenly spaced ones, from the first to the last; of one, the middle."""
+    """First frame of clip number `clip` [B] of `clips` evenly spaced ones from end to end; of one, the middle: [B]."""
     room = np.maximum(frames - span, 0)
     return room // 2 if clips == 1 else (room * clip / (clips - 1)).astype(np.int64)
 
@@ -40,7 +40,9 @@ def clip_frames(starts: Array, frames: Array, count: int, step: int) -> Array:
     return (starts[:, None] + step * np.arange(count)) % frames[:, None]
 
 
-def multi_scale_crops(seed: int, epoch: int, ids: Array, sizes: Array, image_size: tuple[int, int], flip: bool) -> Array:
+def multi_scale_crops(
+    seed: int, epoch: int, ids: Array, sizes: Array, image_size: tuple[int, int], flip: bool
+) -> Array:
     """VideoMAE's pretraining crop (GroupMultiScaleCrop): int64 [B, 5] of top, left, height, width, flipped.
 
     Height and width each are the shorter side times one of `SCALES`, at one of 13 fixed `POSITIONS`. `sizes`: int64
@@ -59,7 +61,7 @@ def multi_scale_crops(seed: int, epoch: int, ids: Array, sizes: Array, image_siz
 
 
 def view_crops(sizes: Array, image_size: tuple[int, int], crop: Array, crops: int) -> Array:
-    """Crop number `crop` [B] of `crops` evenly spaced ones along the longer side, as high or wide as fits: int64 [B, 5]."""
+    """Crop number `crop` [B] of `crops` evenly spaced, largest ones along the longer side: int64 [B, 5]."""
     box = np.maximum(np.rint(_largest_box(sizes, image_size)), 1).astype(np.int64)
     room = sizes - box
     corner = room // 2 if crops == 1 else (room * crop[:, None] / (crops - 1)).astype(np.int64)

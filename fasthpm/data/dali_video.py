@@ -58,8 +58,13 @@ class DaliLoader(ClipLoader):
         self._pipeline = None  # ends DALI's threads
 
     # ---------------------------------------------------------------------------------------------- for subclasses
-    def _build(self, batch: int) -> Any:
-        """A pipeline for up to `batch` clips."""
+    @property
+    def samples_per_clip(self) -> int:
+        """How many inputs of the pipeline make a clip."""
+        return 1
+
+    def _outputs(self) -> Any:
+        """What the pipeline makes of its inputs: uint8 [T, H, W, C] or [H, W, C] per sample."""
         raise NotImplementedError
 
     def _inputs(self, ids: Array, crops: Array) -> dict[str, Any]:
@@ -84,7 +89,8 @@ class DaliLoader(ClipLoader):
     def _run(self, images: Tensor, ids: Array, crops: Array) -> bool:
         """Whether these clips decode; if so, into `images`."""
         if self._pipeline is None:
-            self._pipeline = self._build(self.batch_size * self.options.num_views)
+            self._pipeline = self._define(torch.cuda.current_device() if self.gpu else None)
+            self._pipeline.build()
         try:
             for name, values in self._inputs(ids, crops).items():
                 self._pipeline.feed_input(name, values)
@@ -95,11 +101,15 @@ class DaliLoader(ClipLoader):
             return False
         return True
 
-    def _new_pipeline(self, samples: int) -> Any:
-        device = torch.cuda.current_device() if self.gpu else None
-        return _dali("pipeline").Pipeline(
+    def _define(self, device: int | None) -> Any:
+        """The pipeline, not yet built."""
+        samples = self.batch_size * self.options.num_views * self.samples_per_clip
+        pipeline = _dali("pipeline").Pipeline(
             samples, self.num_workers, device, prefetch_queue_depth=1, exec_async=False, exec_pipelined=False
         )
+        with pipeline:
+            pipeline.set_outputs(self._outputs())
+        return pipeline
 
     def _form(self) -> Any:
         types = _dali("types")
@@ -107,7 +117,7 @@ class DaliLoader(ClipLoader):
 
 
 def _copy(output: Any, images: Tensor) -> None:
-    """DALI's output, uint8 [n, …, H, W, C], into as many values of `images`: its memory is used anew by the next run."""
+    """DALI's output, uint8 [n, …, H, W, C], into `images`: the next run uses its memory anew."""
     tensor = output.as_tensor()
     if images.is_cuda:
         images.view(-1).copy_(torch.from_dlpack(tensor).view(-1))
@@ -129,18 +139,19 @@ class DaliFrames(DaliLoader):
             raise UserError("decoder dali_gpu needs a GPU, but torch sees none; use decoder dali or turbojpeg")
         super().__init__(path, options)
 
-    def _build(self, batch: int) -> Any:
+    @property
+    def samples_per_clip(self) -> int:
+        return self.options.num_frames
+
+    def _outputs(self) -> Any:
         fn, types = _dali("fn"), _dali("types")
-        pipeline = self._new_pipeline(batch * self.options.num_frames)
-        with pipeline:
-            images = fn.decoders.image_slice(
-                _external("jpeg", "UINT8", 1), start=_external("corner", "INT32", 1), shape=_external("box", "INT32", 1),
-                axes=(0, 1), device="mixed" if self.gpu else "cpu", output_type=self._form(), use_fast_idct=False,
-            )  # fmt: skip
-            images = fn.resize(images, size=self.options.image_size, interp_type=types.INTERP_CUBIC, antialias=True)
-            pipeline.set_outputs(fn.flip(images, horizontal=_external("flip", "INT32", 0)))
-        pipeline.build()
-        return pipeline
+        images = fn.decoders.image_slice(
+            _external("jpeg", "UINT8", 1),
+            start=_external("corner", "INT32", 1), shape=_external("box", "INT32", 1), axes=(0, 1),
+            device="mixed" if self.gpu else "cpu", output_type=self._form(), use_fast_idct=False,
+        )  # fmt: skip
+        images = fn.resize(images, size=self.options.image_size, interp_type=types.INTERP_CUBIC, antialias=True)
+        return fn.flip(images, horizontal=_external("flip", "INT32", 0))
 
     def _inputs(self, ids: Array, crops: Array) -> dict[str, Any]:
         frames = self._frames(ids, crops[:, 5])
@@ -162,23 +173,17 @@ class DaliVideos(DaliLoader):
                 f"decoder dali or turbojpeg, which read the frames"
             )
 
-    def _build(self, batch: int) -> Any:
+    def _outputs(self) -> Any:
         fn, types = _dali("fn"), _dali("types")
-        pipeline = self._new_pipeline(batch)
-        with pipeline:
-            clips = fn.decoders.video(
-                _external("video", "UINT8", 1), frames=_external("frames", "INT32", 1),
-                device="mixed" if self.gpu else "cpu",
-            )  # fmt: skip
-            if self.options.channels == 1:
-                clips = fn.color_space_conversion(clips, image_type=types.RGB, output_type=types.GRAY)
-            clips = fn.resize(
-                clips, size=self.options.image_size, interp_type=types.INTERP_CUBIC, antialias=True, roi_relative=True,
-                roi_start=_external("start", "FLOAT", 1), roi_end=_external("end", "FLOAT", 1),
-            )  # fmt: skip
-            pipeline.set_outputs(fn.flip(clips, horizontal=_external("flip", "INT32", 0)))
-        pipeline.build()
-        return pipeline
+        device = "mixed" if self.gpu else "cpu"
+        clips = fn.decoders.video(_external("video", "UINT8", 1), frames=_external("frames", "INT32", 1), device=device)
+        if self.options.channels == 1:
+            clips = fn.color_space_conversion(clips, image_type=types.RGB, output_type=types.GRAY)
+        clips = fn.resize(
+            clips, size=self.options.image_size, interp_type=types.INTERP_CUBIC, antialias=True, roi_relative=True,
+            roi_start=_external("start", "FLOAT", 1), roi_end=_external("end", "FLOAT", 1),
+        )  # fmt: skip
+        return fn.flip(clips, horizontal=_external("flip", "INT32", 0))
 
     def _inputs(self, ids: Array, crops: Array) -> dict[str, Any]:
         frames = self._frames(ids, crops[:, 5]) - self.data.videos["first"][ids][:, None]

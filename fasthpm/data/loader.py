@@ -157,9 +157,9 @@ def build_loader(
     - `num_frames`, `sampling_rate`: T frames of each video, every `sampling_rate`-th one; 1 frame: images. In training
       a clip begins anywhere, drawn from (seed, epoch, sample id); otherwise in the middle. Short videos are looped.
     - `crop`: of training, "random_resized", or "multi_scale" as VideoMAE pretrains; "auto": that for videos.
-    - `views`: of videos, (clips, crops): every sample gives clips * crops rows, one after the other, with the same id:
-      in evaluation evenly spaced clips of the video times crops along its longer side, crop by crop, to average
-      predictions over (VideoMAE: 5, 3 for Kinetics, 2, 3 for SSv2); in training (r, 1), r draws (repeated augmentation).
+    - `views`: of videos, (clips, crops): every sample gives clips * crops rows one after the other, with the same id:
+      in evaluation evenly spaced clips of the video times crops along its longer side, to average predictions over
+      (VideoMAE: 5, 3 for Kinetics, 2, 3 for SSv2); in training (r, 1), r draws (repeated augmentation).
     - `decoder`: of videos, "turbojpeg" (libturbojpeg and our kernel, the "auto"); "dali", DALI on the CPU; "dali_gpu",
       DALI and nvJPEG: batches are on the GPU; "dali_video", DALI on the video files of a set prepared with --copy, by
       NVDEC where there is a GPU.

@@ -208,6 +208,22 @@ class PrefetchLoader(ABC):
             self._pool.shutdown()
             self._pool = None
 
+    # ---------------------------------------------------------------------------------------------- single samples
+    def stored(self, sample: int) -> Array | None:
+        """The stored image, uncropped: uint8 [h, w, C]; None where it does not decode."""
+        ids = np.array([sample])
+        size = self._sizes(ids)
+        if not size.all():
+            return None
+        image = np.empty((1, *size[0], self.options.channels), np.uint8)
+        crop = np.concatenate([np.zeros((1, 2)), size, np.zeros((1, 1))], 1).astype(np.int64)
+        bad = self._fill(image, ids, crop, np.ones((1, 3), np.float32))
+        return None if bad[0] else image[0]
+
+    def labels_of(self, samples: Array) -> Array:
+        """Labels of `samples` [B]: int64 [B]."""
+        return np.ascontiguousarray(self._labels(samples), np.int64)
+
     # ---------------------------------------------------------------------------------------------- position
     def _go_to(self, epoch: int, batch: int) -> None:
         if epoch < 0 or not 0 <= batch <= len(self):
@@ -301,9 +317,12 @@ class PrefetchLoader(ABC):
         return ids[len(ids) * begin // pool : len(ids) * end // pool]
 
     def _make(self, epoch: int, batch: int) -> Batch:
-        """Decode one batch into fresh memory, pinned where there is a CUDA device."""
+        """Decode one batch of `epoch`."""
         self._announce(epoch, batch)
-        asked = np.repeat(self._ids(epoch, batch), self.options.num_views)
+        return self.take(epoch, np.repeat(self._ids(epoch, batch), self.options.num_views))
+
+    def take(self, epoch: int, asked: Array) -> Batch:
+        """Decode the samples `asked` [B] as `epoch` crops them, into fresh memory (pinned if there is CUDA)."""
         pin = torch.cuda.is_available()
         images = self._empty(len(asked), pin)
         ids, crops, sizes = self._read(images, epoch, asked)
