@@ -2,19 +2,18 @@
 
 import dataclasses
 import json
-import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from launch import ROOT
+from launch import run_ranks
 from torch import Tensor
 
 from bench import baselines, end_to_end, report, roofline, scaling, step
 from bench.training import READ, median_of
 from fasthpm import flops, loss, recipes
+from fasthpm.errors import UserError
 from fasthpm.mask import random_mask
 from fasthpm.step import model_of
 
@@ -107,14 +106,20 @@ def test_a_report_pairs_every_speed_up_with_its_baseline(tmp_path: Path) -> None
     assert scaling.name_of((1, 2, 3)) == "stage 1, 2 ranks, accumulation 3"
 
 
-def test_everything_for_one_gpu_runs_to_the_end_on_a_cpu(tmp_path: Path) -> None:
-    done = subprocess.run([ROOT / "bench" / "gpu.sh", tmp_path], cwd=ROOT, capture_output=True, text=True, timeout=400,
-                          check=False, env={**os.environ, "TINY": "1"})  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads((tmp_path / "step_base_bf16.json").read_text())["precisions"]["bf16"]
+def test_the_step_bench_runs_and_is_reported(tmp_path: Path) -> None:
+    """Every variant, one round; then the roofline and the page. `TINY=1 bench/gpu.sh OUT` does all the rest too."""
+    out = tmp_path / "step.json"
+    flags = ("--size", "nano", "--batch_size", 2, "--rounds", 1, "--threads", 1, "--precision", "bf16", "-o", out)
+    done = run_ranks("bench.step", *flags, launcher="python")
+    assert done.status == 0, done.output
+    found = json.loads(out.read_text())["precisions"]["bf16"]
     assert set(found["median_seconds"]) == set(step.VARIANTS)
     assert set(found["ratios"]) == {name for name, _, _ in step.RATIOS}
+    roofline.main(["--results", str(out), "-o", str(tmp_path / "roofline.json")])
+    report.main([str(tmp_path)])
     text = (tmp_path / "report.md").read_text()
     assert "exact HPM / eager MAE" in text
-    assert "## Data and step together" in text
+    assert "Roofline (a model, not a measurement)" in text
     assert (tmp_path / "report.png").stat().st_size > 1000
+    with pytest.raises(UserError, match="no result of bench.step"):
+        roofline.main(["--results", str(tmp_path / "roofline.json")])
