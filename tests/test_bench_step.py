@@ -121,5 +121,5 @@ def test_the_step_bench_runs_and_is_reported(tmp_path: Path) -> None:
     assert "exact HPM / eager MAE" in text
     assert "Roofline (a model, not a measurement)" in text
     assert (tmp_path / "report.png").stat().st_size > 1000
-    with pytest.raises(UserError, match="no result of bench.step"):
+    with pytest.raises(UserError, match=r"no result of bench\.step"):
         roofline.main(["--results", str(tmp_path / "roofline.json")])
