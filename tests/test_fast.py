@@ -17,6 +17,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from fasthpm import flops, fp8, loss, recipes
 from fasthpm.compiled import Compiled
 from fasthpm.errors import UserError
+from fasthpm.export_forms import HuggingFaceMAE
 from fasthpm.mask import random_mask, split_ids
 from fasthpm.model import CrossBlock, HPMViT
 from fasthpm.step import model_of
@@ -156,6 +157,12 @@ def test_a_smaller_teacher_image_is_a_smaller_image() -> None:
             upper = maps[:, i, j] * (1 - (x - j)) + maps[:, i, m] * (x - j)
             lower = maps[:, k, j] * (1 - (x - j)) + maps[:, k, m] * (x - j)
             torch.testing.assert_close(fast[:, row * 8 + column], upper * (1 - (y - i)) + lower * (y - i))
+
+
+def test_a_cross_decoder_is_not_exported_as_one_of_another_kind() -> None:
+    form = HuggingFaceMAE()
+    assert "self attention in the decoder" in form.refusal(doubled(decoder_attention="cross"))
+    assert not form.refusal(doubled())
 
 
 # ------------------------------------------------------------------------------------------------------ the step
