@@ -11,7 +11,7 @@ Images come normalised and in floats, as from a torchvision loader, whose time i
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -202,7 +202,7 @@ def eager_update(student: nn.Module, recipe: Recipe, images: Tensor, *, alpha: f
                 return [model(images, recipe.mask_ratio)]
             with torch.no_grad():
                 everything = torch.zeros(len(images), model.grid[0] * model.grid[1], dtype=torch.bool, device=device)
-                difficulty = teacher.decode(images, everything)[1]
+                difficulty = cast(EagerHPM, teacher).decode(images, everything)[1]
             return list(model(images, masks_one_by_one(difficulty.float(), recipe.mask_ratio, alpha)))
 
     def update(number: int) -> None:
