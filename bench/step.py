@@ -75,7 +75,7 @@ def recipe_of(variant: str, arguments: argparse.Namespace, deepspeed_config: str
     base = recipes.from_name(f"{method}_vit_base_in1k_200e")
     changes = dict(FAST) if variant == "hpm_fast" else {}
     if arguments.size == "nano":
-        changes |= {"input_size": "28", "patch_size": 4}
+        changes |= {"input_size": "28", "patch_size": 4, "decoder_dim": 64, "decoder_depth": 2, "decoder_heads": 4}
     if arguments.size == "huge":
         changes |= {"patch_size": 14}
     return dataclasses.replace(
