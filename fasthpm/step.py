@@ -101,12 +101,18 @@ class Step(nn.Module):
     ) -> StepOutput:
         """Everything after the teacher: mask, student, losses; `scores` [B, L]: what the mask follows."""
         patches = self.normalized_patches(images)
-        noise = sample_noise(self.recipe.seed, step, ids, plan.noise_size)
-        mask, thrown = draw_sets(plan, noise, scores, alpha)
+        mask, thrown = self._sets(plan, ids, step, alpha, scores)
         gone = {} if thrown is None else {"thrown": thrown, "num_thrown": plan.num_thrown}
         output = self.student(patches, mask, num_masked=plan.num_masked, **gone)
         difficulty = scores if self.recipe.uses_teacher else torch.zeros_like(scores)
         return StepOutput(output.loss, self._metrics(output, mask, difficulty), mask)
+
+    def _sets(
+        self, plan: MaskPlan, ids: Tensor, step: Tensor, alpha: Tensor, scores: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """What is masked and what is thrown away, bool [B, L] each; the latter None if the plan throws nothing."""
+        noise = sample_noise(self.recipe.seed, step, ids, plan.noise_size)
+        return draw_sets(plan, noise, scores, alpha)
 
     def _try_backward(self, *arguments: Any) -> None:
         """Let a compiler that fails do so here, where there is a way back: it meets the gradients at their first use.

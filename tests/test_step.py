@@ -203,7 +203,7 @@ def test_what_is_thrown_away_changes_nothing(policy: str) -> None:
     plan, weights = step.recipe.mask_plan, weights_of(step.recipe)
     images, ids = batch(side=step.recipe.image_size[0])
     patches = step.normalized_patches(images)
-    mask, thrown, _ = step._mask(plan, patches, ids, torch.tensor(3), ALPHA, weights)
+    mask, thrown = step._sets(plan, ids, torch.tensor(3), ALPHA, weights)
     assert thrown is not None
     assert (thrown.sum(1) == plan.num_thrown).all()
     assert not (mask & thrown).any()
