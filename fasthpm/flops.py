@@ -3,6 +3,10 @@ layers, attention scores and values, patch embedding); a backward pass counts tw
 norms and softmax count nothing; nothing is counted that the method does not need.
 """
 
+import dataclasses
+
+import torch
+
 from fasthpm.model import HPMViT
 from fasthpm.recipe import Recipe
 
@@ -74,13 +78,30 @@ def embed_flops(model: HPMViT, patches: int) -> float:
 def step_flops(model: HPMViT, recipe: Recipe) -> dict[str, float]:
     """FLOPs per sample of one step: {"teacher", "student" (forward and backward), "total"}."""
     length, masked, predicts = recipe.num_patches, recipe.num_masked, recipe.predict_loss != "none"
+    thrown = recipe.mask_plan.num_thrown
+    visible = length - masked - thrown
     if model.encoder_mask_tokens:
-        student = encoder_flops(model, length - masked, masked, 0 if predicts else masked)
+        student = encoder_flops(model, visible, masked, 0 if predicts else masked)
     else:
-        student = encoder_flops(model, length - masked) + embed_flops(model, length - masked)
-    tokens = (length - masked + model.num_prefix_tokens, masked, masked)
+        student = encoder_flops(model, visible) + embed_flops(model, visible)
+    tokens = (visible + model.num_prefix_tokens, masked, masked)
     student += trunk_flops(model, *tokens) + 2 * masked * model.decoder_pred.weight.numel()
     if predicts:
         student += predictor_flops(model, *tokens)
     teacher = teacher_flops(model, length // recipe.teacher_scale**2) if recipe.uses_teacher else 0.0
+    if recipe.teacher_maps:
+        teacher /= recipe.map_refresh_epochs
     return {"teacher": teacher, "student": 3 * student, "total": teacher + 3 * student}
+
+
+def cost_over_mae(recipe: Recipe) -> float:
+    """FLOPs of the recipe's step over those of MAE's, same encoder, reconstructor and masks."""
+    from fasthpm.step import model_of
+
+    usual = {name: getattr(Recipe, name) for name in ("teacher_maps", "predictor", "predictor_depth", "predictor_dim", "teacher_scale",
+                                                      "teacher_precision", "decoder_attention")}  # fmt: skip
+    policy = "random" if recipe.uses_teacher else recipe.mask_policy
+    mae = dataclasses.replace(recipe, mask_policy=policy, predict_loss="none", absolute_standardize=True, **usual)
+    with torch.device("meta"):
+        totals = [step_flops(model_of(one), one)["total"] for one in (recipe, mae)]
+    return totals[0] / totals[1]
