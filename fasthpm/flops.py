@@ -5,6 +5,7 @@ norms and softmax count nothing; nothing is counted that the method does not nee
 
 from fasthpm.model import HPMViT
 from fasthpm.recipe import Recipe
+from fasthpm.targets import FrozenTeacher
 
 
 def blocks_flops(depth: int, tokens: int, dim: int, mlp_ratio: float = 4.0) -> float:
@@ -33,7 +34,7 @@ def reconstructor_flops(model: HPMViT, outputs: int) -> float:
     """Forward of the reconstructor, its head on its last `outputs` tokens."""
     dim, tokens, depth = model.mask_token.shape[-1], model.num_patches + 1, len(model.decoder_blocks)
     blocks = blocks_flops(depth, tokens, dim) - (last_block_saving(tokens, outputs, dim) if depth else 0.0)
-    return blocks + 2 * outputs * dim * model.in_chans * model.patch_size**2
+    return blocks + 2 * outputs * dim * (model.target_dim or model.in_chans * model.patch_size**2)
 
 
 def predictor_flops(model: HPMViT, outputs: int) -> float:
@@ -52,8 +53,20 @@ def embed_flops(model: HPMViT, patches: int) -> float:
     )
 
 
-def step_flops(model: HPMViT, recipe: Recipe) -> dict[str, float]:
-    """FLOPs per sample of one step: {"teacher", "student" (forward and backward), "total"}."""
+def frozen_flops(frozen: FrozenTeacher, patches: int) -> float:
+    """Forward of a target's frozen teacher on `patches` patches of colour images."""
+    vit = frozen.vit
+    side, dim, tokens = vit.patch_embed.patch_size[0], vit.embed_dim, patches + vit.num_prefix_tokens
+    ratio = vit.blocks[0].mlp.fc1.out_features / dim
+    head = 2 * patches * dim * vit.head.out_features if frozen.projected else 0
+    return 2 * patches * dim * 3 * side**2 + blocks_flops(len(vit.blocks), tokens, dim, ratio) + head
+
+
+def step_flops(model: HPMViT, recipe: Recipe, frozen: FrozenTeacher | None = None) -> dict[str, float]:
+    """FLOPs per sample of one step: {"teacher", "student" (forward and backward), "total"}.
+
+    "teacher" is all that runs without gradients: the EMA, and the `frozen` one of the target.
+    """
     length, masked, predicts = recipe.num_patches, recipe.num_masked, recipe.predict_loss != "none"
     if model.encoder_mask_tokens:
         student = encoder_flops(model, length - masked, masked, 0 if predicts else masked)
@@ -64,5 +77,9 @@ def step_flops(model: HPMViT, recipe: Recipe) -> dict[str, float]:
         student += predictor_flops(model, masked)
     teacher = 0.0
     if recipe.uses_teacher:
-        teacher = encoder_flops(model, length) + embed_flops(model, length) + predictor_flops(model, length)
+        teacher = encoder_flops(model, length)
+    if recipe.masks_by_difficulty:
+        teacher += embed_flops(model, length) + predictor_flops(model, length)
+    if frozen:
+        teacher += frozen_flops(frozen, length)
     return {"teacher": teacher, "student": 3 * student, "total": teacher + 3 * student}

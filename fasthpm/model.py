@@ -30,7 +30,7 @@ class Output(NamedTuple):
     difficulty_loss: Tensor  # scalar, 0 without a loss predictor
     per_patch_loss: Tensor  # float32 [B, M], detached
     predicted_difficulty: Tensor  # float32 [B, M], zeros without a loss predictor
-    reconstruction: Tensor  # [B, M, P*P*C], each patch as (row, column, channel)
+    reconstruction: Tensor  # [B, M, P*P*C], each patch as (row, column, channel); [B, M, D'] if features are the target
 
 
 class HPMViT(nn.Module):
@@ -46,6 +46,7 @@ class HPMViT(nn.Module):
     - `predictor_dim`, `predictor_depth`: of the loss predictor; 0 = the decoder's. Another width than that of the
       tokens that it reads (of the decoder, in SimMIM of the encoder) costs one linear map
     - `pixel_loss`: "mse" or "l1"; `absolute_standardize`, `norm_pix_loss`: see `fasthpm.loss`
+    - `target_dim`: width D' of the features that are predicted; 0 = pixels are
 
     **Raises:** `UserError` for sizes that do not fit together.
     """
@@ -73,6 +74,7 @@ class HPMViT(nn.Module):
         absolute_standardize: bool = True,
         pixel_loss: str = "mse",
         norm_pix_loss: bool = False,
+        target_dim: int = 0,
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
@@ -80,7 +82,7 @@ class HPMViT(nn.Module):
         self.patch_size, self.in_chans = patch_size, in_chans
         self.predict_loss_kind, self.absolute_standardize = predict_loss, absolute_standardize
         self.pixel_loss, self.norm_pix_loss = pixel_loss, norm_pix_loss
-        self.encoder_mask_tokens = encoder_mask_tokens
+        self.encoder_mask_tokens, self.target_dim = encoder_mask_tokens, target_dim
         self.grid_size = _grid(self.img_size, patch_size)
         self.num_patches = self.grid_size[0] * self.grid_size[1]
         patch_dim = patch_size**2 * in_chans
@@ -99,7 +101,7 @@ class HPMViT(nn.Module):
             self.decoder_embed = nn.Linear(embed_dim, width)
             self.register_buffer("decoder_pos_embed", sincos_positions(width, self.grid_size)[None])
             self.decoder_norm = nn.LayerNorm(width, LAYER_NORM_EPS)
-        self.decoder_pred = nn.Linear(width, patch_dim)
+        self.decoder_pred = nn.Linear(width, target_dim or patch_dim)
         if predict_loss != "none":
             dim = predictor_dim or decoder_embed_dim
             self.decoder_embed_losspred = nn.Identity() if dim == width else nn.Linear(width, dim)
@@ -145,23 +147,28 @@ class HPMViT(nn.Module):
 
     def predict_loss(self, images: Tensor) -> Tensor:
         """Predicted difficulty of every patch, from all of them visible (the teacher's forward): float32 [B, L]."""
-        tokens = self._encode(self.patchify(images))
+        return self.difficulty_of(self._encode(self.patchify(images)))
+
+    def difficulty_of(self, tokens: Tensor) -> Tensor:
+        """`predict_loss` from what `encode` gives of all patches, [B, 1 + L, D]: float32 [B, L]."""
         if not self.encoder_mask_tokens:
             tokens = self.decoder_embed(tokens) + self.decoder_pos_embed
         return self._difficulty(tokens, self.num_patches)
 
-    def forward(self, images: Tensor, mask: Tensor, *, num_masked: int | None = None) -> Output:
-        """Reconstruct the masked patches and predict their losses (Eq. 2-7).
+    def forward(
+        self, images: Tensor, mask: Tensor, *, num_masked: int | None = None, target: Tensor | None = None
+    ) -> Output:
+        """Reconstruct the masked patches, or their features, and predict their losses (Eq. 2-7).
 
         - `images`, `mask`: as in `encode`
         - `num_masked`: M, if known; else it is read from `mask`, which waits for the device
+        - `target`: [B, L, target_dim], the features of all patches, if those are what the model predicts
         """
         patches = self.patchify(images)
         visible, masked = split_ids(mask, _count(mask) if num_masked is None else num_masked)
         tokens, count = self._tokens(patches, visible, masked), masked.shape[1]
         reconstruction = self.decoder_pred(self.decoder_norm(_run(self.decoder_blocks, tokens, count)))
-        target = losses.pixel_target(_gather(patches, masked), self.norm_pix_loss)
-        per_patch = losses.patch_loss(reconstruction, target, self.pixel_loss)
+        per_patch = self._per_patch(reconstruction, patches, target, masked)
         actual = per_patch.detach()
         if self.predict_loss_kind == "none":
             predicted, difficulty = torch.zeros_like(actual), actual.new_zeros(())
@@ -172,6 +179,16 @@ class HPMViT(nn.Module):
             )
         mean = per_patch.mean()
         return Output(mean + difficulty, mean, difficulty, actual, predicted, reconstruction)
+
+    def _per_patch(self, prediction: Tensor, patches: Tensor, features: Tensor | None, masked: Tensor) -> Tensor:
+        """Reconstruction loss of the masked patches [B, M]: of their pixels, or of their features."""
+        given = 0 if features is None else features.shape[-1]
+        if given != self.target_dim:
+            raise ValueError(f"the target has {given} features per patch, the model predicts {self.target_dim}")
+        if features is not None:
+            return losses.feature_loss(prediction, _gather(features, masked))
+        pixels = losses.pixel_target(_gather(patches, masked), self.norm_pix_loss)
+        return losses.patch_loss(prediction, pixels, self.pixel_loss)
 
     def _encode(
         self, patches: Tensor, visible: Tensor | None = None, masked: Tensor | None = None, last: int = 0
@@ -364,17 +381,27 @@ def model_names() -> list[str]:
     ]
 
 
+def width_of(name: str) -> int:
+    """Width D of the encoder of a registered name. **Raises:** `UserError` for an unknown one."""
+    _check_name(name)
+    return SIZES[name.split("_")[2]]["embed_dim"]
+
+
 def create_model(name: str, **overrides: Any) -> HPMViT:
     """Build a registered model; `overrides` are `HPMViT`'s arguments.
 
     **Raises:** `UserError` for an unknown name, naming the nearest.
     """
-    names = model_names()
-    if name not in names:
-        raise UserError(f"unknown model {name!r}{nearest(name, names)}; expected one of {', '.join(names)}")
+    _check_name(name)
     method, _, size, patch, side = name.split("_")
     shape = {"img_size": int(side), "patch_size": int(patch.removeprefix("patch"))}
     return HPMViT(**{**shape, **SIZES[size], **METHODS[method], **overrides})
+
+
+def _check_name(name: str) -> None:
+    names = model_names()
+    if name not in names:
+        raise UserError(f"unknown model {name!r}{nearest(name, names)}; expected one of {', '.join(names)}")
 
 
 def _register(name: str) -> None:

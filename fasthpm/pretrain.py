@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fasthpm import checkpoint, engine, export, flops, recipes, report, schedule, shards, visualize, zero
+from fasthpm import checkpoint, engine, export, flops, recipes, report, schedule, shards, targets, visualize, zero
 from fasthpm.bad_samples import BadSampleLog
 from fasthpm.cli import Parser
 from fasthpm.data import Batch, Loader, build_loader
@@ -112,9 +112,12 @@ def build(recipe: Recipe, launch: engine.Launch) -> Run:
         checkpoint.compare_recipes(recipe, science_of)
         config = engine.merge_config(recipe.deepspeed_config, recipe, launch.world_size)
         student = checkpoint.initial_model(recipe)
+        frozen = targets.build_frozen(recipe, launch.device)
     loader = on_device(loader, launch.device)
     step = Step(student, recipe, loader.info)
     deepspeed_engine = engine.build_engine(step, recipe, config, launch)
+    if frozen:
+        step.attach_frozen(frozen)
     teacher = None
     if recipe.uses_teacher:
         momentum = schedule.ema_momentum_at(recipe, 0)
@@ -268,7 +271,7 @@ def draw_panel(run: Run, metrics: Metrics) -> None:
     model.load_state_dict(weights.get("teacher", weights["student"]))
     images, info = visualize.fixed_images(run.recipe, PANEL_IMAGES)
     alpha = schedule.alpha_at(run.recipe, run.done - 1)
-    picture = visualize.panel(model, run.recipe, info, images, alpha)
+    picture = visualize.panel(model, run.recipe, info, images, alpha, run.step.frozen)
     folder = Path(run.recipe.output_dir) / "panels"
     with metrics.surviving_the_disk(run.done):
         folder.mkdir(exist_ok=True)
@@ -339,7 +342,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         dtype = next(run.step.student.parameters()).dtype
         metrics = Metrics(
             Path(recipe.output_dir), rank=launch.rank, world_size=launch.world_size, total_steps=recipe.total_steps,
-            first_step=run.done, flops_per_sample=flops.step_flops(run.step.student, recipe)["total"],
+            first_step=run.done, flops_per_sample=flops.step_flops(run.step.student, recipe, run.step.frozen)["total"],
             matmul_rate=measure_matmul_rate(launch.device, dtype), device=launch.device,
         )  # fmt: skip
         try:

@@ -19,6 +19,8 @@ from fasthpm.mask import BY_DIFFICULTY, POLICIES, MaskPlan
 
 PREDICT_LOSSES = ("relative", "absolute", "none")
 PIXEL_LOSSES = ("mse", "l1")
+TARGETS = ("pixels", "ema", "dino", "clip")
+FROZEN_DIMS = {"dino": 768, "clip": 512}  # the published ViT-B/16s; CLIP's patches after its projection
 ALPHA_SCHEDULES = ("released", "paper", "step")
 
 
@@ -59,6 +61,17 @@ class Recipe:
     absolute_standardize: bool = option(
         True, "absolute objective: of losses standardised per image (released code), not raw ones (Eq. 4)"
     )
+    target: str = option(
+        "pixels",
+        "what masked patches are compared with: their pixels, or features by the EMA teacher, DINO or CLIP",
+        choices=TARGETS,
+    )
+    target_weights: str = option(
+        "", "weights of the dino or clip teacher: a file, timm:NAME, transformers:NAME or open_clip:NAME/TAG; empty = "
+        "timm's of the published ViT-B/16"
+    )  # fmt: skip
+    target_model: str = option("", "timm architecture of these weights; empty = the published ViT-B/16, or timm:NAME's")
+    target_dim: int = option(0, "width of their features; 0 = 768 for dino, 512 for clip")
     pixel_loss: str = option("mse", "reconstruction loss: mse (MAE, HPM) or l1 (SimMIM)", choices=PIXEL_LOSSES)
     norm_pix_loss: bool = option(False, "normalise each target patch to zero mean and unit variance")
     ema_momentum: float = option(0.999, "teacher momentum at the start (Eq. 1)")
@@ -116,6 +129,7 @@ class Recipe:
     def __post_init__(self) -> None:
         self._check_types()
         self._check_ranges()
+        self._check_target()
         self._check_patches()
 
     # ---------------------------------------------------------------------------------------------- derived
@@ -148,8 +162,18 @@ class Recipe:
 
     @property
     def uses_teacher(self) -> bool:
-        """Whether a step needs the teacher's difficulty: the mask policy decides."""
+        """Whether a step needs the EMA teacher: for its difficulty, or for its features."""
+        return self.masks_by_difficulty or self.target == "ema"
+
+    @property
+    def masks_by_difficulty(self) -> bool:
+        """Whether the mask policy follows the teacher's difficulty."""
         return self.mask_policy in BY_DIFFICULTY
+
+    @property
+    def frozen_dim(self) -> int:
+        """Width of the frozen teacher's features (`target` dino or clip); 0 without one."""
+        return self.target_dim or FROZEN_DIMS.get(self.target, 0)
 
     @property
     def total_steps(self) -> int:
@@ -250,6 +274,7 @@ class Recipe:
             "ema_ramp_epochs",
             "seed",
             "mask_unit",
+            "target_dim",
             "predictor_dim",
             "predictor_depth",
         )
@@ -279,7 +304,7 @@ class Recipe:
             raise UserError(
                 f"model {self.model} has no loss predictor; use --predict_loss none, or the model hpm_{self.model[4:]}"
             )
-        if self.uses_teacher and self.predict_loss == "none":
+        if self.masks_by_difficulty and self.predict_loss == "none":
             raise UserError(
                 f"mask_policy {self.mask_policy} follows predicted losses, but predict_loss is none; use "
                 f"--predict_loss relative, or --mask_policy random"
@@ -293,6 +318,21 @@ class Recipe:
             raise UserError(
                 f"absolute_standardize is off, but predict_loss is {self.predict_loss}; it belongs to "
                 f"--predict_loss absolute"
+            )
+
+    def _check_target(self) -> None:
+        if self.target not in FROZEN_DIMS and (self.target_weights or self.target_model or self.target_dim):
+            raise UserError(
+                f"target_weights, target_model and target_dim describe a dino or clip teacher, but target is "
+                f"{self.target}; leave them out, or use --target dino"
+            )
+        if self.target == "pixels":
+            return
+        if self.pixel_loss != "mse" or self.norm_pix_loss:
+            raise UserError(
+                f"target {self.target} compares directions of features, and pixel_loss {self.pixel_loss} with "
+                f"norm_pix_loss {self.norm_pix_loss} is for pixels; use --pixel_loss mse --no-norm_pix_loss, or "
+                f"--target pixels"
             )
 
     def _check_patches(self) -> None:

@@ -13,8 +13,9 @@ from fasthpm import loss as losses
 from fasthpm.clock import Stopwatch
 from fasthpm.data import DatasetInfo
 from fasthpm.mask import draw_mask, sample_noise, split_ids
-from fasthpm.model import HPMViT, Output, create_model
+from fasthpm.model import HPMViT, Output, create_model, width_of
 from fasthpm.recipe import Recipe
+from fasthpm.targets import FrozenTeacher
 
 METRICS = ("loss", "reconstruction_loss", "difficulty_loss", "spearman", "pair_accuracy", "teacher_spearman")
 HEALTH_SAMPLES = 16  # predictor health is measured on this many samples of a batch
@@ -40,10 +41,20 @@ class Step(nn.Module):
         # Plain attributes, not buffers: DeepSpeed would round buffers to bfloat16.
         self.mean, self.std = pixel_statistics(info, recipe)
         self._teacher: list[HPMViT] = []
+        self._frozen: list[FrozenTeacher] = []
 
     def attach_teacher(self, teacher: HPMViT) -> None:
-        """Let `teacher` (its `predict_loss`) choose the hard patches."""
+        """Let `teacher` choose the hard patches (its `predict_loss`) and, with target ema, give the features."""
         self._teacher = [teacher]
+
+    def attach_frozen(self, teacher: FrozenTeacher) -> None:
+        """Let a DINO or CLIP `teacher` give the features (see `targets.build_frozen`)."""
+        self._frozen = [teacher]
+
+    @property
+    def frozen(self) -> FrozenTeacher | None:
+        """The DINO or CLIP teacher, if the target has one."""
+        return self._frozen[0] if self._frozen else None
 
     def forward(self, images: Tensor, ids: Tensor, step: Tensor, alpha: Tensor) -> StepOutput:
         """One micro-step on this rank.
@@ -52,8 +63,10 @@ class Step(nn.Module):
         - `step`: int64 0-dim, the update; `alpha`: float64 0-dim, share of the mask chosen by the teacher
         """
         patches = self.normalized_patches(images)
-        mask, difficulty = self._mask(patches, ids, step, alpha)
-        output = self.student(patches, mask, num_masked=self.recipe.num_masked)
+        tokens, difficulty = self._teach(patches)
+        mask = self._mask(ids, step, difficulty, alpha)
+        target = self.feature_target(images, tokens)
+        output = self.student(patches, mask, num_masked=self.recipe.num_masked, target=target)
         return StepOutput(output.loss, self._metrics(output, mask, difficulty), mask)
 
     def normalized_patches(self, images: Tensor) -> Tensor:
@@ -65,14 +78,35 @@ class Step(nn.Module):
         patches = images.reshape(batch, rows, side, columns, side, channels).transpose(2, 3)
         return ((patches.float() - self.mean) / self.std).reshape(batch, rows * columns, side * side * channels)
 
-    def _mask(self, patches: Tensor, ids: Tensor, step: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
-        """The mask [B, L], and the teacher's difficulty [B, L] that chose its hard part (zeros without a teacher)."""
-        noise = sample_noise(self.recipe.seed, step, ids, self.mask_plan.noise_size)
+    def _teach(self, patches: Tensor) -> tuple[Tensor | None, Tensor]:
+        """One pass of the EMA teacher: its tokens [B, 1 + L, D], and the difficulty [B, L] that chooses the mask's hard
+        part (zeros where no policy asks for it)."""
         difficulty = patches.new_zeros(patches.shape[:2], dtype=torch.float32)
-        if self.recipe.uses_teacher:
-            with torch.no_grad(), self.stopwatch.measure(patches.device):
-                difficulty = self._teacher[0].predict_loss(patches)
-        return draw_mask(self.mask_plan, noise, difficulty, alpha), difficulty
+        if not self.recipe.uses_teacher:
+            return None, difficulty
+        teacher = self._teacher[0]
+        with torch.no_grad(), self.stopwatch.measure(patches.device):
+            tokens = teacher.encode(patches)
+            return tokens, teacher.difficulty_of(tokens) if self.recipe.masks_by_difficulty else difficulty
+
+    def _mask(self, ids: Tensor, step: Tensor, difficulty: Tensor, alpha: Tensor) -> Tensor:
+        noise = sample_noise(self.recipe.seed, step, ids, self.mask_plan.noise_size)
+        return draw_mask(self.mask_plan, noise, difficulty, alpha)
+
+    @torch.no_grad()
+    def feature_target(self, images: Tensor, tokens: Tensor | None) -> Tensor | None:
+        """What the recipe's `target` names: features [B, L, D'] of all patches, or None for their pixels.
+
+        - `images`: as in `forward`; `tokens`: the EMA teacher's, [B, 1 + L, D]
+        """
+        if self.recipe.target == "pixels":
+            return None
+        if self.recipe.target == "ema":
+            return tokens[:, 1:] if tokens is not None else None
+        if not self._frozen:
+            raise ValueError(f"target {self.recipe.target} needs a frozen teacher: call attach_frozen")
+        with self.stopwatch.measure(images.device):
+            return self._frozen[0](images)
 
     @torch.no_grad()
     def _metrics(self, output: Output, mask: Tensor, difficulty: Tensor) -> Tensor:
@@ -115,4 +149,5 @@ def model_of(recipe: Recipe) -> HPMViT:
             absolute_standardize=recipe.absolute_standardize,
             pixel_loss=recipe.pixel_loss,
             norm_pix_loss=recipe.norm_pix_loss,
+            target_dim=width_of(recipe.model) if recipe.target == "ema" else recipe.frozen_dim,
         )
