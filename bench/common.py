@@ -95,6 +95,19 @@ def add_device_arguments(parser: argparse.ArgumentParser, rounds: int) -> None:
     parser.add_argument("-o", "--output", type=Path, default=None, help="write the raw figures here as JSON")
 
 
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """What short training runs are made of."""
+    parser.add_argument("--recipe", default="hpm_vit_base_in1k_200e")
+    parser.add_argument("--data_path", default="synthetic:1024", help="as in fasthpm pretrain")
+    parser.add_argument("--batch_size", type=int, default=64, help="samples per rank and micro-step")
+    parser.add_argument("--num_workers", type=int, default=0, help="decoding threads per rank (0: all cores)")
+    parser.add_argument("--deepspeed_config", default="ds_configs/zero1_bf16.json")
+    parser.add_argument("--updates", type=int, default=40, help="per run")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--extra", default="", help="further flags of fasthpm pretrain, in one string")
+    parser.add_argument("-o", "--output", type=Path, default=None, help="write the raw figures here as JSON")
+
+
 def use_device(arguments: argparse.Namespace) -> torch.device:
     """The device that was asked for, torch's threads set. **Raises:** `UserError` for impossible values."""
     if arguments.rounds < 1 or arguments.threads < 1:

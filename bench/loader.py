@@ -32,7 +32,8 @@ from bench.common import (
 )
 from bench.pixels import compare_pixels
 from bench.variants import Spec, Taken, Variant, has_interpolation, started
-from bench.waiting import data_waits, first_batches, seeding_microseconds
+from bench.waiting import RECIPE, data_waits, first_batches, seeding_microseconds
+from fasthpm import recipes
 from fasthpm.cli import Parser, run_command
 from fasthpm.data.prefetch import count_workers
 from fasthpm.errors import UserError
@@ -126,7 +127,10 @@ def bench(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
         "batch_size": arguments.batch_size, "rates": rates,
         "ours_over_ffcv_cpu": seeding_cost(taken), "seeding_us_per_image": seeding_microseconds(arguments.batch_size),
         "first_batch": first_batches(waited[0], arguments.starts, theirs=not arguments.quick),
-        "data_wait": data_waits(waited, per_core, arguments.gpu_tflops * 1e12 * arguments.mfu, arguments.wait_seconds),
+        "data_wait": data_waits(
+            waited, per_core, arguments.gpu_tflops * 1e12 * arguments.mfu, arguments.wait_seconds,
+            arguments.batch_size if arguments.quick else recipes.from_name(RECIPE).batch_size,
+        ),
         "pixels": compare_pixels(raw, min(PIXEL_IMAGES, len(files_in(few)))),
     }  # fmt: skip
 

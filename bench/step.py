@@ -1,70 +1,150 @@
-"""Whole training steps, interleaved: HPM and the project's own MAE, through the same DeepSpeed engine.
+"""Whole training steps, interleaved: exact HPM, its fast preset, MAE, and both as the published code is structured.
 
-    python -m bench.step [--size base] [--batch_size 4] [--rounds 7] [-o bench/results/step.json]
+    python -m bench.step [--size base] [--batch_size 8] [--precision fp32 bf16] [--rounds 5] [-o bench/results/step.json]
 
-A step is everything between two batches: normalisation, teacher, mask, student, backward, clipping, AdamW, EMA. The
-variants take turns within a round, so drift and noise hit all alike; the ratio is the median of the rounds' ratios.
+A step is everything between two batches: normalisation, teacher, mask, student, backward, clipping, AdamW, EMA. Ours
+go through the DeepSpeed engine; `eager_mae` and `eager_hpm` are `bench.baselines`. The variants take turns within a
+round, so drift and noise hit all alike, and a ratio is the median of the rounds' ratios.
+
+`hpm_fast` reads its difficulty from maps that are refreshed every K epochs, by a teacher's pass over all images: a K-th
+of that pass' forward, timed in the same rounds, is added to its step.
 """
 
 import argparse
 import dataclasses
 import json
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from fasthpm import engine, flops, recipes
+from bench.baselines import eager_update
+from bench.common import ratios, say, show, table, write_json
+from fasthpm import engine, flops, recipes, schedule
 from fasthpm.cli import Parser, run_command
 from fasthpm.data import DatasetInfo
 from fasthpm.errors import UserError
-from fasthpm.metrics import measure_matmul_rate, wait_for
+from fasthpm.metrics import measure_matmul_rate, memory_gib, wait_for
 from fasthpm.recipe import Recipe
 from fasthpm.step import Step, model_of
 from fasthpm.teacher import EMATeacher
 from fasthpm.versions import versions
 
-SIZES = {"base": "vit_base_patch16_224", "large": "vit_large_patch16_224", "nano": "vit_nano_patch4_28"}
-VARIANTS = ("mae", "hpm")
+SIZES = {
+    "base": "vit_base_patch16_224", "large": "vit_large_patch16_224", "huge": "vit_huge_patch14_224",
+    "nano": "vit_nano_patch4_28",
+}  # fmt: skip
+CONFIGS = {"fp32": "ds_configs/zero1_fp32.json", "bf16": "ds_configs/zero1_bf16.json"}
+VARIANTS = ("mae", "hpm", "hpm_fast", "eager_mae", "eager_hpm")
+FAST = {"predictor": "shared", "decoder_attention": "cross"}
+REFRESH = "teacher_pass"  # timed beside the variants: the forward that refreshes maps
+RATIOS = (  # name, of, over
+    ("exact HPM / own MAE", "hpm", "mae"),
+    ("fast HPM / own MAE", "hpm_fast", "mae"),
+    ("exact HPM / eager MAE", "hpm", "eager_mae"),
+    ("eager HPM / exact HPM", "eager_hpm", "hpm"),
+    ("eager HPM / fast HPM", "eager_hpm", "hpm_fast"),
+    ("eager HPM / eager MAE", "eager_hpm", "eager_mae"),
+    ("eager MAE / own MAE", "eager_mae", "mae"),
+)
 INFO = DatasetInfo(1, 3, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), ("any",))
+ALPHA = 0.25
+Update = Callable[[int], None]
 
 
-def recipe_of(variant: str, arguments: argparse.Namespace) -> Recipe:
+class Built(NamedTuple):
+    """A variant that is ready to be timed."""
+
+    update: Update  # one whole update
+    gflops: dict[str, float]  # per sample, by the formula of what the method needs
+
+
+def recipe_of(variant: str, arguments: argparse.Namespace, precision: str) -> Recipe:
     """The published 200-epoch recipe of a variant at the bench's size and batch."""
-    base = recipes.from_name(f"{variant}_vit_base_in1k_200e")
-    small: dict[str, Any] = {"input_size": "28", "patch_size": 4} if arguments.size == "nano" else {}
+    method = "mae" if variant.endswith("mae") else "hpm"
+    base = recipes.from_name(f"{method}_vit_base_in1k_200e")
+    changes: dict[str, Any] = dict(FAST) if variant == "hpm_fast" else {}
+    if arguments.size == "nano":
+        changes |= {"input_size": "28", "patch_size": 4}
+    if arguments.size == "huge":
+        changes |= {"patch_size": 14}
     return dataclasses.replace(
-        base, model=f"{variant}_{SIZES[arguments.size]}", batch_size=arguments.batch_size, global_batch_size=0,
-        clip_grad=5.0, deepspeed_config=arguments.deepspeed_config, **small,
+        base, model=f"{method}_{SIZES[arguments.size]}", batch_size=arguments.batch_size, global_batch_size=0,
+        clip_grad=5.0, deepspeed_config=CONFIGS[precision], compile=arguments.compile, **changes,
     ).resolve(10**6, 1)  # fmt: skip
 
 
-def build(recipe: Recipe, launch: engine.Launch) -> tuple[Callable[[int], None], Step]:
-    """A function that runs one whole update on fixed random images, and its step module."""
+class KeptMaps:
+    """Stands in for a teacher where difficulty comes from maps that are made elsewhere."""
+
+    def __init__(self, maps: Tensor) -> None:
+        self.maps = maps
+
+    def predict_loss(self, patches: Tensor, scale: int = 1) -> Tensor:
+        """float32 [B, L]."""
+        return self.maps
+
+
+def pixels(recipe: Recipe, device: torch.device) -> Tensor:
+    """Fixed random images, uint8 [B, H, W, C]."""
+    shape = (recipe.batch_size, *recipe.image_size, recipe.channels)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).to(device)
+
+
+def build(variant: str, recipe: Recipe, launch: engine.Launch, precision: str) -> dict[str, Built]:
+    """The variant, and for `hpm_fast` the pass that refreshes its maps."""
+    images = pixels(recipe, launch.device)
+    if variant.startswith("eager"):
+        floats = images.permute(0, 3, 1, 2).float().div_(127.5).sub_(1).contiguous()
+        student = model_of(recipe)
+        update, _ = eager_update(student, recipe, floats, alpha=ALPHA, half=precision == "bf16")
+        return {variant: Built(update, gflops_of(student, recipe, False))}
     step = Step(model_of(recipe), recipe, INFO)
     config = engine.merge_config(recipe.deepspeed_config, recipe, 1)
     deepspeed_engine = engine.build_engine(step, recipe, config, launch)
+    extra: dict[str, Built] = {}
     if recipe.uses_teacher:
-        step.attach_teacher(EMATeacher(deepspeed_engine, step.student, "student.", model_of(recipe), 0.999).module)
-    generator = torch.Generator().manual_seed(0)
-    shape = (recipe.batch_size, *recipe.image_size, recipe.channels)
-    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).to(launch.device)
+        teacher = EMATeacher(deepspeed_engine, step.student, "student.", model_of(recipe), 0.999).module
+        step.attach_teacher(teacher)
+        if variant == "hpm_fast":
+            patches = step.normalized_patches(images)
+            step.attach_teacher(KeptMaps(torch.rand(patches.shape[:2], device=launch.device)))  # type: ignore[arg-type]
+            extra[REFRESH] = Built(lambda number: teacher_pass(teacher, step, images), {})
     ids = torch.arange(recipe.batch_size, device=launch.device)
-    alpha = torch.full((), 0.25, dtype=torch.float64, device=launch.device)
 
-    def update(number: int) -> None:
+    def update_ours(number: int) -> None:
+        engine.set_lr(deepspeed_engine, schedule.lr_at(recipe, number))
+        alpha = torch.full((), ALPHA, dtype=torch.float64, device=launch.device)
         output = deepspeed_engine(images, ids, torch.full((), number, device=launch.device), alpha)
         deepspeed_engine.backward(output.loss)
         deepspeed_engine.step()
 
-    return update, step
+    return {variant: Built(update_ours, gflops_of(step.student, recipe, variant == "hpm_fast"))} | extra
 
 
-def measure(updates: dict[str, Callable[[int], None]], rounds: int, repeats: int,
-            device: torch.device) -> dict[str, list[float]]:  # fmt: skip
+@torch.no_grad()
+def teacher_pass(teacher: Any, step: Step, images: Tensor) -> None:
+    """The forward that makes one batch's maps."""
+    teacher.predict_loss(step.normalized_patches(images))
+
+
+def gflops_of(student: Any, recipe: Recipe, kept_maps: bool) -> dict[str, float]:
+    """GFLOP per sample; of a teacher whose maps are kept, its share of one pass in `map_refresh` epochs."""
+    parts = flops.step_flops(student, recipe)
+    if kept_maps:
+        parts["teacher"] /= recipes.FAST_REFRESH_EPOCHS
+        parts["total"] = parts["teacher"] + parts["student"]
+    return {name: value / 1e9 for name, value in parts.items()}
+
+
+def measure(updates: dict[str, Update], rounds: int, repeats: int, device: torch.device) -> dict[str, list[float]]:
     """Seconds per update of each variant in each round, after one round of warm-up."""
     seconds: dict[str, list[float]] = {name: [] for name in updates}
     number = 0
@@ -81,51 +161,118 @@ def measure(updates: dict[str, Callable[[int], None]], rounds: int, repeats: int
     return seconds
 
 
-def summary(arguments: argparse.Namespace, launch: engine.Launch) -> dict[str, Any]:
-    """Everything a reader needs to judge the ratio."""
-    built = {variant: build(recipe_of(variant, arguments), launch) for variant in VARIANTS}
-    repeats = arguments.repeats or (20 if launch.device.type == "cuda" else 1)
-    seconds = measure({name: update for name, (update, _) in built.items()}, arguments.rounds, repeats, launch.device)
-    work = {name: flops.step_flops(step.student, step.recipe) for name, (_, step) in built.items()}
-    rate = measure_matmul_rate(launch.device, next(built["hpm"][1].parameters()).dtype)
+def loop_seconds(recipe: Recipe, device: torch.device, repeats: int = 200) -> float:
+    """What the training loop itself does per update on the host: schedules and their tensors."""
+    groups: list[dict[str, float]] = [{"lr": 0.0}, {"lr": 0.0}]
+    begin = time.perf_counter()
+    for number in range(repeats):
+        for group in groups:
+            group["lr"] = schedule.lr_at(recipe, number)
+        torch.full((), schedule.alpha_at(recipe, number), dtype=torch.float64, device=device)
+        torch.full((), number, device=device)
+        schedule.ema_momentum_at(recipe, number)
+    return (time.perf_counter() - begin) / repeats
+
+
+def one_precision(precision: str, arguments: argparse.Namespace, launch: engine.Launch) -> dict[str, Any]:
+    """All variants at one precision."""
+    built: dict[str, Built] = {}
+    for variant in arguments.variants:
+        say(f"{precision}: building {variant}")
+        built |= build(variant, recipe_of(variant, arguments, precision), launch, precision)
+    repeats = arguments.repeats or (10 if launch.device.type == "cuda" else 1)
+    seconds = measure({name: one.update for name, one in built.items()}, arguments.rounds, repeats, launch.device)
+    result: dict[str, Any] = {"raw_seconds": {name: list(values) for name, values in seconds.items()}}
+    if REFRESH in seconds:
+        share = [value / recipes.FAST_REFRESH_EPOCHS for value in seconds.pop(REFRESH)]
+        seconds["hpm_fast"] = [step + part for step, part in zip(seconds["hpm_fast"], share, strict=True)]
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    rate = measure_matmul_rate(launch.device, dtype)
     median = {name: statistics.median(values) for name, values in seconds.items()}
-    ratios = [hpm / mae for hpm, mae in zip(seconds["hpm"], seconds["mae"], strict=True)]
-    return {
-        "bench": "step", "size": arguments.size, "batch_size": arguments.batch_size,
-        "deepspeed_config": arguments.deepspeed_config, "threads": torch.get_num_threads(),
+    work = {name: built[name].gflops for name in seconds}
+    return result | {
         "seconds": seconds, "median_seconds": median,
-        "hpm_over_mae": statistics.median(ratios), "hpm_over_mae_range": [min(ratios), max(ratios)],
-        "gflops_per_sample": {name: {k: v / 1e9 for k, v in parts.items()} for name, parts in work.items()},
-        "hpm_over_mae_flops": work["hpm"]["total"] / work["mae"]["total"],
+        "images_per_second": {name: arguments.batch_size / value for name, value in median.items()},
+        "ratios": {name: ratios(seconds[a], seconds[b]) for name, a, b in RATIOS if a in seconds and b in seconds},
+        "gflops_per_sample": work,
+        "flop_ratios": {name: work[a]["total"] / work[b]["total"] for name, a, b in RATIOS
+                        if a in seconds and b in seconds and not a.startswith("eager")},
         "matmul_gflops_per_second": rate / 1e9,
-        "mfu": {n: work[n]["total"] * arguments.batch_size / median[n] / rate for n in VARIANTS},
+        "mfu": {name: work[name]["total"] * 1e9 * arguments.batch_size / median[name] / rate for name in seconds},
+        "loop_share": loop_seconds(recipe_of("hpm", arguments, precision), launch.device) / median["hpm"]
+        if "hpm" in median else None,
+        "memory_gib": memory_gib(launch.device),
+    }  # fmt: skip
+
+
+def summary(arguments: argparse.Namespace, launch: engine.Launch) -> dict[str, Any]:
+    """Everything a reader needs to judge the ratios."""
+    (precision,) = arguments.precision
+    found = {precision: one_precision(precision, arguments, launch)}
+    return {
+        "bench": "step", "size": arguments.size, "batch_size": arguments.batch_size, "rounds": arguments.rounds,
+        "threads": torch.get_num_threads(), "compile": arguments.compile,
+        "refresh_epochs": recipes.FAST_REFRESH_EPOCHS, "precisions": found,
         "versions": versions(launch.device, launch.world_size),
     }  # fmt: skip
+
+
+def each_by_itself(argv: Sequence[str], precisions: Sequence[str]) -> dict[str, Any]:
+    """One process per precision: DeepSpeed's engines do not give their memory back."""
+    results = []
+    with tempfile.TemporaryDirectory(prefix="fasthpm-bench-") as folder:
+        for precision in precisions:
+            path = Path(folder) / f"{precision}.json"
+            own = [*argv, "--precision", precision, "-o", str(path)]
+            done = subprocess.run([sys.executable, "-m", "bench.step", *own], stdout=subprocess.DEVNULL, check=False)
+            if done.returncode:
+                raise UserError(f"{precision}: bench.step ended with status {done.returncode}; its message is above")
+            results.append(json.loads(path.read_text()))
+    return {**results[0], "precisions": {key: value for one in results for key, value in one["precisions"].items()}}
+
+
+def report(result: dict[str, Any]) -> str:
+    """Markdown: times, then ratios beside the arithmetic."""
+    lines = []
+    for precision, found in result["precisions"].items():
+        rows = [
+            [name, f"{value:.3f}", f"{found['images_per_second'][name]:.2f}",
+             f"{found['gflops_per_sample'][name]['total']:.1f}", f"{found['mfu'][name]:.0%}"]
+            for name, value in found["median_seconds"].items()
+        ]  # fmt: skip
+        lines += [f"{precision}:", "", table(("step", "s", "images/s", "GFLOP per image", "MFU"), rows), ""]
+        rows = [[name, show(value), f"{found['flop_ratios'][name]:.2f}" if name in found["flop_ratios"] else ""]
+                for name, value in found["ratios"].items()]  # fmt: skip
+        lines += [table(("time ratio", "median (range)", "by FLOPs"), rows), ""]
+        if found["loop_share"] is not None:
+            lines += [f"Host work of the loop outside the step: {found['loop_share']:.2%} of a step.", ""]
+    return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """`python -m bench.step`."""
     parser = Parser(prog="python -m bench.step", description=__doc__)
     parser.add_argument("--size", choices=tuple(SIZES), default="base")
-    parser.add_argument("--batch_size", type=int, default=4, help="images per step")
-    parser.add_argument("--rounds", type=int, default=7, help="measured rounds")
-    parser.add_argument("--repeats", type=int, default=0, help="updates per round and variant (0: 1 on CPU, 20 on GPU)")
-    parser.add_argument("--deepspeed_config", default="ds_configs/zero1_bf16.json")
+    parser.add_argument("--batch_size", type=int, default=8, help="images per step")
+    parser.add_argument("--precision", nargs="+", choices=tuple(CONFIGS), default=["fp32", "bf16"])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--rounds", type=int, default=5, help="measured rounds")
+    parser.add_argument("--repeats", type=int, default=0, help="updates per round and variant (0: 1 on CPU, 10 on GPU)")
+    parser.add_argument("--threads", type=int, default=0, help="threads of torch on the CPU (0: all cores)")
+    parser.add_argument("--compile", action="store_true", help="compile our steps with torch.compile")
     parser.add_argument("-o", "--output", type=Path, default=None, help="write the raw figures here as JSON")
     arguments = parser.parse_args(argv)
     if arguments.batch_size < 1 or arguments.rounds < 1:
         raise UserError("batch_size and rounds must be 1 or more")
-    with engine.session() as launch:
-        result = summary(arguments, launch)
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(result, indent=2) + "\n")
-    for name in VARIANTS:
-        gflop, mfu = result["gflops_per_sample"][name]["total"], result["mfu"][name]
-        print(f"{name}: {result['median_seconds'][name]:.3f} s per step, {gflop:.1f} GFLOP per image, MFU {mfu:.0%}")
-    low, high = result["hpm_over_mae_range"]
-    print(f"HPM / MAE: {result['hpm_over_mae']:.2f} (rounds {low:.2f} to {high:.2f}); by FLOPs "
-          f"{result['hpm_over_mae_flops']:.2f}")  # fmt: skip
+    if len(arguments.precision) > 1:
+        result = each_by_itself(sys.argv[1:] if argv is None else argv, arguments.precision)
+    else:
+        with engine.session() as launch:
+            if arguments.threads:
+                torch.set_num_threads(arguments.threads)
+            result = summary(arguments, launch)
+    write_json(arguments.output, result)
+    print(report(result))
 
 
 if __name__ == "__main__":

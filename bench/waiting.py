@@ -85,15 +85,15 @@ def gflops_per_image() -> float:
 
 
 def data_waits(specs: Iterable[Spec], per_core: dict[str, float], flops_per_second: float,
-               seconds: float) -> dict[str, Any]:  # fmt: skip
+               seconds: float, batch_size: int) -> dict[str, Any]:  # fmt: skip
     """How many cores each loader needs for a GPU of `flops_per_second`, and the share of time waited with so many.
 
-    In batches of `RECIPE`'s size. With C cores needed and c here, a step lasts C / c times the GPU's: the same load on
+    With C cores needed and c here, a step lasts C / c times the GPU's: the same load on
     each core. The GPU's host would also spend most of a core on launching kernels; that core is not counted.
     """
     gflops = gflops_per_image()
     wanted = flops_per_second / (gflops * 1e9)
-    loaders, batch_size = {}, recipes.from_name(RECIPE).batch_size
+    loaders = {}
     for spec in specs:
         cores = math.ceil(wanted / per_core[spec.name])
         step = batch_size / wanted * cores / spec.workers

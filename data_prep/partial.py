@@ -71,6 +71,7 @@ class Chunk:
     labels: Array  # int64 [A]
     samples: list[Stored]
     rejected: list[tuple[int, str]]
+    facts: list[Any] = field(default_factory=list)  # more to remember, as JSON
 
 
 class PartFile:
@@ -182,6 +183,7 @@ class Job:
         self.folder, self.parts = folder, parts
         self.chunks = 0  # finished ones
         self.rejected: list[tuple[int, str]] = []
+        self.facts: list[Any] = []
         self._pending: list[str] = []
         self._committed = time.monotonic()
         self._syncer = ThreadPoolExecutor(1, "commit")
@@ -205,10 +207,12 @@ class Job:
         """Forget everything."""
         self.close()
         for path in self.folder.iterdir():
-            if path.name != "lock":
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != "lock":
                 path.unlink()
-        self.chunks, self.rejected, self._pending = 0, [], []
-        self.parts = [PartFile(part.path, part.num_listed) for part in self.parts]
+        self.chunks, self.rejected, self.facts, self._pending = 0, [], [], []
+        self.parts = [type(part)(part.path, part.num_listed) for part in self.parts]
         (self.folder / "job.json").write_text(json.dumps(description))
 
     def _read_journal(self) -> None:
@@ -223,6 +227,7 @@ class Job:
                 break
             self.parts[entry["part"]].restore(entry)
             self.rejected += [(index, reason) for index, reason in entry["rejected"]]
+            self.facts += entry.get("facts", [])
             self.chunks, whole = self.chunks + 1, whole + len(line)
         if lines:
             os.truncate(path, whole)
@@ -232,7 +237,9 @@ class Job:
         """Add a chunk to its file; now and then make everything safe."""
         self.parts[part].append(chunk)
         self.rejected += chunk.rejected
+        self.facts += chunk.facts
         entry = {"chunk": self.chunks, "part": part, **self.parts[part].entry(), "rejected": chunk.rejected}
+        entry |= {"facts": chunk.facts} if chunk.facts else {}
         self._pending.append(json.dumps(entry) + "\n")
         self.chunks += 1
         if time.monotonic() - self._committed > COMMIT_SECONDS:

@@ -1,24 +1,25 @@
 """Check prepared sets against their sidecars: `python -m data_prep.verify OUT.beton`.
 
 Size, header, allocation table, labels per class, OUT.files.csv and sha256 must match, and every image must decode; of a
-sharded set every shard, and the index. Exit status 2 and one line if not.
+sharded set every shard, and the index. A folder that `data_prep.videos` wrote is checked in the same way: tables,
+manifest, sha256, every frame. Exit status 2 and one line if not.
 """
 
 import argparse
 import contextlib
-import io
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from data_prep import jpeg
 from data_prep.sets import byte_bar, files_path, hash_file, members, progress_bar, read_csv, read_index
+from data_prep.verify_pixels import decode_jpeg
+from data_prep.video_verify import verify_videos
 from fasthpm.cli import Parser, run_command
 from fasthpm.data.beton import AGAIN, JPEG, Beton, open_beton, sidecar_path
+from fasthpm.data.loader import is_video_set
 from fasthpm.data.prefetch import count_workers
 from fasthpm.data.sampling import Array
 from fasthpm.errors import UserError
@@ -120,20 +121,10 @@ def _undecodable(beton: Beton, data: Array, ids: Array) -> list[int]:
         start, length = int(beton.positions[index]), int(beton.lengths[index])
         size = (int(beton.widths[index]), int(beton.heights[index]))
         try:
-            _decode(data[start : start + length].tobytes(), size)
+            decode_jpeg(data[start : start + length].tobytes(), size)
         except Exception:  # decoders raise nearly anything for damaged data
             bad.append(index)
     return bad
-
-
-def _decode(data: bytes, size: tuple[int, int]) -> None:
-    image = Image.open(io.BytesIO(data))
-    if image.size != size:
-        raise ValueError("another size")
-    if jpeg.decode is None:
-        image.load()
-    else:
-        jpeg.decode(data, *size)
 
 
 def _source_of(path: Path, sample: int) -> str:
@@ -150,6 +141,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("path", type=Path, metavar="OUT.beton", help="prepared set; its .json lies beside it")
     parser.add_argument("--num_workers", type=int, default=0, metavar="N", help="threads; 0 = all cores (default)")
     args = parser.parse_args(argv)
+    if is_video_set(args.path):
+        data = verify_videos(args.path, args.num_workers)
+        print(
+            f"{args.path} is sound: {len(data.videos)} videos, {len(data.positions) - 1} frames, "
+            f"{len(data.info.classes)} classes, {data.info.channels} channels, {len(data.frames)} bytes",
+            flush=True,
+        )
+        return
     betons = verify(args.path, args.num_workers)
     images, jpegs = sum(len(beton.modes) for beton in betons), sum(int((b.modes == JPEG).sum()) for b in betons)
     first, shards = betons[0].sidecar, f" in {len(betons)} shards" if read_index(args.path) else ""

@@ -167,7 +167,7 @@ def prepare(
         raise UserError("there is no image to prepare")
     description = _describe_job(source, classes, outputs, options)
     task = _Task(source, out, classes, outputs, options, description)
-    with _readable_write_errors(out), locked(_partial_folder(out)) as lock:
+    with readable_write_errors(out), locked(_partial_folder(out)) as lock:
         job = _new_job(task)
         try:
             return _prepare(task, job, lock, max_rejected, num_workers, overwrite)
@@ -210,7 +210,7 @@ def _prepare(
             return None
         _refuse_existing(task, overwrite)
         chunks = _plan_chunks(task.outputs, task.options)
-        _resume(task, job, len(chunks), _allowed(max_rejected, task.total))
+        _resume(task, job, len(chunks), count_allowed(max_rejected, task.total))
         _encode_all(task, job, chunks, num_workers, lock)
         _settle_rejected(task, job, max_rejected)
         _finish(task, job, num_workers)
@@ -237,12 +237,12 @@ def _describe_job(
         "files": fingerprint,
         "classes": list(classes),
         "outputs": [[output.path.name, len(output.indices), int(output.indices[:1].sum())] for output in outputs],
-        "versions": {"layout": LAYOUT} | _versions("numpy", "pillow", "opencv-python"),
+        "versions": {"layout": LAYOUT} | package_versions("numpy", "pillow", "opencv-python"),
     }
     return json.loads(json.dumps(values | {f"--{name}": value for name, value in asdict(options).items()}))
 
 
-def _versions(*names: str) -> dict[str, str]:
+def package_versions(*names: str) -> dict[str, str]:
     found = {}
     for name in names:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -297,7 +297,7 @@ def _refuse_existing(task: _Task, overwrite: bool) -> None:
 
 
 @contextlib.contextmanager
-def _readable_write_errors(out: Path) -> Iterator[None]:
+def readable_write_errors(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -334,9 +334,9 @@ def _encode_all(task: _Task, job: Job, chunks: list[tuple[int, Array]], num_work
         return
     workers = min(count_workers(num_workers), len(todo))
     pool = ProcessPoolExecutor(workers, fork, initializer=_enter_worker, initargs=(task.source, task.options, lock))
-    with pool, progress_bar(task.total, "prepare", "img", initial=done) as bar, _asked_to_stop() as stopping:
+    with pool, progress_bar(task.total, "prepare", "img", initial=done) as bar, asked_to_stop() as stopping:
         try:
-            results = _in_order(pool, [indices for _, indices in todo], workers * AHEAD)
+            results = in_order(pool, _encode_chunk, [indices for _, indices in todo], workers * AHEAD)
             for (part, indices), chunk in zip(todo, results, strict=True):
                 job.append(part, chunk)
                 bar.update(len(indices))
@@ -364,21 +364,23 @@ def _explain(error: BaseException, done: int, total: int) -> None:
         ) from error
 
 
-def _in_order(pool: ProcessPoolExecutor, items: Iterable[Array], window: int) -> Iterator[Chunk]:
-    """Results in order, with at most `window` of them under way or waiting."""
+def in_order(
+    pool: ProcessPoolExecutor, work: Callable[[Array], Chunk], items: Iterable[Array], window: int
+) -> Iterator[Chunk]:
+    """Results of `work` in order, with at most `window` of them under way or waiting."""
     waiting: deque[Any] = deque()
     items = iter(items)
     for item in itertools.islice(items, window):
-        waiting.append(pool.submit(_encode_chunk, item))
+        waiting.append(pool.submit(work, item))
     while waiting:
         chunk = waiting.popleft().result()
         for item in itertools.islice(items, 1):
-            waiting.append(pool.submit(_encode_chunk, item))
+            waiting.append(pool.submit(work, item))
         yield chunk
 
 
 @contextlib.contextmanager
-def _asked_to_stop() -> Iterator[Callable[[], bool]]:
+def asked_to_stop() -> Iterator[Callable[[], bool]]:
     """Ctrl-C and SIGTERM only ask to stop after the current chunk; a second one stops at once."""
     asked: list[int] = []
 
@@ -409,18 +411,23 @@ _options = WriteOptions()
 
 
 def _enter_worker(source: Samples, options: WriteOptions, lock: int) -> None:
-    """Start of every process: die with the parent, leave Ctrl-C to it, one thread each."""
+    """Start of every process: one thread each."""
     global _source, _options
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    os.close(lock)  # else it would stay locked for a moment after the parent has been killed
+    become_worker(lock)
     import cv2
 
     _source, _options = source, options
     cv2.setNumThreads(0)
     Image.MAX_IMAGE_PIXELS = None  # ours takes its place: PIL only warns until twice the limit
     warnings.simplefilter("ignore")  # PIL's remarks on odd but readable files
+
+
+def become_worker(lock: int) -> None:
+    """Die with the parent, leave Ctrl-C to it, and let go of its lock."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.close(lock)  # else it would stay locked for a moment after the parent has been killed
 
 
 def _encode_chunk(indices: Array) -> Chunk:
@@ -438,24 +445,24 @@ def _encode_chunk(indices: Array) -> Chunk:
         except Exception as error:  # decoders raise nearly anything for damaged files
             if getattr(error, "code", None) == cv2.Error.StsNoMem:
                 raise MemoryError(str(error)) from error
-            rejected.append((index, _reason(error)))
+            rejected.append((index, reason_of(error)))
     columns = np.array([row[:2] for row in accepted], np.int64).reshape(-1, 2)
     return Chunk(columns[:, 0], columns[:, 1], [row[2] for row in accepted], rejected)
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     text = (error.strerror if isinstance(error, OSError) else None) or str(error)
     return f"{type(error).__name__}: {' '.join(text.split())}"
 
 
 # ------------------------------------------------------------------------------------------------------- the end
-def _allowed(max_rejected: float, total: int) -> int:
+def count_allowed(max_rejected: float, total: int) -> int:
     return int(max_rejected * total) if max_rejected < 1 else int(max_rejected)
 
 
 def _settle_rejected(task: _Task, job: Job, max_rejected: float) -> None:
     """Write (or clear away) `OUT.rejected.csv`, and stop if too many samples are on it, or all."""
-    path, total, allowed = rejected_path(task.out), task.total, _allowed(max_rejected, task.total)
+    path, total, allowed = rejected_path(task.out), task.total, count_allowed(max_rejected, task.total)
     path.unlink(missing_ok=True)
     if job.rejected:
         write_csv(path, ("path", "reason"), ((task.source.where(i), why) for i, why in sorted(job.rejected)))
@@ -481,7 +488,7 @@ def _finish(task: _Task, job: Job, num_workers: int) -> None:
     for part, output, rows, digest in zip(job.parts, task.outputs, records, digests, strict=True):
         sidecar = _sidecar(task, part, rows, grey) | {"sha256": digest, "num_rejected": _count_rejected(job, output)}
         write_csv(files_path(part.path), ("path",), ((task.source.name(i),) for i in rows["index"].tolist()))
-        _write_json(sidecar_path(part.path), sidecar)
+        write_json(sidecar_path(part.path), sidecar)
         names += [part.path.name, files_path(part.path).name]
         sidecars.append(sidecar_path(part.path).name)
         if output.shard:
@@ -489,7 +496,7 @@ def _finish(task: _Task, job: Job, num_workers: int) -> None:
             shards.append(sidecar)
     if shards:
         index = sidecar_path(job.folder / task.out.name)
-        _write_json(index, _index(task, shards, merged, grey))
+        write_json(index, _index(task, shards, merged, grey))
         sidecars.append(index.name)
     sync_path(job.folder)
     job.plan_publishing(names + sidecars, [path.name for path in _old_files(task)])
@@ -505,12 +512,12 @@ def _hash_all(paths: Sequence[Path], num_workers: int) -> list[str]:
             return list(pool.map(lambda path: hash_file(path, bar.update), paths))
 
 
-def _write_json(path: Path, values: dict[str, Any]) -> None:
+def write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     sync_path(path)
 
 
-def _statistics(totals: Totals, grey: bool) -> dict[str, Any]:
+def statistics(totals: Totals, grey: bool) -> dict[str, Any]:
     """channels, mean and std, of pixels scaled to 0..1; exact until the last division."""
     channels = 1 if grey else 3
     n = totals.pixels
@@ -529,7 +536,7 @@ def _sidecar(task: _Task, part: PartFile, records: Array, grey: bool) -> dict[st
         "format": "ffcv",
         "num_samples": len(records),
         "num_rejected": 0,
-        **_statistics(part.totals, grey),
+        **statistics(part.totals, grey),
         "classes": list(task.classes),
         "counts": np.bincount(records["label"], minlength=len(task.classes)).tolist(),
         "max_height": int(image["height"].max()),
@@ -547,7 +554,7 @@ def _index(task: _Task, shards: list[dict[str, Any]], totals: Totals, grey: bool
         "format": SHARDED,
         "shards": [output.path.name for output in task.outputs if output.shard],
         **{name: sum(shard[name] for shard in shards) for name in ("num_samples", "num_rejected")},
-        **_statistics(totals, grey),
+        **statistics(totals, grey),
         "classes": list(task.classes),
         "counts": np.sum([shard["counts"] for shard in shards], 0).tolist(),
         **{name: max(shard[name] for shard in shards) for name in ("max_height", "max_width")},
@@ -560,7 +567,7 @@ def _common(task: _Task) -> dict[str, Any]:
     return {
         "options": asdict(task.options),
         "versions": {"fasthpm": __version__, "python": sys.version.split()[0]}
-        | _versions("ffcv", "numpy", "pillow", "opencv-python"),
+        | package_versions("ffcv", "numpy", "pillow", "opencv-python"),
         "job": task.job_id,
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }

@@ -10,6 +10,8 @@ from fasthpm.errors import UserError, nearest
 COMMANDS = {
     "pretrain": ("fasthpm.pretrain", "pretrain a model (one process; use deepspeed or torchrun for more)"),
     "knn": ("fasthpm.probes.knn", "k-NN accuracy of a run's encoder"),
+    "linear": ("fasthpm.probes.linear", "linear probe of a run's encoder"),
+    "finetune": ("fasthpm.probes.finetune", "fine-tune a run's encoder on labelled images"),
     "import": ("fasthpm.importer", "make a run of an HPM, MAE or AMT checkpoint"),
     "export": ("fasthpm.export", "write a run's weights for timm, torchvision or Hugging Face"),
     "visualize": ("fasthpm.visualize", "pictures: image, reconstruction, true and predicted loss, mask"),

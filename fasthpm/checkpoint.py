@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from fasthpm.recipe import Recipe, load_recipe, save_recipe
 from fasthpm.step import model_of
 
 MANIFEST, STATE, RECIPE = "manifest.json", "state.json", "recipe.json"
+CLASSIFIER = "finetune.json"  # in checkpoints of fine-tuning, which hold a classifier and no decoder
 WRITING = ".writing-"
 HASH_CHUNK = 1 << 22
 BYTES_PER_PARAMETER = 17  # float32 master, two moments and EMA; a little for names and hashes
@@ -43,6 +44,7 @@ class RunState:
     loader: dict[str, Any]  # the loader's state_dict
     world_size: int  # ranks that wrote it
     accum_iter: int  # the loader's batches per update
+    skipped: list[int] = field(default_factory=list)  # updates (from 0) that were left out: not finite
 
 
 # -------------------------------------------------------------------------------------------------- write
@@ -105,10 +107,22 @@ def require_space(output_dir: Path, parameters: int) -> None:
         )
 
 
-def rotate(output_dir: Path, keep: int) -> None:
-    """Delete all but the `keep` newest checkpoints."""
-    for folder in _checkpoints(output_dir)[keep:]:
-        shutil.rmtree(folder)
+def rotate(output_dir: Path, keep: int, *, newest: Path | None = None, every: int = 0) -> None:
+    """Delete all but the `keep` newest checkpoints.
+
+    - `newest`: the one just written; any of a later update is damaged, or resume would have begun there, and must not
+      take its place
+    - `every`: updates between two that are kept for ever; 0 = none
+    """
+    folders = [folder for folder in _checkpoints(output_dir) if newest is None or step_of(folder) <= step_of(newest)]
+    for folder in folders[keep:]:
+        if not every or step_of(folder) % every or not step_of(folder):
+            shutil.rmtree(folder)
+
+
+def step_of(folder: Path) -> int:
+    """Updates done at a checkpoint, by its name."""
+    return int(folder.name.rpartition("-")[2])
 
 
 def file_hash(path: Path) -> str:
@@ -132,7 +146,8 @@ def fsync(path: Path) -> None:
 # -------------------------------------------------------------------------------------------------- find and verify
 def _checkpoints(output_dir: Path) -> list[Path]:
     """Checkpoint folders, newest first, verified or not."""
-    return sorted((output_dir / "checkpoints").glob("step-*"), reverse=True)
+    folders = (output_dir / "checkpoints").glob("step-*")
+    return sorted((f for f in folders if f.name.removeprefix("step-").isdecimal()), key=step_of, reverse=True)
 
 
 def damage(folder: Path) -> str:
@@ -223,12 +238,10 @@ def continued(recipe: Recipe, world_size: int) -> Recipe:
 
 
 # -------------------------------------------------------------------------------------------------- weights in and out
-def load_weights(source: Path, which: str = "student") -> tuple[HPMViT, Recipe]:
-    """The float32 model of a run (its newest valid checkpoint) or of one checkpoint, in eval mode.
+def checkpoint_of(source: Path) -> Path:
+    """The checkpoint that `source` means: the newest valid one of a run, or itself.
 
-    - `which`: "student" or "teacher" (the EMA); "untrained" gives the run's weights before the first update
-
-    **Raises:** `UserError` if there is no such checkpoint or it has no teacher.
+    **Raises:** `UserError` if there is none, or it is a fine-tuned classifier's.
     """
     run = (source / "checkpoints").is_dir()
     folder = newest_valid(source, lambda line: print(f"warning: {line}", file=sys.stderr)) if run else source
@@ -237,6 +250,22 @@ def load_weights(source: Path, which: str = "student") -> tuple[HPMViT, Recipe]:
             f"{source} holds no valid checkpoint; expected the output_dir of a run or one of its "
             f"checkpoints/step-… folders"
         )
+    if (folder / CLASSIFIER).is_file():
+        raise UserError(
+            f"{source} holds a fine-tuned classifier; give the pretraining run that it came from, or evaluate it with "
+            f"fasthpm finetune --evaluate"
+        )
+    return folder
+
+
+def load_weights(source: Path, which: str = "student") -> tuple[HPMViT, Recipe]:
+    """The float32 model of a run (its newest valid checkpoint) or of one checkpoint, in eval mode.
+
+    - `which`: "student" or "teacher" (the EMA); "untrained" gives the run's weights before the first update
+
+    **Raises:** `UserError` if there is no such checkpoint or it has no teacher.
+    """
+    folder = checkpoint_of(source)
     recipe = load_recipe(folder / RECIPE)
     model = (initial_model(recipe) if which == "untrained" else model_of(recipe)).eval()
     if which != "untrained":

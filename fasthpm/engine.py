@@ -9,8 +9,9 @@ import io
 import json
 import logging
 import os
+import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
@@ -200,6 +201,29 @@ def in_agreement() -> Iterator[None]:
     agree(error)
 
 
+@contextmanager
+def naming_lost_ranks(where: Callable[[], str]) -> Iterator[None]:
+    """Say in one line, before the traceback, that a collective failed because another rank or the network is gone.
+
+    - `where`: how far this rank had come
+    """
+    try:
+        yield
+    except RuntimeError as error:  # gloo has no class of its own
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            print(
+                f"fasthpm: error: rank {dist.get_rank()} lost another rank {where()} ({_first_line(error)}); see what "
+                f"its machine says, and start the same command to resume from the last checkpoint",
+                file=sys.stderr,
+                flush=True,
+            )
+        raise
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0].rpartition("] ")[2].rstrip(". ")
+
+
 # ------------------------------------------------------------------------------------------------------ configuration
 RECIPE_OWNS = {
     "train_micro_batch_size_per_gpu": "batch_size",
@@ -261,7 +285,19 @@ def merge_config(path: str | Path, recipe: Recipe, world_size: int) -> dict[str,
         config[key] = wanted
     if _uses_bf16(config):
         config.setdefault("data_types", {}).setdefault("buffer_dtype", "bf16")
+        if recipe.on_nonfinite == "skip":
+            _check_gradients(config["bf16"], str(path))
     return config
+
+
+def _check_gradients(bf16: dict[str, Any], path: str) -> None:
+    """Have ZeRO 1 and 2 look at the gradients before they use them, as the other stages always do in bf16."""
+    if bf16.get("check_grad_overflow", True) is not True:
+        raise UserError(
+            f"{path}: bf16.check_grad_overflow is {bf16['check_grad_overflow']!r}, but the recipe's on_nonfinite is "
+            f"'skip', which needs it; remove it there, or use --on_nonfinite rollback"
+        )
+    bf16["check_grad_overflow"] = True
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -333,17 +369,25 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     ]
 
 
-def build_engine(step_module: nn.Module, recipe: Recipe, config: dict[str, Any], launch: Launch) -> Any:
+def build_engine(
+    step_module: nn.Module,
+    recipe: Recipe,
+    config: dict[str, Any],
+    launch: Launch,
+    groups: list[dict[str, Any]] | None = None,
+) -> Any:
     """Wrap `step_module` in DeepSpeed with AdamW (fused), its state allocated and its step count at 0.
 
     - `config`: from `merge_config`
+    - `groups`: AdamW's parameter groups; None = `parameter_groups`. A group's `lr_scale` multiplies its learning rate
 
     **Returns:** a `deepspeed.DeepSpeedEngine`.
     """
     import deepspeed
 
+    step_module.to(launch.device)
     optimizer = torch.optim.AdamW(
-        parameter_groups(step_module.to(launch.device), recipe.weight_decay),
+        groups or parameter_groups(step_module, recipe.weight_decay),
         lr=0.0,  # ZeRO 0 takes an empty step while it starts, which must not decay the weights
         betas=(recipe.beta1, recipe.beta2),
         eps=1e-8,
@@ -366,12 +410,20 @@ def hush() -> Iterator[None]:
 
 
 def set_lr(engine: Any, lr: float) -> None:
-    """Learning rate of every parameter group, from the next update on."""
+    """Learning rate of every parameter group, times its `lr_scale` if it has one, from the next update on."""
     for group in engine.basic_optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 def grad_norm(engine: Any) -> Tensor | float:
     """Global gradient norm of the last update, before clipping; infinite if the update was skipped."""
     norm = engine.get_global_grad_norm()
     return 0.0 if norm is None else norm
+
+
+def update_applied(engine: Any) -> bool:
+    """Whether the last update changed the weights: DeepSpeed leaves out those whose gradient is not finite.
+
+    The same on all ranks. Stages 1 and 2 in bf16 look at the gradient only if bf16.check_grad_overflow is set.
+    """
+    return bool(engine.was_step_applied())

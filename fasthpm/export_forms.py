@@ -43,6 +43,8 @@ HUGGINGFACE: Names = (
     ("patch_embed.proj", "embeddings.patch_embeddings.projection"),
     ("norm.", "layernorm."),
 )
+# VideoMAE on the Hub has its own names for the biases, and none for the keys.
+VIDEOMAE: Names = (("attention.query.bias", "attention.q_bias"), ("attention.value.bias", "attention.v_bias"))
 HUGGINGFACE_BLOCK: Names = (
     ("norm1", "layernorm_before"),
     ("norm2", "layernorm_after"),
@@ -55,7 +57,8 @@ HUGGINGFACE_BLOCK: Names = (
 class Target(ABC):
     """One form of the weights: how it is written, and what its library computes from what was written.
 
-    - `path` is the file, or the folder for a target with `folder`; `images` float64 [B, C, H, W]; `mask` bool [B, L]
+    - `path` is the file, or the folder for a target with `folder`; `images` float64 [B, C, (T,) H, W]; `mask` bool
+      [B, L]
     """
 
     library = ""
@@ -63,6 +66,7 @@ class Target(ABC):
     default = "encoder.safetensors"
     folder = False
     whole = False  # takes the decoder too
+    takes: tuple[str, ...] = ("image",)  # models
 
     def refusal(self, model: HPMViT) -> str:
         """Why the library has no such model, or an empty string."""
@@ -158,7 +162,7 @@ def torchvision_arguments(model: HPMViT) -> dict[str, Any]:
         "patch_size": model.patch_size,
         "num_layers": len(model.blocks),
         "num_heads": model.num_heads,
-        "hidden_dim": model.cls_token.shape[-1],
+        "hidden_dim": model.embed_dim,
         "mlp_dim": mlp_width(model.blocks),
     }
 
@@ -254,11 +258,44 @@ class HuggingFaceMAE(HuggingFaceViT):
         return f'transformers.ViTMAEForPreTraining.from_pretrained("{path}")'
 
 
+class HuggingFaceVideoMAE(HuggingFaceViT):
+    """`transformers.VideoMAEModel`: the encoder of a video model, with its final norm.
+
+    It has no biases on the keys, which ours may have: softmax ignores them, so they are left out. Releases of
+    transformers have loaded the others as zeros without a word; what counts is that the outputs agree.
+    """
+
+    summary = "encoder of a video model for Hugging Face's VideoMAEModel (a folder)"
+    default, takes = "hf_videomae", ("video",)
+    architecture = "VideoMAEModel"
+
+    def configuration(self, model: HPMViT, recipe: Recipe) -> Any:
+        return library("transformers").VideoMAEConfig(
+            **huggingface_arguments(model),
+            architectures=[self.architecture],
+            num_frames=model.num_frames,
+            tubelet_size=model.tubelet_size,
+            use_mean_pooling=False,  # which would leave the final norm out
+            qkv_bias=True,
+        )
+
+    def tensors(self, model: HPMViT) -> dict[str, Tensor]:
+        tensors = huggingface_encoder(model)
+        left_out = ("attention.key.bias", "position_embeddings")
+        return {renamed(k, VIDEOMAE): value for k, value in tensors.items() if not k.endswith(left_out)}
+
+    def theirs(self, path: Path, images: Tensor, mask: Tensor) -> Tensor:
+        return self.load(path)(images.transpose(1, 2)).last_hidden_state
+
+    def usage(self, path: Path) -> str:
+        return f'transformers.VideoMAEModel.from_pretrained("{path}"), which takes clips [B, T, C, H, W]'
+
+
 def huggingface_arguments(model: HPMViT) -> dict[str, Any]:
     """What `ViTConfig` and `ViTMAEConfig` share."""
     height, width = model.img_size
     return {
-        "hidden_size": model.cls_token.shape[-1],
+        "hidden_size": model.embed_dim,
         "num_hidden_layers": len(model.blocks),
         "num_attention_heads": model.num_heads,
         "intermediate_size": mlp_width(model.blocks),
@@ -290,9 +327,9 @@ def huggingface_block(key: str, value: Tensor, prefix: str = "encoder.layer.") -
 
 
 def preprocessor(model: HPMViT, metadata: dict[str, str]) -> dict[str, Any]:
-    """What `ViTImageProcessor` does to an image: the run's own size, mean and standard deviation."""
+    """What Hugging Face's processor does to an image or a clip: the run's own size, mean and standard deviation."""
     return {
-        "image_processor_type": "ViTImageProcessor",
+        "image_processor_type": "VideoMAEImageProcessor" if model.video else "ViTImageProcessor",
         "do_resize": True,
         "size": {"height": model.img_size[0], "width": model.img_size[1]},
         "resample": 3,
@@ -301,6 +338,7 @@ def preprocessor(model: HPMViT, metadata: dict[str, str]) -> dict[str, Any]:
         "do_normalize": True,
         "image_mean": json.loads(metadata["mean"]),
         "image_std": json.loads(metadata["std"]),
+        **({"do_center_crop": False} if model.video else {}),
     }
 
 
@@ -309,6 +347,7 @@ class Plain(Target):
     """All tensors under our names, which are the published ones; `fasthpm import` takes the file."""
 
     library, summary, default, whole = "fasthpm", "everything, under our names", "model.safetensors", True
+    takes = ("image", "video")
 
     def write(self, model: HPMViT, recipe: Recipe, metadata: dict[str, str], path: Path) -> None:
         tensors = {key: value.clone() for key, value in model.state_dict().items()}
@@ -333,6 +372,7 @@ TARGETS: dict[str, Target] = {
     "torchvision": Torchvision(),
     "hf_vit": HuggingFaceViT(),
     "hf_vitmae": HuggingFaceMAE(),
+    "hf_videomae": HuggingFaceVideoMAE(),
     "safetensors": Plain(),
 }
 
@@ -350,7 +390,7 @@ def timm_arguments(model: HPMViT) -> dict[str, Any]:
         "img_size": list(model.img_size),
         "patch_size": model.patch_size,
         "in_chans": model.in_chans,
-        "embed_dim": model.cls_token.shape[-1],
+        "embed_dim": model.embed_dim,
         "depth": len(model.blocks),
         "num_heads": model.num_heads,
         "num_classes": 0,

@@ -21,36 +21,55 @@ def last_block_saving(tokens: int, kept: int, dim: int, mlp_ratio: float = 4.0) 
     return 2 * skipped * dim * dim * (1 + 2 * mlp_ratio) + 4 * skipped * tokens * dim
 
 
+def cross_flops(depth: int, tokens: int, context: int, dim: int, mlp_ratio: float = 4.0) -> float:
+    """Forward of `depth` blocks in which `tokens` tokens attend to `context` others, which stay as they are."""
+    linear = 2 * dim * dim * (tokens * (2 + 2 * mlp_ratio) + context * 2)
+    return depth * (linear + 4 * tokens * context * dim)
+
+
+def decoder_flops(model: HPMViT, depth: int, dim: int, seen: int, masked: int, outputs: int) -> float:
+    """Forward of the blocks of a decoder: `seen` visible and `masked` mask tokens enter, `outputs` tokens leave."""
+    if model.decoder_attention == "cross":
+        return cross_flops(depth, outputs, seen, dim)
+    saved = last_block_saving(seen + masked, outputs, dim) if depth else 0.0
+    return blocks_flops(depth, seen + masked, dim) - saved
+
+
 def encoder_flops(model: HPMViT, patches: int, mask_tokens: int = 0, outputs: int = 0) -> float:
-    """Forward of the encoder on `patches` patches, `mask_tokens` and the cls token, patch embedding included; of the
-    last block only the last `outputs` tokens (0 = all)."""
-    dim, tokens = model.cls_token.shape[-1], patches + mask_tokens + 1
-    embed = 2 * patches * dim * model.in_chans * model.patch_size**2
+    """Forward of the encoder on `patches` patches, `mask_tokens` and the cls token (where there is one), patch
+    embedding included; of the last block only the last `outputs` tokens (0 = all)."""
+    dim, tokens = model.embed_dim, patches + mask_tokens + model.num_prefix_tokens
+    embed = 2 * patches * dim * model.patch_dim
     saved = last_block_saving(tokens, outputs, dim) if outputs else 0.0
     return embed + blocks_flops(len(model.blocks), tokens, dim) - saved
 
 
-def reconstructor_flops(model: HPMViT, outputs: int) -> float:
-    """Forward of the reconstructor, its head on its last `outputs` tokens."""
-    dim, tokens, depth = model.mask_token.shape[-1], model.num_patches + 1, len(model.decoder_blocks)
-    blocks = blocks_flops(depth, tokens, dim) - (last_block_saving(tokens, outputs, dim) if depth else 0.0)
-    return blocks + 2 * outputs * dim * (model.target_dim or model.in_chans * model.patch_size**2)
+def trunk_flops(model: HPMViT, seen: int, masked: int, outputs: int) -> float:
+    """Forward of the reconstructor's blocks; arguments as in `decoder_flops`."""
+    return decoder_flops(model, len(model.decoder_blocks), model.mask_token.shape[-1], seen, masked, outputs)
 
 
-def predictor_flops(model: HPMViT, outputs: int) -> float:
-    """Forward of the loss predictor on its last `outputs` tokens."""
-    width, tokens = model.mask_token.shape[-1], model.num_patches + 1
-    dim = model.decoder_pred_losspred.weight.shape[-1]
-    blocks = blocks_flops(len(model.decoder_blocks_losspred), tokens, dim) - last_block_saving(tokens, outputs, dim)
-    embed = 0 if dim == width else 2 * tokens * width * dim
-    return embed + blocks + 2 * outputs * dim
+def predictor_flops(model: HPMViT, seen: int, masked: int, outputs: int) -> float:
+    """Forward of the loss predictor, without what it shares; arguments as in `decoder_flops`."""
+    width, dim = model.mask_token.shape[-1], model.decoder_pred_losspred.weight.shape[-1]
+    blocks = decoder_flops(model, len(model.decoder_blocks_losspred), dim, seen, masked, outputs)
+    cross = model.decoder_attention == "cross"
+    read = outputs if model.predictor == "shared" else seen + max(masked, outputs if cross else 0)
+    return (0 if dim == width else 2 * read * width * dim) + blocks + 2 * outputs * dim
+
+
+def teacher_flops(model: HPMViT, length: int) -> float:
+    """Forward of `HPMViT.predict_loss` on `length` patches per sample."""
+    seen = length + model.num_prefix_tokens
+    shared = trunk_flops(model, seen, 0, length) if model.predictor == "shared" else 0.0
+    predictor = predictor_flops(model, seen, 0, length)
+    return encoder_flops(model, length) + embed_flops(model, length) + shared + predictor
 
 
 def embed_flops(model: HPMViT, patches: int) -> float:
     """Forward of the linear map from encoder to decoder width, cls included; SimMIM has none."""
-    return (
-        0 if model.encoder_mask_tokens else 2 * (patches + 1) * model.cls_token.shape[-1] * model.mask_token.shape[-1]
-    )
+    tokens = patches + model.num_prefix_tokens
+    return 0 if model.encoder_mask_tokens else 2 * tokens * model.embed_dim * model.mask_token.shape[-1]
 
 
 def frozen_flops(frozen: FrozenTeacher, patches: int) -> float:
@@ -72,14 +91,13 @@ def step_flops(model: HPMViT, recipe: Recipe, frozen: FrozenTeacher | None = Non
         student = encoder_flops(model, length - masked, masked, 0 if predicts else masked)
     else:
         student = encoder_flops(model, length - masked) + embed_flops(model, length - masked)
-    student += reconstructor_flops(model, masked)
+    tokens = (length - masked + model.num_prefix_tokens, masked, masked)
+    student += trunk_flops(model, *tokens) + 2 * masked * model.decoder_pred.weight.numel()
     if predicts:
-        student += predictor_flops(model, masked)
-    teacher = 0.0
-    if recipe.uses_teacher:
-        teacher = encoder_flops(model, length)
+        student += predictor_flops(model, *tokens)
+    teacher = frozen_flops(frozen, length) if frozen else 0.0
     if recipe.masks_by_difficulty:
-        teacher += embed_flops(model, length) + predictor_flops(model, length)
-    if frozen:
-        teacher += frozen_flops(frozen, length)
+        teacher += teacher_flops(model, length // recipe.teacher_scale**2)
+    elif recipe.uses_teacher:
+        teacher += encoder_flops(model, length)
     return {"teacher": teacher, "student": 3 * student, "total": teacher + 3 * student}

@@ -2,6 +2,7 @@
 
 Published key names: MAE's (`patch_embed.proj.*`, `blocks.i.*`, `norm.*`, `decoder_embed.*`, `mask_token`,
 `decoder_blocks.i.*`, `decoder_norm.*`, `decoder_pred.*`), which AMT keeps, and HPM's, which adds `*_losspred.*`.
+VideoMAE's (`encoder.*`, `decoder.*`, `encoder_to_decoder.weight`) are translated: `video_names`.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from fasthpm.errors import UserError, nearest
 from fasthpm.model import LOSS_HEAD, HPMViT
 
 SOURCES = ("hpm", "mae", "amt", "videomae")
-WITHOUT_PREDICTOR = ("mae", "amt")
+WITHOUT_PREDICTOR = ("mae", "amt", "videomae")
 # Where trainers keep a state dict, the likeliest first.
 STUDENT_KEYS = ("state_dict", "model", "module", "model_state_dict", "student", "net")
 TEACHER_KEYS = ("ema_state_dict", "model_ema", "state_dict_ema", "ema", "teacher")
@@ -39,6 +40,14 @@ HARMLESS: list[Any] = [
 ]  # fmt: skip
 EMBEDDED_RECIPE = "fasthpm_recipe"  # metadata of our own safetensors files
 IMPORT_NOTE = "import.json"  # where an imported checkpoint says what it was made of
+POSITIONS = ("pos_embed", "decoder_pos_embed")
+VIDEO_NAMES = (  # VideoMAE's beginnings of names and ours
+    ("encoder_to_decoder.", "decoder_embed."),
+    ("encoder.", ""),
+    ("decoder.blocks.", "decoder_blocks."),
+    ("decoder.norm.", "decoder_norm."),
+    ("decoder.head.", "decoder_pred."),
+)
 LISTED = 6  # names that an error message spells out
 
 
@@ -163,57 +172,87 @@ class Architecture:
     depth: int
     patch_size: int
     in_chans: int
-    num_patches: int
+    num_patches: int  # 0 = not told: a video model's positions need not be in the file
     decoder_dim: int  # 0 = no decoder
     decoder_depth: int
     predictor_depth: int  # 0 = no loss predictor
+    tubelet_size: int = 0  # frames of a patch of a video model; 0 = image model
 
 
 def detect_source(state: Mapping[str, Tensor]) -> str:
     """Whose key names these are: "videomae", "hpm" or "mae" (AMT's are MAE's)."""
-    if any(key.startswith("encoder.") for key in state):
+    if any(key.endswith("attn.q_bias") for key in state) or any(key.startswith("encoder.") for key in state):
         return "videomae"
     return "hpm" if any("_losspred" in key for key in state) else "mae"
 
 
 def check_source(source: str) -> None:
-    """**Raises:** `UserError` for an unknown source, and for what no model here can hold yet."""
+    """**Raises:** `UserError` for an unknown source."""
     if source not in SOURCES:
         raise UserError(f"source is {source!r}, expected one of {', '.join(SOURCES)}{nearest(source, SOURCES)}")
-    if source == "videomae":
+
+
+def _check_video(kernel: Tensor, source: str) -> None:
+    """**Raises:** `UserError` for an image model under VideoMAE's names."""
+    if source == "videomae" and kernel.dim() != 5:
         raise UserError(
-            "source videomae: these weights are a video model's (or SimMIM's, whose keys begin with encoder. too), "
-            "and there is no such model here; give an HPM, MAE or AMT checkpoint"
+            f"source videomae: these are an image model's weights, {ANCHOR} is {tuple(kernel.shape)} (SimMIM's keys "
+            f"begin with encoder. too; they can't be imported); give a VideoMAE, HPM, MAE or AMT checkpoint"
         )
 
 
-def infer_architecture(state: Mapping[str, Tensor]) -> Architecture:
-    """Sizes of the model that a state dict belongs to.
+def our_names(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """VideoMAE's tensors under our names, the key biases that it lacks set to zero; others' as they are."""
+    if source != "videomae":
+        return dict(state)
+    names = {video_name(key): value for key, value in state.items()}
+    for key in [key for key in names if key.endswith("attn.q_bias")]:
+        query, stem = names.pop(key), key.removesuffix("q_bias")
+        if (value := names.pop(f"{stem}v_bias", None)) is not None:
+            names[f"{stem}qkv.bias"] = torch.cat([query, torch.zeros_like(query), value])
+    return names
+
+
+def video_name(key: str) -> str:
+    """Our name of one of VideoMAE's tensors."""
+    for theirs, ours in VIDEO_NAMES:
+        if key.startswith(theirs):
+            return ours + key.removeprefix(theirs)
+    return key
+
+
+def infer_architecture(state: Mapping[str, Tensor], source: str = "") -> Architecture:
+    """Sizes of the model that a state dict, under our names, belongs to.
 
     **Raises:** `UserError` if the parts that tell them are missing, or if DeepSpeed ZeRO-3 has partitioned them away.
     """
-    telling = (ANCHOR, "pos_embed", "cls_token", "blocks.0.mlp.fc1.weight")
+    if ANCHOR in state:
+        _check_video(state[ANCHOR], source)
+    video = ANCHOR in state and state[ANCHOR].dim() == 5
+    telling = (ANCHOR, "blocks.0.mlp.fc1.weight", *(() if video else ("pos_embed", "cls_token")))
     missing = [key for key in telling if key not in state]
     if missing:
         raise UserError(f"the weights have no {_listed(missing)}, which every HPM, MAE and AMT checkpoint has")
-    kernel, positions = state[ANCHOR], state["pos_embed"]
     if any(state[key].numel() == 0 for key in telling):
         raise UserError("the weights are empty: ZeRO-3 kept them elsewhere; run DeepSpeed's zero_to_fp32.py first")
-    if kernel.dim() != 4 or kernel.shape[2] != kernel.shape[3] or positions.dim() != 3:
+    kernel = state[ANCHOR]
+    positions = state.get("pos_embed", kernel.new_zeros(1, 0, 0))
+    if kernel.dim() not in (4, 5) or kernel.shape[-2] != kernel.shape[-1] or positions.dim() != 3:
         raise UserError(
             f"{ANCHOR} is {tuple(kernel.shape)} and pos_embed {tuple(positions.shape)}, expected (width, channels, P, "
-            f"P) and (1, 1 + patches, width): an image model"
+            f"P) and (1, 1 + patches, width), an image model, or (width, channels, frames, P, P), a video model"
         )
     decoder = state.get("decoder_embed.weight")
     return Architecture(
         embed_dim=kernel.shape[0],
         depth=_depth(state, "blocks"),
-        patch_size=kernel.shape[2],
+        patch_size=kernel.shape[-1],
         in_chans=kernel.shape[1],
-        num_patches=positions.shape[1] - 1,
+        num_patches=positions.shape[1] - (0 if video else 1),
         decoder_dim=0 if decoder is None else decoder.shape[0],
         decoder_depth=_depth(state, "decoder_blocks"),
         predictor_depth=_depth(state, "decoder_blocks_losspred"),
+        tubelet_size=kernel.shape[2] if video else 0,
     )
 
 
@@ -253,7 +292,8 @@ def load_reference(
     """Load weights of a published implementation into `model`, all or nothing.
 
     - `source`: "hpm" (its P*P*C-wide loss head becomes the average of its rows, the same function), "mae" or "amt" (a
-      model with a loss predictor keeps its own for the keys that they lack)
+      model with a loss predictor keeps its own for the keys that they lack), or "videomae" (the same; the biases of
+      the keys, which it lacks, become zeros, and positions are computed)
     - `encoder_only`: leave decoders, and a classifier's head, aside
     - `ignore`: prefixes of further keys to leave aside
 
@@ -262,8 +302,18 @@ def load_reference(
     """
     check_source(source)
     report = KeyReport()
-    given = _translated(strip_wrappers(state_dict), report, encoder_only, tuple(ignore))
     own = model.state_dict()
+    given = _translated(our_names(strip_wrappers(state_dict), source), report, encoder_only, tuple(ignore))
+    if source == "videomae":
+        if not model.video:
+            raise UserError("source videomae: the model takes images; create a video model (videomae_…, hpm_…_video)")
+        if ANCHOR in given:
+            _check_video(given[ANCHOR], source)
+        computed = [key for key in POSITIONS if key in own and key not in given]
+        given |= {key: own[key] for key in computed}
+        report.converted["computed: fixed, and not in the file"] = computed
+        zeros = [key for key in given if key.endswith("attn.qkv.bias")]
+        report.converted["with zeros for the biases of the keys, which softmax ignores"] = zeros
     absent = [key for key in own if key not in given]
     report.fresh = [key for key in absent if _may_lack(key, source, encoder_only)]
     problems = {

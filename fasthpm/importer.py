@@ -1,6 +1,6 @@
-"""Make a FastHPM run of somebody else's checkpoint: HPM's, MAE's or AMT's, or of an encoder from one of theirs.
+"""Make a FastHPM run of somebody else's checkpoint: HPM's, MAE's, AMT's or VideoMAE's, or of an encoder from one.
 
-    fasthpm import CKPT -o OUT_DIR [--source hpm|mae|amt] [--weights student|teacher] [--recipe NAME] [flags]
+    fasthpm import CKPT -o OUT_DIR [--source hpm|mae|amt|videomae] [--weights student|teacher] [--recipe NAME] [flags]
 
 Then OUT_DIR is what a run is: `fasthpm knn|visualize|export OUT_DIR`, and `fasthpm pretrain --init_from OUT_DIR …`.
 The file is never trusted with code: safetensors, or torch files that load with `weights_only`. Every weight of the
@@ -33,14 +33,17 @@ from fasthpm.foreign import (
     find_weights,
     infer_architecture,
     load_reference,
+    our_names,
     read_file,
     stored_arguments,
 )
-from fasthpm.model import SIZES, model_names
+from fasthpm.model import SIZES, VIDEO_FRAMES, is_video, model_names
 from fasthpm.recipe import Recipe, build_recipe
 from fasthpm.step import model_of
 
-PUBLISHED_DECODER_DIM, PUBLISHED_DECODER_HEADS = 512, 16  # MAE's and HPM's at every size
+PUBLISHED_DECODER_HEADS = {512: 16}  # by width: MAE's and HPM's at every size
+VIDEO_DECODER_HEADS = {192: 3, 384: 6, 512: 8, 640: 8}  # VideoMAE's
+VIDEO_SIDE, VIDEO_MASK_RATIO = 224, 0.9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,9 +90,9 @@ def import_weights(
             recipe = dataclasses.replace(own, **fields)
         elif base:
             recipe = dataclasses.replace(base, **fields)
-            check_recipe(recipe, measured(found["student"], encoder_only))
+            check_recipe(recipe, measured(found["student"], encoder_only, source))
         else:
-            shape = measured(found["student"], encoder_only)
+            shape = measured(found["student"], encoder_only, source)
             recipe, assumed = recipe_for(shape, source, fields, stored_arguments(content))
         states, reports = {}, {}
         for name, state in found.items():
@@ -125,15 +128,17 @@ def _nothing_found(content: dict[str, Any]) -> str:
 
 
 # -------------------------------------------------------------------------------------------------- which model
-def measured(state: dict[str, Tensor], encoder_only: bool) -> Architecture:
+def measured(state: dict[str, Tensor], encoder_only: bool, source: str) -> Architecture:
     """The sizes in `state`, with what can't be imported refused."""
-    shape = infer_architecture(state)
+    state = our_names(state, source)
+    shape = infer_architecture(state, source)
     if encoder_only:
         return dataclasses.replace(shape, decoder_dim=0, decoder_depth=0, predictor_depth=0)
     if not shape.decoder_dim:
         kind = "a classifier" if any(key.startswith("head.") for key in state) else "an encoder alone"
         raise UserError(f"is {kind}, without the decoder that pretraining has; take its encoder with --encoder_only")
-    values, pixels = len(state.get("decoder_pred.weight", ())), shape.patch_size**2 * shape.in_chans
+    values = len(state.get("decoder_pred.weight", ()))
+    pixels = max(shape.tubelet_size, 1) * shape.patch_size**2 * shape.in_chans
     if values not in (0, pixels):
         raise UserError(
             f"its decoder predicts {values} values per patch, not the {pixels} pixels: features are its target, and "
@@ -152,17 +157,26 @@ def recipe_for(
     **Raises:** `UserError` if no registered model has these shapes, or they leave a choice.
     """
     known: dict[str, Any] = {"model": _model_name(shape), "patch_size": shape.patch_size, "channels": shape.in_chans}
-    known["input_size"] = fields.get("input_size") or _square(shape)
+    guessed: dict[str, Any] = {}
+    if shape.tubelet_size:
+        known["tubelet_size"] = shape.tubelet_size
+        clip = _clip(shape, {**stored, **fields})
+        known, guessed = {**known, **clip[0]}, clip[1]
+    else:
+        known["input_size"] = fields.get("input_size") or _square(shape, 1)
     if shape.decoder_dim:
         known |= {"decoder_dim": shape.decoder_dim, "decoder_depth": shape.decoder_depth}
         if shape.predictor_depth not in (0, shape.decoder_depth):
             known["predictor_depth"] = shape.predictor_depth
     if not shape.predictor_depth:
-        known |= {"mask_policy": "random", "predict_loss": "none", "clip_grad": 0.0}
-    if isinstance(stored.get("norm_pix_loss"), bool):
-        known["norm_pix_loss"] = stored["norm_pix_loss"]
-    assumed = {name: value for name, value in _conventions(shape, source).items() if name not in {**known, **fields}}
-    if shape.decoder_dim not in (0, PUBLISHED_DECODER_DIM) and "decoder_heads" not in fields:
+        policy = "tube" if shape.tubelet_size and _slots({**known, **guessed}) > 1 else "random"
+        known |= {"mask_policy": policy, "predict_loss": "none", "clip_grad": 0.0}
+    for name in ("norm_pix_loss", "normlize_target"):  # MAE's and VideoMAE's spelling
+        if isinstance(stored.get(name), bool):
+            known["norm_pix_loss"] = stored[name]
+    conventions = {**guessed, **_conventions(shape, source)}
+    assumed = {name: value for name, value in conventions.items() if name not in {**known, **fields}}
+    if shape.decoder_dim and "decoder_heads" not in {**assumed, **fields}:
         raise UserError(
             f"its decoders are {shape.decoder_dim} wide, and shapes do not tell their number of heads; give "
             f"--decoder_heads"
@@ -180,8 +194,10 @@ def check_recipe(recipe: Recipe, shape: Architecture) -> None:
         "model size": (recipe.model.split("_")[2], _size(shape)),
         "patch_size": (recipe.patch_size, shape.patch_size),
         "channels": (recipe.channels, shape.in_chans),
-        f"patches of input_size {recipe.input_size}": (recipe.num_patches, shape.num_patches),
+        "tubelet_size (0 = images)": (recipe.tubelet_size if is_video(recipe.model) else 0, shape.tubelet_size),
     }
+    if shape.num_patches:
+        pairs[f"patches of input_size {recipe.input_size}"] = (recipe.num_patches, shape.num_patches)
     if shape.decoder_dim:
         pairs["decoder_dim"] = (recipe.decoder_dim, shape.decoder_dim)
         pairs["decoder_depth"] = (recipe.decoder_depth, shape.decoder_depth)
@@ -202,23 +218,48 @@ def _size(shape: Architecture) -> str:
 
 def _model_name(shape: Architecture) -> str:
     """The registered name of this size; patch and image size are the recipe's to change."""
-    stem = f"{'hpm' if shape.predictor_depth else 'mae'}_vit_{_size(shape)}_patch"
-    names = [name for name in model_names() if name.startswith(stem)]
+    method = "hpm" if shape.predictor_depth else "videomae" if shape.tubelet_size else "mae"
+    stem = f"{method}_vit_{_size(shape)}_patch"
+    names = [n for n in model_names() if n.startswith(stem) and is_video(n) == bool(shape.tubelet_size)]
+    if not names:
+        raise UserError(
+            f"its encoder is a ViT-{_size(shape)}, which has no {'video' if shape.tubelet_size else 'image'} model"
+        )
     return next((name for name in names if name.startswith(f"{stem}{shape.patch_size}_")), names[0])
 
 
-def _square(shape: Architecture) -> str:
-    side = math.isqrt(shape.num_patches)
-    if side * side != shape.num_patches:
+def _square(shape: Architecture, slots: int) -> str:
+    side = math.isqrt(shape.num_patches // slots)
+    if side * side * slots != shape.num_patches:
         raise UserError(f"its {shape.num_patches} patches make no square; give --input_size HEIGHTxWIDTH in pixels")
     return str(side * shape.patch_size)
+
+
+def _slots(fields: dict[str, Any]) -> int:
+    return int(fields["num_frames"]) // int(fields["tubelet_size"])
+
+
+def _clip(shape: Architecture, said: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Length, size and mask ratio of a video model's clips: what file or user say, and what is guessed (VideoMAE's)."""
+    known = {"num_frames": int(said["num_frames"])} if said.get("num_frames") else {}
+    guessed = {} if known else {"num_frames": VIDEO_FRAMES}
+    slots = _slots({"tubelet_size": shape.tubelet_size, **known, **guessed})
+    if shape.num_patches and slots and not said.get("input_size"):
+        known["input_size"] = _square(shape, slots)
+    elif said.get("input_size"):
+        known["input_size"] = str(said["input_size"])
+    else:
+        guessed["input_size"] = str(VIDEO_SIDE)
+    return known, {**guessed, "mask_ratio": VIDEO_MASK_RATIO}
 
 
 def _conventions(shape: Architecture, source: str) -> dict[str, Any]:
     """What neither shapes nor, often, the file tell, as the published scripts have it."""
     if not shape.decoder_dim:
         return {}
-    return {"decoder_heads": PUBLISHED_DECODER_HEADS, "norm_pix_loss": source != "hpm"}
+    video = bool(shape.tubelet_size)
+    heads = (VIDEO_DECODER_HEADS if video else PUBLISHED_DECODER_HEADS).get(shape.decoder_dim)
+    return {**({"decoder_heads": heads} if heads else {}), "norm_pix_loss": video or source != "hpm"}
 
 
 # -------------------------------------------------------------------------------------------------- out
@@ -257,7 +298,8 @@ def summary(imported: Imported) -> list[str]:
     height, width = recipe.image_size
     what = f"{imported.source} checkpoint: {recipe.model.split('_')[2]}, patches of {recipe.patch_size}"
     decoder = "" if imported.encoder_only else f", decoder {recipe.decoder_dim} x {recipe.decoder_depth}"
-    lines = [f"{what}, images {height}x{width}x{recipe.channels}{decoder}"]
+    frames = f"{recipe.num_frames} frames of " if is_video(recipe.model) else ""
+    lines = [f"{what}, {frames or 'images '}{height}x{width}x{recipe.channels}{decoder}"]
     if imported.assumed:
         lines.append(f"  assumed    {', '.join(imported.assumed)}: not told by the shapes")
     for name, report in imported.reports.items():
@@ -282,10 +324,13 @@ def _parser() -> Parser:
         "--ignore", nargs="+", default=(), metavar="PREFIX", help="leave keys aside that begin with one of these"
     )
     parser.add_argument("--input_size", help="image side or HEIGHTxWIDTH, where the patches make no square")
+    parser.add_argument(
+        "--num_frames", type=int, help="frames of a video model's clips (default: as the file says, or 16)"
+    )
     parser.add_argument("--decoder_heads", type=int, help="heads of the decoders, where they are not 512 wide")
     parser.add_argument(
         "--norm_pix_loss", action=argparse.BooleanOptionalAction,
-        help="whether targets were normalised per patch (default: as the file says, else MAE yes, HPM no)",
+        help="whether targets were normalised per patch (default: as the file says, else MAE and videos yes, HPM no)",
     )  # fmt: skip
     return parser
 
@@ -298,7 +343,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         source=arguments.source,
         weights=arguments.weights,
         base=recipes.from_name(arguments.recipe) if arguments.recipe else None,
-        given={name: getattr(arguments, name) for name in ("input_size", "decoder_heads", "norm_pix_loss")},
+        given={
+            name: getattr(arguments, name) for name in ("input_size", "num_frames", "decoder_heads", "norm_pix_loss")
+        },
         encoder_only=arguments.encoder_only,
         ignore=arguments.ignore,
     )

@@ -33,6 +33,16 @@ def pixel_target(patches: Tensor, norm_pix_loss: bool) -> Tensor:
     return (patches - mean) * (variance + EPS).rsqrt()
 
 
+def channelwise_target(patches: Tensor, channels: int, eps: float = EPS) -> Tensor:
+    """Targets [B, M, t*P*P*C] of VideoMAE: (x - mean)/(std + eps) of each patch over its values of each channel.
+
+    - `patches`: normalised pixels, the last index the channel; `eps`: on their scale
+    """
+    values = full_precision(patches).unflatten(-1, (-1, channels))
+    std, mean = torch.std_mean(values, dim=-2, keepdim=True)
+    return ((values - mean) / (std + eps)).flatten(-2)
+
+
 def patch_loss(prediction: Tensor, target: Tensor, kind: str = "mse") -> Tensor:
     """Reconstruction loss of every patch (Eq. 3): [B, M] from two [B, M, P*P*C].
 

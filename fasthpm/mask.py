@@ -13,9 +13,10 @@ from torch import Tensor
 
 from fasthpm.errors import UserError
 
-POLICIES = ("random", "hpm", "hpm_easiest", "block", "blockwise", "uniform", "tube")
-BY_DIFFICULTY = ("hpm", "hpm_easiest")
-IN_UNITS = ("random", *BY_DIFFICULTY)  # policies that can mask units of several patches
+POLICIES = ("random", "hpm", "hpm_easiest", "block", "blockwise", "uniform", "tube", "hpm_tube")
+BY_DIFFICULTY = ("hpm", "hpm_easiest", "hpm_tube")
+TUBES = ("tube", "hpm_tube")  # one mask for all frame slots
+IN_UNITS = ("random", "hpm", "hpm_easiest")  # policies that can mask units of several patches
 BLOCK_ASPECT = 0.3  # a block's height / width lies between this and its inverse (BEiT)
 BLOCK_PROPOSALS = 32  # blocks that `blockwise_mask` tries before it fills up
 _LOW_32 = 0xFFFFFFFF
@@ -58,10 +59,10 @@ class MaskPlan:
                 f"mask_policy uniform leaves one patch of every 2 x 2 visible: it needs mask_ratio 0.75 (not "
                 f"{self.mask_ratio}) and even numbers of patches (not {rows} x {columns})"
             )
-        if self.policy == "tube" and self.slots == 1:
+        if self.policy in TUBES and self.slots == 1:
             raise UserError(
-                "mask_policy tube repeats one mask in every frame of a video, and an image has one frame; use "
-                "--mask_policy random"
+                f"mask_policy {self.policy} repeats one mask in every frame of a video, and an image has one frame; "
+                f"use --mask_policy {'random' if self.policy == 'tube' else 'hpm'}"
             )
 
     @property
@@ -91,7 +92,8 @@ def draw_mask(plan: MaskPlan, noise: Tensor, difficulty: Tensor | None = None, a
 
     - `noise`: [2, B, plan.noise_size] in [0, 1)
     - `difficulty`, `alpha`: as in `easy_to_hard_mask`, for the policies that follow it; a unit's difficulty is the
-      mean of its patches, and in a video every frame slot is masked on its own
+      mean of its patches, and in a video every frame slot is masked on its own (TPAMI 4.2), or, with "hpm_tube" (in
+      no paper), all alike by the sum of a place's difficulties
 
     **Returns:** bool [B, L], exactly `plan.num_masked` True per row.
     """
@@ -110,10 +112,12 @@ def draw_mask(plan: MaskPlan, noise: Tensor, difficulty: Tensor | None = None, a
     else:
         if difficulty is None:
             raise ValueError(f"mask policy {policy} needs a difficulty")
+        scores, groups = pool_units(difficulty, grid, plan.unit), plan.slots
+        if policy == "hpm_tube":
+            scores, groups = scores.float().reshape(len(scores), groups, -1).sum(dim=1), 1
         mask = easy_to_hard_mask(
-            pool_units(difficulty, grid, plan.unit), ratio, alpha, groups=plan.slots, noise=noise[:, :, :units],
-            easiest=policy == "hpm_easiest",
-        )  # fmt: skip
+            scores, ratio, alpha, groups=groups, noise=noise[:, :, : scores.shape[1]], easiest=policy == "hpm_easiest"
+        ).repeat(1, plan.slots // groups)
     return spread_units(mask, grid, plan.unit)
 
 
@@ -325,12 +329,17 @@ def _threshold(key: Tensor, count: int | Tensor) -> Tensor:
     if isinstance(count, int):
         if count == 0:
             return above
-        if key.device.type == "cpu":
+        if _numpy_is_faster(key):
             return torch.from_numpy(np.partition(key.numpy(), length - count, axis=1)[:, length - count, None])
         return key.sort(dim=1).values[:, -count, None]
-    ordered = torch.from_numpy(np.sort(key.numpy(), axis=1)) if key.device.type == "cpu" else key.sort(dim=1).values
+    ordered = torch.from_numpy(np.sort(key.numpy(), axis=1)) if _numpy_is_faster(key) else key.sort(dim=1).values
     place = (length - count).clamp_max(length - 1).expand(len(key), 1)
     return torch.where(count > 0, ordered.gather(1, place), above)
+
+
+def _numpy_is_faster(key: Tensor) -> bool:
+    """On a CPU, unless a compiler is tracing, which cannot follow numpy."""
+    return key.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _aspect(number: Tensor) -> Tensor:

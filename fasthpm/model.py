@@ -1,9 +1,12 @@
-"""One masked autoencoder: ViT encoder, reconstructor and (HPM) loss predictor. MAE and SimMIM are settings of it.
+"""One masked autoencoder: ViT encoder, reconstructor and (HPM) loss predictor. MAE, SimMIM and VideoMAE are settings
+of it; an image is a video of one frame.
 
 Parameters carry the names of the published MAE and HPM checkpoints. Every parameter is read inside the forward of the
 module that owns it, so ZeRO-3 can partition them; the expensive parts only see the tokens that they need.
 
-Letters: B batch, L patches, M masked, V = L - M visible, P patch side, C channels, D width.
+Letters: B batch, L patches, M masked, V = L - M visible, P patch side, C channels, D width, T frames, t frames of a
+patch. A patch has t*P*P*C values, as (frame, row, column, channel); patches are in the order (slot of t frames, row,
+column).
 """
 
 import math
@@ -13,12 +16,15 @@ import timm.models
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fasthpm import loss as losses
 from fasthpm.errors import UserError, nearest
 from fasthpm.mask import split_ids
 
 LAYER_NORM_EPS = 1e-6
+VIDEO_FRAMES, VIDEO_TUBELET = 16, 2  # VideoMAE's
+VIDEO_EPS = losses.EPS / 0.226  # VideoMAE's 1e-6 is of pixels in 0..1; here they are divided by ImageNet's std
 LOSS_HEAD = "decoder_pred_losspred"
 
 
@@ -30,7 +36,7 @@ class Output(NamedTuple):
     difficulty_loss: Tensor  # scalar, 0 without a loss predictor
     per_patch_loss: Tensor  # float32 [B, M], detached
     predicted_difficulty: Tensor  # float32 [B, M], zeros without a loss predictor
-    reconstruction: Tensor  # [B, M, P*P*C], each patch as (row, column, channel); [B, M, D'] if features are the target
+    reconstruction: Tensor  # [B, M, t*P*P*C], patches as (frame, row, column, channel); [B, M, D'] of target features
 
 
 class HPMViT(nn.Module):
@@ -41,12 +47,23 @@ class HPMViT(nn.Module):
     AMT paper's SimMIM: absolute positions (SimMIM has relative ones, and LayerScale). Ours: HPM on it, which neither
     HPM paper tried (they added it to MAE, BEiT and iBOT); the loss predictor reads the encoder's output.
 
+    With `video` it has VideoMAE's layout: no cls token, one sine-cosine position per token counted through space and
+    time, no bias between encoder and decoders, targets normalised per channel. VideoMAE has no bias on the keys;
+    here they have one, which softmax ignores (it adds the same to all scores of a query).
+
     - `img_size`: side or (height, width) in pixels, multiples of `patch_size`
+    - `num_frames`, `tubelet_size`: frames of a clip, and of a patch; more than one frame needs `video`
     - `predict_loss`: "relative", "absolute" or "none" (no predictor: MAE)
     - `predictor_dim`, `predictor_depth`: of the loss predictor; 0 = the decoder's. Another width than that of the
       tokens that it reads (of the decoder, in SimMIM of the encoder) costs one linear map
+    - `predictor`: "separate", or "shared": a norm and a linear head on the reconstructor's blocks instead of blocks of
+      its own (the CVPR paper's open question)
+    - `decoder_attention`: "self", or "cross": only mask tokens go through the decoders; in every block they attend to
+      cls and visible tokens as those enter the decoder (after CrossMAE, arXiv 2401.14391), not to each other. The
+      teacher asks with mask tokens everywhere. Parameters have the same names and shapes
     - `pixel_loss`: "mse" or "l1"; `absolute_standardize`, `norm_pix_loss`: see `fasthpm.loss`
     - `target_dim`: width D' of the features that are predicted; 0 = pixels are
+    - `activation_checkpointing`: keep only the blocks' inputs and compute the rest again in the backward pass
 
     **Raises:** `UserError` for sizes that do not fit together.
     """
@@ -69,91 +86,133 @@ class HPMViT(nn.Module):
         mlp_ratio: float = 4.0,
         predictor_dim: int = 0,
         predictor_depth: int = 0,
+        predictor: str = "separate",
+        decoder_attention: str = "self",
         encoder_mask_tokens: bool = False,
         predict_loss: str = "relative",
         absolute_standardize: bool = True,
         pixel_loss: str = "mse",
         norm_pix_loss: bool = False,
         target_dim: int = 0,
+        num_frames: int = 1,
+        tubelet_size: int = 1,
+        video: bool = False,
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.embed_dim = num_heads, embed_dim
+        self.video, self.num_frames, self.tubelet_size = video, num_frames, tubelet_size
+        self.num_prefix_tokens = 0 if video else 1  # cls
+        self.activation_checkpointing = activation_checkpointing
         self.img_size = (img_size, img_size) if isinstance(img_size, int) else (img_size[0], img_size[1])
         self.patch_size, self.in_chans = patch_size, in_chans
         self.predict_loss_kind, self.absolute_standardize = predict_loss, absolute_standardize
         self.pixel_loss, self.norm_pix_loss = pixel_loss, norm_pix_loss
         self.encoder_mask_tokens, self.target_dim = encoder_mask_tokens, target_dim
+        self.predictor, self.decoder_attention = predictor, decoder_attention
+        if encoder_mask_tokens and (predictor == "shared" or decoder_attention == "cross"):
+            raise UserError("SimMIM has no decoder blocks: use predictor separate and decoder_attention self with it")
         self.grid_size = _grid(self.img_size, patch_size)
-        self.num_patches = self.grid_size[0] * self.grid_size[1]
-        patch_dim = patch_size**2 * in_chans
+        self.slots = _slots(num_frames, tubelet_size, video)
+        self.num_patches = self.slots * self.grid_size[0] * self.grid_size[1]
+        self.patch_dim = tubelet_size * patch_size**2 * in_chans
 
-        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.register_buffer("pos_embed", sincos_positions(embed_dim, self.grid_size)[None])
+        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, tubelet_size if video else 0)
+        if not video:
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.register_buffer("pos_embed", self._positions(embed_dim))
         self.blocks = _blocks(depth, embed_dim, num_heads, mlp_ratio)
         self.norm = nn.LayerNorm(embed_dim, LAYER_NORM_EPS)
 
         width = embed_dim if encoder_mask_tokens else decoder_embed_dim  # of the tokens that both heads read
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.decoder_blocks = _blocks(0 if encoder_mask_tokens else decoder_depth, width, decoder_num_heads, mlp_ratio)
+        depth_of_decoder = 0 if encoder_mask_tokens else decoder_depth
+        self.decoder_blocks = _blocks(depth_of_decoder, width, decoder_num_heads, mlp_ratio, decoder_attention)
         self.decoder_norm: nn.Module = nn.Identity()
         if not encoder_mask_tokens:
-            self.decoder_embed = nn.Linear(embed_dim, width)
-            self.register_buffer("decoder_pos_embed", sincos_positions(width, self.grid_size)[None])
+            self.decoder_embed = nn.Linear(embed_dim, width, bias=not video)
+            self.register_buffer("decoder_pos_embed", self._positions(width))
             self.decoder_norm = nn.LayerNorm(width, LAYER_NORM_EPS)
-        self.decoder_pred = nn.Linear(width, target_dim or patch_dim)
+        self.decoder_pred = nn.Linear(width, target_dim or self.patch_dim)
         if predict_loss != "none":
             dim = predictor_dim or decoder_embed_dim
+            blocks = 0 if predictor == "shared" else predictor_depth or decoder_depth
             self.decoder_embed_losspred = nn.Identity() if dim == width else nn.Linear(width, dim)
-            self.decoder_blocks_losspred = _blocks(predictor_depth or decoder_depth, dim, decoder_num_heads, mlp_ratio)
+            self.decoder_blocks_losspred = _blocks(blocks, dim, decoder_num_heads, mlp_ratio, decoder_attention)
             self.decoder_norm_losspred = nn.LayerNorm(dim, LAYER_NORM_EPS)
-            self.decoder_pred_losspred = ScalarHead(dim, patch_dim)
+            self.decoder_pred_losspred = ScalarHead(dim, self.patch_dim)
         self.apply(_init_linear)
-        nn.init.normal_(self.cls_token, std=0.02)
+        if not video:
+            nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.mask_token, std=0.02)
 
     def patchify(self, images: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, L, P*P*C], patches in raster order, values as (row, column, channel)."""
+        """[B, C, (T,) H, W] -> [B, L, t*P*P*C]; the orders are those at the top of this file."""
         if images.dim() == 3:
             return images
-        batch, channels, height, width = images.shape
-        if (channels, height, width) != (self.in_chans, *self.img_size):
-            raise ValueError(f"images are {tuple(images.shape)}, expected [B, {self.in_chans}, {self.img_size}]")
-        rows, columns = self.grid_size
-        side = self.patch_size
-        patches = images.reshape(batch, channels, rows, side, columns, side).permute(0, 2, 4, 3, 5, 1)
-        return patches.reshape(batch, rows * columns, side * side * channels)
+        clips = images[:, :, None] if images.dim() == 4 else images
+        expected = (self.in_chans, self.num_frames, *self.img_size)
+        if clips.shape[1:] != expected:
+            raise ValueError(f"images are {tuple(images.shape)}, expected [B, C, (T,) H, W] with C, T, H, W {expected}")
+        (rows, columns), side, frames = self.grid_size, self.patch_size, self.tubelet_size
+        cut = clips.reshape(len(clips), self.in_chans, self.slots, frames, rows, side, columns, side)
+        return cut.permute(0, 2, 4, 6, 3, 5, 7, 1).reshape(len(clips), self.num_patches, self.patch_dim)
 
     def unpatchify(self, patches: Tensor) -> Tensor:
-        """[B, L, P*P*C] -> [B, C, H, W]; the inverse of `patchify`."""
-        rows, columns = self.grid_size
-        side = self.patch_size
-        pixels = patches.reshape(len(patches), rows, columns, side, side, self.in_chans).permute(0, 5, 1, 3, 2, 4)
-        return pixels.reshape(len(patches), self.in_chans, rows * side, columns * side)
+        """[B, L, t*P*P*C] -> [B, C, T, H, W], or [B, C, H, W] where T = 1; the inverse of `patchify`."""
+        (rows, columns), side, frames = self.grid_size, self.patch_size, self.tubelet_size
+        cut = patches.reshape(len(patches), self.slots, rows, columns, frames, side, side, self.in_chans)
+        clips = cut.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(len(patches), self.in_chans, -1, *self.img_size)
+        return clips[:, :, 0] if self.num_frames == 1 else clips
 
     def encode(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
         """Features of the visible patches, after the final norm.
 
-        - `images`: float [B, C, H, W], normalised, or patches [B, L, P*P*C]
+        - `images`: float [B, C, H, W], clips [B, C, T, H, W], normalised, or patches [B, L, t*P*P*C]
         - `mask`: bool [B, L], True = masked, the same number in every row; None = nothing masked
 
-        **Returns:** [B, 1 + V, D], cls token first, visible patches in ascending order. SimMIM's encoder sees the mask
-        tokens too, and returns none of them.
+        **Returns:** [B, 1 + V, D], cls token first, visible patches in ascending order; [B, V, D] of a video model,
+        which has no cls token. SimMIM's encoder sees the mask tokens too, and returns none of them.
         """
         if mask is None:
             return self._encode(self.patchify(images))
         visible, masked = split_ids(mask, _count(mask))
-        return self._encode(self.patchify(images), visible, masked)[:, : 1 + visible.shape[1]]
+        return self._encode(self.patchify(images), visible, masked)[:, : self.num_prefix_tokens + visible.shape[1]]
 
-    def predict_loss(self, images: Tensor) -> Tensor:
-        """Predicted difficulty of every patch, from all of them visible (the teacher's forward): float32 [B, L]."""
-        return self.difficulty_of(self._encode(self.patchify(images)))
+    def predict_loss(self, images: Tensor, scale: int = 1) -> Tensor:
+        """Predicted difficulty of every patch, from all of them visible (the teacher's forward): float32 [B, L].
 
-    def difficulty_of(self, tokens: Tensor) -> Tensor:
+        `scale`: see the image this many times smaller in both directions, and enlarge the map; it divides the grid.
+        """
+        patches = self.patchify(images)
+        if scale == 1:
+            return self._predict(patches)
+        small = self._predict(shrink(patches, self.grid_size, self.patch_size, scale), scale)
+        maps = small.reshape(-1, 1, self.grid_size[0] // scale, self.grid_size[1] // scale)
+        return F.interpolate(maps, self.grid_size, mode="bilinear", align_corners=False).flatten(1)
+
+    def _predict(self, patches: Tensor, scale: int = 1) -> Tensor:
+        return self.difficulty_of(self._encode(patches, table=self._table("pos_embed", scale)), scale)
+
+    def difficulty_of(self, tokens: Tensor, scale: int = 1) -> Tensor:
         """`predict_loss` from what `encode` gives of all patches, [B, 1 + L, D]: float32 [B, L]."""
+        count = tokens.shape[1] - self.num_prefix_tokens
         if not self.encoder_mask_tokens:
-            tokens = self.decoder_embed(tokens) + self.decoder_pos_embed
-        return self._difficulty(tokens, self.num_patches)
+            positions = self._table("decoder_pos_embed", scale)
+            tokens = self.decoder_embed(tokens) + positions
+        if self.decoder_attention == "cross":  # it was trained on mask tokens that attend to visible ones
+            asking = (self.mask_token + positions[:, self.num_prefix_tokens :]).expand(len(tokens), -1, -1)
+            tokens = torch.cat([tokens, asking], dim=1)
+        trunk = self._trunk(tokens, count) if self.predictor == "shared" else tokens
+        return self._difficulty(trunk, count)
+
+    def _table(self, name: str, scale: int) -> Tensor:
+        """A table of positions [1, 1 + L, D], or that of a grid `scale` times coarser: means over scale x scale."""
+        table: Tensor = getattr(self, name)
+        if scale == 1:
+            return table
+        grid = table[:, 1:].transpose(1, 2).unflatten(2, self.grid_size)
+        return torch.cat([table[:, :1], F.avg_pool2d(grid, scale).flatten(2).transpose(1, 2)], dim=1)
 
     def forward(
         self, images: Tensor, mask: Tensor, *, num_masked: int | None = None, target: Tensor | None = None
@@ -167,13 +226,14 @@ class HPMViT(nn.Module):
         patches = self.patchify(images)
         visible, masked = split_ids(mask, _count(mask) if num_masked is None else num_masked)
         tokens, count = self._tokens(patches, visible, masked), masked.shape[1]
-        reconstruction = self.decoder_pred(self.decoder_norm(_run(self.decoder_blocks, tokens, count)))
+        trunk = self._trunk(tokens, count)
+        reconstruction = self.decoder_pred(self.decoder_norm(trunk))
         per_patch = self._per_patch(reconstruction, patches, target, masked)
         actual = per_patch.detach()
         if self.predict_loss_kind == "none":
             predicted, difficulty = torch.zeros_like(actual), actual.new_zeros(())
         else:
-            predicted = self._difficulty(tokens, count)
+            predicted = self._difficulty(trunk if self.predictor == "shared" else tokens, count)
             difficulty = losses.difficulty_loss(
                 self.predict_loss_kind, predicted, actual, standardize=self.absolute_standardize
             )
@@ -187,66 +247,92 @@ class HPMViT(nn.Module):
             raise ValueError(f"the target has {given} features per patch, the model predicts {self.target_dim}")
         if features is not None:
             return losses.feature_loss(prediction, _gather(features, masked))
-        pixels = losses.pixel_target(_gather(patches, masked), self.norm_pix_loss)
-        return losses.patch_loss(prediction, pixels, self.pixel_loss)
+        return losses.patch_loss(prediction, self.target(_gather(patches, masked)), self.pixel_loss)
+
+    def target(self, patches: Tensor) -> Tensor:
+        """What the reconstruction of patches [B, M, t*P*P*C] is compared with, of the same shape."""
+        if self.video and self.norm_pix_loss:
+            return losses.channelwise_target(patches, self.in_chans, VIDEO_EPS)
+        return losses.pixel_target(patches, self.norm_pix_loss)
+
+    def _positions(self, dim: int) -> Tensor:
+        """[1, prefix tokens + L, dim]."""
+        if self.video:
+            return sinusoid_positions(dim, self.num_patches)[None]
+        return sincos_positions(dim, self.grid_size)[None]
+
+    def _run(self, blocks: nn.ModuleList, tokens: Tensor, last: int = 0, cross: bool = False) -> Tensor:
+        run = _run_cross if cross else _run
+        return run(blocks, tokens, last, self.activation_checkpointing and torch.is_grad_enabled())
 
     def _encode(
-        self, patches: Tensor, visible: Tensor | None = None, masked: Tensor | None = None, last: int = 0
-    ) -> Tensor:
-        """cls, visible patches and, in SimMIM, mask tokens through the encoder; `last`: as in `_run`."""
-        positions = self.pos_embed[:, 1:].expand(len(patches), -1, -1)
+        self, patches: Tensor, visible: Tensor | None = None, masked: Tensor | None = None, last: int = 0,
+        table: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """cls, visible patches and, in SimMIM, mask tokens through the encoder; `last`: as in `_run`; `table`: of
+        positions, if not `pos_embed`."""
+        prefix = self.num_prefix_tokens
+        positions = (self.pos_embed if table is None else table)[:, prefix:].expand(len(patches), -1, -1)
         seen = positions if visible is None else _gather(positions, visible)
         patches = patches if visible is None else _gather(patches, visible)
-        tokens = self.patch_embed(patches.to(self.cls_token.dtype)) + seen
-        cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(tokens), -1, -1)
-        sequence = [cls, tokens]
+        sequence = [self.patch_embed(patches.to(self.mask_token.dtype)) + seen]
+        if prefix:
+            sequence.insert(0, (self.cls_token + self.pos_embed[:, :1]).expand(len(patches), -1, -1))
         if self.encoder_mask_tokens and masked is not None:
             sequence.append(self.mask_token + _gather(positions, masked))
-        return self.norm(_run(self.blocks, torch.cat(sequence, dim=1), last))
+        return self.norm(self._run(self.blocks, torch.cat(sequence, dim=1), last))
 
     def _tokens(self, patches: Tensor, visible: Tensor, masked: Tensor) -> Tensor:
         """What reconstructor and loss predictor read: cls, visible and masked tokens; only masked ones where no more
         are needed."""
         if self.encoder_mask_tokens:
             return self._encode(patches, visible, masked, masked.shape[1] if self.predict_loss_kind == "none" else 0)
-        positions = self.decoder_pos_embed[:, 1:].expand(len(patches), -1, -1)
+        prefix = self.num_prefix_tokens
+        positions = self.decoder_pos_embed[:, prefix:].expand(len(patches), -1, -1)
         latent = self.decoder_embed(self._encode(patches, visible))
-        cls = latent[:, :1] + self.decoder_pos_embed[:, :1]
-        return torch.cat(
-            [cls, latent[:, 1:] + _gather(positions, visible), self.mask_token + _gather(positions, masked)], dim=1
-        )
+        seen = latent[:, prefix:] + _gather(positions, visible)
+        sequence = [seen, self.mask_token + _gather(positions, masked)]
+        if prefix:
+            sequence.insert(0, latent[:, :1] + self.decoder_pos_embed[:, :1])
+        return torch.cat(sequence, dim=1)
+
+    def _trunk(self, tokens: Tensor, last: int) -> Tensor:
+        """The reconstructor's blocks on what `_tokens` gives: [B, last, width], the last `last` tokens."""
+        return self._run(self.decoder_blocks, tokens, last, self.decoder_attention == "cross")
 
     def _difficulty(self, tokens: Tensor, last: int) -> Tensor:
-        """The loss predictor on what `_tokens` gives: float32 [B, last], the last `last` patches' difficulty."""
-        hidden = _run(self.decoder_blocks_losspred, self.decoder_embed_losspred(tokens), last)
+        """The loss predictor on what `_tokens`, or `_trunk` if it is shared, gives: float32 [B, last]."""
+        cross = self.decoder_attention == "cross" and self.predictor == "separate"
+        hidden = self._run(self.decoder_blocks_losspred, self.decoder_embed_losspred(tokens), last, cross)
         return self.decoder_pred_losspred(self.decoder_norm_losspred(hidden))
 
 
 class PatchEmbed(nn.Module):
     """Linear patch embedding; a module of its own because checkpoints call its weight `patch_embed.proj`."""
 
-    def __init__(self, patch_size: int, in_chans: int, embed_dim: int) -> None:
+    def __init__(self, patch_size: int, in_chans: int, embed_dim: int, tubelet_size: int = 0) -> None:
         super().__init__()
-        self.proj = PatchProjection(patch_size, in_chans, embed_dim)
+        self.proj = PatchProjection(patch_size, in_chans, embed_dim, tubelet_size)
 
     def forward(self, patches: Tensor) -> Tensor:
-        """[B, N, P*P*C] -> [B, N, D]."""
+        """[B, N, t*P*P*C] -> [B, N, D]."""
         return self.proj(patches)
 
 
 class PatchProjection(nn.Module):
-    """A P x P convolution of stride P, applied to patches that are already cut out."""
+    """A P x P convolution of stride P, applied to patches that are already cut out; t x P x P with `tubelet_size` t."""
 
-    def __init__(self, patch_size: int, in_chans: int, embed_dim: int) -> None:
+    def __init__(self, patch_size: int, in_chans: int, embed_dim: int, tubelet_size: int = 0) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(embed_dim, in_chans, patch_size, patch_size))
-        bound = 1 / math.sqrt(in_chans * patch_size**2)
+        kernel = (tubelet_size, patch_size, patch_size) if tubelet_size else (patch_size, patch_size)
+        self.weight = nn.Parameter(torch.empty(embed_dim, in_chans, *kernel))
+        bound = 1 / math.sqrt(self.weight[0].numel())
         self.bias = nn.Parameter(torch.empty(embed_dim).uniform_(-bound, bound))
         nn.init.xavier_uniform_(self.weight.view(embed_dim, -1))
 
     def forward(self, patches: Tensor) -> Tensor:
-        """[B, N, P*P*C] -> [B, N, D]; the weight is reordered to the patches' (row, column, channel)."""
-        return F.linear(patches, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias)
+        """[B, N, t*P*P*C] -> [B, N, D]; the weight is reordered to the patches' (frame, row, column, channel)."""
+        return F.linear(patches, self.weight.movedim(1, -1).flatten(1), self.bias)
 
 
 class ScalarHead(nn.Module):
@@ -283,6 +369,54 @@ class Attention(nn.Module):
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         out = attend(query[:, :, length - last :], key, value)
         return self.proj(out.transpose(1, 2).reshape(batch, last, dim))
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of some tokens to others, with the parameters of `Attention`."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = CrossProjection(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, tokens: Tensor, context: Tensor) -> Tensor:
+        """[B, N, D] and [B, K, D] -> [B, N, D]."""
+        batch, length, dim = tokens.shape
+        query, pairs = self.qkv(tokens, context)
+        shape = (self.num_heads, dim // self.num_heads)
+        key, value = pairs.unflatten(2, (2, *shape)).permute(2, 0, 3, 1, 4).unbind(0)
+        out = attend(query.unflatten(2, shape).transpose(1, 2), key, value)
+        return self.proj(out.transpose(1, 2).reshape(batch, length, dim))
+
+
+class CrossProjection(nn.Linear):
+    """The first third of its outputs, queries, of some tokens; the rest, keys and values, of others."""
+
+    def forward(self, tokens: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """[B, N, D] and [B, K, D] -> [B, N, D] and [B, K, 2 D]."""
+        dim = self.in_features
+        queries = F.linear(tokens, self.weight[:dim], self.bias[:dim])
+        return queries, F.linear(context, self.weight[dim:], self.bias[dim:])
+
+
+class CrossBlock(nn.Module):
+    """Pre-norm block whose tokens attend to a context alone: `Block`'s parameters, `norm1` for both."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, LAYER_NORM_EPS)
+        self.attn = CrossAttention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, LAYER_NORM_EPS)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+    def forward(self, tokens: Tensor, context: Tensor) -> Tensor:
+        """[B, N, D] and [B, K, D] -> [B, N, D]."""
+        # One module, one call: ZeRO-3 gathers the norm's weights once.
+        count = tokens.shape[1]
+        asking, known = self.norm1(torch.cat([tokens, context], dim=1)).split([count, context.shape[1]], dim=1)
+        tokens = tokens + self.attn(asking, known)
+        return tokens + self.mlp(self.norm2(tokens))
 
 
 class Mlp(nn.Module):
@@ -332,6 +466,14 @@ def attend_plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return scores.softmax(dim=-1) @ value
 
 
+def shrink(patches: Tensor, grid_size: tuple[int, int], side: int, scale: int) -> Tensor:
+    """The patches of images made `scale` times smaller by averaging: [B, L, P*P*C] -> [B, L / scale^2, P*P*C]."""
+    rows, columns = grid_size[0] // scale, grid_size[1] // scale
+    cut = patches.reshape(len(patches), rows, scale, columns, scale, side, side, -1).permute(0, 1, 3, 2, 5, 4, 6, 7)
+    pixels = cut.reshape(len(patches), rows * columns, side, scale, side, scale, -1).mean(dim=(3, 5))
+    return pixels.flatten(2)
+
+
 def sincos_positions(dim: int, grid_size: tuple[int, int]) -> Tensor:
     """Fixed 2-D sine-cosine positions (MAE): float32 [1 + rows*columns, dim]; the first row, for cls, is zero.
 
@@ -343,6 +485,16 @@ def sincos_positions(dim: int, grid_size: tuple[int, int]) -> Tensor:
     angles = [axis.reshape(-1, 1) * frequency for axis in (column, row)]
     table = torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1)
     return torch.cat([torch.zeros(1, dim, dtype=torch.float64), table]).float()
+
+
+def sinusoid_positions(dim: int, count: int) -> Tensor:
+    """Fixed 1-D sine-cosine positions (VideoMAE): float32 [count, dim].
+
+    Channel 2k holds the sine and channel 2k + 1 the cosine of index / 10000^(2k/dim).
+    """
+    frequency = 10000.0 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    angle = torch.arange(count, dtype=torch.float64)[:, None] * frequency
+    return torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1)[:, :dim].float()
 
 
 # -------------------------------------------------------------------------------------------------- names and sizes
@@ -362,23 +514,47 @@ LAYOUTS: dict[str, tuple[tuple[int, int], ...]] = {  # size: (patch side, image 
     "large": ((16, 224),),
     "huge": ((14, 224),),
 }
+VIDEO_LAYOUTS: dict[str, tuple[tuple[int, int], ...]] = {  # the same, of 16 frames in slots of 2
+    "nano": ((8, 32),),
+    "small": ((16, 224),),
+    "base": ((16, 224),),
+    "large": ((16, 224),),
+    "huge": ((16, 224),),
+}
 
 
 METHODS: dict[str, dict[str, Any]] = {
     "hpm": {},
     "mae": {"predict_loss": "none"},
     "simmim": {"predict_loss": "none", "encoder_mask_tokens": True, "pixel_loss": "l1"},
+    "videomae": {"predict_loss": "none"},
+}
+VIDEO: dict[str, Any] = {
+    "video": True,
+    "num_frames": VIDEO_FRAMES,
+    "tubelet_size": VIDEO_TUBELET,
+    "norm_pix_loss": True,
 }
 
 
 def model_names() -> list[str]:
-    """All registered names: {hpm,mae,simmim}_vit_{size}_patch{P}_{input}."""
+    """All registered names: {hpm,mae,simmim}_vit_{size}_patch{P}_{input} for images; for videos hpm_…_video and
+    videomae_vit_…."""
     return [
-        f"{method}_vit_{size}_patch{patch}_{side}"
-        for method in METHODS
-        for size, layouts in LAYOUTS.items()
+        f"{method}_vit_{size}_patch{patch}_{side}{suffix}"
+        for method, suffix, table in (
+            *((name, "", LAYOUTS) for name in METHODS if name != "videomae"),
+            ("hpm", "_video", VIDEO_LAYOUTS),
+            ("videomae", "", VIDEO_LAYOUTS),
+        )
+        for size, layouts in table.items()
         for patch, side in layouts
     ]
+
+
+def is_video(name: str) -> bool:
+    """Whether a registered model takes clips."""
+    return name.endswith("_video") or name.startswith("videomae_")
 
 
 def width_of(name: str) -> int:
@@ -393,9 +569,10 @@ def create_model(name: str, **overrides: Any) -> HPMViT:
     **Raises:** `UserError` for an unknown name, naming the nearest.
     """
     _check_name(name)
-    method, _, size, patch, side = name.split("_")
+    method, _, size, patch, side = name.removesuffix("_video").split("_")
     shape = {"img_size": int(side), "patch_size": int(patch.removeprefix("patch"))}
-    return HPMViT(**{**shape, **SIZES[size], **METHODS[method], **overrides})
+    layout = {**VIDEO, **_video_decoder(size)} if is_video(name) else {}
+    return HPMViT(**{**shape, **SIZES[size], **METHODS[method], **layout, **overrides})
 
 
 def _check_name(name: str) -> None:
@@ -425,15 +602,47 @@ def _grid(img_size: tuple[int, int], patch_size: int) -> tuple[int, int]:
     return img_size[0] // patch_size, img_size[1] // patch_size
 
 
-def _blocks(depth: int, dim: int, num_heads: int, mlp_ratio: float) -> nn.ModuleList:
-    return nn.ModuleList(Block(dim, num_heads, mlp_ratio) for _ in range(depth))
+def _slots(num_frames: int, tubelet_size: int, video: bool) -> int:
+    if not video and (num_frames, tubelet_size) != (1, 1):
+        raise UserError(
+            f"an image model has one frame, not {num_frames} in tubelets of {tubelet_size}; use a video model (its "
+            f"name ends in _video, or begins with videomae_)"
+        )
+    if num_frames % tubelet_size:
+        raise UserError(f"{num_frames} frames are not a multiple of tubelet_size {tubelet_size}; choose one that is")
+    return num_frames // tubelet_size
 
 
-def _run(blocks: nn.ModuleList, tokens: Tensor, last: int = 0) -> Tensor:
-    """All blocks; the last one only for the `last` tokens at the end (0 = all)."""
-    for block in blocks[:-1]:
-        tokens = block(tokens)
-    return blocks[-1](tokens, last) if len(blocks) else tokens[:, -last:]
+def _video_decoder(size: str) -> dict[str, int]:
+    """VideoMAE's decoders: half the encoder's width (released code, width x heads: S 192x3, B 384x6, L 512x8, H 640x8);
+    4 blocks, for L 12."""
+    width = SIZES[size]["embed_dim"] // 2
+    heads, depth = min(width // 64, 8), 12 if size == "large" else 4
+    return {"decoder_embed_dim": width, "decoder_num_heads": heads, "decoder_depth": depth}
+
+
+def _blocks(depth: int, dim: int, num_heads: int, mlp_ratio: float, attention: str = "self") -> nn.ModuleList:
+    kind = CrossBlock if attention == "cross" else Block
+    return nn.ModuleList(kind(dim, num_heads, mlp_ratio) for _ in range(depth))
+
+
+def _run(blocks: nn.ModuleList, tokens: Tensor, last: int = 0, again: bool = False) -> Tensor:
+    """All blocks; the last one only for the `last` tokens at the end (0 = all).
+
+    `again`: activation checkpointing, each block is computed again in the backward pass.
+    """
+    for number, block in enumerate(blocks, 1):
+        kept = last if number == len(blocks) else 0
+        tokens = checkpoint(block, tokens, kept, use_reentrant=False) if again else block(tokens, kept)
+    return tokens if len(blocks) else tokens[:, -last:]
+
+
+def _run_cross(blocks: nn.ModuleList, tokens: Tensor, last: int, again: bool = False) -> Tensor:
+    """All cross-attention blocks: the `last` tokens at the end attend to those before them; `again`: as in `_run`."""
+    context, tokens = tokens.split([tokens.shape[1] - last, last], dim=1)
+    for block in blocks:
+        tokens = checkpoint(block, tokens, context, use_reentrant=False) if again else block(tokens, context)
+    return tokens
 
 
 def _gather(tokens: Tensor, ids: Tensor) -> Tensor:
@@ -452,7 +661,8 @@ def _count(mask: Tensor) -> int:
 def _init_linear(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 for _name in model_names():

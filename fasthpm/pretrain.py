@@ -20,12 +20,26 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fasthpm import checkpoint, engine, export, flops, recipes, report, schedule, shards, targets, visualize, zero
+from fasthpm import (
+    checkpoint,
+    engine,
+    export,
+    flops,
+    recipes,
+    report,
+    schedule,
+    shards,
+    targets,
+    video_pictures,
+    visualize,
+    zero,
+)
 from fasthpm.bad_samples import BadSampleLog
 from fasthpm.cli import Parser
 from fasthpm.data import Batch, Loader, build_loader
 from fasthpm.data.device import on_device
 from fasthpm.errors import UserError
+from fasthpm.health import NotFinite
 from fasthpm.metrics import Metrics, measure_matmul_rate
 from fasthpm.recipe import Recipe, add_recipe_arguments, build_recipe, save_recipe, science_of
 from fasthpm.saver import Job, Saver
@@ -35,7 +49,7 @@ from fasthpm.teacher import EMATeacher
 from fasthpm.versions import versions
 from fasthpm.watchdog import Watchdog
 
-PANEL_IMAGES = 8
+PANEL_IMAGES, PANEL_CLIPS = 8, 2
 
 
 def parse_arguments(argv: Sequence[str] | None) -> Recipe:
@@ -75,6 +89,9 @@ class Run:
     saving: int = 0  # the update whose checkpoint was begun last
     unsaved: str = ""  # why it is lost, on rank 0
     preempted: bool = False  # a signal ends the run at this update
+    skipped: list[int] = dataclasses.field(default_factory=list)  # updates (from 0) that are left out: not finite
+    batches: Iterator[Batch] = dataclasses.field(init=False)  # from here on
+    notes: dict[str, str] = dataclasses.field(default_factory=dict)  # further files of every checkpoint: name and text
 
     @property
     def num_parameters(self) -> int:
@@ -104,9 +121,10 @@ def build(recipe: Recipe, launch: engine.Launch) -> Run:
         loader = build_loader(
             recipe.data_path, batch_size=recipe.batch_size, image_size=recipe.image_size, channels=recipe.channels,
             seed=recipe.seed, rank=launch.rank, world_size=launch.world_size, num_workers=recipe.num_workers,
-            accum_iter=accum_iter,
+            accum_iter=accum_iter, num_frames=recipe.num_frames, sampling_rate=recipe.sampling_rate,
             crop_min=recipe.crop_min, flip=recipe.flip, interpolation=recipe.interpolation,
             color_jitter=recipe.color_jitter, sample_order=recipe.sample_order, max_bad_samples=recipe.max_bad_samples,
+            decoder=recipe.video_decoder,
         )  # fmt: skip
         recipe = recipe.resolve(loader.info.num_samples, launch.world_size)
         checkpoint.compare_recipes(recipe, science_of)
@@ -125,6 +143,7 @@ def build(recipe: Recipe, launch: engine.Launch) -> Run:
         step.attach_teacher(teacher.module)
     saver = Saver(launch.rank, launch.world_size, timeout=engine.timeout().total_seconds())
     run = Run(recipe, launch, loader, deepspeed_engine, step, teacher, zero.MasterLayout(deepspeed_engine), saver)
+    run.batches = endless(loader)
     resume(run)
     run.bad_samples = BadSampleLog(
         Path(recipe.output_dir), recipe.data_path, recipe.max_bad_samples, rank=launch.rank, keep=run.done > 0
@@ -140,9 +159,12 @@ def resume(run: Run) -> None:
             checkpoint.clear_unfinished(Path(run.recipe.output_dir))
             found[0] = checkpoint.find_resume(run.recipe, lambda line: print(f"warning: {line}", file=sys.stderr))
     dist.broadcast_object_list(found)
-    folder = found[0]
-    if folder is None:
-        return
+    if found[0] is not None:
+        load(run, found[0])
+
+
+def load(run: Run, folder: Path) -> None:
+    """Put the run where a checkpoint of it stands, and say so. Collective."""
     with engine.in_agreement():
         state = checkpoint.read_state(folder)
         saved = shards.SavedState(folder)
@@ -152,7 +174,9 @@ def resume(run: Run) -> None:
     # An update takes the same samples however many batches it is cut into.
     updates = state.loader["batch"] // state.accum_iter
     run.loader.load_state_dict({**state.loader, "batch": updates * run.recipe.accum_iter})
+    run.batches = endless(run.loader)
     run.done = state.step
+    run.skipped = sorted({*run.skipped, *state.skipped})
     if run.launch.rank == 0:
         writers = f"{state.world_size} rank{'s' if state.world_size > 1 else ''}"
         ranks = f", written by {writers}" if state.world_size != run.launch.world_size else ""
@@ -172,11 +196,15 @@ def save(run: Run) -> None:
         try:
             checkpoint.require_space(output_dir, run.num_parameters)
             aside = [str(checkpoint.begin(output_dir, run.done))]
+            for name, text in run.notes.items():
+                (Path(aside[0]) / name).write_text(text)
         except (UserError, OSError) as error:
             not_saved(run, str(error))
     dist.broadcast_object_list(aside)
     if aside[0]:
-        state = checkpoint.RunState(run.done, run.loader.state_dict(), run.launch.world_size, run.recipe.accum_iter)
+        state = checkpoint.RunState(
+            run.done, run.loader.state_dict(), run.launch.world_size, run.recipe.accum_iter, list(run.skipped)
+        )
         run.saver.start(Job(Path(aside[0]), shards.snapshot(run.layout, run.launch.rank), run.recipe, state))
 
 
@@ -216,29 +244,94 @@ def endless(loader: Loader) -> Iterator[Batch]:
 
 def train(run: Run, metrics: Metrics, stop: StopSignals, watchdog: Watchdog) -> None:
     """The loop: batch, step, log, save; until the last update, or the one at which the ranks agree to stop."""
-    recipe, device = run.recipe, run.launch.device
+    recipe = run.recipe
     last = min(recipe.total_steps, recipe.stop_after or recipe.total_steps)
-    batches = endless(run.loader)
+    if recipe.on_nonfinite == "rollback":
+        save_first(run)
     while run.done < last and not run.preempted:
-        now = run.done
-        engine.set_lr(run.engine, schedule.lr_at(recipe, now))
-        if run.teacher:
-            run.teacher.momentum = schedule.ema_momentum_at(recipe, now)
-        alpha = torch.full((), schedule.alpha_at(recipe, now), dtype=torch.float64, device=device)
-        update = torch.full((), now, device=device)
-        for _ in range(recipe.accum_iter):
-            with metrics.waiting_for_data(), watchdog.doing("loading data"):
-                batch = next(batches)
-            output = run.engine(batch.images, batch.ids, update, alpha)
-            run.engine.backward(output.loss)
-            run.engine.step()
-            metrics.add(now, batch, output)
+        update(run, metrics, watchdog)
         run.done += 1
         run.preempted = stop.agreed()
         metrics.progress.update()
         with watchdog.doing("saving or drawing"):
-            after_update(run, metrics, last)
+            try:
+                after_update(run, metrics, last)
+            except NotFinite as found:
+                roll_back(run, metrics, found)
         watchdog.progressed(run.done)
+
+
+def update(run: Run, metrics: Metrics, watchdog: Watchdog) -> None:
+    """One update of the weights; or only its batches, if it is one to be left out."""
+    recipe, now, device = run.recipe, run.done, run.launch.device
+    left_out = now in run.skipped
+    engine.set_lr(run.engine, schedule.lr_at(recipe, now))
+    if run.teacher:
+        run.teacher.momentum = schedule.ema_momentum_at(recipe, now)
+    alpha = torch.full((), schedule.alpha_at(recipe, now), dtype=torch.float64, device=device)
+    number = torch.full((), now, device=device)
+    for _ in range(recipe.accum_iter):
+        with metrics.waiting_for_data(), watchdog.doing("loading data"):
+            batch = next(run.batches)
+        if left_out:
+            continue
+        output = run.engine(batch.images, batch.ids, number, alpha)
+        run.engine.backward(output.loss)
+        run.engine.step()
+        metrics.add(now, batch, output)
+    if left_out:
+        return
+    metrics.updated(now, engine.grad_norm(run.engine))
+    if recipe.on_nonfinite == "skip" and not engine.update_applied(run.engine):
+        folder = metrics.save_forensics(now)
+        metrics.discard(now)
+        leave_out(run, metrics, now, folder)
+
+
+def leave_out(run: Run, metrics: Metrics, bad: int, folder: Path) -> None:
+    """Count update `bad` (from 0) among those that are left out.
+
+    **Raises:** `UserError` on all ranks if these are too many.
+    """
+    run.skipped = sorted({*run.skipped, bad})
+    if len(run.skipped) > run.recipe.max_nonfinite:
+        engine.agree(
+            UserError(
+                f"{len(run.skipped)} updates were not finite, more than max_nonfinite {run.recipe.max_nonfinite}; look "
+                f"at their samples in {folder.parent}, lower --blr, or allow more with --max_nonfinite"
+            )
+        )
+    if run.launch.rank == 0:
+        metrics.say(f"warning: update {bad + 1} is left out: its loss or gradient is not finite; see {folder}")
+
+
+def save_first(run: Run) -> None:
+    """Save before the first update, so that there is a checkpoint to go back to; not if there is one. Collective."""
+    there = [False]
+    if run.launch.rank == 0:
+        there[0] = checkpoint.newest_valid(Path(run.recipe.output_dir), lambda line: None) is not None
+    dist.broadcast_object_list(there)
+    if not there[0]:
+        save(run)
+
+
+def roll_back(run: Run, metrics: Metrics, found: NotFinite) -> None:
+    """Go back to the last checkpoint, and leave out the update that was not finite. Collective.
+
+    **Raises:** `found` if the run is to end instead, `UserError` if too many are left out or no checkpoint is sound.
+    """
+    if run.recipe.on_nonfinite != "rollback":
+        raise found
+    leave_out(run, metrics, found.first, metrics.forensics(found.first))
+    finish_saving(run)
+    newest: list[Path | None] = [None]
+    if run.launch.rank == 0:
+        newest[0] = checkpoint.newest_valid(Path(run.recipe.output_dir), lambda line: print(line, file=sys.stderr))
+    dist.broadcast_object_list(newest)
+    if newest[0] is None:
+        raise found
+    load(run, newest[0])
+    metrics.rewind(run.done)
 
 
 def after_update(run: Run, metrics: Metrics, last: int) -> None:
@@ -252,7 +345,7 @@ def after_update(run: Run, metrics: Metrics, last: int) -> None:
         metrics.read(
             run.done, run.done / epoch_length, run.step.stopwatch.read(), lr=schedule.lr_at(recipe, run.done - 1),
             alpha=schedule.alpha_at(recipe, run.done - 1), ema_momentum=schedule.ema_momentum_at(recipe, run.done - 1),
-            grad_norm=float(engine.grad_norm(run.engine)), bad_samples=run.bad_samples.update(run.loader),
+            skipped_updates=len(run.skipped), bad_samples=run.bad_samples.update(run.loader),
         )  # fmt: skip
     if drawing:
         draw_panel(run, metrics)
@@ -271,11 +364,20 @@ def draw_panel(run: Run, metrics: Metrics) -> None:
     model.load_state_dict(weights.get("teacher", weights["student"]))
     images, info = visualize.fixed_images(run.recipe, PANEL_IMAGES)
     alpha = schedule.alpha_at(run.recipe, run.done - 1)
-    picture = visualize.panel(model, run.recipe, info, images, alpha, run.step.frozen)
-    folder = Path(run.recipe.output_dir) / "panels"
+    path = Path(run.recipe.output_dir) / "panels" / f"step-{run.done:08d}.png"
+    if model.video:
+        frames = video_pictures.frames(model, run.recipe, info, images[:PANEL_CLIPS], alpha)
+        picture = video_pictures.sheet(frames, run.recipe.tubelet_size)
+        animation = video_pictures.animation(frames)
+        metrics.animation("clips", animation, run.done)
+        with metrics.surviving_the_disk(run.done):
+            path.parent.mkdir(exist_ok=True)
+            path.with_suffix(".gif").write_bytes(animation)
+    else:
+        picture = visualize.panel(model, run.recipe, info, images, alpha, run.step.frozen)
     with metrics.surviving_the_disk(run.done):
-        folder.mkdir(exist_ok=True)
-        visualize.save_png(picture, folder / f"step-{run.done:08d}.png")
+        path.parent.mkdir(exist_ok=True)
+        visualize.save_png(picture, path)
     metrics.image("panel", picture, run.done)
 
 
@@ -309,7 +411,8 @@ def finish(run: Run) -> None:
         return
     model, recipe = checkpoint.load_weights(output_dir)
     info = {"mean": run.loader.info.mean, "std": run.loader.info.std}
-    export.export_weights(model, recipe, output_dir / "encoder.safetensors", info=info)
+    exported = output_dir / export.EXPORTED[model.video]
+    export.export_weights(model, recipe, exported, info=info)
     report.write(output_dir)
     bad = (
         f"\n  bad samples  {run.bad_samples.count} were replaced: {run.bad_samples.path}"
@@ -319,49 +422,57 @@ def finish(run: Run) -> None:
     print(
         f"finished {run.done} of {recipe.total_steps} updates\n"
         f"  checkpoint   {checkpoint.checkpoint_path(output_dir, run.done)}\n"
-        f"  encoder      {output_dir / 'encoder.safetensors'} (timm)\n"
+        f"  {'model  ' if model.video else 'encoder'}      {exported} ({export.default_form(model)})\n"
         f"  TensorBoard  tensorboard --logdir {output_dir / 'tensorboard'}\n"
         f"  report       {output_dir / 'report.md'}{bad}",
         file=sys.stderr,
     )
 
 
+def pretrain(asked: Recipe, launch: engine.Launch) -> StopSignals:
+    """Run what the command line asks for, on all ranks, to its end or to a signal. **Returns:** the signals it got."""
+    run = build(asked, launch)
+    recipe = run.recipe
+    with engine.in_agreement():
+        if launch.rank == 0:
+            prepare_output(run)
+    if launch.rank == 0:
+        effective = f"{recipe.global_batch_size} = {recipe.batch_size} x {launch.world_size} x {recipe.accum_iter}"
+        print(f"{recipe.recipe}: lr {recipe.lr:.3e}, global batch {effective}, {recipe.total_steps} updates, "
+              f"{launch.device.type}", file=sys.stderr)  # fmt: skip
+    dtype = next(run.step.student.parameters()).dtype
+    metrics = Metrics(
+        Path(recipe.output_dir), rank=launch.rank, world_size=launch.world_size, total_steps=recipe.total_steps,
+        first_step=run.done, flops_per_sample=flops.step_flops(run.step.student, recipe, run.step.frozen)["total"],
+        matmul_rate=measure_matmul_rate(launch.device, dtype), device=launch.device,
+    )  # fmt: skip
+    try:
+        limit = 0.8 * engine.timeout().total_seconds()  # before collectives give up, which name nobody
+        watchdog = Watchdog(Path(recipe.output_dir), launch.rank, launch.world_size, timeout=limit)
+        with StopSignals() as stop, watchdog:
+            with engine.naming_lost_ranks(lambda: f"after update {run.done}"):
+                train(run, metrics, stop, watchdog)
+                stop.drain()
+                finish_last_save(run)
+    finally:
+        run.saver.close()
+        metrics.close()
+        run.loader.close()
+    if launch.rank == 0:
+        finish(run)
+    return stop
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """`fasthpm pretrain`, once per rank."""
     asked = parse_arguments(argv)
     with engine.session() as launch:
-        run = build(asked, launch)
-        recipe = run.recipe
-        with engine.in_agreement():
-            if launch.rank == 0:
-                prepare_output(run)
-        if launch.rank == 0:
-            effective = f"{recipe.global_batch_size} = {recipe.batch_size} x {launch.world_size} x {recipe.accum_iter}"
-            print(f"{recipe.recipe}: lr {recipe.lr:.3e}, global batch {effective}, {recipe.total_steps} updates, "
-                  f"{launch.device.type}", file=sys.stderr)  # fmt: skip
-        dtype = next(run.step.student.parameters()).dtype
-        metrics = Metrics(
-            Path(recipe.output_dir), rank=launch.rank, world_size=launch.world_size, total_steps=recipe.total_steps,
-            first_step=run.done, flops_per_sample=flops.step_flops(run.step.student, recipe, run.step.frozen)["total"],
-            matmul_rate=measure_matmul_rate(launch.device, dtype), device=launch.device,
-        )  # fmt: skip
-        try:
-            limit = 0.8 * engine.timeout().total_seconds()  # before collectives give up, which name nobody
-            watchdog = Watchdog(Path(recipe.output_dir), launch.rank, launch.world_size, timeout=limit)
-            with StopSignals() as stop, watchdog:
-                train(run, metrics, stop, watchdog)
-                stop.drain()
-                finish_last_save(run)
-        finally:
-            metrics.close()
-            run.loader.close()
-        if launch.rank == 0:
-            finish(run)
+        stop = pretrain(asked, launch)
         if stop.interrupted:
             raise KeyboardInterrupt
 
 
 if __name__ == "__main__":
-    from fasthpm.cli import run_command
+    from fasthpm.cli import run_rank
 
-    run_command(main)
+    run_rank(main)

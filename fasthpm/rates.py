@@ -36,13 +36,13 @@ def measure_decode(recipe: Recipe, seconds: float) -> dict[str, float]:
     samples = read_info(recipe.data_path).num_samples
     options = {
         name: getattr(recipe, name)
-        for name in ("interpolation", "color_jitter", "sample_order", "max_bad_samples")
+        for name in ("interpolation", "color_jitter", "sample_order", "max_bad_samples", "num_frames", "sampling_rate")
         if hasattr(recipe, name)
     }
     loader = build_loader(
         recipe.data_path, batch_size=min(recipe.batch_size, samples, DECODE_BATCH), image_size=recipe.image_size,
         channels=recipe.channels, seed=recipe.seed, num_workers=recipe.num_workers, crop_min=recipe.crop_min,
-        flip=recipe.flip, **options,
+        flip=recipe.flip, decoder=recipe.video_decoder, **options,
     )  # fmt: skip
     try:
         rate = decode_rate(loader, seconds)

@@ -13,15 +13,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fasthpm.data.clip_sampling import DECODERS
 from fasthpm.data.sampling import INTERPOLATIONS, SAMPLE_ORDERS
 from fasthpm.errors import UserError, nearest
 from fasthpm.mask import BY_DIFFICULTY, POLICIES, MaskPlan
 
 PREDICT_LOSSES = ("relative", "absolute", "none")
 PIXEL_LOSSES = ("mse", "l1")
+PREDICTORS = ("separate", "shared")
+DECODER_ATTENTIONS = ("self", "cross")
+TEACHER_PRECISIONS = ("model", "fp8")
 TARGETS = ("pixels", "ema", "dino", "clip")
 FROZEN_DIMS = {"dino": 768, "clip": 512}  # the published ViT-B/16s; CLIP's patches after its projection
 ALPHA_SCHEDULES = ("released", "paper", "step")
+ON_NONFINITE = ("halt", "skip", "rollback")
 
 
 def option(default: Any, help: str, *, choices: tuple[str, ...] | None = None, run_only: bool = False) -> Any:
@@ -41,10 +46,23 @@ class Recipe:
     input_size: str = option("224", "side of the training crop, or HEIGHTxWIDTH")
     patch_size: int = option(16, "side of a patch")
     channels: int = option(3, "image channels, as the prepared set has them")
+    num_frames: int = option(1, "frames of a clip; 1 = images")
+    sampling_rate: int = option(1, "a clip takes every how many-th frame of its video (VideoMAE: SSv2 2, Kinetics 4)")
+    tubelet_size: int = option(1, "frames that a patch spans (VideoMAE: 2)")
     decoder_dim: int = option(512, "width of the reconstructor and of the loss predictor")
     decoder_depth: int = option(8, "blocks of the reconstructor (SimMIM's is a linear head) and of the loss predictor")
     predictor_dim: int = option(0, "width of the loss predictor alone; 0 = decoder_dim")
     predictor_depth: int = option(0, "blocks of the loss predictor alone; 0 = decoder_depth")
+    predictor: str = option(
+        "separate",
+        "loss predictor: blocks of its own, or shared: a small head on the reconstructor's (fast mode)",
+        choices=PREDICTORS,
+    )
+    decoder_attention: str = option(
+        "self",
+        "decoders: self attention over all tokens, or cross: only masked ones, attending to visible (fast mode)",
+        choices=DECODER_ATTENTIONS,
+    )
     decoder_heads: int = option(16, "attention heads of both decoders")
     # method
     mask_ratio: float = option(0.75, "share of patches that are masked")
@@ -77,6 +95,14 @@ class Recipe:
     ema_momentum: float = option(0.999, "teacher momentum at the start (Eq. 1)")
     ema_momentum_end: float = option(0.9999, "teacher momentum after the ramp")
     ema_ramp_epochs: int = option(100, "epochs over which the momentum ramps up linearly")
+    teacher_scale: int = option(
+        1, "the teacher sees images this many times smaller, its map is enlarged; 1 = full size (fast mode)"
+    )
+    teacher_precision: str = option(
+        "model",
+        "the teacher's matrix products: model = as the model's, fp8 where the GPU has it (fast mode)",
+        choices=TEACHER_PRECISIONS,
+    )
     # optimisation
     batch_size: int = option(64, "samples per device and micro-step", run_only=True)
     accum_iter: int = option(
@@ -108,8 +134,17 @@ class Recipe:
         "within pools of 1 GiB",
         choices=SAMPLE_ORDERS,
     )
+    video_decoder: str = option(
+        "auto",
+        "who decodes prepared videos: turbojpeg (auto); dali on the CPU; dali_gpu; dali_video, NVDEC on a set prepared "
+        "with --copy",
+        choices=DECODERS,
+    )
     steps_per_epoch: int = option(0, "updates per epoch; 0 = all full global batches of the data set")
     # the run itself: none of these changes what is learnt
+    activation_checkpointing: bool = option(
+        False, "save memory: keep the blocks' inputs only, compute the rest again in the backward pass", run_only=True
+    )
     num_workers: int = option(0, "decoding threads per device; 0 = cores / devices on this machine", run_only=True)
     max_bad_samples: float = option(
         0.001,
@@ -123,7 +158,19 @@ class Recipe:
     log_every: int = option(20, "updates between two readings of the metrics", run_only=True)
     save_every: int = option(10, "epochs between two checkpoints", run_only=True)
     keep_checkpoints: int = option(3, "checkpoints kept; the newest valid one is never deleted", run_only=True)
+    keep_every: int = option(0, "epochs between two checkpoints that are kept for ever; 0 = none", run_only=True)
+    on_nonfinite: str = option(
+        "halt",
+        "what an update does whose loss or gradient is not finite: end the run, be left out, or go back to the last "
+        "checkpoint and leave its samples out",
+        choices=ON_NONFINITE,
+        run_only=True,
+    )
+    max_nonfinite: int = option(10, "updates that on_nonfinite may leave out before the run ends", run_only=True)
     panel_every: int = option(10, "epochs between two picture panels; 0 = off", run_only=True)
+    compile: bool = option(
+        False, "compile the step with torch.compile: minutes at the start, then faster on GPUs", run_only=True
+    )
     stop_after: int = option(0, "stop after this many updates, keeping the schedule; 0 = never", run_only=True)
 
     def __post_init__(self) -> None:
@@ -145,9 +192,14 @@ class Recipe:
         return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
 
     @property
+    def slots(self) -> int:
+        """Frame slots: tubelets along time, 1 for images."""
+        return self.num_frames // self.tubelet_size
+
+    @property
     def num_patches(self) -> int:
         """L."""
-        return self.grid_size[0] * self.grid_size[1]
+        return self.slots * self.grid_size[0] * self.grid_size[1]
 
     @property
     def num_masked(self) -> int:
@@ -158,7 +210,7 @@ class Recipe:
     def mask_plan(self) -> MaskPlan:
         """How the masks are drawn."""
         unit = (self.mask_unit or self.patch_size) // self.patch_size
-        return MaskPlan(self.mask_policy, self.mask_ratio, self.grid_size, unit=unit)
+        return MaskPlan(self.mask_policy, self.mask_ratio, self.grid_size, self.slots, unit=unit)
 
     @property
     def uses_teacher(self) -> bool:
@@ -249,6 +301,9 @@ class Recipe:
         positive = (
             "patch_size",
             "channels",
+            "num_frames",
+            "sampling_rate",
+            "tubelet_size",
             "decoder_dim",
             "decoder_depth",
             "decoder_heads",
@@ -257,6 +312,7 @@ class Recipe:
             "log_every",
             "save_every",
             "keep_checkpoints",
+            "teacher_scale",
         )
         not_negative = (
             "accum_iter",
@@ -271,6 +327,8 @@ class Recipe:
             "num_workers",
             "panel_every",
             "stop_after",
+            "keep_every",
+            "max_nonfinite",
             "ema_ramp_epochs",
             "seed",
             "mask_unit",
@@ -291,6 +349,11 @@ class Recipe:
         for name in shares:
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} is {getattr(self, name)}, expected 0 to 1")
+        if self.keep_every % self.save_every:
+            raise UserError(
+                f"keep_every {self.keep_every} is not a multiple of save_every {self.save_every}: nothing would be "
+                f"there to keep; use e.g. --keep_every {-(-self.keep_every // self.save_every) * self.save_every}"
+            )
         if self.warmup_epochs > self.epochs:
             raise UserError(
                 f"warmup_epochs {self.warmup_epochs:g} is more than epochs {self.epochs}; lower --warmup_epochs"
@@ -300,10 +363,9 @@ class Recipe:
                 raise UserError(
                     f"{name} {getattr(self, name)} must be a multiple of 4 and of decoder_heads {self.decoder_heads}"
                 )
-        if self.predict_loss != "none" and self.model.startswith("mae_"):
-            raise UserError(
-                f"model {self.model} has no loss predictor; use --predict_loss none, or the model hpm_{self.model[4:]}"
-            )
+        if self.predict_loss != "none" and self.model.startswith(("mae_", "videomae_")):
+            other = f"hpm_{self.model.partition('_')[2]}{'_video' if self.model.startswith('video') else ''}"
+            raise UserError(f"model {self.model} has no loss predictor; use --predict_loss none, or the model {other}")
         if self.masks_by_difficulty and self.predict_loss == "none":
             raise UserError(
                 f"mask_policy {self.mask_policy} follows predicted losses, but predict_loss is none; use "
@@ -314,10 +376,31 @@ class Recipe:
                 f"predictor_dim {self.predictor_dim} and predictor_depth {self.predictor_depth} shape the loss "
                 f"predictor, but predict_loss is none; use 0 for both, or --predict_loss relative"
             )
+        self._check_fast_modes()
         if not self.absolute_standardize and self.predict_loss != "absolute":
             raise UserError(
                 f"absolute_standardize is off, but predict_loss is {self.predict_loss}; it belongs to "
                 f"--predict_loss absolute"
+            )
+
+    def _check_fast_modes(self) -> None:
+        shared, cross = self.predictor == "shared", self.decoder_attention == "cross"
+        if shared and self.predict_loss == "none":
+            raise UserError("predictor is shared, but predict_loss is none; use --predict_loss relative")
+        if shared and (self.predictor_dim or self.predictor_depth):
+            raise UserError(
+                f"predictor_dim {self.predictor_dim} and predictor_depth {self.predictor_depth} shape a loss predictor "
+                f"of its own, but predictor is shared; use 0 for both, or --predictor separate"
+            )
+        if (shared or cross) and self.model.startswith("simmim_"):
+            raise UserError(
+                f"model {self.model} has no decoder blocks to share or to attend in; use --predictor separate "
+                f"--decoder_attention self"
+            )
+        if not self.masks_by_difficulty and (self.teacher_scale != 1 or self.teacher_precision != "model"):
+            raise UserError(
+                f"teacher_scale {self.teacher_scale} and teacher_precision {self.teacher_precision} change the "
+                f"teacher, but mask_policy {self.mask_policy} uses none; use --mask_policy hpm"
             )
 
     def _check_target(self) -> None:
@@ -328,6 +411,15 @@ class Recipe:
             )
         if self.target == "pixels":
             return
+        if self.num_frames > 1 or "video" in self.model:
+            raise UserError(
+                f"target {self.target} is for images, and {self.model} is a video model; use --target pixels"
+            )
+        if self.target == "ema" and self.teacher_scale != 1:
+            raise UserError(
+                f"target ema takes features of every patch from the teacher, and teacher_scale is "
+                f"{self.teacher_scale}; use --teacher_scale 1"
+            )
         if self.pixel_loss != "mse" or self.norm_pix_loss:
             raise UserError(
                 f"target {self.target} compares directions of features, and pixel_loss {self.pixel_loss} with "
@@ -346,11 +438,28 @@ class Recipe:
                     f"input_size {self.input_size} is not a multiple of patch_size {self.patch_size}; "
                     f"use e.g. --input_size {near}"
                 )
+        if self.num_frames % self.tubelet_size:
+            near = max(1, round(self.num_frames / self.tubelet_size)) * self.tubelet_size
+            raise UserError(
+                f"num_frames {self.num_frames} is not a multiple of tubelet_size {self.tubelet_size}; use e.g. "
+                f"--num_frames {near}"
+            )
         if self.mask_unit % self.patch_size:
             near = max(1, round(self.mask_unit / self.patch_size)) * self.patch_size
             raise UserError(
                 f"mask_unit {self.mask_unit} is not a multiple of patch_size {self.patch_size}; use e.g. "
                 f"--mask_unit {near}"
+            )
+        if self.teacher_scale > 1 and self.num_frames > 1:
+            raise UserError(f"teacher_scale {self.teacher_scale} is for images; use 1 with {self.num_frames} frames")
+        if self.teacher_scale > 1 and self.num_frames > 1:
+            raise UserError(
+                f"teacher_scale {self.teacher_scale} is for images, not for clips of {self.num_frames} frames"
+            )
+        if any(side % self.teacher_scale for side in self.grid_size):
+            raise UserError(
+                f"teacher_scale {self.teacher_scale} does not divide the grid of {self.grid_size[0]} x "
+                f"{self.grid_size[1]} patches; use 1, or another --input_size"
             )
         masked = self.num_masked
         if not 0 < masked < self.num_patches:
@@ -398,9 +507,9 @@ def science_of(recipe: Recipe) -> dict[str, Any]:
     return {f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe) if not f.metadata["run_only"]}
 
 
-def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
-    """One flag per recipe field, without defaults: what is not given comes from the recipe."""
-    for field in dataclasses.fields(Recipe):
+def add_recipe_arguments(parser: argparse.ArgumentParser, kind: Any = Recipe) -> None:
+    """One flag per field of the dataclass `kind`, without defaults: what is not given comes from the recipe."""
+    for field in dataclasses.fields(kind):
         if field.name == "recipe":
             continue
         choices = field.metadata["choices"]
@@ -409,5 +518,5 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
         if field.type is bool:
             parser.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction, **options)
         else:
-            kind = typing.cast(type, field.type)
-            parser.add_argument(f"--{field.name}", type=kind, metavar=kind.__name__.upper(), **options)
+            of = typing.cast(type, field.type)
+            parser.add_argument(f"--{field.name}", type=of, metavar=of.__name__.upper(), **options)

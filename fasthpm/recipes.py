@@ -10,6 +10,9 @@ from pathlib import Path
 
 from fasthpm.errors import UserError, nearest
 from fasthpm.recipe import Recipe, load_recipe
+from fasthpm.recipes_video import VIDEO_RECIPES
+
+FAST_REFRESH_EPOCHS = 10  # of the difficulty maps in the fast preset
 
 
 def hpm_vit_base_in1k_200e() -> Recipe:
@@ -260,7 +263,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
         hpm_demo,
         debug,
     )
-}
+} | VIDEO_RECIPES
 
 
 def from_name(name: str) -> Recipe:

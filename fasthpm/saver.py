@@ -40,6 +40,7 @@ class Saver:
         self.rank, self.world_size, self.timeout = rank, world_size, timeout
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
+        self._given_up = threading.Event()
 
     def start(self, job: Job) -> None:
         """Begin to write; `wait` for the one before first."""
@@ -47,6 +48,11 @@ class Saver:
             raise RuntimeError("a checkpoint is still being written")
         self._thread = threading.Thread(target=self._run, args=(job,), name="fasthpm-saver", daemon=True)
         self._thread.start()
+
+    @property
+    def busy(self) -> bool:
+        """Whether this rank's thread is still at work."""
+        return self._thread is not None and self._thread.is_alive()
 
     def wait(self) -> str:
         """Wait until this rank's part, and on rank 0 the whole checkpoint, is written.
@@ -63,6 +69,15 @@ class Saver:
         if isinstance(failure, OSError):
             return failure.strerror or str(failure)
         raise failure
+
+    def close(self) -> None:
+        """End the thread: this rank's own part is still written, but parts of others are waited for no longer.
+
+        A thread inside native code must not outlive the interpreter: the process would abort.
+        """
+        self._given_up.set()
+        if self._thread is not None:
+            self._thread.join()
 
     def _run(self, job: Job) -> None:
         try:
@@ -91,14 +106,16 @@ class Saver:
             while not (found := _reported(job.aside, rank)):
                 if time.monotonic() > deadline:
                     raise OSError(f"rank {rank} did not write its part within {self.timeout:g} s")
-                time.sleep(POLL_SECONDS)
+                if self._given_up.wait(POLL_SECONDS):
+                    raise OSError(f"the run ended before rank {rank} had written its part")
             if "error" in found["files"]:
                 raise OSError(f"rank {rank}: {found['files']['error']}")
             written |= found["files"]
         for rank in range(self.world_size):
             _marker(job.aside, rank).unlink()
-        checkpoint.commit(job.aside, job.recipe, job.state, written)
-        checkpoint.rotate(job.aside.parent.parent, job.recipe.keep_checkpoints)
+        newest = checkpoint.commit(job.aside, job.recipe, job.state, written)
+        every = job.recipe.keep_every * job.recipe.steps_per_epoch
+        checkpoint.rotate(job.aside.parent.parent, job.recipe.keep_checkpoints, newest=newest, every=every)
 
 
 def _marker(aside: Path, rank: int) -> Path:

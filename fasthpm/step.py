@@ -4,13 +4,15 @@ Nothing here waits for the device: ids, masks and metrics stay on it, counts are
 function of (seed, update, sample id). The teacher is held, not registered: DeepSpeed must neither shard nor train it.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fasthpm import loss as losses
 from fasthpm.clock import Stopwatch
+from fasthpm.compiled import Compiled
 from fasthpm.data import DatasetInfo
 from fasthpm.mask import draw_mask, sample_noise, split_ids
 from fasthpm.model import HPMViT, Output, create_model, width_of
@@ -29,6 +31,13 @@ class StepOutput(NamedTuple):
     mask: Tensor  # bool [B, L], True = masked
 
 
+class Lesson(NamedTuple):
+    """What the teachers give."""
+
+    difficulty: Tensor  # float32 [B, L], zeros where no mask policy asks for it
+    features: Tensor | None  # [B, L, D'], what is reconstructed; None = pixels
+
+
 class Step(nn.Module):
     """What DeepSpeed wraps: a student, and everything that happens to a batch before and after it."""
 
@@ -42,6 +51,15 @@ class Step(nn.Module):
         self.mean, self.std = pixel_statistics(info, recipe)
         self._teacher: list[HPMViT] = []
         self._frozen: list[FrozenTeacher] = []
+        self._parts: tuple[Callable[..., Lesson], Callable[..., StepOutput]] = (self._teach, self._learn)
+        self._untried = recipe.compile
+        if recipe.compile:
+            self.compile_with("inductor")
+
+    def compile_with(self, backend: str | Callable[..., Any]) -> None:
+        """Compile the teacher's forward, and all from the mask to the losses and their gradients, with a backend."""
+        self._parts = Compiled(self._teach, "the teacher", backend), Compiled(self._learn, "the step", backend)
+        self._untried = True
 
     def attach_teacher(self, teacher: HPMViT) -> None:
         """Let `teacher` choose the hard patches (its `predict_loss`) and, with target ema, give the features."""
@@ -59,54 +77,65 @@ class Step(nn.Module):
     def forward(self, images: Tensor, ids: Tensor, step: Tensor, alpha: Tensor) -> StepOutput:
         """One micro-step on this rank.
 
-        - `images`: uint8 [B, H, W, C]; `ids`: int64 [B]
+        - `images`: uint8 [B, H, W, C] or clips [B, T, H, W, C]; `ids`: int64 [B]
         - `step`: int64 0-dim, the update; `alpha`: float64 0-dim, share of the mask chosen by the teacher
         """
+        self.mean, self.std = self.mean.to(images.device), self.std.to(images.device)
+        teach, learn = self._parts
+        lesson = Lesson(torch.zeros(len(images), self.recipe.num_patches, device=images.device), None)
+        if self.recipe.uses_teacher or self._frozen:
+            with torch.no_grad(), self.stopwatch.measure(images.device):
+                lesson = teach(images) if self.recipe.uses_teacher else lesson
+                lesson = lesson._replace(features=self._frozen[0](images)) if self._frozen else lesson
+        if self._untried:
+            self._try_backward(images, ids, step, alpha, *lesson)
+        return learn(images, ids, step, alpha, *lesson)
+
+    def _teach(self, images: Tensor) -> Lesson:
+        """One pass of the EMA teacher."""
+        teacher, patches = self._teacher[0], self.normalized_patches(images)
+        if self.recipe.target != "ema":
+            return Lesson(teacher.predict_loss(patches, self.recipe.teacher_scale), None)
+        tokens = teacher.encode(patches)
+        features = tokens[:, teacher.num_prefix_tokens :]
+        if self.recipe.masks_by_difficulty:
+            return Lesson(teacher.difficulty_of(tokens), features)
+        return Lesson(torch.zeros(patches.shape[:2], device=images.device), features)
+
+    def _learn(
+        self, images: Tensor, ids: Tensor, step: Tensor, alpha: Tensor, difficulty: Tensor, features: Tensor | None
+    ) -> StepOutput:
+        """Everything after the teachers: mask, student, losses."""
         patches = self.normalized_patches(images)
-        tokens, difficulty = self._teach(patches)
-        mask = self._mask(ids, step, difficulty, alpha)
-        target = self.feature_target(images, tokens)
-        output = self.student(patches, mask, num_masked=self.recipe.num_masked, target=target)
+        noise = sample_noise(self.recipe.seed, step, ids, self.mask_plan.noise_size)
+        mask = draw_mask(self.mask_plan, noise, difficulty, alpha)
+        output = self.student(patches, mask, num_masked=self.recipe.num_masked, target=features)
         return StepOutput(output.loss, self._metrics(output, mask, difficulty), mask)
 
-    def normalized_patches(self, images: Tensor) -> Tensor:
-        """uint8 [B, H, W, C] -> float32 [B, L, P*P*C], zero mean and unit variance over the data set."""
-        self.mean, self.std = self.mean.to(images.device), self.std.to(images.device)
-        batch, height, width, channels = images.shape
-        side = self.recipe.patch_size
-        rows, columns = height // side, width // side
-        patches = images.reshape(batch, rows, side, columns, side, channels).transpose(2, 3)
-        return ((patches.float() - self.mean) / self.std).reshape(batch, rows * columns, side * side * channels)
+    def _try_backward(self, *arguments: Tensor | None) -> None:
+        """Let a compiler that fails do so here, where there is a way back: it meets the gradients at their first use.
 
-    def _teach(self, patches: Tensor) -> tuple[Tensor | None, Tensor]:
-        """One pass of the EMA teacher: its tokens [B, 1 + L, D], and the difficulty [B, L] that chooses the mask's hard
-        part (zeros where no policy asks for it)."""
-        difficulty = patches.new_zeros(patches.shape[:2], dtype=torch.float32)
-        if not self.recipe.uses_teacher:
-            return None, difficulty
-        teacher = self._teacher[0]
-        with torch.no_grad(), self.stopwatch.measure(patches.device):
-            tokens = teacher.encode(patches)
-            return tokens, teacher.difficulty_of(tokens) if self.recipe.masks_by_difficulty else difficulty
-
-    def _mask(self, ids: Tensor, step: Tensor, difficulty: Tensor, alpha: Tensor) -> Tensor:
-        noise = sample_noise(self.recipe.seed, step, ids, self.mask_plan.noise_size)
-        return draw_mask(self.mask_plan, noise, difficulty, alpha)
-
-    @torch.no_grad()
-    def feature_target(self, images: Tensor, tokens: Tensor | None) -> Tensor | None:
-        """What the recipe's `target` names: features [B, L, D'] of all patches, or None for their pixels.
-
-        - `images`: as in `forward`; `tokens`: the EMA teacher's, [B, 1 + L, D]
+        No hook of DeepSpeed's sees these gradients, and no weight has any afterwards.
         """
-        if self.recipe.target == "pixels":
-            return None
-        if self.recipe.target == "ema":
-            return tokens[:, 1:] if tokens is not None else None
-        if not self._frozen:
-            raise ValueError(f"target {self.recipe.target} needs a frozen teacher: call attach_frozen")
-        with self.stopwatch.measure(images.device):
-            return self._frozen[0](images)
+        self._untried, learn = False, self._parts[1]
+        if isinstance(learn, Compiled) and not learn.failure and torch.is_grad_enabled():
+            loss = learn(*arguments).loss
+            try:
+                torch.autograd.grad(loss, [w for w in self.student.parameters() if w.requires_grad], allow_unused=True)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                learn.give_up(error)
+
+    def normalized_patches(self, images: Tensor) -> Tensor:
+        """uint8 [B, (T,) H, W, C] -> float32 [B, L, t*P*P*C], zero mean and unit variance over the data set."""
+        mean, std = self.mean.to(images.device), self.std.to(images.device)
+        batch, (height, width, channels) = len(images), images.shape[-3:]
+        side, frames = self.recipe.patch_size, self.recipe.tubelet_size
+        slots, rows, columns = self.recipe.slots, height // side, width // side
+        cut = images.reshape(batch, slots, frames, rows, side, columns, side, channels)
+        scaled = (cut.permute(0, 1, 3, 5, 2, 4, 6, 7).float() - mean) / std
+        return scaled.reshape(batch, slots * rows * columns, frames * side * side * channels)
 
     @torch.no_grad()
     def _metrics(self, output: Output, mask: Tensor, difficulty: Tensor) -> Tensor:
@@ -145,9 +174,14 @@ def model_of(recipe: Recipe) -> HPMViT:
             decoder_num_heads=recipe.decoder_heads,
             predictor_dim=recipe.predictor_dim,
             predictor_depth=recipe.predictor_depth,
+            predictor=recipe.predictor,
+            decoder_attention=recipe.decoder_attention,
             predict_loss=recipe.predict_loss,
             absolute_standardize=recipe.absolute_standardize,
             pixel_loss=recipe.pixel_loss,
             norm_pix_loss=recipe.norm_pix_loss,
             target_dim=width_of(recipe.model) if recipe.target == "ema" else recipe.frozen_dim,
+            num_frames=recipe.num_frames,
+            tubelet_size=recipe.tubelet_size,
+            activation_checkpointing=recipe.activation_checkpointing,
         )

@@ -1,4 +1,4 @@
-"""Pictures of what a model sees: image, reconstruction, true loss, predicted loss, mask.
+"""Pictures of what a model sees: image, reconstruction, true loss, predicted loss, mask; of videos, slot by slot.
 
 fasthpm visualize RUN --data_path X.beton [--num_images 8] [-o panel.png]
 """
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fasthpm import mask as masks
+from fasthpm import video_pictures
 from fasthpm.checkpoint import load_weights
 from fasthpm.cli import Parser
 from fasthpm.data import DatasetInfo, build_loader
@@ -30,7 +31,7 @@ GAP, HEADER = 4, 18
 
 
 def fixed_images(recipe: Recipe, count: int) -> tuple[Tensor, DatasetInfo]:
-    """The first `count` images of the recipe's data, uncropped as in evaluation: uint8 [count, H, W, C]."""
+    """The first `count` images or clips of the recipe's data, as in evaluation: uint8 [count, (T,) H, W, C]."""
     loader = build_loader(
         recipe.data_path,
         batch_size=count,
@@ -39,6 +40,8 @@ def fixed_images(recipe: Recipe, count: int) -> tuple[Tensor, DatasetInfo]:
         train=False,
         num_workers=1,
         max_bad_samples=1.0,  # a picture needs some images, not these
+        num_frames=recipe.num_frames,
+        sampling_rate=recipe.sampling_rate,
     )
     try:
         return next(iter(loader)).images, loader.info
@@ -61,11 +64,9 @@ def panel(
     column stays empty.
     """
     step = Step(model, recipe, info)
-    if frozen:
-        step.attach_frozen(frozen)
     images = images.to(model.cls_token.device)
     patches = step.normalized_patches(images)
-    target = step.feature_target(images, model.encode(patches) if recipe.target == "ema" else None)
+    target = frozen(images) if frozen else model.encode(patches)[:, 1:] if recipe.target == "ema" else None
     size = (2, len(patches), step.mask_plan.noise_size)
     noise = torch.rand(size, generator=torch.Generator().manual_seed(recipe.seed)).to(patches.device)
     predicted = model.predict_loss(patches) if recipe.predict_loss != "none" else torch.zeros_like(patches[:, :, 0])
@@ -177,15 +178,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         default=-1.0,
         help="share of the mask chosen by difficulty (default: the recipe's alpha_end)",
     )
-    parser.add_argument("-o", "--output", type=Path, default=Path("panel.png"), help="PNG to write")
+    parser.add_argument("-o", "--output", type=Path, default=Path("panel.png"), help="PNG, or GIF of a video model")
     arguments: argparse.Namespace = parser.parse_args(argv)
     if arguments.num_images < 1:
         raise UserError(f"num_images is {arguments.num_images}, expected 1 or more")
     model, recipe = load_weights(arguments.run, arguments.weights)
+    if arguments.output.suffix.lower() == ".gif" and not model.video:
+        raise UserError(f"output {arguments.output}: animations are of videos, and this model takes images; use a .png")
     recipe = recipe if not arguments.data_path else recipe.with_data(arguments.data_path)
     images, info = fixed_images(recipe, arguments.num_images)
     alpha = recipe.alpha_end if arguments.alpha < 0 else arguments.alpha
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    frozen = build_frozen(recipe, torch.device("cpu"), torch.float32)
-    save_png(panel(model, recipe, info, images, alpha, frozen), arguments.output)
-    print(f"{len(images)} images ({', '.join(columns_of(recipe))}) written to {arguments.output}")
+    if model.video:
+        pictures = video_pictures.frames(model, recipe, info, images, alpha)
+        video_pictures.save(pictures, recipe.tubelet_size, arguments.output)
+    else:
+        frozen = build_frozen(recipe, torch.device("cpu"), torch.float32)
+        save_png(panel(model, recipe, info, images, alpha, frozen), arguments.output)
+    what = f"{'clips' if model.video else 'images'} ({', '.join(columns_of(recipe))})"
+    print(f"{len(images)} {what} written to {arguments.output}")

@@ -103,7 +103,7 @@ def blame(notes: dict[int, dict[str, Any]], now: float, silent_after: float) -> 
     behind = {rank: note for rank, note in notes.items() if note["update"] == last}
     if len(behind) < len(notes):
         return _name(behind, "behind the others")
-    return "all ranks wait for each other in the same step"
+    return "all ranks wait for each other in the same step; is the network between them down?"
 
 
 def _name(ranks: dict[int, dict[str, Any]], what: str) -> str:

@@ -42,11 +42,11 @@ def run_ranks(
     try:
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        _kill_tree(process.pid)
+        kill_tree(process.pid)
         output, _ = process.communicate()
         raise AssertionError(f"{' '.join(command)} still ran after {timeout:g} s:\n{output}") from None
     except BaseException:
-        _kill_tree(process.pid)
+        kill_tree(process.pid)
         raise
     return Finished(process.returncode, output)
 
@@ -65,7 +65,7 @@ def running_ranks(
         yield process
     finally:
         if process.poll() is None:
-            _kill_tree(process.pid)
+            kill_tree(process.pid)
         process.communicate()
 
 
@@ -100,8 +100,8 @@ def _launcher(name: str, ranks: int) -> Sequence[str]:
     if name == "python":
         return []
     if name == "torchrun":
-        return ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={_free_port()}"]
-    return ["-m", "deepspeed.launcher.runner", f"--num_gpus={ranks}", f"--master_port={_free_port()}"]
+        return ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={free_port()}"]
+    return ["-m", "deepspeed.launcher.runner", f"--num_gpus={ranks}", f"--master_port={free_port()}"]
 
 
 def _target(launcher: str, target: str | Path) -> Sequence[str]:
@@ -110,13 +110,13 @@ def _target(launcher: str, target: str | Path) -> Sequence[str]:
     return ["--module" if launcher == "deepspeed" else "-m", target]
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
-def _kill_tree(pid: int) -> None:
+def kill_tree(pid: int) -> None:
     """The launcher's ranks too: they may be in sessions of their own."""
     launcher = psutil.Process(pid)
     for process in [*launcher.children(recursive=True), launcher]:

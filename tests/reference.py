@@ -113,6 +113,44 @@ def patches_of(image: Tensor, side: int) -> Tensor:
     return torch.stack(patches)
 
 
+def tubelets_of(clip: Tensor, frames: int, side: int) -> Tensor:
+    """[C, T, H, W] -> [L, frames*side*side*C]: slot by slot in raster order, each as (frame, row, column, channel)."""
+    channels, length, height, width = clip.shape
+    patches = []
+    for first in range(0, length, frames):
+        for top in range(0, height, side):
+            for left in range(0, width, side):
+                values = []
+                for t in range(frames):
+                    for y in range(side):
+                        for x in range(side):
+                            values += [clip[c, first + t, top + y, left + x] for c in range(channels)]
+                patches.append(torch.stack(values))
+    return torch.stack(patches)
+
+
+def normalised_tubelet(patch: Tensor, channels: int, eps: float) -> Tensor:
+    """VideoMAE's target: every channel on its own, unbiased, eps outside the root."""
+    out = [patch[0]] * len(patch)
+    for c in range(channels):
+        values = [patch[i] for i in range(c, len(patch), channels)]
+        mean = sum(values) / len(values)
+        std = (sum((x - mean) ** 2 for x in values) / (len(values) - 1)) ** 0.5
+        for k, x in enumerate(values):
+            out[k * channels + c] = (x - mean) / (std + eps)
+    return torch.stack(out)
+
+
+def sinusoid(dim: int, count: int) -> Tensor:
+    """VideoMAE's fixed positions, entry by entry."""
+    table = torch.zeros(count, dim, dtype=torch.float64)
+    for index in range(count):
+        for channel in range(dim):
+            angle = index / 10000 ** (2 * (channel // 2) / dim)
+            table[index, channel] = math.cos(angle) if channel % 2 else math.sin(angle)
+    return table
+
+
 def sincos(dim: int, rows: int, columns: int) -> Tensor:
     """MAE's fixed positions, entry by entry; the first row is the cls token's."""
     quarter = dim // 4
@@ -267,6 +305,51 @@ def attention_mask(
     order = sorted(range(len(weights)), key=lambda i: (times[i], -noise[i]))
     masked, gone = int(len(weights) * mask_ratio), int(len(weights) * (mask_ratio + throw_ratio))
     return set(order[:masked]), set(order[masked:gone])
+
+
+def crop_map(
+    values: list[list[float]], crop: tuple[int, int, int, int, int], size: tuple[int, int], rows: int, columns: int
+) -> list[float]:
+    """AMT: the map of the whole image at the centre of every patch of a crop, between the centres of its cells."""
+    top, left, height, width, flipped = crop
+    out = []
+    for r in range(rows):
+        for c in range(columns):
+            column = columns - 1 - c if flipped else c
+            y = (top + height * (r + 0.5) / rows) / size[0] * len(values) - 0.5
+            x = (left + width * (column + 0.5) / columns) / size[1] * len(values[0]) - 0.5
+            out.append(between(values, y, x))
+    return out
+
+
+def between(values: list[list[float]], y: float, x: float) -> float:
+    """Bilinear, constant beyond the outermost values."""
+    y, x = min(max(y, 0.0), len(values) - 1.0), min(max(x, 0.0), len(values[0]) - 1.0)
+    i, j = min(int(y), len(values) - 2), min(int(x), len(values[0]) - 2)
+    upper = values[i][j] + (values[i][j + 1] - values[i][j]) * (x - j)
+    lower = values[i + 1][j] + (values[i + 1][j + 1] - values[i + 1][j]) * (x - j)
+    return upper + (lower - upper) * (y - i)
+
+
+def released_crop_map(
+    values: list[list[float]], crop: tuple[int, int, int, int, int], size: tuple[int, int], rows: int, columns: int,
+    side: int,
+) -> list[float]:  # fmt: skip
+    """AMT's released code: the top left cells, enlarged to the crop's pixels, averaged over every patch."""
+    top, left, height, width, flipped = crop
+    cells = [row[: (left + width) // size[1] + 2] for row in values[: (top + height) // size[0] + 2]]
+    high, wide = rows * side, columns * side
+    pixels = [
+        [between(cells, (y + 0.5) * len(cells) / high - 0.5, (x + 0.5) * len(cells[0]) / wide - 0.5)
+         for x in range(wide)] for y in range(high)
+    ]  # fmt: skip
+    if flipped:
+        pixels = [row[::-1] for row in pixels]
+    return [
+        sum(pixels[r * side + y][c * side + x] for y in range(side) for x in range(side)) / side**2
+        for r in range(rows)
+        for c in range(columns)
+    ]
 
 
 def draw_probability(weights: list[float], order: tuple[int, ...]) -> float:

@@ -59,6 +59,17 @@ def test_loader_bench_runs(photographs: Path, tmp_path: Path) -> None:
     assert "data wait" in done.stdout
 
 
+def test_checkpoint_bench_runs(tmp_path: Path) -> None:
+    out = tmp_path / "checkpoint.json"
+    done = run_bench("checkpoint", "--size", "nano", "--rounds", 1, "-o", out)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(out.read_text())
+    assert result["bytes"] >= 16 * result["parameters"]
+    assert 0 < result["asynchronous"]["blocked"]["low"] < result["asynchronous"]["complete"]["low"]
+    assert result["synchronous"]["blocked"] == result["synchronous"]["complete"]
+    assert "| asynchronous | " in done.stdout
+
+
 def test_prepare_bench_runs(photographs: Path, tmp_path: Path) -> None:
     out = tmp_path / "prepare.json"
     done = run_bench("prepare", photographs, "--quick", "--workers", 2, "-o", out)
@@ -205,12 +216,12 @@ def test_cores_follow_from_the_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(waiting, "time", clock)
     monkeypatch.setattr(waiting, "our_loader", lambda spec: Paced(clock, 0.005, 4))
     monkeypatch.setattr(waiting, "gflops_per_image", lambda: 100.0)
-    found = waiting.data_waits([Spec("x", "ours", "synthetic:10", 2, 10)], {"x": 300.0}, 1e14, 0.01)
+    found = waiting.data_waits([Spec("x", "ours", "synthetic:10", 2, 10)], {"x": 300.0}, 1e14, 0.01, 256)
     assert found["images_per_second"] == 1000
     row = found["loaders"]["x"]
     assert row["cores"] == 4
     assert row["load"] == pytest.approx(1000 / 1200)
-    assert row["step_seconds"] == pytest.approx(found["batch_size"] / 1000 * 4 / 2)
+    assert row["step_seconds"] == pytest.approx(256 / 1000 * 4 / 2)
     assert row["wait_percent"] == pytest.approx(100 * 5 / (5 + 512))
 
 

@@ -75,6 +75,33 @@ def test_rotation_keeps_the_newest(tmp_path: Path) -> None:
     assert [f.exists() for f in folders] == [False, False, True, True]
 
 
+def test_rotation_keeps_some_for_ever(tmp_path: Path) -> None:
+    for step in (0, 3, 6, 9, 12, 15, 18):
+        checkpoint.rotate(tmp_path, 2, newest=write(tmp_path, step), every=6)
+    kept = sorted(checkpoint.step_of(folder) for folder in (tmp_path / "checkpoints").iterdir())
+    assert kept == [6, 12, 15, 18]  # not 0: nothing is learnt there
+
+
+def test_rotation_never_deletes_the_checkpoint_just_written(tmp_path: Path) -> None:
+    """Two of later updates are damaged: the run has gone back behind them, and must not lose what it writes now."""
+    for step in (4, 10, 12):
+        folder = write(tmp_path, step)
+        if step > 4:
+            (folder / "manifest.json").unlink()
+    (tmp_path / "checkpoints" / "step-00000004-copy").mkdir()  # a user's own
+    newest = write(tmp_path, 6)
+    checkpoint.rotate(tmp_path, 2, newest=newest)
+    assert checkpoint.newest_valid(tmp_path, lambda line: None) == newest
+    checkpoint.rotate(tmp_path, 1, newest=newest)
+    assert checkpoint.newest_valid(tmp_path, lambda line: None) == newest
+    assert (tmp_path / "checkpoints" / "step-00000004-copy").is_dir()
+
+
+def test_checkpoints_to_keep_must_be_written() -> None:
+    with pytest.raises(UserError, match=r"keep_every 15 is not a multiple of save_every 10.*use e.g. --keep_every 20"):
+        dataclasses.replace(recipes.debug(), save_every=10, keep_every=15)
+
+
 def test_resume_choices(tmp_path: Path) -> None:
     assert checkpoint.find_resume(recipe_in(tmp_path), pytest.fail) is None
     first, second = write(tmp_path, 1), write(tmp_path, 2)

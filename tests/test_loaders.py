@@ -17,10 +17,12 @@ from data_fixtures import image_folder, jpeg_bytes, list_sources, picture, prepa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from video_fixtures import prepare_videos, video_folder
 
-from fasthpm.data import Batch, build_loader, ffcv_images, prefetch, quarantine, read_info, synthetic
+from fasthpm.data import Batch, build_loader, clips, ffcv_images, prefetch, quarantine, read_info, synthetic
 from fasthpm.data.beton import ALLOCATION, JPEG, open_beton
 from fasthpm.data.device import DeviceLoader, on_device
+from fasthpm.data.loader import split_sources
 from fasthpm.data.pixels import jitter_colours, render
 from fasthpm.data.prefetch import count_workers
 from fasthpm.data.prepared import merged_ranges, open_set
@@ -34,23 +36,30 @@ from fasthpm.data.sampling import (
     replacements,
     sample_order,
 )
+from fasthpm.data.video_set import open_videos
 from fasthpm.errors import UserError
 
 N, SIZE = 23, (16, 24)
-KINDS = ("ffcv", "shards", "plain", "synthetic", "ahead")  # ahead: ffcv with the look-ahead that GPUs get
+# ahead: ffcv with the look-ahead that GPUs get; clips and dali: a video set through libturbojpeg and through DALI
+KINDS = ("ffcv", "shards", "plain", "synthetic", "ahead", "clips", "dali")
+OF_KIND = {"clips": {"num_frames": 3, "sampling_rate": 2}}
+OF_KIND["dali"] = OF_KIND["clips"] | {"decoder": "dali"}
 FIELDS = ("images", "labels", "ids", "crops", "sizes", "replaced")
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    """The three kinds of source, N samples each; the file set has two image sizes."""
+    """The kinds of source, N samples each; the file sets have two image sizes."""
     root = tmp_path_factory.mktemp("sources")
     folder = image_folder(root / "folder", N, sizes=((40, 48), (33, 20)))
     beton = prepare(folder, root / "set.beton", "--write_mode", "proportion", "--jpeg_quality", "100")
     shards = prepare_shards(folder, root / "many.beton", 3, "--write_mode", "proportion", "--jpeg_quality", "100")
+    videos = prepare_videos(video_folder(root / "videos", N), root / "clips")
     return {
         "ffcv": str(beton),
         "ahead": str(beton),
+        "clips": str(videos),
+        "dali": str(videos),
         "shards": str(shards),
         "plain": str(folder),
         "synthetic": f"synthetic:{N}",
@@ -63,8 +72,8 @@ def make(request, sources):
     loaders = []
 
     def build(**options):
-        values = {"batch_size": 4, "image_size": SIZE, "channels": 3, "seed": 5, "num_workers": 2} | options
-        loader = build_loader(sources[request.param], **values)
+        values = {"batch_size": 4, "image_size": SIZE, "channels": 3, "seed": 5, "num_workers": 2}
+        loader = build_loader(sources[request.param], **values | OF_KIND.get(request.param, {}) | options)
         loaders.append(DeviceLoader(loader, torch.device("cpu")) if request.param == "ahead" else loader)
         return loaders[-1]
 
@@ -75,6 +84,11 @@ def make(request, sources):
 
 def innermost(loader):
     return getattr(loader, "_loader", loader)
+
+
+def frames(loader) -> tuple[int, ...]:
+    """What the shape of a batch has between B and the image's."""
+    return innermost(loader).options.sample_shape[:-3]
 
 
 def same(a: Batch, b: Batch) -> bool:
@@ -97,7 +111,7 @@ def test_batches_have_the_promised_form(make):
     assert loader.info.num_samples == N
     assert loader.batch_size == 4
     for batch in batches:
-        assert batch.images.shape == (4, *SIZE, 3)
+        assert batch.images.shape == (4, *frames(loader), *SIZE, 3)
         assert batch.images.dtype == torch.uint8
         assert batch.crops.shape == (4, 5)
         assert batch.sizes.shape == (4, 2)
@@ -184,7 +198,8 @@ def test_evaluation_gives_each_sample_once_in_order(make, world_size):
     assert not everything.crops[:, 4].any()
     if world_size == 3:
         assert [len(batches[-1].ids) for batches in ranks] == [5, 3, 0]
-        assert ranks[2][-1].images.shape == (0, *SIZE, 3)
+        assert ranks[2][-1].images.shape[0] == 0
+        assert ranks[2][-1].images.shape[-3:] == (*SIZE, 3)
         assert ranks[2][-1].replaced.dtype == torch.bool
 
 
@@ -197,6 +212,8 @@ def test_labels_belong_to_their_images(make, sources):
     elif innermost(loader).source == sources["shards"]:
         shards = [open_beton(path).labels for path in sorted(Path(sources["shards"]).parent.glob("many-*.beton"))]
         assert np.array_equal(found.labels, np.concatenate(shards))
+    elif innermost(loader).source == sources["clips"]:
+        assert np.array_equal(found.labels, open_videos(Path(sources["clips"])).videos["label"])
     elif innermost(loader).source == sources["plain"]:
         assert found.labels.tolist() == sorted(index % 2 for index in range(N))
     else:
@@ -240,7 +257,7 @@ def test_twenty_epochs_take_no_more_memory_than_a_few(make):
     loader = make(image_size=(200, 200))
     for epoch in range(23):
         for batch in loader:
-            assert batch.images.shape[1:3] == (200, 200)
+            assert batch.images.shape[-3:-1] == (200, 200)
         if epoch in (2, 22):
             gc.collect()
             sizes.append(process.memory_info().rss)
@@ -639,10 +656,18 @@ def test_block_order_mixes_well_within_its_bounds():
     assert np.abs(middle - 0.5).max() < 0.15  # each pool comes from all over the set
 
 
+def keep_videos_together(make, monkeypatch, count):
+    """Let blocks of videos hold `count` of them."""
+    loader = innermost(make())
+    if isinstance(loader, clips.ClipLoader):
+        monkeypatch.setattr(clips, "BLOCK_BYTES", -(-count * len(loader.data.frames) // N))
+
+
 def test_blocks_are_cut_by_global_batch_and_resume(make, monkeypatch):
     monkeypatch.setattr(prefetch, "BLOCK_SAMPLES", 3)
     monkeypatch.setattr(prefetch, "WINDOW_BLOCKS", 2)
     monkeypatch.setattr(ffcv_images, "BLOCK_BYTES", 3 * 4000)
+    keep_videos_together(make, monkeypatch, 3)
     options = {"sample_order": "blocks", "batch_size": 6}
     loader = make(**options)
     whole = list(loader)
@@ -672,6 +697,7 @@ def test_storage_hears_of_samples_before_they_are_read(make, monkeypatch, order,
     monkeypatch.setattr(prefetch, "BLOCK_SAMPLES", 2)
     monkeypatch.setattr(prefetch, "WINDOW_BLOCKS", 3)
     monkeypatch.setattr(ffcv_images, "BLOCK_BYTES", 2 * 4000)
+    keep_videos_together(make, monkeypatch, 2)
     loader = make(sample_order=order, batch_size=1, rank=rank, world_size=2)
     inner, heard = innermost(loader), set()
     sizes = inner._sizes
@@ -1048,7 +1074,8 @@ INTERRUPTED = """
 import os, signal, sys, threading, time, torch
 from fasthpm.data import build_loader
 from fasthpm.data.device import DeviceLoader
-loader = build_loader(sys.argv[1], batch_size=4, image_size=(8, 8), channels=3)
+decoder = "dali" if sys.argv[2] == "dali" else "auto"
+loader = build_loader(sys.argv[1], batch_size=4, image_size=(8, 8), channels=3, decoder=decoder)
 if sys.argv[2] == "ahead":
     loader = DeviceLoader(loader, torch.device("cpu"))
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started us with it ignored
@@ -1071,3 +1098,7 @@ def test_ctrl_c_ends_a_process_with_a_running_loader(sources, kind):
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode in (-2, 130, 1)
     assert done.stderr.rstrip().endswith("KeyboardInterrupt"), done.stderr
+
+
+def test_a_list_of_sets_may_be_longer_than_a_file_name() -> None:
+    assert split_sources(",".join(["a" * 100 + ".beton"] * 100)) == ["a" * 100 + ".beton"] * 100

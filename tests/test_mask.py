@@ -246,7 +246,7 @@ def test_every_policy_keeps_its_count(
 ) -> None:
     if policy == "uniform":
         grid, ratio = (2 * grid[0], 2 * grid[1]), 0.75
-    slots = max(slots, 2) if policy == "tube" else slots
+    slots = max(slots, 2) if policy in masks.TUBES else slots
     plan = masks.MaskPlan(policy, ratio, grid, slots)
     noise = torch.rand(2, 3, plan.noise_size, generator=torch.Generator().manual_seed(seed))
     mask = masks.draw_mask(plan, noise, torch.rand(3, plan.num_patches), alpha)

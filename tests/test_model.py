@@ -380,6 +380,11 @@ def test_mae_weights_leave_the_loss_predictor_alone() -> None:
     [
         ("hpm", {}),
         ("hpm", {"predictor_dim": 32, "predictor_depth": 3}),
+        ("hpm", {"predictor": "shared"}),
+        ("hpm", {"decoder_attention": "cross"}),
+        ("hpm", {"decoder_attention": "cross", "predictor_dim": 32, "predictor_depth": 3}),
+        ("hpm", {"decoder_attention": "cross", "predictor": "shared"}),
+        ("hpm", {"input_size": "32", "teacher_scale": 2}),
         ("mae", {"mask_policy": "random", "predict_loss": "none"}),
         ("simmim", {"mask_policy": "random", "predict_loss": "none"}),
         ("simmim", {"predictor_depth": 1}),
@@ -390,14 +395,14 @@ def test_flop_formula_counts_what_runs(method: str, changes: dict[str, Any], mon
     monkeypatch.setattr("fasthpm.model.attend", attend_plain)  # torch does not count its fused CPU kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    recipe = Recipe(model=f"{method}_vit_nano_patch4_28", input_size="28", patch_size=4, channels=1, decoder_dim=64,
-                    decoder_depth=2, decoder_heads=4, **changes)  # fmt: skip
+    sizes = {"patch_size": 4, "channels": 1, "decoder_dim": 64, "decoder_depth": 2, "decoder_heads": 4}
+    recipe = Recipe(model=f"{method}_vit_nano_patch4_28", **{"input_size": "28", **sizes, **changes})
     model = model_of(recipe)
-    images = torch.randn(4, 1, 28, 28)
-    mask = masks.random_mask(torch.rand(4, 49), 0.75)
+    images = torch.randn(4, 1, *recipe.image_size)
+    mask = masks.random_mask(torch.rand(4, recipe.num_patches), 0.75)
     with FlopCounterMode(display=False) as counter:
         if recipe.uses_teacher:
             with torch.no_grad():
-                model.predict_loss(images)
+                model.predict_loss(images, recipe.teacher_scale)
         model(images, mask).loss.backward()
     assert counter.get_total_flops() / 4 == pytest.approx(flops.step_flops(model, recipe)["total"], rel=0.01)

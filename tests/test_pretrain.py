@@ -183,12 +183,15 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_and_is_kept(tmp_path: Path) -
     assert len(lines) == 1, finished.output
     assert "the loss is not finite by update 4" in lines[0]
     for rank in (0, 1):
-        saved = torch.load(tmp_path / "nonfinite" / f"rank{rank}.pt")
+        (path,) = (tmp_path / "nonfinite").glob(f"*/rank{rank}.pt")
+        saved = torch.load(path)
         bad = saved["micro_steps"][0]
         assert bad["step"] < 4
         assert bad["ids"].shape == (4,)
         assert bad["mask"].shape == (4, 49)
         assert not torch.isfinite(bad["metrics"]).all()
+        assert path.parent.name == f"update-{bad['step'] + 1:08d}"
+        assert len(saved["grad_norms"]) == 4
     assert not (tmp_path / "checkpoints").exists()
 
 

@@ -32,7 +32,7 @@ def test_recipes_are_what_they_say(name: str) -> None:
         ({"input_size": "225"}, "input_size 225 is not a multiple of patch_size 16; use e.g. --input_size 224"),
         ({"input_size": "224x"}, "input_size is '224x', expected a side"),
         ({"input_size": "96x100"}, "input_size 96x100 is not a multiple"),
-        ({"mask_policy": "hpn"}, "uniform, tube; did you mean 'hpm'"),
+        ({"mask_policy": "hpn"}, "uniform, tube, hpm_tube; did you mean 'hpm'"),
         ({"epochs": 0}, "epochs is 0, expected more than 0"),
         ({"blr": float("nan")}, "blr is nan, expected 0 or more"),
         ({"alpha_end": 1.1}, "alpha_end is 1.1, expected 0 to 1"),

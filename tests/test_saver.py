@@ -1,6 +1,7 @@
 """Checkpoints written in the background: complete or not there, whatever a rank or a disk does."""
 
 import contextlib
+import dataclasses
 import errno
 import os
 import subprocess
@@ -61,6 +62,17 @@ def test_a_checkpoint_appears_when_every_rank_has_written(tmp_path: Path) -> Non
     (folder / "shards" / "rank-00001.safetensors").unlink()
     with pytest.raises(checkpoint.UserError, match="has 1 of the 2 files that its ranks wrote"):
         shards.SavedState(folder)
+
+
+def test_old_checkpoints_go_but_those_to_keep(tmp_path: Path) -> None:
+    recipe = dataclasses.replace(recipes.debug(), keep_checkpoints=1, keep_every=1, save_every=1, steps_per_epoch=4)
+    for step in (3, 4, 6, 7):
+        checkpoint.begin(tmp_path, step)
+        savers = pair()
+        for rank, saver in enumerate(savers):
+            saver.start(dataclasses.replace(job(tmp_path, rank, step=step), recipe=recipe))
+        assert [saver.wait() for saver in savers] == ["", ""]
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step-00000004", "step-00000007"}
 
 
 @pytest.mark.parametrize("failing", [0, 1])

@@ -97,9 +97,9 @@ def why_not(changes: dict[str, Any]) -> str:
         return "has no loss predictor; use --predict_loss none"
     if policy.startswith("hpm") and not predicts:
         return "follows predicted losses, but predict_loss is none"
-    if changes["mask_unit"] and policy in ("block", "blockwise", "uniform", "tube"):
+    if changes["mask_unit"] and policy in ("block", "blockwise", "uniform", "tube", "hpm_tube"):
         return "does not mask in units; use --mask_unit 0"
-    return "repeats one mask in every frame of a video" if policy == "tube" else ""
+    return "repeats one mask in every frame of a video" if policy in ("tube", "hpm_tube") else ""
 
 
 def toy(changes: dict[str, Any]) -> Recipe:
@@ -165,7 +165,7 @@ def test_the_other_combinations_are_refused_with_a_reason() -> None:
             assert toy(changes).num_masked > 0
 
 
-POLICIES = {
+POLICIES: dict[str, dict[str, Any]] = {
     "random": {"mask_policy": "random"},
     "hpm": {},
     "hpm-units": {"input_size": "32", "mask_unit": 8},

@@ -99,8 +99,8 @@ class OpenAIBlock(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         normed = self.ln_1(tokens)
         tokens = tokens + self.attn(normed, normed, normed, need_weights=False)[0]
-        hidden = self.mlp.c_fc(self.ln_2(tokens))
-        return tokens + self.mlp.c_proj(hidden * torch.sigmoid(1.702 * hidden))
+        hidden = self.mlp.get_submodule("c_fc")(self.ln_2(tokens))
+        return tokens + self.mlp.get_submodule("c_proj")(hidden * torch.sigmoid(1.702 * hidden))
 
 
 class OpenAIVisual(nn.Module):
@@ -113,15 +113,14 @@ class OpenAIVisual(nn.Module):
         self.proj = nn.Parameter(torch.randn(WIDTH, PROJECTED))
         self.conv1 = nn.Conv2d(3, WIDTH, 4, 4, bias=False)
         self.ln_pre, self.ln_post = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.transformer = nn.Module()
-        self.transformer.resblocks = nn.Sequential(OpenAIBlock(), OpenAIBlock())
+        self.transformer = nn.Sequential(OrderedDict(resblocks=nn.Sequential(OpenAIBlock(), OpenAIBlock())))
         for parameter in self.parameters():  # biases and norms too
             nn.init.normal_(parameter, std=0.5)
 
     def forward(self, pixels: Tensor) -> Tensor:
         patches = self.conv1(pixels).flatten(2).transpose(1, 2)
         tokens = torch.cat([self.class_embedding.expand(len(pixels), 1, -1), patches], dim=1)
-        tokens = self.transformer.resblocks(self.ln_pre(tokens + self.positional_embedding))
+        tokens = self.transformer(self.ln_pre(tokens + self.positional_embedding))
         return (self.ln_post(tokens) @ self.proj)[:, 1:]
 
 
@@ -245,6 +244,7 @@ def step_with(recipe: Recipe, **frozen: Any) -> Step:
     return step
 
 
+VIDEO = {"model": "hpm_vit_nano_patch4_28_video", "num_frames": 4, "tubelet_size": 2}
 MAE = {"model": "mae_vit_nano_patch4_28", "mask_policy": "random", "predict_loss": "none"}
 SIMMIM = {"model": "simmim_vit_nano_patch4_28", "predictor_depth": 1}
 
@@ -277,10 +277,10 @@ def test_the_ema_teacher_runs_once(changes: dict[str, Any], monkeypatch: pytest.
     for name in ("_encode", "_difficulty"):
         original = getattr(HPMViT, name)
 
-        def counted(self: HPMViT, *args: Any, name: str = name, original: Any = original) -> Tensor:
+        def counted(self: HPMViT, *args: Any, _name: str = name, _original: Any = original, **options: Any) -> Tensor:
             if self is step._teacher[0]:
-                calls.append(name)
-            result: Tensor = original(self, *args)
+                calls.append(_name)
+            result: Tensor = _original(self, *args, **options)
             return result
 
         monkeypatch.setattr(HPMViT, name, counted)
@@ -405,6 +405,8 @@ def test_timm_names_bring_their_architecture_and_openais_the_quick_gelu() -> Non
         ({"target": "clip", "pixel_loss": "l1"}, "use --pixel_loss mse --no-norm_pix_loss"),
         ({"target_weights": "dino.pth"}, "describe a dino or clip teacher, but target is pixels"),
         ({"target": "ema", "target_dim": 512}, "describe a dino or clip teacher, but target is ema"),
+        ({"target": "ema", "teacher_scale": 7}, "takes features of every patch from the teacher"),
+        ({"target": "ema", **VIDEO}, "is for images, and hpm_vit_nano_patch4_28_video is a video model"),
     ],
 )
 def test_recipes_that_contradict_themselves_are_refused(changes: dict[str, Any], reason: str) -> None:

@@ -23,7 +23,7 @@ def note(update: int, phase: str = "step", time: float = 100.0) -> dict[str, obj
         ({0: note(5), 1: {}}, "rank 1 (update ?) gave no sign of life"),
         ({0: note(5), 1: note(5, "loading data")}, "rank 1 (update 5) still busy with loading data"),
         ({0: note(5), 1: note(4), 2: note(4)}, "ranks 1 (update 4), 2 (update 4) behind the others"),
-        ({0: note(5), 1: note(5)}, "all ranks wait for each other in the same step"),
+        ({0: note(5), 1: note(5)}, "all ranks wait for each other in the same step; is the network between them down?"),
         ({0: note(5, "a"), 1: note(5, "b", 10.0)}, "rank 1 (update 5) gave no sign of life"),
     ],
 )

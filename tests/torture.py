@@ -2,12 +2,16 @@
 
     python tests/torture.py --rounds 50 -o bench/results/torture.json
 
+A report that is there already is added to, so that the rounds can be done in parts (`--rounds 10 --seed 1`, 2, …). The
+disk is filled only if `--folder` is on a small file system of its own (mount -t tmpfs -o size=256m tmpfs FOLDER).
+
 One run is left alone. Another, of the same recipe, is disturbed `--rounds` times at random moments and started again
 with the same command each time. Masters, moments and EMA of both must then agree bit for bit. The test suite does a few
 rounds (`tests/test_torture.py`).
 """
 
 import argparse
+import collections
 import itertools
 import json
 import random
@@ -165,6 +169,24 @@ def torture(folder: Path, rounds: int, seed: int, updates: int) -> dict[str, Any
     }  # fmt: skip
 
 
+SUMS = ("rounds", "survived", "updates", "differences", "seconds")
+
+
+def add_to(path: Path, part: dict[str, Any]) -> dict[str, Any]:
+    """Add a part to the report at `path`; the whole."""
+    parts = [*(json.loads(path.read_text())["parts"] if path.is_file() else []), part]
+    total: dict[str, Any] = {name: sum(one[name] for one in parts) for name in SUMS}
+    total |= {
+        "finished": all(one["finished"] for one in parts),
+        "most_updates_repeated": max(one["most_updates_repeated"] for one in parts),
+        "save_every_updates": SAVE_EVERY,
+        "deeds": dict(collections.Counter(entry["deed"] for one in parts for entry in one["history"])),
+        "parts": parts,
+    }
+    path.write_text(json.dumps(total, indent=1) + "\n")
+    return total
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=50, help="disturbances")
@@ -176,9 +198,10 @@ def main() -> None:
     begin = time.time()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         report = torture(Path(folder), arguments.rounds, arguments.seed, arguments.updates)
-    report |= {"seconds": round(time.time() - begin), "versions": versions(torch.device("cpu"), 2)}
+    report |= {"seconds": round(time.time() - begin), "seed": arguments.seed}
+    report |= {"versions": versions(torch.device("cpu"), 2)}
     if arguments.output:
-        arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+        report = add_to(arguments.output, report)
     print({key: report[key] for key in ("rounds", "differences", "finished", "seconds", "most_updates_repeated")})
     sys.exit(bool(report["differences"]) or not report["finished"])
 

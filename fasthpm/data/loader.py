@@ -1,6 +1,7 @@
 """`Batch`, `DatasetInfo`, the `Loader` protocol, and the one place that chooses a loader."""
 
 import dataclasses
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +20,15 @@ if TYPE_CHECKING:
 class Batch:
     """One rank's share of a micro-batch. B samples; every tensor is the batch's own memory, never reused."""
 
-    images: Tensor  # uint8 [B, H, W, C]
+    images: Tensor  # uint8 [B, H, W, C], or clips [B, T, H, W, C]
     labels: Tensor  # int64 [B]
     ids: Tensor  # int64 [B], index of each sample in the data set
     crops: Tensor  # int64 [B, 5]: top, left, height, width of the crop in the stored image, and whether it was flipped
     sizes: Tensor  # int64 [B, 2]: height, width of the stored image
     replaced: Tensor  # bool [B]: the sample whose turn it was does not decode, this is another one
+    maps: Tensor = dataclasses.field(
+        default_factory=lambda: torch.zeros(0)
+    )  # float16 [B, rows, cols]; see fasthpm.maps
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`; asynchronous where the source is pinned."""
@@ -79,8 +83,8 @@ class Loader(Protocol):
 def read_info(data_path: str | Path) -> DatasetInfo:
     """What a data source holds, read cheaply: a prepared set's sidecar, or some images of a folder.
 
-    **Args:** `data_path`: a prepared `.beton` or a comma list of them, an image folder (channels, mean and std from up
-    to 256 of its images), or `synthetic:N`.
+    **Args:** `data_path`: a prepared `.beton` or a comma list of them, a prepared video folder, an image folder
+    (channels, mean and std from up to 256 of its images), or `synthetic:N`.
 
     **Raises:** `UserError` if it is missing, damaged or none of these.
     """
@@ -89,6 +93,10 @@ def read_info(data_path: str | Path) -> DatasetInfo:
         from fasthpm.data.synthetic import synthetic_info
 
         return synthetic_info(source)
+    if is_video_set(Path(source)):
+        from fasthpm.data.video_set import open_videos
+
+        return open_videos(Path(source)).info
     if _is_beton(source):
         from fasthpm.data.prepared import open_set
 
@@ -118,10 +126,17 @@ def build_loader(
     color_jitter: float = 0.0,
     sample_order: str = "random",
     max_bad_samples: float | None = None,
+    num_frames: int = 1,
+    sampling_rate: int = 1,
+    crop: str = "auto",
+    views: tuple[int, int] = (1, 1),
+    decoder: str = "auto",
+    whole: bool = False,
 ) -> Loader:
     """A `Loader` of `data_path`: FFCV for a `.beton`, PIL for a folder of images, drawn images for `synthetic:N`.
 
-    A `.beton` may be in shards (`X.json` lists them), and a comma list of sets is used as one.
+    A `.beton` may be in shards (`X.json` lists them), and a comma list of sets is used as one. A folder that
+    `data_prep.videos` wrote is a set of videos.
 
     **Args:**
 
@@ -139,7 +154,16 @@ def build_loader(
     - `max_bad_samples`: a sample that does not decode is replaced by another, which (seed, epoch, sample id) decide;
       once more distinct ones than this share of the set are met (10 are always put up with; 0 = none), loading fails.
       None: 0.001 in training; without `train` the first one is an error, and none is replaced.
-
+    - `num_frames`, `sampling_rate`: T frames of each video, every `sampling_rate`-th one; 1 frame: images. In training
+      a clip begins anywhere, drawn from (seed, epoch, sample id); otherwise in the middle. Short videos are looped.
+    - `crop`: of training, "random_resized", or "multi_scale" as VideoMAE pretrains; "auto": that for videos.
+    - `views`: of videos, (clips, crops): every sample gives clips * crops rows one after the other, with the same id:
+      in evaluation evenly spaced clips of the video times crops along its longer side, to average predictions over
+      (VideoMAE: 5, 3 for Kinetics, 2, 3 for SSv2); in training (r, 1), r draws (repeated augmentation).
+    - `decoder`: of videos, "turbojpeg" (libturbojpeg and our kernel, the "auto"); "dali", DALI on the CPU; "dali_gpu",
+      DALI and nvJPEG: batches are on the GPU; "dali_video", DALI on the video files of a set prepared with --copy, by
+      NVDEC where there is a GPU.
+    - `whole`: without `train`, the whole image instead of its centre, squeezed into `image_size`.
     - `accum_iter`: batches per update. A training epoch holds whole updates only, so that it has the same samples
       however an update is cut into batches.
 
@@ -165,12 +189,28 @@ def build_loader(
         color_jitter=color_jitter,
         sample_order=sample_order,
         max_bad_samples=max_bad_samples,
+        num_frames=num_frames,
+        sampling_rate=sampling_rate,
+        crop=crop,
+        views=views,
+        decoder=decoder,
+        whole=whole,
     )
     if source.startswith("synthetic:"):
         from fasthpm.data.synthetic import SyntheticLoader
 
         return SyntheticLoader(source, options)
-    if _is_beton(source):
+    if is_video_set(Path(source)):
+        from fasthpm.data.clips import clip_loader
+
+        return clip_loader(Path(source), options)
+    beton = _is_beton(source)
+    if num_frames > 1 or options.num_views > 1:
+        raise UserError(
+            f"data_path {source} holds no prepared videos; use --num_frames 1 for images, or a folder that python -m "
+            f"data_prep.videos wrote"
+        )
+    if beton:
         from fasthpm.data.ffcv_images import FfcvLoader
 
         return FfcvLoader(source, options)
@@ -179,9 +219,15 @@ def build_loader(
     return PlainLoader(Path(source), options)
 
 
+def is_video_set(path: Path) -> bool:
+    """Whether `path` is a folder that `data_prep.videos` wrote, or what is left of one."""
+    return (path / "info.json").is_file() and ((path / "frames.bin").exists() or (path / "videos.npy").exists())
+
+
 def split_sources(source: str) -> list[str]:
     """The names in a comma list; a name that is there with its commas stays whole."""
-    return source.split(",") if "," in source and not Path(source).exists() else [source]
+    there = os.path.exists(source)  # unlike Path.exists, no error for a list longer than a name may be
+    return source.split(",") if "," in source and not there else [source]
 
 
 def _is_beton(source: str) -> bool:

@@ -116,7 +116,7 @@ class PlainLoader(PrefetchLoader):
             if pixels.shape[:2] != tuple(self._known_sizes[index]):  # the crop is not of this image
                 bad[k] = True
                 continue
-            images[k] = render(pixels, crop, self.options.image_size, self.options.interpolation, change)
+            images[k] = render(pixels, crop, images.shape[1:3], self.options.interpolation, change)
         return bad
 
 

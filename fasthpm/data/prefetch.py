@@ -14,8 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fasthpm.data.background import Background
+from fasthpm.data.clip_sampling import CROPS, DECODERS
 from fasthpm.data.loader import Batch, DatasetInfo
 from fasthpm.data.quarantine import BadSample, Quarantine
 from fasthpm.data.sampling import (
@@ -28,6 +30,7 @@ from fasthpm.data.sampling import (
     random_crops,
     replacements,
     sample_order,
+    whole_crops,
 )
 from fasthpm.errors import UserError
 
@@ -59,11 +62,19 @@ class LoaderOptions:
     color_jitter: float = 0.0
     sample_order: str = "random"
     max_bad_samples: float | None = None
+    num_frames: int = 1
+    sampling_rate: int = 1
+    crop: str = "auto"
+    views: tuple[int, int] = (1, 1)
+    decoder: str = "auto"
+    whole: bool = False
 
     def __post_init__(self) -> None:
         self._check("batch_size", self.batch_size >= 1, "1 or more")
         self._check("image_size", min(self.image_size) >= 1, "a height and a width of 1 or more")
         self._check("channels", self.channels in (1, 3), "1 (grey) or 3 (RGB)")
+        self._check("num_frames", self.num_frames >= 1, "1 (images) or more")
+        self._check("sampling_rate", self.sampling_rate >= 1, "1 (every frame) or more")
         self._check("accum_iter", self.accum_iter >= 1, "1 or more")
         self._check("num_workers", self.num_workers >= 0, "0 (share the cores) or more")
         self._check("rank", 0 <= self.rank < self.world_size, f"0 to {self.world_size - 1}")
@@ -72,6 +83,10 @@ class LoaderOptions:
         self._check("interpolation", self.interpolation in INTERPOLATIONS, f"one of {', '.join(INTERPOLATIONS)}")
         self._check("color_jitter", 0 <= self.color_jitter <= 1, "0 (off) to 1")
         self._check("sample_order", self.sample_order in SAMPLE_ORDERS, f"one of {', '.join(SAMPLE_ORDERS)}")
+        self._check("crop", self.crop in CROPS, f"one of {', '.join(CROPS)}")
+        self._check("decoder", self.decoder in DECODERS, f"one of {', '.join(DECODERS)}")
+        good = len(self.views) == 2 and min(self.views) >= 1 and not (self.train and self.views[1] > 1)
+        self._check("views", good, "clips and crops, 1 or more each (in training 1 crop)")
         share = self.max_bad_samples
         self._check("max_bad_samples", share is None or 0 <= share <= 1, "a share, 0 to 1")
 
@@ -83,6 +98,17 @@ class LoaderOptions:
     def global_batch(self) -> int:
         """G: samples of a batch over all ranks."""
         return self.batch_size * self.world_size
+
+    @property
+    def num_views(self) -> int:
+        """Rows of a batch per video."""
+        return self.views[0] * self.views[1]
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """Of one sample's pixels: (H, W, C), or (T, H, W, C) for clips."""
+        frames = (self.num_frames,) if self.num_frames > 1 else ()
+        return (*frames, *self.image_size, self.channels)
 
     @property
     def bad_share(self) -> float | None:
@@ -99,6 +125,8 @@ def count_workers(asked: int) -> int:
 
 class PrefetchLoader(ABC):
     """A `Loader` (see there) whose subclass knows the sizes of stored images and how to fill rows with pixels."""
+
+    crop_columns = 5  # of what `_crops` gives; a batch has the first five
 
     def __init__(self, info: DatasetInfo, options: LoaderOptions, source: str) -> None:
         self.info, self.options, self.source = info, options, source
@@ -125,7 +153,9 @@ class PrefetchLoader(ABC):
 
     @abstractmethod
     def _fill(self, images: Array, ids: Array, crops: Array, factors: Array) -> Array:
-        """Write crops [b, 5] of the samples `ids` [b] into `images`, uint8 [b, H, W, C]. Called from many threads.
+        """Write crops [b, 5] of the samples `ids` [b] into `images`, uint8 [b, H, W, C] or of clips [b, T, H, W, C].
+
+        Called from many threads.
 
         `factors`, float32 [b, 3], are of brightness, contrast and saturation. Returns which samples do not decode:
         bool [b].
@@ -177,6 +207,22 @@ class PrefetchLoader(ABC):
         if self._pool is not None:
             self._pool.shutdown()
             self._pool = None
+
+    # ---------------------------------------------------------------------------------------------- single samples
+    def stored(self, sample: int) -> Array | None:
+        """The stored image, uncropped: uint8 [h, w, C]; None where it does not decode."""
+        ids = np.array([sample])
+        size = self._sizes(ids)
+        if not size.all():
+            return None
+        image = np.empty((1, *size[0], self.options.channels), np.uint8)
+        crop = np.concatenate([np.zeros((1, 2)), size, np.zeros((1, 1))], 1).astype(np.int64)
+        bad = self._fill(image, ids, crop, np.ones((1, 3), np.float32))
+        return None if bad[0] else image[0]
+
+    def labels_of(self, samples: Array) -> Array:
+        """Labels of `samples` [B]: int64 [B]."""
+        return np.ascontiguousarray(self._labels(samples), np.int64)
 
     # ---------------------------------------------------------------------------------------------- position
     def _go_to(self, epoch: int, batch: int) -> None:
@@ -236,10 +282,13 @@ class PrefetchLoader(ABC):
             return block_order(seed, epoch, samples, self._samples_per_block(), WINDOW_BLOCKS)
         return sample_order(seed, epoch, samples)
 
-    def _crops(self, epoch: int, ids: Array, sizes: Array) -> Array:
+    def _crops(self, epoch: int, ids: Array, sizes: Array, rows: Array) -> Array:
+        """Crops of the samples `ids` [b], which are the rows `rows` [b] of a batch: int64 [b, 5 or more]."""
         options = self.options
         if options.train:
             return random_crops(options.seed, epoch, ids, sizes, options.crop_min, options.flip)
+        if options.whole:
+            return whole_crops(sizes)
         return centre_crops(sizes, options.image_size, self._crop_pct)
 
     def _factors(self, epoch: int, ids: Array) -> Array:
@@ -270,32 +319,36 @@ class PrefetchLoader(ABC):
     def _make(self, epoch: int, batch: int) -> Batch:
         """Decode one batch into fresh memory, pinned where there is a CUDA device."""
         self._announce(epoch, batch)
-        asked = self._ids(epoch, batch)
+        asked = np.repeat(self._ids(epoch, batch), self.options.num_views)
         pin = torch.cuda.is_available()
-        shape = (len(asked), *self.options.image_size, self.options.channels)
-        images = torch.empty(shape, dtype=torch.uint8, pin_memory=pin)
-        ids, crops, sizes = self._read(images.numpy(), epoch, asked)
-        rest = [torch.from_numpy(np.ascontiguousarray(x, np.int64)) for x in (self._labels(ids), ids, crops, sizes)]
+        images = self._empty(len(asked), pin)
+        ids, crops, sizes = self._read(images, epoch, asked)
+        columns = self._labels(ids), ids, crops[:, :5], sizes
+        rest = [torch.from_numpy(np.ascontiguousarray(column, np.int64)) for column in columns]
         rest.append(torch.from_numpy(ids != asked))
         return Batch(images, *(tensor.pin_memory() if pin else tensor for tensor in rest))
 
-    def _read(self, images: Array, epoch: int, asked: Array) -> tuple[Array, Array, Array]:
+    def _empty(self, count: int, pin: bool = False) -> Tensor:
+        """Memory for the pixels of `count` samples, where they are decoded to."""
+        return torch.empty((count, *self.options.sample_shape), dtype=torch.uint8, pin_memory=pin)
+
+    def _read(self, images: Tensor, epoch: int, asked: Array) -> tuple[Array, Array, Array]:
         """Fill `images` [B, H, W, C] with `asked` [B] or what replaces them; which samples, crops and sizes these are.
 
         A replacement is a function of (seed, epoch, sample id) and of which samples are bad, nothing else.
         """
         ids, rows = asked.copy(), np.arange(len(asked))
-        crops, sizes = np.zeros((len(ids), 5), np.int64), np.zeros((len(ids), 2), np.int64)
+        crops, sizes = np.zeros((len(ids), self.crop_columns), np.int64), np.zeros((len(ids), 2), np.int64)
         for attempt in range(1 + REPLACEMENTS):
             if attempt:
                 ids[rows] = replacements(self.options.seed, epoch, asked[rows], attempt, self.info.num_samples)
-            pixels = np.empty((len(rows), *images.shape[1:]), np.uint8) if attempt else images
+            pixels = self._empty(len(rows)) if attempt else images
             sizes[rows] = self._sizes(ids[rows])
-            crops[rows] = self._crops(epoch, ids[rows], np.maximum(sizes[rows], 1))
+            crops[rows] = self._crops(epoch, ids[rows], np.maximum(sizes[rows], 1), rows)
             bad = self._fill_in_parallel(pixels, ids[rows], crops[rows], self._factors(epoch, ids[rows]))
             bad |= (sizes[rows] == 0).any(1)
             if attempt:
-                images[rows] = pixels
+                images[torch.from_numpy(rows)] = pixels
             rows = rows[bad]
             if not len(rows):
                 return ids, crops, sizes
@@ -305,12 +358,13 @@ class PrefetchLoader(ABC):
             f"place; {self.source} is damaged: copy or prepare it again"
         )
 
-    def _fill_in_parallel(self, images: Array, ids: Array, crops: Array, factors: Array) -> Array:
+    def _fill_in_parallel(self, images: Tensor, ids: Array, crops: Array, factors: Array) -> Array:
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self.num_workers, thread_name_prefix="fasthpm-decode")
         share = max(-(-len(ids) // (2 * self.num_workers)), 1)  # two shares per thread even out large images
         parts = [slice(start, start + share) for start in range(0, len(ids), share)]
-        fill = self._pool.map(lambda part: self._fill(images[part], ids[part], crops[part], factors[part]), parts)
+        pixels = images.numpy()
+        fill = self._pool.map(lambda part: self._fill(pixels[part], ids[part], crops[part], factors[part]), parts)
         return np.concatenate([np.zeros(0, np.bool_), *fill])
 
 

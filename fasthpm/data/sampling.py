@@ -122,6 +122,11 @@ def centre_crops(sizes: Array, image_size: tuple[int, int], crop_pct: float) -> 
     return np.concatenate([(sizes - box) // 2, box, np.zeros((len(sizes), 1))], 1).astype(np.int64)
 
 
+def whole_crops(sizes: Array) -> Array:
+    """The whole image: int64 [B, 5] like `random_crops`, never flipped."""
+    return np.concatenate([np.zeros_like(sizes), sizes, np.zeros((len(sizes), 1))], 1).astype(np.int64)
+
+
 def _average_rows(image: Array, target: int) -> Array:
     """Resize axis 0 of [h, w, C] to `target` rows, each the mean of the stretch that it covers: float64."""
     source = len(image)

@@ -1,4 +1,4 @@
-"""Images that need no files: labelled waves with a disc, drawn on demand, for tests and debugging."""
+"""Images and clips that need no files: labelled waves with a disc, drawn on demand, for tests and debugging."""
 
 import functools
 
@@ -12,17 +12,24 @@ from fasthpm.errors import UserError
 
 NUM_CLASSES, MEASURED, MEASURED_SIDE = 10, 64, 32
 PREFIX = "synthetic:"
+DRIFT, STRIDE = 0.05, 0.03  # of the waves in periods and of the disc in image sides, per frame
 CONTENT_KEY = np.array([0x5EED], np.uint64)
 
 
-def draw(index: int, size: tuple[int, int], channels: int) -> Array:
-    """Sample `index`: uint8 [h, w, C]. The label, index % 10, sets the direction and the frequency of the waves."""
+def draw(index: int, size: tuple[int, int], channels: int, frame: int = 0) -> Array:
+    """Frame `frame` of sample `index`: uint8 [h, w, C]; an image is frame 0.
+
+    The label, index % 10, sets the direction and the frequency of the waves, and the direction of the disc, which
+    leaves at one side and comes back at the other.
+    """
     label, u = index % NUM_CLASSES, uniforms(CONTENT_KEY, np.array([index]), 10)[0]
     y, x = np.mgrid[0 : size[0], 0 : size[1]].astype(np.float64)
     y, x = (y + 0.5) / size[0], (x + 0.5) / size[1]
     angle = np.pi * label / NUM_CLASSES
-    waves = np.sin(2 * np.pi * ((2 + label % 3) * (x * np.cos(angle) + y * np.sin(angle)) + u[0]))
-    disc = (x - 0.2 - 0.6 * u[1]) ** 2 + (y - 0.2 - 0.6 * u[2]) ** 2 < (0.1 + 0.15 * u[3]) ** 2
+    waves = np.sin(2 * np.pi * ((2 + label % 3) * (x * np.cos(angle) + y * np.sin(angle)) + u[0] + DRIFT * frame))
+    right, down = STRIDE * frame * np.cos(2 * angle), STRIDE * frame * np.sin(2 * angle)
+    centre = (0.2 + 0.6 * u[1] + right) % 1, (0.2 + 0.6 * u[2] + down) % 1
+    disc = (x - centre[0]) ** 2 + (y - centre[1]) ** 2 < (0.1 + 0.15 * u[3]) ** 2
     paint, back = u[4 : 4 + channels], u[7 : 7 + channels]
     values = np.where(disc[..., None], paint, 0.25 + 0.5 * back + 0.25 * waves[..., None])
     return np.clip(np.rint(values * 255), 0, 255).astype(np.uint8)
@@ -45,7 +52,10 @@ def synthetic_info(data_path: str, channels: int = 3) -> DatasetInfo:
 
 
 class SyntheticLoader(PrefetchLoader):
-    """A `Loader` of drawn images, stored, so to say, at `image_size` with as many channels as asked for."""
+    """A `Loader` of drawn images, stored, so to say, at `image_size` with as many channels as asked for.
+
+    With `num_frames` above 1, of clips; they begin with frame 0, and all frames of a clip have the same crop.
+    """
 
     def __init__(self, data_path: str, options: LoaderOptions) -> None:
         super().__init__(synthetic_info(data_path, options.channels), options, data_path)
@@ -61,6 +71,9 @@ class SyntheticLoader(PrefetchLoader):
 
     def _fill(self, images: Array, ids: Array, crops: Array, factors: Array) -> Array:
         size, channels, interpolation = self.options.image_size, self.options.channels, self.options.interpolation
-        for row, index, crop, change in zip(images, ids, crops, factors, strict=True):
-            row[:] = render(draw(int(index), size, channels), crop, size, interpolation, change)
+        clips = images.reshape(len(ids), self.options.num_frames, *size, channels)
+        for clip, index, crop, change in zip(clips, ids, crops, factors, strict=True):
+            for t, row in enumerate(clip):
+                drawn = draw(int(index), size, channels, t * self.options.sampling_rate)
+                row[:] = render(drawn, crop, size, interpolation, change)
         return np.zeros(len(ids), np.bool_)

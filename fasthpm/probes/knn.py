@@ -4,7 +4,8 @@
     torchrun --nproc_per_node 8 -m fasthpm knn RUN …     # features and queries are split over the ranks
 
 Protocol (DINO): features L2-normalised, votes exp(similarity / 0.07), k in {10, 20, 100, 200}; images resized and
-centre-cropped (224/256 of the short side, or whole where the set is stored at the model's size).
+centre-cropped (224/256 of the short side, or whole where the set is stored at the model's size). Of a video, the clip
+in its middle.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -28,6 +29,7 @@ from fasthpm.cli import Parser
 from fasthpm.data import DatasetInfo, Loader, build_loader
 from fasthpm.errors import UserError
 from fasthpm.model import HPMViT
+from fasthpm.probes import result
 from fasthpm.recipe import Recipe
 from fasthpm.step import Step
 
@@ -57,20 +59,29 @@ def features(
 ) -> Features:
     """This rank's features of its share of a data set.
 
-    - `pool`: "cls" (the cls token) or "mean" (of the patch tokens), after the encoder's final norm
+    - `pool`: "cls" (the cls token) or "mean" (of the patch tokens), after the encoder's final norm; empty = cls where
+      there is one: video models have none
     - `limit`: only samples whose id is below this; 0 = all
     """
     step = Step(model, recipe, loader.info)
     none = torch.zeros(0, device=device).long()
-    parts = [Features(model.cls_token.new_zeros(0, model.cls_token.shape[-1]), none, none)]
+    pool = pool_of(model, pool)
+    parts = [Features(torch.zeros(0, model.embed_dim, device=device), none, none)]
     total = -(-limit // (loader.batch_size * world_size)) if limit else len(loader)
     batches = itertools.islice(loader, total)
     for batch in tqdm(batches, desc=f"{pool} features", unit="batch", disable=quiet, leave=False, total=total):
         tokens = model.encode(step.normalized_patches(batch.images.to(device)))
-        pooled = tokens[:, 0] if pool == "cls" else tokens[:, 1:].mean(dim=1)
+        pooled = tokens[:, 0] if pool == "cls" else tokens[:, model.num_prefix_tokens :].mean(dim=1)
         rows = F.normalize(pooled.float(), dim=1)
         parts.append(first(Features(rows, batch.labels.to(device), batch.ids.to(device)), limit))
     return Features(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def pool_of(model: HPMViT, asked: str) -> str:
+    """How features are pooled. **Raises:** `UserError` for the cls token of a model that has none."""
+    if asked == "cls" and not model.num_prefix_tokens:
+        raise UserError("--pool cls: video models have no cls token; use --pool mean, their default")
+    return asked or ("cls" if model.num_prefix_tokens else "mean")
 
 
 def first(bank: Features, size: int) -> Features:
@@ -78,13 +89,15 @@ def first(bank: Features, size: int) -> Features:
     return Features(*(column[bank.ids < size] for column in bank)) if size else bank
 
 
-def vote(bank: Tensor, bank_labels: Tensor, queries: Tensor, num_classes: int) -> dict[int, Tensor]:
-    """Predicted classes int64 [Q] for every k in `NEIGHBOURS` that the bank can serve (DINO's weighted vote).
+def vote(
+    bank: Tensor, bank_labels: Tensor, queries: Tensor, num_classes: int, neighbours: Sequence[int] = NEIGHBOURS
+) -> dict[int, Tensor]:
+    """Predicted classes int64 [Q] for every k in `neighbours` that the bank can serve (DINO's weighted vote).
 
     - `bank`: [N, D], `queries`: [Q, D], both L2-normalised; `bank_labels`: int64 [N]
     """
-    largest = min(max(NEIGHBOURS), len(bank))
-    chosen: dict[int, list[Tensor]] = {k: [] for k in NEIGHBOURS if k <= largest} or {largest: []}
+    largest = min(max(neighbours), len(bank))
+    chosen: dict[int, list[Tensor]] = {k: [] for k in neighbours if k <= largest} or {largest: []}
     for chunk in queries.split(CHUNK):
         similarity, index = (chunk @ bank.T).topk(largest, dim=1)
         weight, label = (similarity / TEMPERATURE).exp(), bank_labels[index]
@@ -95,10 +108,16 @@ def vote(bank: Tensor, bank_labels: Tensor, queries: Tensor, num_classes: int) -
 
 
 def knn_accuracy(
-    bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, num_classes: int, world_size: int = 1
+    bank: Tensor,
+    bank_labels: Tensor,
+    queries: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    world_size: int = 1,
+    neighbours: Sequence[int] = NEIGHBOURS,
 ) -> dict[int, float]:
     """Top-1 accuracy in percent for every k, over the queries of all ranks."""
-    predictions = vote(bank, bank_labels, queries, num_classes)
+    predictions = vote(bank, bank_labels, queries, num_classes, neighbours)
     hits = torch.tensor(
         [[float((p == labels).sum()), float(len(labels))] for p in predictions.values()],
         dtype=torch.float64,
@@ -129,20 +148,32 @@ def evaluate(arguments: argparse.Namespace, weights: str, launch: engine.Launch)
     with engine.in_agreement():
         model, recipe = load_weights(arguments.run, weights)
         model = model.to(launch.device)
+        arguments.pool = pool_of(model, arguments.pool)
         largest = 0 if 0 in sizes else max(sizes)
         bank, info = _side(arguments, arguments.train_path, model, recipe, launch, largest)
         queries, val_info = _side(arguments, arguments.val_path, model, recipe, launch)
-        if info.classes != val_info.classes:
-            raise UserError(
-                f"{arguments.train_path} has {len(info.classes)} classes, {arguments.val_path} has "
-                f"{len(val_info.classes)} or others; expected two splits of the same data set"
-            )
+        result.check_sets((arguments.train_path, info), (arguments.val_path, val_info))
+        _check_neighbours(arguments, info.num_samples)
+        result.check_labels(queries.labels, arguments.val_path, len(info.classes), several=False)
     bank = Features(*(gather_rows(column, launch.world_size) for column in bank))
+    result.check_labels(bank.labels, arguments.train_path, len(info.classes))
     results = {}
     for size in sizes:
         rows, labels, _ = first(bank, size)
-        results[size] = knn_accuracy(rows, labels, queries.rows, queries.labels, len(info.classes), launch.world_size)
+        results[size] = knn_accuracy(
+            rows, labels, queries.rows, queries.labels, len(info.classes), launch.world_size, arguments.k
+        )
     return results
+
+
+def _check_neighbours(arguments: argparse.Namespace, num_samples: int) -> None:
+    """A k that was asked for and that the bank cannot serve is an error; the usual ones are left out then."""
+    smallest = min(min(size or num_samples, num_samples) for size in arguments.bank_size)
+    for k in arguments.k if arguments.k_given else ():
+        if k > smallest:
+            raise UserError(
+                f"k is {k}, more than the {smallest} training images that vote; use a smaller --k, or more images"
+            )
 
 
 def _side(
@@ -158,6 +189,8 @@ def _side(
         world_size=launch.world_size,
         num_workers=arguments.num_workers,
         train=False,
+        num_frames=recipe.num_frames,
+        sampling_rate=recipe.sampling_rate,
     )
     try:
         quiet = launch.rank != 0
@@ -178,12 +211,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--weights", choices=("student", "teacher", "untrained"), nargs="+", default=["student"],
         help="which encoder; several give several results",
     )  # fmt: skip
-    parser.add_argument("--pool", choices=("cls", "mean"), default="cls", help="cls token, or mean of the patches")
+    parser.add_argument(
+        "--pool", choices=("cls", "mean"), default="", help="cls token (default), or mean of the patches (of videos)"
+    )
     parser.add_argument("--batch_size", type=int, default=256, help="images per device and forward")
     parser.add_argument(
         "--bank_size", type=int, nargs="+", default=[0], metavar="N",
         help="only the first N training images vote; 0 = all; several sizes give several results",
     )  # fmt: skip
+    parser.add_argument(
+        "--k",
+        type=int,
+        nargs="+",
+        metavar="K",
+        help="how many neighbours vote (default: 10 20 100 200, as many as fit)",
+    )
     parser.add_argument("--num_workers", type=int, default=0, help="decoding threads; 0 = cores / ranks")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument(
@@ -193,6 +235,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     results = len(arguments.bank_size) * len(arguments.weights)
     if arguments.output and results > 1:
         raise UserError(f"--output {arguments.output} names one file for {results} results; leave it out")
+    arguments.k_given, arguments.k = bool(arguments.k), arguments.k or list(NEIGHBOURS)
+    if min(arguments.k) < 1:
+        raise UserError(f"k is {min(arguments.k)}, expected 1 or more")
     if arguments.batch_size < 1 or min(arguments.bank_size) < 0:
         raise UserError(
             f"batch_size is {arguments.batch_size}, expected 1 or more; bank_size is {min(arguments.bank_size)}, "
@@ -201,15 +246,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     with engine.session() as launch:
         for weights in arguments.weights:
             begin = time.perf_counter()
-            for size, accuracy in evaluate(arguments, weights, launch).items():
+            results = evaluate(arguments, weights, launch)
+            with engine.in_agreement():
                 if launch.rank == 0:
-                    _report(arguments, weights, size, accuracy, time.perf_counter() - begin)
+                    origin = result.provenance(arguments.run, launch)
+                    for size, accuracy in results.items():
+                        _report(arguments, weights, size, accuracy, time.perf_counter() - begin, origin)
 
 
-def _report(arguments: argparse.Namespace, weights: str, size: int, accuracy: dict[int, float], seconds: float) -> None:
+def _report(
+    arguments: argparse.Namespace,
+    weights: str,
+    size: int,
+    accuracy: dict[int, float],
+    seconds: float,
+    origin: dict[str, Any],
+) -> None:
     name = f"knn_{weights}_{arguments.pool}{f'_{size}' if size else ''}.json"
     path = arguments.output or arguments.run / name
-    result = {
+    if weights == "untrained":
+        origin = {**origin, "effective_epochs": 0, "pretraining_gpu_hours": 0}
+    made = {
         "protocol": "DINO weighted k-NN, temperature 0.07",
         "weights": weights,
         "pool": arguments.pool,
@@ -218,8 +275,10 @@ def _report(arguments: argparse.Namespace, weights: str, size: int, accuracy: di
         "bank_size": size,
         "accuracy": {str(k): round(value, 3) for k, value in accuracy.items()},
         "seconds": round(seconds, 1),
+        "gpu_hours": round(seconds * origin["versions"]["world_size"] / 3600, 4),
+        **origin,
     }
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    result.write_text(path, json.dumps(made, indent=2) + "\n")
     best = max(accuracy, key=lambda k: accuracy[k])
     table = "  ".join(f"k={k}: {value:.2f}" for k, value in accuracy.items())
     who = f"{weights}, {arguments.pool}, {size or 'all'} voters"

@@ -1,0 +1,114 @@
+"""One Markdown page and one picture from raw results.
+
+    python -m bench.report bench/results [-o bench/results/report.md]
+
+Every `*.json` of step, roofline, end_to_end, scaling, losses and masking that is found becomes a section; others are
+named. A speed-up appears only where its baseline was timed in the same run, and beside it the run's machine and commit.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench import end_to_end, roofline, scaling, step
+from bench.common import say
+from fasthpm.cli import Parser, run_command
+from fasthpm.errors import UserError
+
+SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "step": step.report,
+    "roofline": roofline.report,
+    "end_to_end": end_to_end.report,
+    "scaling": scaling.report,
+}
+TITLES = {
+    "step": "Steps",
+    "roofline": "Roofline (a model, not a measurement)",
+    "end_to_end": "Data and step together",
+    "scaling": "Ranks, accumulation, ZeRO stages",
+}
+
+
+def load(folder: Path) -> dict[str, dict[str, Any]]:
+    """All results by file name. **Raises:** `UserError` if there are none, or one cannot be read."""
+    found = {}
+    for path in sorted(folder.glob("*.json")):
+        try:
+            found[path.name] = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} cannot be read ({error}); remove it or write it anew") from error
+    if not found:
+        raise UserError(f"{folder} holds no *.json; write some with python -m bench.step -o {folder}/step.json")
+    return found
+
+
+def kind_of(result: Any) -> str:
+    """Which bench wrote it; empty for one that has no section here or an older form."""
+    kind = result.get("bench", "") if isinstance(result, dict) else ""
+    return "" if kind == "step" and "precisions" not in result else kind if kind in SECTIONS else ""
+
+
+def origin(result: dict[str, Any]) -> str:
+    """Machine, versions and commit, in one line."""
+    made = result.get("versions") or result.get("machine") or {}
+    names = ("device", "torch", "deepspeed", "python", "commit")
+    parts = [f"{name} {made[name]}" for name in names if name in made]
+    shape = [f"{name} {result[name]}" for name in ("size", "recipe", "batch_size", "threads", "rounds") if name in result
+             and not isinstance(result[name], dict)]  # fmt: skip
+    return "; ".join([*shape, *parts])
+
+
+def page(results: dict[str, dict[str, Any]], picture: str) -> str:
+    """The Markdown."""
+    lines = ["# Benchmarks", "", "Median (lowest to highest round). Ratios are of runs that took turns.", ""]
+    if picture:
+        lines += [f"![Time of a step over that of our MAE]({picture})", ""]
+    for kind, title in TITLES.items():
+        for name, result in results.items():
+            if kind_of(result) == kind:
+                lines += [f"## {title}: {name}", "", origin(result), "", SECTIONS[kind](result), ""]
+    rest = [name for name, result in results.items() if not kind_of(result)]
+    return "\n".join([*lines, *([f"Raw results without a section here: {', '.join(rest)}.", ""] if rest else [])])
+
+
+def draw(results: dict[str, dict[str, Any]], path: Path) -> bool:
+    """Bars: every step's time over that of our own MAE, of the same run. False if there is nothing to draw."""
+    groups = []
+    for name, result in results.items():
+        if kind_of(result) == "step":
+            for precision, found in result["precisions"].items():
+                median = found["median_seconds"]
+                if "mae" in median:
+                    groups.append((f"{name}, {precision}", {key: value / median["mae"] for key, value in median.items()}))
+    if not groups:
+        return False
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 1 + 1.6 * len(groups)), layout="constrained")
+    axes = figure.subplots(len(groups), 1, squeeze=False)[:, 0]
+    for axis, (title, values) in zip(axes, groups, strict=True):
+        bars = axis.barh(list(values), list(values.values()))
+        axis.bar_label(bars, fmt="%.2f")
+        axis.set(title=title, xlabel="time over MAE's")
+        axis.invert_yaxis()
+    figure.savefig(path, dpi=120)
+    return True
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`python -m bench.report`."""
+    parser = Parser(prog="python -m bench.report", description=__doc__)
+    parser.add_argument("folder", type=Path, help="folder of raw results")
+    parser.add_argument("-o", "--output", type=Path, default=None, help="Markdown (default: FOLDER/report.md)")
+    arguments = parser.parse_args(argv)
+    results = load(arguments.folder)
+    output = arguments.output or arguments.folder / "report.md"
+    picture = output.with_suffix(".png")
+    drawn = draw(results, picture)
+    output.write_text(page(results, picture.name if drawn else ""))
+    say(f"wrote {output}{f' and {picture}' if drawn else ''}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,415 @@
+"""`prepare`: videos into a prepared set of JPEG frames (`fasthpm.data.video_set`), resumable, in bounded memory.
+
+As with images (`writer.py`), processes read and encode, this one appends what comes back in order to an unfinished file
+and a journal beside the output. The bytes depend on the videos, the options and ffmpeg's version, not on the number of
+processes or on kills. The folder appears under its name when all is complete.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.encode import Stored, WriteOptions, encode
+from data_prep.ffmpeg import Stream, check_tools, encode_h264, fits_nvdec, frames, probe, stored_size
+from data_prep.partial import Chunk, Job, PartFile, locked, sync_path
+from data_prep.sets import hash_file, progress_bar, read_json, write_csv
+from data_prep.sources import Files
+from data_prep.writer import (
+    AHEAD,
+    asked_to_stop,
+    become_worker,
+    count_allowed,
+    fork,
+    in_order,
+    package_versions,
+    readable_write_errors,
+    reason_of,
+    statistics,
+    stored_order,
+    write_json,
+)
+from fasthpm import __version__
+from fasthpm.data import video_set
+from fasthpm.data.loader import is_video_set
+from fasthpm.data.prefetch import count_workers
+from fasthpm.data.sampling import Array
+from fasthpm.data.video_set import FORMAT, LAYOUT, MANIFEST, VIDEO
+from fasthpm.errors import UserError
+
+FEWEST_FRAMES = 2
+COMPLETE = 0.9  # share of the frames that the file promises, below which it counts as cut off
+COPIES = "videos"
+
+
+@dataclass(frozen=True)
+class VideoOptions:
+    """What is stored of each video."""
+
+    short_side: int = 256  # larger videos are shrunk to it; 0 = never
+    frame_stride: int = 2
+    fps: float = 0.0  # 0 = each video's own average
+    jpeg_quality: int = 90
+    min_frames: int = 0  # of a video at its rate, before frame_stride
+    max_seconds: float = 120.0
+    copy: bool = False
+    seed: int = 0
+    timeout: float = 600.0
+
+    def __post_init__(self) -> None:
+        self._check("short_side", self.short_side == 0 or self.short_side >= 16, "0 (off), or 16 or more")
+        self._check("frame_stride", self.frame_stride >= 1, "1 (every frame) or more")
+        self._check("fps", self.fps == 0 or 0.1 <= self.fps <= 240, "0 (its own), or 0.1 to 240")
+        self._check("jpeg_quality", 1 <= self.jpeg_quality <= 100, "1 to 100")
+        self._check("min_frames", self.min_frames >= 0, "0 (any) or more")
+        self._check("max_seconds", self.max_seconds > 0, "more than 0")
+        self._check("seed", self.seed >= 0, "0 or more")
+        self._check("timeout", self.timeout > 0, "more than 0")
+
+    def _check(self, name: str, good: bool, expected: str) -> None:
+        if not good:
+            raise UserError(f"{name} is {getattr(self, name)}, expected {expected}")
+
+
+class FramePack(PartFile):
+    """`frames.bin` in the making: JPEG after JPEG from the first byte on."""
+
+    def __init__(self, path: Path, num_listed: int) -> None:
+        super().__init__(path, num_listed)
+        self.rows_path, self.offset = path.parent.parent / "frames.rows", 0
+        path.parent.mkdir(exist_ok=True)
+
+    def _place(self, size: int) -> int:
+        at, self.offset = self.offset, self.offset + size
+        return at
+
+    def finish(self) -> Array:
+        """The records; the file is whole and on the disk. May be repeated."""
+        self._open()
+        self.sync()
+        self.close()
+        return self.records()
+
+
+# ------------------------------------------------------------------------------------------------------- one video
+def read_video(path: str, options: VideoOptions, copy_to: Path | None) -> tuple[list[Stored], dict[str, Any]]:
+    """The frames to store of a video, encoded, and what the manifest says of it.
+
+    **Raises:** `ValueError` and `OSError` with the reason why it cannot be used.
+    """
+    stream = probe(path)
+    size = stored_size(stream, options.short_side)
+    fps = Fraction(options.fps).limit_denominator(1001) if options.fps else stream.fps
+    coding = WriteOptions(jpeg_quality=options.jpeg_quality, keep_jpeg=False)
+    pictures = frames(
+        path, size, fps, stride=options.frame_stride, seconds=options.max_seconds, timeout=options.timeout
+    )
+    stored = [encode(picture, coding, 0.0) for picture in pictures]
+    _check_length(len(stored), fps, stream, options)
+    fact = {
+        "fps": str(fps), "seconds": round(stream.seconds, 3), "height": size[0], "width": size[1],
+        "codec": stream.codec, "sha256": hash_file(Path(path)),
+        "copy": _copy(path, stream, fps, size, options, copy_to) if copy_to else "",
+    }  # fmt: skip
+    return stored, fact
+
+
+def _check_length(stored: int, fps: Fraction, stream: Stream, options: VideoOptions) -> None:
+    stride = options.frame_stride
+    span = (stored - 1) * stride + 1
+    if stored < FEWEST_FRAMES:
+        raise ValueError(f"it has {stored} frame{'s' * (stored != 1)} to store, expected {FEWEST_FRAMES} or more")
+    promised = min(stream.seconds, options.max_seconds) * float(fps)
+    if span + stride < COMPLETE * promised:
+        raise ValueError(f"it ends early: about {span} frames of {promised:.0f} can be decoded")
+    if span < options.min_frames:
+        raise ValueError(f"it has about {span} frames, fewer than --min_frames {options.min_frames}")
+
+
+def _copy(path: str, stream: Stream, fps: Fraction, size: tuple[int, int], options: VideoOptions, target: Path) -> str:
+    """Put a file that a GPU decodes at `target` (its ending is chosen here); its name within the set."""
+    whole = stream.seconds <= options.max_seconds and fps == stream.fps
+    kept = whole and fits_nvdec(path, stream)
+    target = target.with_suffix(Path(path).suffix.lower() if kept else ".mp4")
+    waiting = target.with_name(f".{target.name}")
+    if kept:
+        shutil.copyfile(path, waiting)
+    else:
+        encode_h264(path, waiting, size, fps, options.max_seconds, options.timeout)
+    waiting.rename(target)
+    return f"{COPIES}/{target.name}"
+
+
+_source: Any = None
+_options = VideoOptions()
+_copies: Path | None = None
+
+
+def _enter_worker(source: Files, options: VideoOptions, copies: Path | None, lock: int) -> None:
+    global _source, _options, _copies
+    become_worker(lock)
+    import cv2
+
+    _source, _options, _copies = source, options, copies
+    cv2.setNumThreads(0)
+
+
+def _encode_video(indices: Array) -> Chunk:
+    """A chunk of one video."""
+    index = int(indices[0])
+    label = int(_source.labels[index])
+    try:
+        stored, fact = read_video(_source.where(index), _options, _copies / f"{index:08d}" if _copies else None)
+    except MemoryError:  # says nothing about the video
+        raise
+    except Exception as error:  # damaged files bring up nearly anything
+        return Chunk(np.zeros(0, np.int64), np.zeros(0, np.int64), [], [(index, reason_of(error))])
+    columns = np.full(len(stored), index), np.full(len(stored), label)
+    return Chunk(*columns, stored, [], [{"index": index, **fact}])
+
+
+# ------------------------------------------------------------------------------------------------------- all of them
+@dataclass(frozen=True)
+class _Task:
+    source: Files
+    out: Path
+    options: VideoOptions
+    description: dict[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        return self.out.with_name(f".{self.out.name}.partial")
+
+    @property
+    def rejected(self) -> Path:
+        """The list of unusable videos while the set is not there; later it is in the set."""
+        return self.out.with_name(f"{self.out.name}.rejected.csv")
+
+    @property
+    def job_id(self) -> str:
+        return hashlib.sha256(json.dumps(self.description, sort_keys=True).encode()).hexdigest()
+
+
+def prepare(
+    source: Files,
+    out: Path,
+    options: VideoOptions,
+    *,
+    max_rejected: float = 0.0,
+    num_workers: int = 0,
+    overwrite: bool = False,
+) -> dict[str, Any] | None:
+    """Write the folder `out`; returns the content of its info.json, or None if it is there already.
+
+    **Args:** `max_rejected`: how many videos may be unusable, a share of them below 1, a number from 1 on.
+    `num_workers`: processes, 0 = all cores.
+
+    **Raises:** `UserError` if `out` is something else or being written, too many videos are unusable, or the disk is
+    full; `KeyboardInterrupt` after SIGINT or SIGTERM. The same command then goes on.
+    """
+    version = check_tools()
+    _check_output(out)
+    task = _Task(source, out, options, _describe(source, options, version))
+    with readable_write_errors(out), locked(task.folder) as lock:
+        job = Job(task.folder, [FramePack(task.folder / out.name / video_set.FRAMES, len(source))])
+        try:
+            if not job.is_complete(task.description):
+                if read_json(out / video_set.INFO).get("job") == task.job_id and not overwrite:
+                    job.discard()
+                    return None
+                _refuse_existing(out, overwrite)
+                _run(task, job, lock, max_rejected, num_workers)
+            _publish(task, job)
+        finally:
+            if not job.has_progress():
+                job.discard()
+            job.close()
+    return read_json(out / video_set.INFO)
+
+
+def _describe(source: Files, options: VideoOptions, ffmpeg: str) -> dict[str, Any]:
+    values: dict[str, Any] = {"files": source.fingerprint(), "root": source.root, "classes": list(source.classes)}
+    values["versions"] = {"layout": LAYOUT, "ffmpeg": ffmpeg} | package_versions("numpy", "opencv-python")
+    flags = {f"--{name}": value for name, value in dataclasses.asdict(options).items() if name != "timeout"}
+    return json.loads(json.dumps(values | flags))
+
+
+def _check_output(out: Path) -> None:
+    if not out.parent.is_dir():
+        raise UserError(f"folder {out.parent} of output {out.name} does not exist; create it")
+    if out.suffix == ".beton" or (out.exists() and not out.is_dir()):
+        raise UserError(f"output {out} should be a folder to write; choose another name")
+    if not os.access(out.parent, os.W_OK):
+        raise UserError(f"folder {out.parent} of output {out.name} is not writable")
+
+
+def _refuse_existing(out: Path, overwrite: bool) -> None:
+    if not out.exists() or not any(out.iterdir()):
+        return
+    if not overwrite or not is_video_set(out):
+        what = "a prepared set" if is_video_set(out) else "a folder with other things"
+        raise UserError(f"output {out} exists, {what}; use --overwrite to replace a prepared set, or another name")
+
+
+def _run(task: _Task, job: Job, lock: int, max_rejected: float, num_workers: int) -> None:
+    order, total = stored_order(task.source, task.options.seed), len(task.source)
+    changed = job.resume(task.description)
+    if changed:
+        print(f"the unfinished preparation in {job.folder} differs in {', '.join(changed)}; starting over", flush=True)
+    elif job.chunks == total and len(job.rejected) > count_allowed(max_rejected, total):
+        print(f"all videos were read before, {len(job.rejected)} of them unusable; starting over", flush=True)
+        job.start_over(task.description)
+    _encode_all(task, job, order, num_workers, lock)
+    _settle_rejected(task, job, max_rejected)
+    _finish(task, job)
+
+
+def _encode_all(task: _Task, job: Job, order: Array, num_workers: int, lock: int) -> None:
+    """Encode what is not done yet and append it in order."""
+    total, copies = len(order), task.folder / task.out.name / COPIES if task.options.copy else None
+    if copies:
+        copies.mkdir(exist_ok=True)
+    if job.chunks:
+        print(f"going on after {job.chunks} of {total} videos", flush=True)
+    todo = [order[k : k + 1] for k in range(job.chunks, total)]
+    if not todo:
+        return
+    workers = min(count_workers(num_workers), len(todo))
+    setup = (task.source, task.options, copies, lock)
+    pool = ProcessPoolExecutor(workers, fork, initializer=_enter_worker, initargs=setup)
+    with pool, progress_bar(total, "prepare", "video", initial=job.chunks) as bar, asked_to_stop() as stopping:
+        try:
+            for chunk in in_order(pool, _encode_video, todo, workers * AHEAD):
+                job.append(0, chunk)
+                bar.update()
+                if job.rejected:
+                    bar.set_postfix_str(f"{len(job.rejected)} unusable", refresh=False)
+                if stopping():
+                    raise KeyboardInterrupt
+            job.commit()
+        except BaseException as error:
+            job.commit()
+            _explain(error, job.chunks, total)
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)  # and waits: nobody may hold the lock afterwards
+
+
+def _explain(error: BaseException, done: int, total: int) -> None:
+    if isinstance(error, KeyboardInterrupt):
+        print(f"\nstopped after {done} of {total} videos; run the same command again to continue", file=sys.stderr)
+    if isinstance(error, (BrokenProcessPool, MemoryError)):
+        raise UserError(
+            f"a process that reads videos died after {done} of {total}, most likely for want of memory; run the same "
+            f"command again with fewer --num_workers (or a lower --max_seconds) to continue"
+        ) from error
+
+
+# ------------------------------------------------------------------------------------------------------- the end
+def _settle_rejected(task: _Task, job: Job, max_rejected: float) -> None:
+    """List the unusable videos, and stop if they are too many, or all."""
+    total, count = len(task.source), len(job.rejected)
+    task.rejected.unlink(missing_ok=True)
+    allowed = count_allowed(max_rejected, total)
+    if count > allowed or count == total:
+        _write_rejected(task, job, task.rejected)
+    if count == total:
+        job.discard()
+        raise UserError(f"there is no usable video at all; {task.rejected} says why")
+    if count > allowed:
+        raise UserError(
+            f"{count} of {total} videos cannot be used, --max_rejected {max_rejected:g} allows {allowed}; "
+            f"{task.rejected} lists them with reasons: repair or remove them, or raise --max_rejected (nothing is read "
+            f"twice)"
+        )
+
+
+def _write_rejected(task: _Task, job: Job, path: Path) -> None:
+    write_csv(path, ("path", "reason"), ((task.source.where(i), why) for i, why in sorted(job.rejected)))
+
+
+def _finish(task: _Task, job: Job) -> None:
+    """Write the tables beside the frames, and that all is complete."""
+    (pack,) = job.parts
+    records, folder = pack.finish(), pack.path.parent
+    table = _video_table(records, job.facts)
+    ends = (records["image"]["data_ptr"] + records["size"]).astype(np.uint64)
+    np.save(folder / video_set.POSITIONS, np.concatenate([np.zeros(1, np.uint64), ends]))
+    np.save(folder / video_set.VIDEOS, table)
+    write_csv(folder / video_set.MANIFEST_FILE, MANIFEST, _manifest(task, table, job.facts))
+    if job.rejected:
+        _write_rejected(task, job, folder / "rejected.csv")
+    names = (video_set.FRAMES, video_set.POSITIONS, video_set.VIDEOS, video_set.MANIFEST_FILE)
+    hashes = {name: hash_file(folder / name) for name in names}
+    for name in names:
+        sync_path(folder / name)
+    write_json(folder / video_set.INFO, _info(task, job, table, records) | {"sha256": hashes})
+    sync_path(folder)
+    sync_path(job.folder)
+    job.plan_publishing([task.out.name], [])
+
+
+def _video_table(records: Array, facts: list[dict[str, Any]]) -> Array:
+    """VIDEO [N]; records and facts are in stored order."""
+    indices = np.array([fact["index"] for fact in facts])
+    starts = np.flatnonzero(np.r_[True, records["index"][1:] != records["index"][:-1]])
+    assert np.array_equal(records["index"][starts], indices)
+    table = np.zeros(len(facts), VIDEO)
+    table["first"], table["frames"] = starts, np.diff(np.r_[starts, len(records)])
+    for name in ("height", "width"):
+        table[name] = records["image"][name][starts]
+    table["label"], table["copied"] = records["label"][starts], [bool(fact["copy"]) for fact in facts]
+    return table
+
+
+def _manifest(task: _Task, table: Array, facts: list[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
+    for row, fact in zip(table, facts, strict=True):
+        values = fact | {"path": task.source.name(fact["index"]), "frames": row["frames"], "label": row["label"]}
+        yield tuple(str(values[name]) for name in MANIFEST)
+
+
+def _info(task: _Task, job: Job, table: Array, records: Array) -> dict[str, Any]:
+    totals = job.parts[0].totals
+    return {
+        "format": FORMAT,
+        "layout": LAYOUT,
+        "num_samples": len(table),
+        "num_frames": len(records),
+        "num_rejected": len(job.rejected),
+        **statistics(totals, grey=not totals.coloured),
+        "classes": list(task.source.classes),
+        "counts": np.bincount(table["label"], minlength=len(task.source.classes)).tolist(),
+        "fewest_frames": int(table["frames"].min()),
+        "max_height": int(table["height"].max()),
+        "max_width": int(table["width"].max()),
+        "frame_stride": task.options.frame_stride,
+        "bytes": int(records["size"].sum()),
+        "options": dataclasses.asdict(task.options),
+        "versions": {"fasthpm": __version__, "python": sys.version.split()[0], **task.description["versions"]},
+        "job": task.job_id,
+        "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _publish(task: _Task, job: Job) -> None:
+    """Move the folder to its place, wherever that stopped before; an old one goes first."""
+    made = task.folder / task.out.name
+    if made.exists():
+        if task.out.exists():
+            shutil.rmtree(task.folder / "old", ignore_errors=True)
+            task.out.rename(task.folder / "old")
+        made.rename(task.out)
+    sync_path(task.out.parent)
+    job.discard()

@@ -1,0 +1,136 @@
+"""Videos into a prepared set: `python -m data_prep.videos SRC OUT_DIR`.
+
+SRC is one of
+  a folder of class folders       sorted by name, they become the labels; every file that is not hidden counts
+  a flat folder of videos         one class, label 0
+  a .csv or .txt list             a line `path label` each (VideoMAE, Kinetics), by a space, comma or tab
+  Something-Something V2's .json  with its labels.json beside it; the videos are looked for there too
+
+Writes a folder: frames.bin, the JPEG frames that training samples, at any of which a loader can begin; tables of them;
+manifest.csv (source, frames, rate, size, label, codec, sha256); info.json (counts, classes, mean and std, settings,
+versions, hashes); and, if videos could not be used, rejected.csv with the reasons. The system's ffmpeg (5.1 or newer)
+decodes: at a constant rate, upright, deinterlaced, 8 bits, with square pixels, even sides and no sound.
+
+Ctrl-C, a kill or a full disk loses seconds: the same command goes on where it stopped, and the result has the same
+bytes. What ffmpeg finds damaged, ends early, has one frame or no picture is rejected.
+
+Choose --frame_stride as training's --sampling_rate, or a divisor of it: 2 for Something-Something V2 and 4 for Kinetics
+as VideoMAE does; with 4, Kinetics takes about the originals' room.
+"""
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from data_prep.images import read_classes
+from data_prep.video_sources import open_videos
+from data_prep.video_writer import VideoOptions, prepare
+from fasthpm.cli import Parser, run_command
+from fasthpm.errors import UserError
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    default = VideoOptions()
+    parser = Parser(prog="python -m data_prep.videos", description=__doc__)
+    parser.add_argument("source", type=Path, metavar="SRC", help="videos, see above")
+    parser.add_argument("out", type=Path, metavar="OUT_DIR", help="folder to write")
+    parser.add_argument("--video_root", type=Path, metavar="DIR", help="where the names of a list or JSON begin")
+    parser.add_argument(
+        "--classes", type=Path, metavar="FILE", help="a list's class names, one a line, in order of label"
+    )
+    parser.add_argument(
+        "--short_side", type=int, default=default.short_side, metavar="PIXELS",
+        help=f"shrink videos whose shorter side is more; 0 = never (default {default.short_side}; VideoMAE: 320)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--frame_stride", type=int, default=default.frame_stride, metavar="N",
+        help=f"store every N-th frame; sampling rates must be multiples of it (default {default.frame_stride})",
+    )  # fmt: skip
+    parser.add_argument("--fps", type=float, default=0.0, help="frames per second, before that; 0 = each video's own")
+    parser.add_argument("--jpeg_quality", type=int, default=default.jpeg_quality, metavar="1..100", help="default 90")
+    parser.add_argument(
+        "--min_frames", type=int, default=0, metavar="N",
+        help="reject videos of fewer frames, e.g. num_frames x sampling_rate; by default they are looped in training",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max_seconds", type=float, default=default.max_seconds, metavar="S",
+        help=f"of longer videos only so much is stored (default {default.max_seconds:g})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--copy", action="store_true",
+        help="also keep video files for a GPU's decoder: originals where it takes them, else H.264 with short ways",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max_rejected", type=float, default=0.01, metavar="N",
+        help="unusable videos that are put up with: below 1 a share, from 1 a number (default .01)",
+    )  # fmt: skip
+    parser.add_argument("--timeout", type=float, default=default.timeout, metavar="S", help="reject slower ones (600)")
+    parser.add_argument("--num_workers", type=int, default=0, metavar="N", help="processes; 0 = all cores (default)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the stored order (default 0)")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT_DIR if it is a prepared set")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Prepare a set and say what was written."""
+    args = build_parser().parse_args(argv)
+    for name in ("max_rejected", "num_workers"):
+        if getattr(args, name) < 0:
+            raise UserError(f"{name} {getattr(args, name):g} is negative, expected 0 or more")
+    names = (
+        "short_side",
+        "frame_stride",
+        "fps",
+        "jpeg_quality",
+        "min_frames",
+        "max_seconds",
+        "copy",
+        "seed",
+        "timeout",
+    )
+    options, started = VideoOptions(**{name: getattr(args, name) for name in names}), time.monotonic()
+    source = open_videos(args.source, args.video_root)
+    if args.classes:
+        source.classes = _named(read_classes(args.classes), source.classes)
+    print(f"{args.source}: {len(source)} videos, {len(source.classes)} classes", flush=True)
+    info = prepare(
+        source, args.out, options, max_rejected=args.max_rejected, num_workers=args.num_workers,
+        overwrite=args.overwrite,
+    )  # fmt: skip
+    if info is None:
+        print(f"{args.out} was prepared from these files with these options before; nothing to do", flush=True)
+    else:
+        print(summary(args.out, info, time.monotonic() - started), flush=True)
+
+
+def _named(names: list[str], numbers: Sequence[str]) -> tuple[str, ...]:
+    """Names for classes that a list only numbers."""
+    if len(names) < len(numbers) or list(numbers) != list(map(str, range(len(numbers)))):
+        raise UserError(
+            f"--classes has {len(names)} names, the source {len(numbers)} classes ({', '.join(numbers[:3])}, …); "
+            f"expected a name for each number from 0"
+        )
+    return tuple(names)
+
+
+def summary(out: Path, info: dict[str, Any], seconds: float) -> str:
+    """The closing words about a set that was written."""
+    mean, std = ([round(value, 4) for value in info[name]] for name in ("mean", "std"))
+    rejected = info["num_rejected"]
+    lines = [
+        f"wrote {out}: {info['num_samples']} videos, {info['num_frames']} frames (every {info['frame_stride']}. of "
+        f"theirs), {len(info['classes'])} classes, {info['channels']} channel{'s' * (info['channels'] > 1)}, "
+        f"{info['bytes']} bytes, in {seconds:.0f} s",
+        f"      mean {mean}, std {std}, largest {info['max_height']} x {info['max_width']}, fewest frames "
+        f"{info['fewest_frames']}",
+    ]
+    if rejected:
+        lines.append(f"      {rejected} videos cannot be used; {out / 'rejected.csv'} says why")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_command(main)

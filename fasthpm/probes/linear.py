@@ -1,0 +1,493 @@
+"""Linear probe: a linear classifier on the frozen encoder's features, by either published protocol.
+
+    fasthpm linear RUN --train_path train.beton --val_path val.beton [--protocol moco|mae] [--cache_features]
+    torchrun --nproc_per_node 8 -m fasthpm linear RUN …     # images are split over the ranks
+
+Both train BatchNorm without weights followed by a linear layer, with random crops and flips and nothing else:
+  mae   LARS (for its very large batch: slow on small sets), momentum 0.9, no weight decay, blr 0.1 x batch 16384 / 256, 90 epochs, 10 of warm-up, cosine
+  moco  SGD, momentum 0.9, no weight decay, blr 0.1 x batch 1024 / 256 (MoCo v3), 100 epochs as in HPM's paper, cosine
+--cache_features computes the features of the central crops once and trains on them: no augmentation, minutes instead
+of days, and usually a little lower. A killed or interrupted probe goes on with the same command.
+
+RUN/linear_PROTOCOL/ receives result.json, result.md and head.safetensors.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from timm.optim import Lars
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fasthpm import engine
+from fasthpm.checkpoint import checkpoint_of, file_hash, load_weights
+from fasthpm.cli import Parser
+from fasthpm.data import Loader, build_loader, read_info
+from fasthpm.data.sampling import sample_order
+from fasthpm.errors import UserError
+from fasthpm.model import HPMViT
+from fasthpm.probes import result
+from fasthpm.probes.knn import gather_rows
+from fasthpm.recipe import Recipe
+from fasthpm.signals import StopSignals
+from fasthpm.step import Step
+
+EPS = 1e-6  # of the BatchNorm (MAE)
+HEAD = "head.safetensors"
+PROTOCOLS: dict[str, dict[str, Any]] = {
+    "mae": {"epochs": 90, "warmup_epochs": 10.0, "blr": 0.1, "global_batch_size": 16384},
+    "moco": {"epochs": 100, "warmup_epochs": 0.0, "blr": 0.1, "global_batch_size": 1024},
+}
+
+
+class FeatureNorm(nn.Module):
+    """BatchNorm without weights, over the batch of all ranks; the features that it sees are constants.
+
+    (The published probes normalise each device's batch by itself; this one is the same for any number of ranks.)
+    """
+
+    mean: Tensor
+    var: Tensor
+
+    def __init__(self, dim: int, momentum: float = 0.1) -> None:
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("var", torch.ones(dim))
+
+    @torch.no_grad()
+    def forward(self, rows: Tensor) -> Tensor:
+        """float32 [B, D] -> [B, D]; in training by the batch's mean and variance, else by their running averages."""
+        if not self.training:
+            return (rows - self.mean) * (self.var + EPS).rsqrt()
+        size = rows.shape[1]
+        exact = rows.double()
+        sums = torch.cat([exact.sum(0), (exact**2).sum(0), exact.new_tensor([len(rows)])])
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(sums)
+        count = sums[-1]
+        mean = sums[:size] / count
+        var = (sums[size:-1] / count - mean**2).clamp_min(0)
+        self.mean.lerp_(mean.float(), self.momentum)
+        self.var.lerp_((var * count / (count - 1).clamp_min(1)).float(), self.momentum)
+        return (rows - mean.float()) * (var.float() + EPS).rsqrt()
+
+
+class LinearHead(nn.Module):
+    """`FeatureNorm`, then a linear layer (weights N(0, 0.01), as MAE and MoCo v3)."""
+
+    def __init__(self, dim: int, num_classes: int, seed: int) -> None:
+        super().__init__()
+        self.norm, self.linear = FeatureNorm(dim), nn.Linear(dim, num_classes)
+        generator = torch.Generator().manual_seed(seed)
+        nn.init.normal_(self.linear.weight, std=0.01, generator=generator)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """float32 [B, D] -> logits [B, K]."""
+        return self.linear(self.norm(rows))
+
+
+def build_optimizer(head: nn.Module, protocol: str) -> torch.optim.Optimizer:
+    """LARS as MAE's linear probe has it, or SGD; momentum 0.9, no weight decay.
+
+    timm's LARS scales every tensor; MAE leaves 1-D ones (the bias) alone, hence two groups.
+    """
+    parameters = list(head.parameters())
+    if protocol == "moco":
+        return torch.optim.SGD(parameters, lr=0.0, momentum=0.9)
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "always_adapt": True},
+        {"params": [p for p in parameters if p.ndim <= 1], "always_adapt": False},
+    ]
+    return Lars(groups, lr=1.0, momentum=0.9, weight_decay=0.0, trust_coeff=0.001)
+
+
+def lr_at(epoch: float, lr: float, warmup_epochs: float, epochs: float) -> float:
+    """Linear warm-up, then half a cosine to 0; `epoch` may be a fraction (MAE)."""
+    if epoch < warmup_epochs:
+        return lr * epoch / warmup_epochs
+    return lr * 0.5 * (1 + math.cos(math.pi * (epoch - warmup_epochs) / (epochs - warmup_epochs)))
+
+
+# -------------------------------------------------------------------------------------------------- features
+class Encoder:
+    """The frozen encoder: images in, features out.
+
+    - `pool`: "cls" or "mean" (of the patch tokens), after the encoder's norm
+    """
+
+    def __init__(self, model: HPMViT, recipe: Recipe, loader: Loader, pool: str, device: torch.device) -> None:
+        self.model, self.pool, self.device = model.to(device).eval().requires_grad_(False), pool, device
+        self.step = Step(self.model, recipe, loader.info)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """uint8 [B, H, W, C] -> float32 [B, D]."""
+        bf16 = torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda")
+        with bf16:
+            tokens = self.model.encode(self.step.normalized_patches(images.to(self.device)))
+        return (tokens[:, 0] if self.pool == "cls" else tokens[:, 1:].mean(dim=1)).float()
+
+    def whole(self, loader: Loader, world_size: int, quiet: bool) -> tuple[Tensor, Tensor]:
+        """Features [N, D] and labels [N] of a whole set on every rank, in the set's order. Collective."""
+        rows, labels, ids = [], [], []
+        for batch in tqdm(loader, desc="features", unit="batch", disable=quiet, leave=False):
+            rows.append(self(batch.images))
+            labels.append(batch.labels.to(self.device))
+            ids.append(batch.ids.to(self.device))
+        parts = [gather_rows(torch.cat(column), world_size) for column in (rows, labels, ids)]
+        order = parts[2].argsort()
+        return parts[0][order], parts[1][order]
+
+
+class CachedBatches:
+    """Batches of features that are in memory already, in the order that a loader of this seed would take."""
+
+    def __init__(self, rows: Tensor, labels: Tensor, batch: int, seed: int, launch: engine.Launch) -> None:
+        self.rows, self.labels, self.batch, self.seed, self.launch = rows, labels, batch, seed, launch
+
+    def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """This rank's share of every full global batch of an epoch."""
+        order = torch.from_numpy(sample_order(self.seed, number, len(self.rows))).to(self.rows.device)
+        total = self.batch * self.launch.world_size
+        for start in range(0, len(order) // total * total, total):
+            begin = start + self.launch.rank * self.batch
+            ids = order[begin : begin + self.batch]
+            yield self.rows[ids], self.labels[ids]
+
+
+class LoadedBatches:
+    """Batches of features of freshly augmented images."""
+
+    def __init__(self, encoder: Encoder, loader: Loader) -> None:
+        self.encoder, self.loader = encoder, loader
+
+    def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """This rank's share of the batches of an epoch."""
+        self.loader.set_epoch(number)
+        for batch in self.loader:
+            yield self.encoder(batch.images), batch.labels.to(self.encoder.device)
+
+
+# -------------------------------------------------------------------------------------------------- the probe
+@dataclass
+class Probe:
+    """A linear probe between two updates."""
+
+    arguments: argparse.Namespace
+    launch: engine.Launch
+    head: LinearHead
+    optimizer: torch.optim.Optimizer
+    train: CachedBatches | LoadedBatches
+    loaders: list[Loader]
+    val: Loader
+    encoder: Encoder
+    cached_val: tuple[Tensor, Tensor] | None
+    accum_iter: int
+    steps_per_epoch: int
+    identity: dict[str, Any]  # what a saved head must agree on
+    origin: dict[str, Any]
+    epoch: int = 0  # whole epochs done
+    seconds: float = 0.0
+
+    @property
+    def folder(self) -> Path:
+        """Where results go."""
+        return Path(self.arguments.output_dir)
+
+
+def build(arguments: argparse.Namespace, launch: engine.Launch) -> Probe:
+    """Encoder, data and head, new or as the last interrupted command left them."""
+    with engine.in_agreement():
+        model, recipe = load_weights(arguments.run, arguments.weights)
+        if getattr(model, "num_frames", 1) > 1:
+            raise UserError(f"{arguments.run} was trained on video; the linear probe takes image models")
+        fit_batch(arguments, read_info(arguments.train_path).num_samples, launch.world_size)
+        accum_iter = accumulation(arguments, launch.world_size)
+        shared: dict[str, Any] = {
+            "image_size": recipe.image_size, "channels": recipe.channels, "batch_size": arguments.batch_size,
+            "rank": launch.rank, "world_size": launch.world_size, "num_workers": arguments.num_workers,
+        }  # fmt: skip
+        augmented = {"train": True, "seed": arguments.seed, "crop_min": arguments.crop_min, "accum_iter": accum_iter}
+        train = build_loader(
+            arguments.train_path, **shared, **({"train": False} if arguments.cache_features else augmented)
+        )
+        val = build_loader(arguments.val_path, train=False, **shared)
+        result.check_sets((arguments.train_path, train.info), (arguments.val_path, val.info))
+        steps = train.info.num_samples // arguments.global_batch_size
+        if not steps:
+            raise UserError(
+                f"{arguments.train_path} has {train.info.num_samples} samples, fewer than one global batch of "
+                f"{arguments.global_batch_size}; use a smaller --global_batch_size"
+            )
+        origin = result.provenance(arguments.run, launch)
+    encoder = Encoder(model, recipe, train, arguments.pool, launch.device)
+    batches: CachedBatches | LoadedBatches = LoadedBatches(encoder, train)
+    cached_val = None
+    if arguments.cache_features:
+        rows, labels = encoder.whole(train, launch.world_size, launch.rank != 0)
+        cached_val = encoder.whole(val, launch.world_size, launch.rank != 0)
+        with engine.in_agreement():
+            result.check_labels(labels, arguments.train_path, len(train.info.classes))
+        batches = CachedBatches(rows, labels, arguments.batch_size, arguments.seed, launch)
+    dim = model.cls_token.shape[-1]
+    head = LinearHead(dim, len(train.info.classes), arguments.seed).to(launch.device)
+    probe = Probe(
+        arguments, launch, head, build_optimizer(head, arguments.protocol), batches, [train, val], val, encoder,
+        cached_val, accum_iter, steps, identity_of(arguments, dim, train.info.classes), origin,
+    )  # fmt: skip
+    with engine.in_agreement():
+        resume(probe)
+    return probe
+
+
+def accumulation(arguments: argparse.Namespace, world_size: int) -> int:
+    """Micro-steps per update.
+
+    **Raises:** `UserError` if batch_size x devices does not divide global_batch_size.
+    """
+    per_step = arguments.batch_size * world_size
+    if arguments.global_batch_size % per_step:
+        raise UserError(
+            f"global_batch_size {arguments.global_batch_size} is not a multiple of batch_size {arguments.batch_size} x "
+            f"{world_size} devices; choose numbers that are"
+        )
+    return arguments.global_batch_size // per_step
+
+
+def identity_of(arguments: argparse.Namespace, dim: int, classes: Sequence[str]) -> dict[str, Any]:
+    """What must be the same for a probe to go on where another stopped."""
+    names = ("protocol", "weights", "pool", "epochs", "warmup_epochs", "lr", "global_batch_size", "cache_features",
+             "crop_min", "seed", "train_path")  # fmt: skip
+    manifest = checkpoint_of(arguments.run) / "manifest.json"
+    encoder = file_hash(manifest) if manifest.is_file() else str(arguments.run)
+    return {**{name: getattr(arguments, name) for name in names}, "encoder": encoder, "dim": dim,
+            "classes": list(classes)}  # fmt: skip
+
+
+def train_epoch(probe: Probe, progress: Any, stop: StopSignals) -> bool:
+    """One epoch; False if the ranks agreed to stop in its middle."""
+    arguments, world_size = probe.arguments, probe.launch.world_size
+    probe.head.train()
+    for micro_step, (rows, labels) in enumerate(probe.train.epoch(probe.epoch)):
+        update = micro_step // probe.accum_iter
+        loss = F.cross_entropy(probe.head(rows), labels) / (probe.accum_iter * world_size)
+        loss.backward()
+        if (micro_step + 1) % probe.accum_iter:
+            continue
+        if world_size > 1:
+            for parameter in probe.head.parameters():
+                dist.all_reduce(cast(Tensor, parameter.grad))
+        when = probe.epoch + update / probe.steps_per_epoch
+        for group in probe.optimizer.param_groups:
+            group["lr"] = lr_at(when, arguments.lr, arguments.warmup_epochs, arguments.epochs)
+        probe.optimizer.step()
+        probe.optimizer.zero_grad()
+        progress.update()
+        if stop.agreed():
+            return False
+    probe.epoch += 1
+    return True
+
+
+@torch.no_grad()
+def evaluate(probe: Probe) -> dict[str, float]:
+    """{"accuracy", "accuracy_top5"} in percent over the test set. Collective."""
+    probe.head.eval()
+    hits = torch.zeros(3, dtype=torch.int64, device=probe.launch.device)
+    for rows, labels in _test_rows(probe):
+        if len(rows):
+            logits = probe.head(rows)
+            counts = [result.count_hits(logits, labels, k) for k in (1, 5)]
+            hits += torch.stack([*counts, torch.full_like(counts[0], len(rows))])
+    top1, top5, total = result.share(hits, probe.launch.world_size)
+    return {"accuracy": result.top_accuracy(top1, total), "accuracy_top5": result.top_accuracy(top5, total)}
+
+
+def _test_rows(probe: Probe) -> Iterator[tuple[Tensor, Tensor]]:
+    if probe.cached_val:
+        rows, labels = (column[probe.launch.rank :: probe.launch.world_size] for column in probe.cached_val)
+        yield rows, labels
+        return
+    for batch in tqdm(probe.val, desc="test", disable=probe.launch.rank != 0, leave=False):
+        yield probe.encoder(batch.images), batch.labels.to(probe.launch.device)
+
+
+# -------------------------------------------------------------------------------------------------- files
+def save(probe: Probe) -> None:
+    """Write head, momentum and position (rank 0): aside, then renamed."""
+    if probe.launch.rank:
+        return
+    tensors = {f"head.{name}": value for name, value in probe.head.state_dict().items()}
+    for name, parameter in probe.head.named_parameters():
+        if "momentum_buffer" in probe.optimizer.state.get(parameter, {}):
+            tensors[f"momentum.{name}"] = probe.optimizer.state[parameter]["momentum_buffer"]
+    metadata = {"identity": probe.identity, "epoch": probe.epoch, "seconds": probe.seconds}
+    aside = probe.folder / f".writing-{HEAD}"
+    try:
+        probe.folder.mkdir(parents=True, exist_ok=True)
+        cpu = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        save_file(cpu, aside, metadata={name: json.dumps(value) for name, value in metadata.items()})
+        os.replace(aside, probe.folder / HEAD)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{probe.folder / HEAD} cannot be written ({error}); choose another --output_dir") from error
+
+
+def resume(probe: Probe) -> None:
+    """Continue a saved head, if there is one.
+
+    **Raises:** `UserError` for a file of another probe, or none that this program wrote.
+    """
+    path = probe.folder / HEAD
+    if not path.is_file():
+        return
+    try:
+        with safe_open(path, "pt", device=str(probe.launch.device)) as file:
+            saved = {name: json.loads(text) for name, text in (file.metadata() or {}).items()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        theirs = saved["identity"]
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise UserError(f"{path} is no linear probe's head ({error!r}); remove it, or --output_dir another") from error
+    for name, ours in probe.identity.items():
+        if theirs.get(name) != ours:
+            what = (
+                f"{len(theirs[name])} classes, the data has {len(ours)} or others"
+                if name == "classes"
+                else f"{name} {str(theirs.get(name))[:20]}, this probe has {str(ours)[:20]}"
+            )
+            raise UserError(f"{path} is a head with {what}; choose another --output_dir, or remove it")
+    probe.head.load_state_dict({n.removeprefix("head."): v for n, v in tensors.items() if n.startswith("head.")})
+    for name, parameter in probe.head.named_parameters():
+        if f"momentum.{name}" in tensors:
+            probe.optimizer.state[parameter]["momentum_buffer"] = tensors[f"momentum.{name}"]
+    probe.epoch, probe.seconds = saved["epoch"], saved["seconds"]
+    if probe.launch.rank == 0:
+        print(f"resuming from {path} after epoch {probe.epoch} of {probe.arguments.epochs}", file=sys.stderr)
+
+
+def run(probe: Probe) -> bool:
+    """Train, test and save epoch by epoch. **Returns:** whether a signal ended it before its end."""
+    arguments, launch = probe.arguments, probe.launch
+    total = arguments.epochs * probe.steps_per_epoch
+    figures: dict[str, float] = {}
+    progress = tqdm(total=total, initial=probe.epoch * probe.steps_per_epoch, desc=f"linear, {arguments.protocol}",
+                    unit="step", disable=launch.rank != 0, mininterval=1.0)  # fmt: skip
+    with StopSignals() as stop, progress:
+        last = min(arguments.epochs, arguments.stop_after_epoch or arguments.epochs)
+        while probe.epoch < last:
+            begin = time.perf_counter()
+            finished = train_epoch(probe, progress, stop)
+            probe.seconds += time.perf_counter() - begin
+            if not finished:
+                break
+            if probe.epoch == last or probe.epoch % arguments.save_every == 0:
+                with engine.in_agreement():
+                    save(probe)
+            if probe.epoch % arguments.eval_every == 0:
+                figures = evaluate(probe)
+                progress.set_postfix(top1=f"{figures['accuracy']:.2f}")
+        stop.drain()
+    if probe.epoch < arguments.epochs:
+        if launch.rank == 0:
+            print(f"stopped after epoch {probe.epoch} of {arguments.epochs}; run the same command to continue",
+                  file=sys.stderr)  # fmt: skip
+        return stop.interrupted
+    report(probe, evaluate(probe))
+    return False
+
+
+def report(probe: Probe, figures: dict[str, float]) -> None:
+    """Write result.json and result.md, and print the accuracy (rank 0)."""
+    if probe.launch.rank:
+        return
+    arguments = probe.arguments
+    features = "cached features" if arguments.cache_features else "augmented"
+    made = {
+        "protocol": f"linear ({arguments.protocol}), {arguments.epochs} epochs, {features}", **figures, **probe.origin,
+        "gpu_hours": round(probe.seconds * probe.launch.world_size / 3600, 4), "val_path": arguments.val_path,
+        "settings": {name: value for name, value in probe.identity.items() if name != "classes"},
+    }  # fmt: skip
+    row = result.write_result(probe.folder, made)
+    print(f"{made['protocol']}: top-1 {figures['accuracy']:.2f} %, top-5 {figures['accuracy_top5']:.2f} %\n{row}")
+    print(f"written to {probe.folder / 'result.json'}", file=sys.stderr)
+
+
+# -------------------------------------------------------------------------------------------------- command
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line, the protocol's numbers filled in."""
+    parser = Parser(prog="fasthpm linear", description=__doc__)
+    parser.add_argument("run", type=Path, help="output_dir of a run, or one of its checkpoints")
+    parser.add_argument("--train_path", required=True, help="prepared set that the head learns from")
+    parser.add_argument("--val_path", required=True, help="prepared set that it is tested on")
+    parser.add_argument("--protocol", choices=tuple(PROTOCOLS), default="moco", help="see above (default: moco)")
+    parser.add_argument("--cache_features", action="store_true", help="train on features of central crops; see above")
+    parser.add_argument("--weights", choices=("student", "teacher", "untrained"), default="student", help="encoder")
+    parser.add_argument("--pool", choices=("cls", "mean"), default="cls", help="cls token, or mean of the patches")
+    parser.add_argument("--output_dir", default="", help="default: RUN/linear_PROTOCOL")
+    parser.add_argument("--epochs", type=int, help="default: the protocol's")
+    parser.add_argument("--warmup_epochs", type=float, help="default: the protocol's")
+    parser.add_argument("--blr", type=float, help="base learning rate, x global batch / 256; default: the protocol's")
+    parser.add_argument("--lr", type=float, default=0.0, help="absolute learning rate; 0 = from blr")
+    parser.add_argument("--global_batch_size", type=int, help="default: the protocol's, less for smaller sets")
+    parser.add_argument("--batch_size", type=int, default=256, help="images per device and micro-step")
+    parser.add_argument("--crop_min", type=float, default=0.08, help="smallest share of the area of a random crop")
+    parser.add_argument("--seed", type=int, default=0, help="of the head, the order and the crops")
+    parser.add_argument("--num_workers", type=int, default=0, help="decoding threads; 0 = cores / ranks")
+    parser.add_argument("--eval_every", type=int, default=10, help="epochs between two tests")
+    parser.add_argument("--save_every", type=int, default=1, help="epochs between two saves")
+    parser.add_argument("--stop_after_epoch", type=int, default=0, help="stop after this epoch; 0 = never")
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    for name, value in PROTOCOLS[arguments.protocol].items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, min(value, arguments.epochs / 10) if name == "warmup_epochs" else value)
+            if name == "global_batch_size":
+                arguments.global_batch_size = 0
+    run_folder = arguments.run if (arguments.run / "checkpoints").is_dir() else arguments.run.parent.parent
+    arguments.output_dir = arguments.output_dir or str(run_folder / f"linear_{arguments.protocol}")
+    for name in ("epochs", "batch_size", "eval_every", "save_every"):
+        if getattr(arguments, name) < 1:
+            raise UserError(f"{name} is {getattr(arguments, name)}, expected 1 or more")
+    return arguments
+
+
+def fit_batch(arguments: argparse.Namespace, num_samples: int, world_size: int) -> None:
+    """Fill in `global_batch_size`, `batch_size` and `lr`: the protocol's batch, for small sets at most a 16th of them.
+
+    The learning rate follows the batch.
+    """
+    if not arguments.global_batch_size:
+        wanted = PROTOCOLS[arguments.protocol]["global_batch_size"]
+        while wanted > 64 and wanted * 16 > num_samples:
+            wanted //= 2
+        arguments.global_batch_size = wanted
+        arguments.batch_size = max(min(arguments.batch_size, wanted // world_size), 1)
+    arguments.lr = arguments.lr or arguments.blr * arguments.global_batch_size / 256
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`fasthpm linear`, once per rank."""
+    arguments = parse_arguments(argv)
+    with engine.session() as launch:
+        probe = build(arguments, launch)
+        try:
+            interrupted = run(probe)
+        finally:
+            for loader in probe.loaders:
+                loader.close()
+        if interrupted:
+            raise KeyboardInterrupt

@@ -1,0 +1,93 @@
+"""Choosing which patches a classifier sees, by a pretrained model's difficulty (TPAMI, pilot experiment, Tab. IX)."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fasthpm.checkpoint import load_weights
+from fasthpm.errors import UserError
+
+POLICIES = ("random", "easiest", "hardest")
+
+
+def select_tokens(
+    difficulty: Tensor,
+    keep: int | float,
+    *,
+    policy: str = "hardest",
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Which patches to keep: int64 [B, K], ascending in every row.
+
+    - `difficulty`: [B, L], as `predict_loss` gives it; ranked in float32, the first of equals wins
+    - `keep`: K, or as a float the share of L, rounded down, at least 1
+    - `policy`: "hardest", "easiest" or "random" (by `generator`, else torch's own)
+
+    **Raises:** `UserError` for a policy that is none of these and for a K outside 1 .. L.
+    """
+    patches = difficulty.shape[1]
+    count = max(int(keep * patches), 1) if isinstance(keep, float) else keep
+    if policy not in POLICIES:
+        raise UserError(f"token policy is {policy!r}, expected one of {', '.join(POLICIES)}")
+    if not 1 <= count <= patches or (isinstance(keep, float) and not 0 < keep <= 1):
+        raise UserError(f"keep is {keep}, expected a share in (0, 1] or 1 to {patches} patches")
+    values = difficulty.float()
+    if policy == "random":
+        values = torch.rand(difficulty.shape, generator=generator, device=difficulty.device)
+    chosen = values.argsort(dim=1, descending=policy != "easiest", stable=True)[:, :count]
+    return chosen.sort(dim=1).values
+
+
+class KeptTokens(nn.Module):
+    """Takes the place of `patch_drop` in timm's ViT: after the positions, only the patches `ids` [B, K] go on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ids: Tensor | None = None
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[B, 1 + L, D] -> [B, 1 + K, D], the cls token first; everything where no ids are set."""
+        if self.ids is None:
+            return tokens
+        index = self.ids[:, :, None].expand(-1, -1, tokens.shape[2])
+        return torch.cat([tokens[:, :1], tokens[:, 1:].gather(1, index)], dim=1)
+
+
+class TokenChooser:
+    """Sets which patches a ViT sees, image by image.
+
+    - `run`: pretrained with a loss predictor, whose difficulty decides; not needed for "random"
+
+    **Raises:** `UserError` for a run without a loss predictor, or with another patch grid or channels than `vit`.
+    """
+
+    def __init__(self, vit: Any, policy: str, keep: float, run: Path | None, device: torch.device) -> None:
+        self.policy, self.keep, self.kept = policy, keep, KeptTokens()
+        self.num_patches = vit.patch_embed.num_patches
+        self.model = self._load(run, vit).to(device).eval().requires_grad_(False) if run else None
+        vit.patch_drop = self.kept
+
+    def _load(self, run: Path, vit: Any) -> Any:
+        model, _ = load_weights(run)
+        if model.predict_loss_kind == "none":
+            raise UserError(f"difficulty_run {run} has no loss predictor; give a run of an HPM recipe")
+        ours = (model.img_size, model.patch_size, model.in_chans)
+        embed = vit.patch_embed
+        theirs = (tuple(embed.img_size), embed.patch_size[0], embed.proj.in_channels)
+        if ours != theirs:
+            raise UserError(
+                f"difficulty_run {run} is of images {ours[0]}, patch {ours[1]}, {ours[2]} channels; the classifier has "
+                f"{theirs[0]}, {theirs[1]}, {theirs[2]}: give a run of the same"
+            )
+        return model
+
+    @torch.no_grad()
+    def choose(self, images: Tensor) -> None:
+        """Decide for normalised images [B, C, H, W]; the next forward of the ViT sees these patches only."""
+        if self.model is None:
+            difficulty = images.new_zeros(len(images), self.num_patches)
+        else:
+            difficulty = self.model.predict_loss(images.to(next(self.model.parameters()).dtype))
+        self.kept.ids = select_tokens(difficulty, self.keep, policy=self.policy)
