@@ -21,7 +21,7 @@ from fasthpm.errors import UserError
 METHODS: dict[str, tuple[str, ...]] = {
     "mae": ("--mask_policy", "random", "--predict_loss", "none"),
     "hpm": (),
-    "hpm_fast": ("--predictor", "shared", "--decoder_attention", "cross"),
+    "hpm_fast": ("--teacher_maps", "--predictor", "shared", "--decoder_attention", "cross"),
 }
 
 

@@ -41,6 +41,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "argmin": {"mask_policy": "hpm_easiest"},
     "hard_to_easy": {"alpha_start": 0.5, "alpha_end": 0.0},
     "all_hard": {"alpha_start": 1.0, "alpha_end": 1.0},
+    "hpm_fast": {"teacher_maps": True, "map_refresh_epochs": 2, "predictor": "shared", "decoder_attention": "cross"},
 }
 TITLES = {
     "untrained": "untrained encoder",
@@ -50,6 +51,7 @@ TITLES = {
     "argmin": "argmin, α 0 → 0.5",
     "hard_to_easy": "hard to easy, α 0.5 → 0",
     "all_hard": "only the hardest, α 1 → 1",
+    "hpm_fast": "HPM in fast modes, α 0 → 0.5",
 }
 PAPER = {  # ViT-B/16, ImageNet-1K, 200 epochs: fine-tune, linear, k-NN top-1 (TPAMI); None = not reported
     "mae": (82.23, 50.80, 29.84),
@@ -79,8 +81,15 @@ def train_flags(arguments: argparse.Namespace, method: str, seed: int, out: Path
         "deepspeed_config": arguments.deepspeed_config,
     }  # fmt: skip
     pairs = {**length, **where, **METHODS[method]}
-    flags = [part for name, value in pairs.items() for part in (f"--{name}", str(value))]
+    flags = [part for name, value in pairs.items() for part in flag(name, value)]
     return ["--recipe", "hpm_demo", *flags, *arguments.extra.split()]
+
+
+def flag(name: str, value: object) -> list[str]:
+    """One recipe field on the command line; a switch stands alone."""
+    if isinstance(value, bool):
+        return [f"--{'' if value else 'no-'}{name}"]
+    return [f"--{name}", str(value)]
 
 
 def run_one(arguments: argparse.Namespace, method: str, seed: int, out: Path) -> None:

@@ -80,7 +80,9 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> bool:
             for precision, found in result["precisions"].items():
                 median = found["median_seconds"]
                 if "mae" in median:
-                    groups.append((f"{name}, {precision}", {key: value / median["mae"] for key, value in median.items()}))
+                    groups.append(
+                        (f"{name}, {precision}", {key: value / median["mae"] for key, value in median.items()})
+                    )
     if not groups:
         return False
     from matplotlib.figure import Figure

@@ -43,7 +43,10 @@ SIZES = {
 }  # fmt: skip
 CONFIGS = {"fp32": "ds_configs/zero1_fp32.json", "bf16": "ds_configs/zero1_bf16.json"}
 VARIANTS = ("mae", "hpm", "hpm_fast", "eager_mae", "eager_hpm")
-FAST = {"predictor": "shared", "decoder_attention": "cross"}
+FAST: dict[str, Any] = {
+    "predictor": "shared", "decoder_attention": "cross", "teacher_maps": True,
+    "map_refresh_epochs": recipes.FAST_REFRESH_EPOCHS,
+}  # fmt: skip
 REFRESH = "teacher_pass"  # timed beside the variants: the forward that refreshes maps
 RATIOS = (  # name, of, over
     ("exact HPM / own MAE", "hpm", "mae"),
@@ -70,7 +73,7 @@ def recipe_of(variant: str, arguments: argparse.Namespace, precision: str) -> Re
     """The published 200-epoch recipe of a variant at the bench's size and batch."""
     method = "mae" if variant.endswith("mae") else "hpm"
     base = recipes.from_name(f"{method}_vit_base_in1k_200e")
-    changes: dict[str, Any] = dict(FAST) if variant == "hpm_fast" else {}
+    changes = dict(FAST) if variant == "hpm_fast" else {}
     if arguments.size == "nano":
         changes |= {"input_size": "28", "patch_size": 4}
     if arguments.size == "huge":
@@ -79,17 +82,6 @@ def recipe_of(variant: str, arguments: argparse.Namespace, precision: str) -> Re
         base, model=f"{method}_{SIZES[arguments.size]}", batch_size=arguments.batch_size, global_batch_size=0,
         clip_grad=5.0, deepspeed_config=CONFIGS[precision], compile=arguments.compile, **changes,
     ).resolve(10**6, 1)  # fmt: skip
-
-
-class KeptMaps:
-    """Stands in for a teacher where difficulty comes from maps that are made elsewhere."""
-
-    def __init__(self, maps: Tensor) -> None:
-        self.maps = maps
-
-    def predict_loss(self, patches: Tensor, scale: int = 1) -> Tensor:
-        """float32 [B, L]."""
-        return self.maps
 
 
 def pixels(recipe: Recipe, device: torch.device) -> Tensor:
@@ -105,43 +97,38 @@ def build(variant: str, recipe: Recipe, launch: engine.Launch, precision: str) -
         floats = images.permute(0, 3, 1, 2).float().div_(127.5).sub_(1).contiguous()
         student = model_of(recipe)
         update, _ = eager_update(student, recipe, floats, alpha=ALPHA, half=precision == "bf16")
-        return {variant: Built(update, gflops_of(student, recipe, False))}
+        return {variant: Built(update, gflops_of(student, recipe))}
     step = Step(model_of(recipe), recipe, INFO)
     config = engine.merge_config(recipe.deepspeed_config, recipe, 1)
     deepspeed_engine = engine.build_engine(step, recipe, config, launch)
     extra: dict[str, Built] = {}
+    maps = torch.rand(recipe.batch_size, recipe.num_patches).to(launch.device) if recipe.teacher_maps else None
     if recipe.uses_teacher:
         teacher = EMATeacher(deepspeed_engine, step.student, "student.", model_of(recipe), 0.999).module
         step.attach_teacher(teacher)
-        if variant == "hpm_fast":
-            patches = step.normalized_patches(images)
-            step.attach_teacher(KeptMaps(torch.rand(patches.shape[:2], device=launch.device)))  # type: ignore[arg-type]
-            extra[REFRESH] = Built(lambda number: teacher_pass(teacher, step, images), {})
+        if recipe.teacher_maps:
+            extra[REFRESH] = Built(lambda number: teacher_pass(step, images), {})
     ids = torch.arange(recipe.batch_size, device=launch.device)
 
     def update_ours(number: int) -> None:
         engine.set_lr(deepspeed_engine, schedule.lr_at(recipe, number))
         alpha = torch.full((), ALPHA, dtype=torch.float64, device=launch.device)
-        output = deepspeed_engine(images, ids, torch.full((), number, device=launch.device), alpha)
+        output = deepspeed_engine(images, ids, torch.full((), number, device=launch.device), alpha, maps)
         deepspeed_engine.backward(output.loss)
         deepspeed_engine.step()
 
-    return {variant: Built(update_ours, gflops_of(step.student, recipe, variant == "hpm_fast"))} | extra
+    return {variant: Built(update_ours, gflops_of(step.student, recipe))} | extra
 
 
 @torch.no_grad()
-def teacher_pass(teacher: Any, step: Step, images: Tensor) -> None:
+def teacher_pass(step: Step, images: Tensor) -> None:
     """The forward that makes one batch's maps."""
-    teacher.predict_loss(step.normalized_patches(images))
+    step.difficulty(images)
 
 
-def gflops_of(student: Any, recipe: Recipe, kept_maps: bool) -> dict[str, float]:
-    """GFLOP per sample; of a teacher whose maps are kept, its share of one pass in `map_refresh` epochs."""
-    parts = flops.step_flops(student, recipe)
-    if kept_maps:
-        parts["teacher"] /= recipes.FAST_REFRESH_EPOCHS
-        parts["total"] = parts["teacher"] + parts["student"]
-    return {name: value / 1e9 for name, value in parts.items()}
+def gflops_of(student: Any, recipe: Recipe) -> dict[str, float]:
+    """GFLOP per sample of a step; of a teacher whose maps are kept, its share."""
+    return {name: value / 1e9 for name, value in flops.step_flops(student, recipe).items()}
 
 
 def measure(updates: dict[str, Update], rounds: int, repeats: int, device: torch.device) -> dict[str, list[float]]:

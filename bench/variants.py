@@ -1,5 +1,6 @@
 """The loaders that `bench.loader` compares, each in a process of its own, so that none meets another's threads."""
 
+import importlib
 import inspect
 import multiprocessing
 import time
@@ -22,7 +23,7 @@ class Spec:
     """A loader to be measured, an epoch at a time: what was decoded ahead of a loop that stops would count wrongly."""
 
     name: str
-    kind: str  # a key of KINDS
+    kind: str  # a key of KINDS, or module:function
     data: str  # folder, .beton or synthetic:N
     workers: int  # processes or threads
     batch_size: int
@@ -123,11 +124,16 @@ def epoch(loader: Any, spec: Spec) -> int:
     return sum(spec.batch_size for _ in loader)
 
 
+def _kind(name: str) -> Callable[[Spec], Callable[[int], int]]:
+    module, _, function = name.partition(":")
+    return getattr(importlib.import_module(module), function) if function else KINDS[name]
+
+
 # -------------------------------------------------------------------------------------------------- processes
 def serve(connection: Connection, spec: Spec) -> None:
     """Body of a variant's process: measure whenever asked, until asked to stop."""
     try:
-        run = KINDS[spec.kind](spec)
+        run = _kind(spec.kind)(spec)
         while (number := connection.recv()) is not None:
             begin, cpu_begin = time.perf_counter(), cpu_seconds()
             images = run(number)

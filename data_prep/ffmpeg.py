@@ -76,7 +76,7 @@ def probe(path: str) -> Stream:
     done = subprocess.run([*command, f"file:{path}"], capture_output=True, timeout=PROBE_SECONDS, process_group=0)
     found = json.loads(done.stdout or b"{}")
     if done.returncode or not found.get("streams"):
-        raise ValueError(f"ffprobe cannot read it ({_first_line(done.stderr)})")
+        raise ValueError(f"ffprobe cannot read it ({_plain_words(done.stderr)})")
     if found["format"].get("format_name", "").endswith(("image2", "_pipe")):
         raise ValueError(f"it is an image ({found['format']['format_name']}), not a video")
     streams = [stream for stream in found["streams"] if _is_video(stream)]
@@ -224,7 +224,17 @@ def _plain_words(report: bytes) -> str:
 def fits_nvdec(path: str, stream: Stream) -> bool:
     """Whether a GPU decodes this very file, frame by frame as `frames` gives them."""
     known = stream.codec in NVDEC_CODECS and stream.pixel_format in NVDEC_PIXELS
-    return known and stream.plain and Path(path).suffix.lower() in CONTAINERS
+    if not known or not stream.plain or Path(path).suffix.lower() not in CONTAINERS:
+        return False
+    return abs(_count_packets(path) - stream.seconds * float(stream.fps)) <= 1.5  # Matroska's rates are only nominal
+
+
+def _count_packets(path: str) -> int:
+    command = ["ffprobe", "-v", "error", "-protocol_whitelist", "file", "-select_streams", "V:0", "-count_packets"]
+    command += ["-show_entries", "stream=nb_read_packets", "-of", "csv=p=0", f"file:{path}"]
+    done = subprocess.run(command, capture_output=True, timeout=PROBE_SECONDS, process_group=0)
+    number = done.stdout.decode("ascii", "replace").strip().strip(",")
+    return int(number) if number.isdecimal() else 0
 
 
 def encode_h264(path: str, target: Path, size: tuple[int, int], fps: Fraction, seconds: float, timeout: float) -> None:

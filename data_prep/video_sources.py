@@ -1,4 +1,4 @@
-"""Where videos come from: class folders, lists `path label` (VideoMAE's, Kinetics' csv), Something-Something V2's JSON."""
+"""Where videos come from: class folders, lists `path label` (VideoMAE's csv), Something-Something V2's JSON."""
 
 import json
 import os

@@ -125,6 +125,12 @@ def step_of(folder: Path) -> int:
     return int(folder.name.rpartition("-")[2])
 
 
+def oldest_step(output_dir: Path) -> int:
+    """Updates of the oldest checkpoint that is kept; 0 without any."""
+    folders = _checkpoints(output_dir)
+    return int(folders[-1].name.removeprefix("step-")) if folders else 0
+
+
 def file_hash(path: Path) -> str:
     """sha256 of a file, in bounded memory."""
     digest = hashlib.sha256()
@@ -158,6 +164,8 @@ def damage(folder: Path) -> str:
         return f"{MANIFEST} is missing or unreadable"
     for name, (size, digest) in manifest.items():
         path = folder / name
+        if ".." in path.parts or not path.is_relative_to(folder):  # it may be someone else's
+            return f"{MANIFEST} leads out of the checkpoint, to {name}"
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != size or file_hash(path) != digest:

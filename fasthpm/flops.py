@@ -3,6 +3,10 @@ layers, attention scores and values, patch embedding); a backward pass counts tw
 norms and softmax count nothing; nothing is counted that the method does not need.
 """
 
+import dataclasses
+
+import torch
+
 from fasthpm.model import HPMViT
 from fasthpm.recipe import Recipe
 from fasthpm.targets import FrozenTeacher
@@ -87,17 +91,35 @@ def step_flops(model: HPMViT, recipe: Recipe, frozen: FrozenTeacher | None = Non
     "teacher" is all that runs without gradients: the EMA, and the `frozen` one of the target.
     """
     length, masked, predicts = recipe.num_patches, recipe.num_masked, recipe.predict_loss != "none"
+    thrown = recipe.mask_plan.num_thrown
+    visible = length - masked - thrown
     if model.encoder_mask_tokens:
-        student = encoder_flops(model, length - masked, masked, 0 if predicts else masked)
+        student = encoder_flops(model, visible, masked, 0 if predicts else masked)
     else:
-        student = encoder_flops(model, length - masked) + embed_flops(model, length - masked)
-    tokens = (length - masked + model.num_prefix_tokens, masked, masked)
+        student = encoder_flops(model, visible) + embed_flops(model, visible)
+    tokens = (visible + model.num_prefix_tokens, masked, masked)
     student += trunk_flops(model, *tokens) + 2 * masked * model.decoder_pred.weight.numel()
     if predicts:
         student += predictor_flops(model, *tokens)
-    teacher = frozen_flops(frozen, length) if frozen else 0.0
+    teacher = 0.0
     if recipe.masks_by_difficulty:
-        teacher += teacher_flops(model, length // recipe.teacher_scale**2)
+        teacher = teacher_flops(model, length // recipe.teacher_scale**2)
     elif recipe.uses_teacher:
-        teacher += encoder_flops(model, length)
+        teacher = encoder_flops(model, length)
+    if recipe.teacher_maps:
+        teacher /= recipe.map_refresh_epochs
+    teacher += frozen_flops(frozen, length) if frozen else 0.0
     return {"teacher": teacher, "student": 3 * student, "total": teacher + 3 * student}
+
+
+def cost_over_mae(recipe: Recipe) -> float:
+    """FLOPs of the recipe's step over those of MAE's, same encoder, reconstructor and masks."""
+    from fasthpm.step import model_of
+
+    usual = {name: getattr(Recipe, name) for name in ("teacher_maps", "predictor", "predictor_depth", "predictor_dim", "teacher_scale",
+                                                      "teacher_precision", "decoder_attention")}  # fmt: skip
+    policy = "random" if recipe.masks_by_difficulty else recipe.mask_policy
+    mae = dataclasses.replace(recipe, mask_policy=policy, predict_loss="none", absolute_standardize=True, **usual)
+    with torch.device("meta"):
+        totals = [step_flops(model_of(one), one)["total"] for one in (recipe, mae)]
+    return totals[0] / totals[1]

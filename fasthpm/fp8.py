@@ -4,6 +4,9 @@ Only the order of difficulties matters to the masks, so its products may be coar
 taken anew in every call, one for the weights and one for the inputs; `linear_plain` is the slow twin.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -50,6 +53,19 @@ def use_fp8(module: nn.Module) -> int:
     for layer in found:
         layer.__class__ = Fp8Linear
     return len(found)
+
+
+@contextmanager
+def exact(module: nn.Module) -> Iterator[None]:
+    """Let the layers that `use_fp8` changed compute as they did before."""
+    changed = [layer for layer in module.modules() if type(layer) is Fp8Linear]
+    for layer in changed:
+        layer.__class__ = nn.Linear  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for layer in changed:
+            layer.__class__ = Fp8Linear
 
 
 def _fits(layer: nn.Linear) -> bool:

@@ -28,9 +28,9 @@ from fasthpm.data import Batch, DatasetInfo, Loader
 from fasthpm.data.quarantine import BadSample
 from fasthpm.data.sampling import Array
 from fasthpm.errors import UserError
+from fasthpm.recipe import Recipe
 
 KINDS = ("attention", "difficulty")
-MAP_CROPS = ("image", "reference")
 MAGIC = b"FHPMMAP1"
 HEADER_BYTES = 4096  # the maps begin on a page of their own
 REFERENCE_CELLS = (2, 3)  # rows or columns that the released code reads: crop inside the image, or up to its border
@@ -241,6 +241,10 @@ class RunMaps:
         """Whether maps are refreshed before the first update of `epoch`."""
         return epoch >= self.first and (epoch - self.first) % self.every == 0
 
+    def due_at(self, update: int, epoch_length: int) -> bool:
+        """Whether they are refreshed before this update."""
+        return update % epoch_length == 0 and self.due(update // epoch_length)
+
     def refreshed_at(self, epoch: int) -> int | None:
         """The refresh whose maps `epoch` uses, None before the first."""
         return None if epoch < self.first else epoch - (epoch - self.first) % self.every
@@ -362,6 +366,16 @@ def _reserve(path: Path, header: MapHeader) -> None:
         file.truncate(size)
         with suppress(AttributeError):
             os.posix_fallocate(file.fileno(), 0, size)
+
+
+def for_recipe(recipe: Recipe, info: DatasetInfo) -> RunMaps | None:
+    """The maps of a run, if its masks need any: attention, or from the second epoch on the teacher's difficulty."""
+    if not recipe.uses_maps:
+        return None
+    return RunMaps(
+        Path(recipe.output_dir) / "maps", "difficulty" if recipe.teacher_maps else "attention", info,
+        recipe.grid_size, recipe.map_refresh_epochs, first=int(recipe.teacher_maps), crop=recipe.map_crop, patch_size=recipe.patch_size,
+    )  # fmt: skip
 
 
 class MapLoader:

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from fasthpm.errors import UserError
 
-POLICIES = ("random", "hpm", "hpm_easiest", "block", "blockwise", "uniform", "tube", "hpm_tube")
+POLICIES = ("random", "hpm", "hpm_easiest", "attention", "block", "blockwise", "uniform", "tube", "hpm_tube")
 BY_DIFFICULTY = ("hpm", "hpm_easiest", "hpm_tube")
 TUBES = ("tube", "hpm_tube")  # one mask for all frame slots
-IN_UNITS = ("random", "hpm", "hpm_easiest")  # policies that can mask units of several patches
+IN_UNITS = ("random", "attention", "hpm", "hpm_easiest")  # policies that can mask units of several patches
+MAP_CROPS = ("image", "reference")  # how attention maps follow the crop (fasthpm/maps.py)
 BLOCK_ASPECT = 0.3  # a block's height / width lies between this and its inverse (BEiT)
 BLOCK_PROPOSALS = 32  # blocks that `blockwise_mask` tries before it fills up
 _LOW_32 = 0xFFFFFFFF
@@ -29,6 +30,7 @@ class MaskPlan:
     - `policy`: one of `POLICIES`; `mask_ratio`: share of the patches that is masked
     - `grid_size`: (rows R, columns C) of patches; `slots`: frame slots T (1 for images), L = T*R*C
     - `unit`: side of a unit in patches: whole units are masked, from the corner of the grid (SimMIM: 32 pixels)
+    - `throw_ratio`: share of the patches that is neither masked nor visible ("attention" only)
 
     **Raises:** `UserError` for a plan that makes no sense.
     """
@@ -38,6 +40,7 @@ class MaskPlan:
     grid_size: tuple[int, int]
     slots: int = 1
     unit: int = 1
+    throw_ratio: float = 0.0
 
     def __post_init__(self) -> None:
         rows, columns = self.grid_size
@@ -45,6 +48,11 @@ class MaskPlan:
             raise UserError(f"mask_policy is {self.policy!r}, expected one of {', '.join(POLICIES)}")
         if not 0 <= self.mask_ratio <= 1:
             raise UserError(f"mask_ratio is {self.mask_ratio}, expected between 0 and 1")
+        if self.throw_ratio and self.policy != "attention":
+            raise UserError(
+                f"throw_ratio is {self.throw_ratio}, but mask_policy {self.policy} throws nothing away; use "
+                f"--throw_ratio 0, or --mask_policy attention"
+            )
         if self.unit > 1 and self.policy not in IN_UNITS:
             raise UserError(
                 f"mask_policy {self.policy} does not mask in units; use --mask_unit 0, or one of {', '.join(IN_UNITS)}"
@@ -74,11 +82,19 @@ class MaskPlan:
     def num_masked(self) -> int:
         """M: masked patches of every sample."""
         frame, area = self.grid_size[0] * self.grid_size[1], self.unit**2
+        if self.policy == "attention":
+            return area * attention_counts(self.num_patches // area, self.mask_ratio, 0.0, round_up=self.unit > 1)[0]
         if self.policy == "tube":
             return self.slots * int(self.mask_ratio * frame)
         if self.policy == "random":
             return area * num_masked(self.num_patches // area, self.mask_ratio)
         return self.slots * area * num_masked(frame // area, self.mask_ratio)
+
+    @property
+    def num_thrown(self) -> int:
+        """Patches of every sample that are thrown away."""
+        units, area = self.num_patches // self.unit**2, self.unit**2
+        return area * attention_counts(units, self.mask_ratio, self.throw_ratio, round_up=self.unit > 1)[1]
 
     @property
     def noise_size(self) -> int:
@@ -93,10 +109,30 @@ def draw_mask(plan: MaskPlan, noise: Tensor, difficulty: Tensor | None = None, a
     - `noise`: [2, B, plan.noise_size] in [0, 1)
     - `difficulty`, `alpha`: as in `easy_to_hard_mask`, for the policies that follow it; a unit's difficulty is the
       mean of its patches, and in a video every frame slot is masked on its own (TPAMI 4.2), or, with "hpm_tube" (in
-      no paper), all alike by the sum of a place's difficulties
+      no paper), all alike by the sum of a place's difficulties. For "attention" the weights
 
     **Returns:** bool [B, L], exactly `plan.num_masked` True per row.
     """
+    return draw_sets(plan, noise, difficulty, alpha)[0]
+
+
+def draw_sets(
+    plan: MaskPlan, noise: Tensor, difficulty: Tensor | None = None, alpha: float | Tensor = 0.0
+) -> tuple[Tensor, Tensor | None]:
+    """(`draw_mask`'s mask, bool [B, L] of the patches thrown away or None where the plan throws none)."""
+    if plan.policy != "attention":
+        return _draw_mask(plan, noise, difficulty, alpha), None
+    if difficulty is None:
+        raise ValueError("mask policy attention needs weights")
+    weights = pool_units(difficulty, plan.grid_size, plan.unit)
+    sets = attention_mask(
+        weights, plan.mask_ratio, plan.throw_ratio, noise[0, :, : weights.shape[1]], round_up=plan.unit > 1
+    )
+    masked, thrown = (spread_units(part, plan.grid_size, plan.unit) for part in sets)
+    return masked, thrown if plan.num_thrown else None
+
+
+def _draw_mask(plan: MaskPlan, noise: Tensor, difficulty: Tensor | None, alpha: float | Tensor) -> Tensor:
     policy, ratio, grid = plan.policy, plan.mask_ratio, plan.grid_size
     if policy == "block":
         return block_mask(noise[0], grid, ratio, plan.slots)
@@ -242,9 +278,8 @@ def attention_mask(
     **Returns:** (masked, thrown), bool [B, L] each, disjoint, with exact counts.
     """
     length = weights.shape[1]
-    count = math.ceil if round_up else int
-    masked = count(length * mask_ratio)
-    gone = count(length * (mask_ratio + throw_ratio))
+    masked, thrown = attention_counts(length, mask_ratio, throw_ratio, round_up=round_up)
+    gone = masked + thrown
     gumbel = -(-(noise.double() + 2.0**-25).log()).log()
     # Without weight: far behind every float32 logarithm (more than -104), still apart from each other.
     order = torch.where(weights > 0, weights.double().log(), -1e4).add(gumbel).argsort(dim=1, descending=True)
@@ -252,6 +287,13 @@ def attention_mask(
     sets[0].scatter_(1, order[:, :masked], True)
     sets[1].scatter_(1, order[:, masked:gone], True)
     return sets[0], sets[1]
+
+
+def attention_counts(length: int, mask_ratio: float, throw_ratio: float, *, round_up: bool = False) -> tuple[int, int]:
+    """How many of `length` patches or units AMT masks and throws away; see `attention_mask`."""
+    count = math.ceil if round_up else int
+    masked = count(length * mask_ratio)
+    return masked, count(length * (mask_ratio + throw_ratio)) - masked
 
 
 def pool_units(values: Tensor, grid_size: tuple[int, int], unit: int) -> Tensor:
@@ -272,10 +314,14 @@ def spread_units(mask: Tensor, grid_size: tuple[int, int], unit: int) -> Tensor:
     return cells.expand(-1, -1, -1, unit, -1, unit).flatten(1)
 
 
-def split_ids(mask: Tensor, masked: int) -> tuple[Tensor, Tensor]:
-    """Patch numbers of a mask [B, L] with `masked` True per row: (visible [B, V], masked [B, M]), each ascending."""
-    order = mask.to(torch.uint8).argsort(dim=1, stable=True)
-    return order[:, : mask.shape[1] - masked], order[:, mask.shape[1] - masked :]
+def split_ids(mask: Tensor, masked: int, thrown: Tensor | None = None, gone: int = 0) -> tuple[Tensor, Tensor]:
+    """Patch numbers of a mask [B, L] with `masked` True per row: (visible [B, V], masked [B, M]), each ascending.
+
+    - `thrown`: bool [B, L], `gone` True per row: patches that are in neither
+    """
+    kinds = mask.to(torch.uint8) if thrown is None else mask.to(torch.uint8) + 2 * thrown
+    order, length = kinds.argsort(dim=1, stable=True), mask.shape[1] - gone
+    return order[:, : length - masked], order[:, length - masked : length]
 
 
 def sample_noise(seed: int, step: Tensor, ids: Tensor, num_patches: int, draws: int = 2) -> Tensor:

@@ -28,10 +28,11 @@ from fasthpm.step import METRICS, StepOutput
 FORENSICS = "nonfinite"
 TENSORBOARD_GROUPS = {
     "loss": ("loss", "reconstruction_loss", "difficulty_loss"),
-    "predictor": ("spearman", "pair_accuracy", "teacher_spearman"),
+    "predictor": ("spearman", "pair_accuracy", "teacher_spearman", "map_spearman"),
     "schedule": ("lr", "alpha", "ema_momentum", "grad_norm"),
     "health": ("loss_spikes", "skipped_updates"),
     "data": ("bad_samples",),
+    "probe": ("probe_accuracy", "probe_loss", "knn_accuracy"),
     "speed": ("images_per_second", "data_wait_percent", "teacher_percent", "mfu_percent", "memory_gib"),
 }
 
@@ -220,7 +221,8 @@ class Metrics:
             self._open_writer()
             for group, names in TENSORBOARD_GROUPS.items():
                 for name in names:
-                    self._writer.add_scalar(f"{group}/{name}", record[name], step)
+                    if name in record:
+                        self._writer.add_scalar(f"{group}/{name}", record[name], step)
         self.progress.set_postfix(
             loss=f"{record['loss']:.3f}",
             img_s=f"{record['images_per_second']:.0f}",

@@ -215,16 +215,18 @@ class HPMViT(nn.Module):
         return torch.cat([table[:, :1], F.avg_pool2d(grid, scale).flatten(2).transpose(1, 2)], dim=1)
 
     def forward(
-        self, images: Tensor, mask: Tensor, *, num_masked: int | None = None, target: Tensor | None = None
-    ) -> Output:
+        self, images: Tensor, mask: Tensor, *, num_masked: int | None = None, thrown: Tensor | None = None,
+        num_thrown: int = 0, target: Tensor | None = None,
+    ) -> Output:  # fmt: skip
         """Reconstruct the masked patches, or their features, and predict their losses (Eq. 2-7).
 
         - `images`, `mask`: as in `encode`
         - `num_masked`: M, if known; else it is read from `mask`, which waits for the device
+        - `thrown`: bool [B, L], `num_thrown` True per row: patches that are not masked and that nothing sees (AMT)
         - `target`: [B, L, target_dim], the features of all patches, if those are what the model predicts
         """
         patches = self.patchify(images)
-        visible, masked = split_ids(mask, _count(mask) if num_masked is None else num_masked)
+        visible, masked = split_ids(mask, _count(mask) if num_masked is None else num_masked, thrown, num_thrown)
         tokens, count = self._tokens(patches, visible, masked), masked.shape[1]
         trunk = self._trunk(tokens, count)
         reconstruction = self.decoder_pred(self.decoder_norm(trunk))

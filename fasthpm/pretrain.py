@@ -25,6 +25,8 @@ from fasthpm import (
     engine,
     export,
     flops,
+    fp8,
+    maps,
     recipes,
     report,
     schedule,
@@ -41,6 +43,7 @@ from fasthpm.data.device import on_device
 from fasthpm.errors import UserError
 from fasthpm.health import NotFinite
 from fasthpm.metrics import Metrics, measure_matmul_rate
+from fasthpm.probes.online import OnlineProbe
 from fasthpm.recipe import Recipe, add_recipe_arguments, build_recipe, save_recipe, science_of
 from fasthpm.saver import Job, Saver
 from fasthpm.signals import StopSignals
@@ -84,13 +87,16 @@ class Run:
     teacher: EMATeacher | None
     layout: zero.MasterLayout
     saver: Saver
+    maps: maps.RunMaps | None
     bad_samples: BadSampleLog = dataclasses.field(init=False)
+    seen: tuple[torch.Tensor, torch.Tensor | None] | None = None  # images and maps of the last micro-step
     done: int = 0  # updates
     saving: int = 0  # the update whose checkpoint was begun last
     unsaved: str = ""  # why it is lost, on rank 0
     preempted: bool = False  # a signal ends the run at this update
     skipped: list[int] = dataclasses.field(default_factory=list)  # updates (from 0) that are left out: not finite
     batches: Iterator[Batch] = dataclasses.field(init=False)  # from here on
+    online: OnlineProbe | None = None
     notes: dict[str, str] = dataclasses.field(default_factory=dict)  # further files of every checkpoint: name and text
 
     @property
@@ -129,9 +135,12 @@ def build(recipe: Recipe, launch: engine.Launch) -> Run:
         recipe = recipe.resolve(loader.info.num_samples, launch.world_size)
         checkpoint.compare_recipes(recipe, science_of)
         config = engine.merge_config(recipe.deepspeed_config, recipe, launch.world_size)
+        if recipe.teacher_precision == "fp8":
+            fp8.require_fp8(launch.device)
         student = checkpoint.initial_model(recipe)
         frozen = targets.build_frozen(recipe, launch.device)
-    loader = on_device(loader, launch.device)
+    map_store = maps.for_recipe(recipe, loader.info)
+    loader = on_device(maps.with_maps(loader, map_store), launch.device)
     step = Step(student, recipe, loader.info)
     deepspeed_engine = engine.build_engine(step, recipe, config, launch)
     if frozen:
@@ -141,14 +150,29 @@ def build(recipe: Recipe, launch: engine.Launch) -> Run:
         momentum = schedule.ema_momentum_at(recipe, 0)
         teacher = EMATeacher(deepspeed_engine, step.student, "student.", model_of(recipe), momentum)
         step.attach_teacher(teacher.module)
+        if recipe.teacher_precision == "fp8":
+            fp8.use_fp8(teacher.module)
     saver = Saver(launch.rank, launch.world_size, timeout=engine.timeout().total_seconds())
-    run = Run(recipe, launch, loader, deepspeed_engine, step, teacher, zero.MasterLayout(deepspeed_engine), saver)
+    run = Run(recipe, launch, loader, deepspeed_engine, step, teacher, zero.MasterLayout(deepspeed_engine), saver,
+              map_store)  # fmt: skip
     run.batches = endless(loader)
     resume(run)
+    run.online = online_probe(run, config)
     run.bad_samples = BadSampleLog(
         Path(recipe.output_dir), recipe.data_path, recipe.max_bad_samples, rank=launch.rank, keep=run.done > 0
     )
     return run
+
+
+def online_probe(run: Run, config: dict[str, Any]) -> OnlineProbe | None:
+    """The probe that the recipe asks for, with the head of the run that goes on."""
+    recipe = run.recipe
+    if not (recipe.online_probe_every or recipe.online_knn_every):
+        return None
+    with engine.in_agreement():
+        probe = OnlineProbe(recipe, run.step, run.loader.info, run.launch, config)
+        probe.load(Path(recipe.output_dir), run.done)
+    return probe
 
 
 def resume(run: Run) -> None:
@@ -177,6 +201,9 @@ def load(run: Run, folder: Path) -> None:
     run.batches = endless(run.loader)
     run.done = state.step
     run.skipped = sorted({*run.skipped, *state.skipped})
+    with engine.in_agreement():
+        if run.maps and not run.maps.due_at(run.done, run.recipe.steps_per_epoch):
+            run.maps.open(run.done // run.recipe.steps_per_epoch)
     if run.launch.rank == 0:
         writers = f"{state.world_size} rank{'s' if state.world_size > 1 else ''}"
         ranks = f", written by {writers}" if state.world_size != run.launch.world_size else ""
@@ -249,6 +276,8 @@ def train(run: Run, metrics: Metrics, stop: StopSignals, watchdog: Watchdog) -> 
     if recipe.on_nonfinite == "rollback":
         save_first(run)
     while run.done < last and not run.preempted:
+        if run.maps and run.maps.due_at(run.done, recipe.steps_per_epoch):
+            refresh_maps(run, watchdog)
         update(run, metrics, watchdog)
         run.done += 1
         run.preempted = stop.agreed()
@@ -275,10 +304,12 @@ def update(run: Run, metrics: Metrics, watchdog: Watchdog) -> None:
             batch = next(run.batches)
         if left_out:
             continue
-        output = run.engine(batch.images, batch.ids, number, alpha)
+        weights = run.maps.weights(batch) if run.maps else None
+        output = run.engine(batch.images, batch.ids, number, alpha, weights)
         run.engine.backward(output.loss)
         run.engine.step()
         metrics.add(now, batch, output)
+        run.seen = (batch.images, weights)
     if left_out:
         return
     metrics.updated(now, engine.grad_norm(run.engine))
@@ -286,6 +317,8 @@ def update(run: Run, metrics: Metrics, watchdog: Watchdog) -> None:
         folder = metrics.save_forensics(now)
         metrics.discard(now)
         leave_out(run, metrics, now, folder)
+    elif run.online:
+        run.online.after_update(now + 1, batch)
 
 
 def leave_out(run: Run, metrics: Metrics, bad: int, folder: Path) -> None:
@@ -334,6 +367,32 @@ def roll_back(run: Run, metrics: Metrics, found: NotFinite) -> None:
     metrics.rewind(run.done)
 
 
+def refresh_maps(run: Run, watchdog: Watchdog) -> None:
+    """Make the maps of all samples anew, with the model as it is: the student's attention, or the teacher's difficulty,
+    standardised per image because float16 is to hold it. Collective."""
+    recipe, launch, step = run.recipe, run.launch, run.step
+    assert run.maps is not None
+    epoch = run.done // recipe.steps_per_epoch
+
+    def compute(images: torch.Tensor) -> torch.Tensor:
+        if recipe.teacher_maps:
+            difficulty = step.difficulty(images)
+            return (difficulty - difficulty.mean(1, keepdim=True)) / difficulty.std(1, keepdim=True).clamp_min(1e-6)
+        attention = maps.cls_attention(step.student, step.normalized_patches(images))
+        return maps.attention_weights(attention, per_head=recipe.map_per_head)
+
+    with engine.in_agreement():
+        loader = build_loader(
+            recipe.data_path, batch_size=recipe.batch_size, image_size=recipe.image_size, channels=recipe.channels,
+            rank=launch.rank, world_size=launch.world_size, num_workers=recipe.num_workers, train=False, whole=True,
+            interpolation=recipe.interpolation, max_bad_samples=1.0,
+        )  # fmt: skip
+    with watchdog.doing("making maps"):
+        run.maps.refresh(epoch, loader, compute, launch, lambda: watchdog.progressed(run.done))
+    if launch.rank == 0:
+        run.maps.prune(checkpoint.oldest_step(Path(recipe.output_dir)) // recipe.steps_per_epoch)
+
+
 def after_update(run: Run, metrics: Metrics, last: int) -> None:
     """Read the metrics, draw the panel, save: each at its own interval, and all of them at the end."""
     recipe, epoch_length = run.recipe, run.recipe.steps_per_epoch
@@ -341,18 +400,37 @@ def after_update(run: Run, metrics: Metrics, last: int) -> None:
     epoch = run.done // epoch_length
     saving = ending or run.preempted or (epoch_ends and epoch % recipe.save_every == 0)
     drawing = recipe.panel_every > 0 and (ending or (epoch_ends and epoch % recipe.panel_every == 0))
-    if run.done % recipe.log_every == 0 or saving or drawing:
+    probing = epoch_ends and recipe.online_knn_every > 0 and epoch % recipe.online_knn_every == 0
+    if run.done % recipe.log_every == 0 or saving or drawing or probing:
         metrics.read(
             run.done, run.done / epoch_length, run.step.stopwatch.read(), lr=schedule.lr_at(recipe, run.done - 1),
             alpha=schedule.alpha_at(recipe, run.done - 1), ema_momentum=schedule.ema_momentum_at(recipe, run.done - 1),
             skipped_updates=len(run.skipped), bad_samples=run.bad_samples.update(run.loader),
+            **agreement(run), **probed(run, probing),
         )  # fmt: skip
     if drawing:
         draw_panel(run, metrics)
     if saving:
         save(run)
-    if drawing or saving:
+        if run.online:
+            with metrics.surviving_the_disk(run.done):
+                run.online.save(Path(recipe.output_dir), run.done)
+    if drawing or saving or probing:
         metrics.restart()
+
+
+def agreement(run: Run) -> dict[str, float]:
+    """How well a fast mode's difficulty agrees with the exact teacher's, if there is one."""
+    if not run.recipe.approximates_teacher or run.seen is None:
+        return {}
+    return {"map_spearman": float(run.step.map_spearman(*run.seen))}
+
+
+def probed(run: Run, knn: bool) -> dict[str, float]:
+    """What the online probe has to say, with a k-NN test if asked for. Collective."""
+    if not run.online:
+        return {}
+    return run.online.read() | (run.online.knn() if knn else {})
 
 
 def draw_panel(run: Run, metrics: Metrics) -> None:
@@ -423,7 +501,7 @@ def finish(run: Run) -> None:
         f"finished {run.done} of {recipe.total_steps} updates\n"
         f"  checkpoint   {checkpoint.checkpoint_path(output_dir, run.done)}\n"
         f"  {'model  ' if model.video else 'encoder'}      {exported} ({export.default_form(model)})\n"
-        f"  TensorBoard  tensorboard --logdir {output_dir / 'tensorboard'}\n"
+        f"  TensorBoard  tensorboard --host 127.0.0.1 --logdir {output_dir / 'tensorboard'}\n"
         f"  report       {output_dir / 'report.md'}{bad}",
         file=sys.stderr,
     )
@@ -438,6 +516,9 @@ def pretrain(asked: Recipe, launch: engine.Launch) -> StopSignals:
             prepare_output(run)
     if launch.rank == 0:
         effective = f"{recipe.global_batch_size} = {recipe.batch_size} x {launch.world_size} x {recipe.accum_iter}"
+        if recipe.fast_modes:
+            print(f"fast modes: {', '.join(recipe.fast_modes)}; {flops.cost_over_mae(recipe):.2f} x MAE's FLOPs",
+                  file=sys.stderr)  # fmt: skip
         print(f"{recipe.recipe}: lr {recipe.lr:.3e}, global batch {effective}, {recipe.total_steps} updates, "
               f"{launch.device.type}", file=sys.stderr)  # fmt: skip
     dtype = next(run.step.student.parameters()).dtype

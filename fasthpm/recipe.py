@@ -16,7 +16,7 @@ from typing import Any
 from fasthpm.data.clip_sampling import DECODERS
 from fasthpm.data.sampling import INTERPOLATIONS, SAMPLE_ORDERS
 from fasthpm.errors import UserError, nearest
-from fasthpm.mask import BY_DIFFICULTY, POLICIES, MaskPlan
+from fasthpm.mask import BY_DIFFICULTY, MAP_CROPS, POLICIES, MaskPlan
 
 PREDICT_LOSSES = ("relative", "absolute", "none")
 PIXEL_LOSSES = ("mse", "l1")
@@ -68,6 +68,15 @@ class Recipe:
     mask_ratio: float = option(0.75, "share of patches that are masked")
     mask_policy: str = option("hpm", "which patches are masked", choices=POLICIES)
     mask_unit: int = option(0, "side in pixels of the squares that are masked as a whole (SimMIM: 32); 0 = patch_size")
+    throw_ratio: float = option(0.0, "attention masks (AMT): share of patches that neither encoder nor loss sees")
+    warmup_mask_ratio: float = option(0.75, "attention masks: ratio of the random masks before the first maps")
+    map_refresh_epochs: int = option(40, "attention masks: epochs between two passes that make the maps anew")
+    map_crop: str = option(
+        "image",
+        "attention masks: the map is cropped with its image, or its top left cells read, as released code does",
+        choices=MAP_CROPS,
+    )
+    map_per_head: bool = option(False, "attention masks: scale each head's map and then average, as released code does")
     alpha_start: float = option(0.0, "share of the mask that the teacher chooses, at the start")
     alpha_end: float = option(0.5, "the same at the end; linear in between (Eq. 8)")
     alpha_schedule: str = option(
@@ -102,6 +111,11 @@ class Recipe:
         "model",
         "the teacher's matrix products: model = as the model's, fp8 where the GPU has it (fast mode)",
         choices=TEACHER_PRECISIONS,
+    )
+    teacher_maps: bool = option(
+        False,
+        "masks follow maps of whole images that the teacher makes every map_refresh_epochs, cropped with the image "
+        "(fast mode)",
     )
     # optimisation
     batch_size: int = option(64, "samples per device and micro-step", run_only=True)
@@ -171,6 +185,12 @@ class Recipe:
     compile: bool = option(
         False, "compile the step with torch.compile: minutes at the start, then faster on GPUs", run_only=True
     )
+    online_probe_every: int = option(
+        0, "updates between two steps of a linear probe on the encoder's detached features; 0 = off", run_only=True
+    )
+    online_knn_every: int = option(
+        0, "epochs between two k-NN tests on a fixed part of the training set; 0 = off", run_only=True
+    )
     stop_after: int = option(0, "stop after this many updates, keeping the schedule; 0 = never", run_only=True)
 
     def __post_init__(self) -> None:
@@ -210,7 +230,21 @@ class Recipe:
     def mask_plan(self) -> MaskPlan:
         """How the masks are drawn."""
         unit = (self.mask_unit or self.patch_size) // self.patch_size
-        return MaskPlan(self.mask_policy, self.mask_ratio, self.grid_size, self.slots, unit=unit)
+        return MaskPlan(
+            self.mask_policy, self.mask_ratio, self.grid_size, self.slots, unit=unit, throw_ratio=self.throw_ratio
+        )
+
+    @property
+    def warmup_plan(self) -> MaskPlan:
+        """How they are drawn as long as there are no maps, if the policy needs them; else `mask_plan`."""
+        if self.mask_policy != "attention":
+            return self.mask_plan
+        return dataclasses.replace(self.mask_plan, policy="random", mask_ratio=self.warmup_mask_ratio, throw_ratio=0.0)
+
+    @property
+    def uses_maps(self) -> bool:
+        """Whether a run keeps maps of its samples, of attention or of the teacher's difficulty."""
+        return self.mask_policy == "attention" or self.teacher_maps
 
     @property
     def uses_teacher(self) -> bool:
@@ -226,6 +260,19 @@ class Recipe:
     def frozen_dim(self) -> int:
         """Width of the frozen teacher's features (`target` dino or clip); 0 without one."""
         return self.target_dim or FROZEN_DIMS.get(self.target, 0)
+
+    @property
+    def approximates_teacher(self) -> bool:
+        """Whether the masks follow a map that is not the exact teacher's of this crop and update."""
+        return self.teacher_maps or self.teacher_scale > 1 or self.teacher_precision != "model"
+
+    @property
+    def fast_modes(self) -> list[str]:
+        """The fast modes that are on, each as `field value`."""
+        names = ("teacher_maps", "predictor", "predictor_depth", "predictor_dim", "decoder_attention", "teacher_scale",
+                 "teacher_precision")  # fmt: skip
+        usual = {field.name: field.default for field in dataclasses.fields(self)}
+        return [f"{name} {getattr(self, name)}" for name in names if getattr(self, name) != usual[name]]
 
     @property
     def total_steps(self) -> int:
@@ -313,9 +360,12 @@ class Recipe:
             "save_every",
             "keep_checkpoints",
             "teacher_scale",
+            "map_refresh_epochs",
         )
         not_negative = (
             "accum_iter",
+            "online_probe_every",
+            "online_knn_every",
             "global_batch_size",
             "warmup_epochs",
             "blr",
@@ -338,7 +388,7 @@ class Recipe:
         )
         shares = (
             *("alpha_start", "alpha_end", "ema_momentum", "ema_momentum_end", "crop_min", "beta1", "beta2"),
-            *("color_jitter", "max_bad_samples"),
+            *("color_jitter", "max_bad_samples", "throw_ratio", "warmup_mask_ratio"),
         )
         for name in positive:
             if getattr(self, name) <= 0:
@@ -397,6 +447,11 @@ class Recipe:
                 f"model {self.model} has no decoder blocks to share or to attend in; use --predictor separate "
                 f"--decoder_attention self"
             )
+        if self.teacher_maps and (not self.masks_by_difficulty or self.num_frames > 1):
+            raise UserError(
+                f"teacher_maps keeps a teacher's maps of images, but mask_policy is {self.mask_policy} and num_frames "
+                f"{self.num_frames}; use --mask_policy hpm on images, or --no-teacher_maps"
+            )
         if not self.masks_by_difficulty and (self.teacher_scale != 1 or self.teacher_precision != "model"):
             raise UserError(
                 f"teacher_scale {self.teacher_scale} and teacher_precision {self.teacher_precision} change the "
@@ -415,10 +470,10 @@ class Recipe:
             raise UserError(
                 f"target {self.target} is for images, and {self.model} is a video model; use --target pixels"
             )
-        if self.target == "ema" and self.teacher_scale != 1:
+        if self.target == "ema" and (self.teacher_scale != 1 or self.teacher_maps):
             raise UserError(
-                f"target ema takes features of every patch from the teacher, and teacher_scale is "
-                f"{self.teacher_scale}; use --teacher_scale 1"
+                f"target ema takes features of every patch from the teacher in every step, and teacher_scale is "
+                f"{self.teacher_scale}, teacher_maps {self.teacher_maps}; use --teacher_scale 1 --no-teacher_maps"
             )
         if self.pixel_loss != "mse" or self.norm_pix_loss:
             raise UserError(
@@ -452,21 +507,27 @@ class Recipe:
             )
         if self.teacher_scale > 1 and self.num_frames > 1:
             raise UserError(f"teacher_scale {self.teacher_scale} is for images; use 1 with {self.num_frames} frames")
-        if self.teacher_scale > 1 and self.num_frames > 1:
-            raise UserError(
-                f"teacher_scale {self.teacher_scale} is for images, not for clips of {self.num_frames} frames"
-            )
         if any(side % self.teacher_scale for side in self.grid_size):
             raise UserError(
                 f"teacher_scale {self.teacher_scale} does not divide the grid of {self.grid_size[0]} x "
                 f"{self.grid_size[1]} patches; use 1, or another --input_size"
             )
-        masked = self.num_masked
+        masked, thrown = self.num_masked, self.mask_plan.num_thrown
+        if masked and thrown and masked + thrown >= self.num_patches:
+            raise UserError(
+                f"mask_ratio {self.mask_ratio} and throw_ratio {self.throw_ratio} of {self.num_patches} patches leave "
+                f"no visible patch; choose ratios whose sum is below 1"
+            )
         if not 0 < masked < self.num_patches:
             raise UserError(
                 f"mask_ratio {self.mask_ratio} of {self.num_patches} patches leaves no "
                 f"{'masked' if masked == 0 else 'visible'} patch; choose one strictly between 0 and 1 that "
                 f"masks 1 to {self.num_patches - 1} patches"
+            )
+        if self.uses_maps and not 0 < self.warmup_plan.num_masked < self.num_patches:
+            raise UserError(
+                f"warmup_mask_ratio {self.warmup_mask_ratio} of {self.num_patches} patches leaves no masked or no "
+                f"visible patch; choose one strictly between 0 and 1, e.g. --warmup_mask_ratio 0.75"
             )
 
 

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fasthpm import fp8
 from fasthpm import loss as losses
 from fasthpm.clock import Stopwatch
 from fasthpm.compiled import Compiled
 from fasthpm.data import DatasetInfo
-from fasthpm.mask import draw_mask, sample_noise, split_ids
+from fasthpm.mask import MaskPlan, draw_sets, sample_noise, split_ids
 from fasthpm.model import HPMViT, Output, create_model, width_of
 from fasthpm.recipe import Recipe
 from fasthpm.targets import FrozenTeacher
@@ -32,10 +33,10 @@ class StepOutput(NamedTuple):
 
 
 class Lesson(NamedTuple):
-    """What the teachers give."""
+    """What a pass of the EMA teacher gives."""
 
-    difficulty: Tensor  # float32 [B, L], zeros where no mask policy asks for it
-    features: Tensor | None  # [B, L, D'], what is reconstructed; None = pixels
+    difficulty: Tensor | None  # float32 [B, L], if the masks follow it
+    features: Tensor | None  # [B, L, D], if they are the target
 
 
 class Step(nn.Module):
@@ -45,20 +46,20 @@ class Step(nn.Module):
         super().__init__()
         self.student = student
         self.recipe = recipe
-        self.mask_plan = recipe.mask_plan
+        self.mask_plan, self.warmup_plan = recipe.mask_plan, recipe.warmup_plan
         self.stopwatch = Stopwatch()
         # Plain attributes, not buffers: DeepSpeed would round buffers to bfloat16.
         self.mean, self.std = pixel_statistics(info, recipe)
         self._teacher: list[HPMViT] = []
         self._frozen: list[FrozenTeacher] = []
-        self._parts: tuple[Callable[..., Lesson], Callable[..., StepOutput]] = (self._teach, self._learn)
+        self._parts: tuple[Callable[..., Lesson], Callable[..., StepOutput]] = (self.teach, self._learn)
         self._untried = recipe.compile
         if recipe.compile:
             self.compile_with("inductor")
 
     def compile_with(self, backend: str | Callable[..., Any]) -> None:
         """Compile the teacher's forward, and all from the mask to the losses and their gradients, with a backend."""
-        self._parts = Compiled(self._teach, "the teacher", backend), Compiled(self._learn, "the step", backend)
+        self._parts = Compiled(self.teach, "the teacher", backend), Compiled(self._learn, "the step", backend)
         self._untried = True
 
     def attach_teacher(self, teacher: HPMViT) -> None:
@@ -74,45 +75,74 @@ class Step(nn.Module):
         """The DINO or CLIP teacher, if the target has one."""
         return self._frozen[0] if self._frozen else None
 
-    def forward(self, images: Tensor, ids: Tensor, step: Tensor, alpha: Tensor) -> StepOutput:
+    def forward(
+        self, images: Tensor, ids: Tensor, step: Tensor, alpha: Tensor, weights: Tensor | None = None
+    ) -> StepOutput:
         """One micro-step on this rank.
 
         - `images`: uint8 [B, H, W, C] or clips [B, T, H, W, C]; `ids`: int64 [B]
         - `step`: int64 0-dim, the update; `alpha`: float64 0-dim, share of the mask chosen by the teacher
+        - `weights`: float32 [B, L], of the samples' maps (attention, or the teacher's difficulty) for the policies that
+          keep some; None: masks are random, as before the first maps
         """
         self.mean, self.std = self.mean.to(images.device), self.std.to(images.device)
         teach, learn = self._parts
-        lesson = Lesson(torch.zeros(len(images), self.recipe.num_patches, device=images.device), None)
-        if self.recipe.uses_teacher or self._frozen:
+        scores = torch.zeros(len(images), self.recipe.num_patches, device=images.device) if weights is None else weights
+        features = None
+        if self.recipe.uses_teacher and not self.recipe.teacher_maps:
             with torch.no_grad(), self.stopwatch.measure(images.device):
-                lesson = teach(images) if self.recipe.uses_teacher else lesson
-                lesson = lesson._replace(features=self._frozen[0](images)) if self._frozen else lesson
+                difficulty, features = teach(images)
+                scores = scores if difficulty is None else difficulty
+        elif weights is None:
+            alpha = torch.zeros_like(alpha)
+        if self._frozen:
+            with torch.no_grad(), self.stopwatch.measure(images.device):
+                features = self._frozen[0](images)
+        plan = self.warmup_plan if weights is None else self.mask_plan
         if self._untried:
-            self._try_backward(images, ids, step, alpha, *lesson)
-        return learn(images, ids, step, alpha, *lesson)
+            self._try_backward(plan, images, ids, step, alpha, scores, features)
+        return learn(plan, images, ids, step, alpha, scores, features)
 
-    def _teach(self, images: Tensor) -> Lesson:
+    def teach(self, images: Tensor) -> Lesson:
         """One pass of the EMA teacher."""
-        teacher, patches = self._teacher[0], self.normalized_patches(images)
         if self.recipe.target != "ema":
-            return Lesson(teacher.predict_loss(patches, self.recipe.teacher_scale), None)
-        tokens = teacher.encode(patches)
-        features = tokens[:, teacher.num_prefix_tokens :]
-        if self.recipe.masks_by_difficulty:
-            return Lesson(teacher.difficulty_of(tokens), features)
-        return Lesson(torch.zeros(patches.shape[:2], device=images.device), features)
+            return Lesson(self.difficulty(images), None)
+        teacher = self._teacher[0]
+        tokens = teacher.encode(self.normalized_patches(images))
+        difficulty = teacher.difficulty_of(tokens) if self.recipe.masks_by_difficulty else None
+        return Lesson(difficulty, tokens[:, teacher.num_prefix_tokens :])
+
+    @torch.no_grad()
+    def map_spearman(self, images: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Rank correlation of the map that the masks follow with the exact teacher's, over some samples of a batch.
+
+        `weights`: as in `forward`; without any, those that the teacher of the recipe gives.
+        """
+        images = images[:HEALTH_SAMPLES]
+        used = self.difficulty(images) if weights is None else weights[:HEALTH_SAMPLES]
+        with fp8.exact(self._teacher[0]):
+            exact = self._teacher[0].predict_loss(self.normalized_patches(images))
+        return losses.spearman(used, exact)
+
+    def difficulty(self, images: Tensor) -> Tensor:
+        """The teacher's difficulty of every patch, float32 [B, L]."""
+        return self._teacher[0].predict_loss(self.normalized_patches(images), self.recipe.teacher_scale)
 
     def _learn(
-        self, images: Tensor, ids: Tensor, step: Tensor, alpha: Tensor, difficulty: Tensor, features: Tensor | None
-    ) -> StepOutput:
-        """Everything after the teachers: mask, student, losses."""
+        self, plan: MaskPlan, images: Tensor, ids: Tensor, step: Tensor, alpha: Tensor, scores: Tensor,
+        features: Tensor | None,
+    ) -> StepOutput:  # fmt: skip
+        """Everything after the teachers: mask, student, losses; `scores` [B, L]: what the mask follows; `features`
+        [B, L, D']: what is reconstructed, None = pixels."""
         patches = self.normalized_patches(images)
-        noise = sample_noise(self.recipe.seed, step, ids, self.mask_plan.noise_size)
-        mask = draw_mask(self.mask_plan, noise, difficulty, alpha)
-        output = self.student(patches, mask, num_masked=self.recipe.num_masked, target=features)
+        noise = sample_noise(self.recipe.seed, step, ids, plan.noise_size)
+        mask, thrown = draw_sets(plan, noise, scores, alpha)
+        gone: dict[str, Any] = {} if thrown is None else {"thrown": thrown, "num_thrown": plan.num_thrown}
+        output = self.student(patches, mask, num_masked=plan.num_masked, target=features, **gone)
+        difficulty = scores if self.recipe.masks_by_difficulty else torch.zeros_like(scores)
         return StepOutput(output.loss, self._metrics(output, mask, difficulty), mask)
 
-    def _try_backward(self, *arguments: Tensor | None) -> None:
+    def _try_backward(self, *arguments: Any) -> None:
         """Let a compiler that fails do so here, where there is a way back: it meets the gradients at their first use.
 
         No hook of DeepSpeed's sees these gradients, and no weight has any afterwards.
@@ -144,7 +174,7 @@ class Step(nn.Module):
         """
         predicted = output.predicted_difficulty[:HEALTH_SAMPLES]
         actual = output.per_patch_loss[:HEALTH_SAMPLES]
-        masked = split_ids(mask[:HEALTH_SAMPLES], self.recipe.num_masked)[1]
+        masked = split_ids(mask[:HEALTH_SAMPLES], actual.shape[1])[1]
         seen = difficulty[:HEALTH_SAMPLES].gather(1, masked)
         health = (
             losses.spearman(predicted, actual),

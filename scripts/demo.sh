@@ -46,7 +46,7 @@ cat <<END
 Done. Look at
   checkpoint   $(printf '%s\n' "$out"/checkpoints/step-* | tail -n 1)
   encoder      $out/encoder.safetensors (loads into timm)
-  TensorBoard  .venv/bin/tensorboard --logdir $out/tensorboard
+  TensorBoard  .venv/bin/tensorboard --host 127.0.0.1 --logdir $out/tensorboard
   report       $out/report.md
   picture      $(printf '%s\n' "$out"/panels/*.png | tail -n 1)
 END

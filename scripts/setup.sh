@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs FastHPM for use from this folder: FFCV's system libraries where missing, .venv, the pinned Python packages.
+# Installs FastHPM for use from this folder: FFCV's system libraries and ffmpeg where missing, .venv, pinned packages.
 # `make setup` runs it. Repeating it is quick, and goes on where a failed or killed run stopped.
 #     PYTHON=/path/to/python3.12   chooses the interpreter
 set -euo pipefail
@@ -7,9 +7,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 root=$(pwd -P)
 cd "$root"
 
-readonly extras="train,ffcv,webdataset,parquet,demo,hf,dev"
+readonly extras="train,ffcv,webdataset,parquet,video,demo,hf,dev"
 readonly stamp=.venv/.setup-stamp
-readonly needed_gib=8
+readonly needed_gib=9
 readonly dataset=/usr/share/datasets/fashion-mnist
 
 say() { printf 'setup: %s\n' "$*"; }
@@ -56,11 +56,12 @@ choose_python() {
 
 # ---- system packages ------------------------------------------------------------------------------------------------
 
-# Prints, by their Debian names, what building FFCV needs and does not find.
+# Prints, by their Debian names, what building FFCV and preparing videos need and do not find.
 missing_packages() {
     local python=$1
     command -v g++ >/dev/null || echo g++
     command -v pkg-config >/dev/null || echo pkg-config
+    { command -v ffmpeg && command -v ffprobe; } >/dev/null || echo ffmpeg
     pkg-config --exists opencv4 2>/dev/null || echo libopencv-dev
     pkg-config --exists libturbojpeg 2>/dev/null || echo libturbojpeg0-dev
     has_headers "$python" || echo "python$(version_of "$python")-dev"
@@ -143,7 +144,7 @@ check_imports() {
     PATH="$root/.venv/bin:$PATH" .venv/bin/python -P -W ignore - >"$log" 2>&1 <<'PYTHON' || { tail -n 20 "$log" >&2 && die "the packages are installed but do not import, see above (all of it: $log)"; }
 from importlib.metadata import version
 
-import deepspeed, fasthpm, ffcv.loader, ffcv.writer, torch, torchvision
+import deepspeed, fasthpm, ffcv.loader, ffcv.writer, nvidia.dali, torch, torchvision
 
 device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
 names = ("fasthpm", "torch", "deepspeed", "ffcv", "timm")

@@ -4,6 +4,7 @@ Eq. numbers are TPAMI's. Tensors are indexed one element at a time on purpose; a
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -298,12 +299,13 @@ def unit_means(values: list[float], rows: int, columns: int, side: int) -> list[
 
 
 def attention_mask(
-    weights: list[float], mask_ratio: float, throw_ratio: float, noise: list[float]
+    weights: list[float], mask_ratio: float, throw_ratio: float, noise: list[float], round_up: bool = False
 ) -> tuple[set[int], set[int]]:
     """AMT: an exponential race of rate `weight`, which is drawing one after the other in proportion to weight."""
+    count = math.ceil if round_up else int
     times = [-math.log(u + 2.0**-25) / w if w else math.inf for w, u in zip(weights, noise, strict=True)]
     order = sorted(range(len(weights)), key=lambda i: (times[i], -noise[i]))
-    masked, gone = int(len(weights) * mask_ratio), int(len(weights) * (mask_ratio + throw_ratio))
+    masked, gone = count(len(weights) * mask_ratio), count(len(weights) * (mask_ratio + throw_ratio))
     return set(order[:masked]), set(order[masked:gone])
 
 
@@ -371,3 +373,64 @@ def feature_losses(prediction: Tensor, target: Tensor) -> Tensor:
             losses.append(sum((p[k] / lengths[0] - t[k] / lengths[1]) ** 2 for k in range(len(p))))
         rows.append(torch.stack(losses))
     return torch.stack(rows)
+
+
+# ---------------------------------------------------------------------------------------------------- probes
+def lars_step(
+    weights: list[Tensor], grads: list[Tensor], momenta: list[Tensor], lr: float
+) -> tuple[list[Tensor], list[Tensor]]:
+    """LARS as MAE's linear probe uses it (no weight decay): a tensor with two or more dimensions takes its gradient
+    times 0.001 * |w| / |g|; then momentum 0.9, then the step."""
+    moved, kept = [], []
+    for weight, grad, momentum in zip(weights, grads, momenta, strict=True):
+        if weight.ndim > 1:
+            grad = grad * (0.001 * math.sqrt(float((weight**2).sum())) / math.sqrt(float((grad**2).sum())))
+        momentum = 0.9 * momentum + grad
+        moved.append(weight - lr * momentum)
+        kept.append(momentum)
+    return moved, kept
+
+
+def layer_normalised_pool(tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """MAE's global pool: the mean of the patch tokens [B, L, D], then LayerNorm with eps 1e-6: [B, D]."""
+    rows = []
+    for sample in tokens:
+        mean = sum(sample) / len(sample)
+        centred = mean - mean.mean()
+        rows.append(centred / torch.sqrt((centred**2).mean() + 1e-6) * weight + bias)
+    return torch.stack(rows)
+
+
+def selected_patches(difficulty: list[float], count: int, policy: str) -> list[int]:
+    """The `count` hardest or easiest patches of one image, ascending; the first of equals wins."""
+    sign = -1 if policy == "hardest" else 1
+    return sorted(sorted(range(len(difficulty)), key=lambda i: (sign * difficulty[i], i))[:count])
+
+
+# -------------------------------------------------------------------------------------------------- fast modes
+def layer_norm(values: Tensor, norm: Any) -> Tensor:
+    """Zero mean, unit variance (biased, eps inside the root), scaled and shifted."""
+    mean = values.mean()
+    return (values - mean) / ((values - mean) ** 2).mean().add(norm.eps).sqrt() * norm.weight + norm.bias
+
+
+def cross_block(tokens: Tensor, context: Tensor, block: Any) -> Tensor:
+    """A decoder block in which every token attends to the context alone, token by token and head by head."""
+    heads, dim = block.attn.num_heads, tokens.shape[1]
+    size = dim // heads
+    weight, bias = block.attn.qkv.weight, block.attn.qkv.bias
+    known = [layer_norm(row, block.norm1) for row in context]
+    out = []
+    for token in tokens:
+        query = weight[:dim] @ layer_norm(token, block.norm1) + bias[:dim]
+        seen = []
+        for head in range(heads):
+            part = slice(head * size, (head + 1) * size)
+            keys = [(weight[dim : 2 * dim] @ row + bias[dim : 2 * dim])[part] for row in known]
+            values = [(weight[2 * dim :] @ row + bias[2 * dim :])[part] for row in known]
+            scores = torch.stack([(query[part] * key).sum() / size**0.5 for key in keys])
+            chances = scores.exp() / scores.exp().sum()
+            seen.append(torch.stack([chance * value for chance, value in zip(chances, values, strict=True)]).sum(0))
+        token = token + block.attn.proj(torch.cat(seen))
+        out.append(token + block.mlp(layer_norm(token, block.norm2)))
+    return torch.stack(out)

@@ -69,6 +69,17 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, damage: str) -> Non
     assert str(new) in warnings[0]
 
 
+@pytest.mark.parametrize("name", ["../../secret", "/etc/passwd"])
+def test_a_manifest_does_not_lead_out_of_its_checkpoint(tmp_path: Path, name: str) -> None:
+    folder = write(tmp_path, 1)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (tmp_path / "secret").write_text("x")
+    path = folder / name
+    manifest[name] = [path.stat().st_size, checkpoint.file_hash(path)]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert checkpoint.damage(folder) == f"manifest.json leads out of the checkpoint, to {name}"
+
+
 def test_rotation_keeps_the_newest(tmp_path: Path) -> None:
     folders = [write(tmp_path, step) for step in (1, 2, 10, 3)]
     checkpoint.rotate(tmp_path, 2)

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from launch import run_ranks
@@ -236,6 +237,21 @@ def test_norms_biases_and_tokens_do_not_decay() -> None:
 
 def test_empty_groups_are_left_out() -> None:
     assert [group["name"] for group in engine.parameter_groups(nn.LayerNorm(3), 0.1)] == ["no_decay"]
+
+
+def test_a_lost_rank_is_named_before_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        lost = "[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.2]:4711"
+        with pytest.raises(RuntimeError), engine.naming_lost_ranks(lambda: "after update 7"):
+            raise RuntimeError(lost)
+        expected = "error: rank 0 lost another rank after update 7 (Connection closed by peer [10.0.0.2]:4711); see"
+        assert expected in capsys.readouterr().err
+        with pytest.raises(RuntimeError), engine.naming_lost_ranks(lambda: "after update 7"):
+            raise RuntimeError("a size mismatch")
+        assert capsys.readouterr().err == ""
+    finally:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -519,6 +519,8 @@ def test_bad_shards_and_unions_are_refused(tmp_path):
         ({"channels": 1, "mean": [0.5], "std": [0.5]}, "1 channels, .*has 3"),
         ({"shards": []}, "lists no shards"),
         ({"shards": [7]}, "lists no shards"),
+        ({"shards": ["../set-00000-of-00002.beton"]}, r"lists '\.\./set-0.*', expected names of files beside it"),
+        ({"shards": ["/etc/passwd"]}, "lists '/etc/passwd', expected names of files beside it"),
         ({"shards": None}, "no list named 'shards'"),
         ({"format": "something"}, r"set\.beton does not exist"),
     ):

@@ -1,5 +1,6 @@
 """Masks: exact counts, the hardest always masked, the rest uniform, ties at random, the same for any rank count."""
 
+import dataclasses
 import json
 import math
 from itertools import combinations, permutations
@@ -199,14 +200,22 @@ def test_units_are_the_loop(
     grid = (rows * side, columns * side)
     plan = masks.MaskPlan(policy, ratio, grid, unit=side)
     noise = coarse_noise(seed, 2, 2, plan.noise_size)
+    if policy == "attention":  # whose race has no rule for ties
+        noise = torch.rand(noise.shape, generator=torch.Generator().manual_seed(seed))
+        plan = dataclasses.replace(plan, throw_ratio=0.25)
     difficulty = coarse_noise(seed + 1, 2, plan.num_patches) * 8 * 36  # sums and means of units are exact
-    mask = masks.draw_mask(plan, noise, difficulty, alpha)
+    mask, thrown = masks.draw_sets(plan, noise, difficulty, alpha)
+    assert torch.equal(mask, masks.draw_mask(plan, noise, difficulty, alpha))
     assert (mask.sum(1) == plan.num_masked).all()
+    assert thrown is None or (thrown.sum(1) == plan.num_thrown).all()
     for i, row in enumerate(rows_of(mask)):
         first, second = noise[:, i, : rows * columns].tolist()
         means = [reference.single(m) for m in reference.unit_means(difficulty[i].tolist(), *grid, side)]
         if policy == "random":
             units = reference.random_mask(first, ratio)
+        elif policy == "attention":
+            units, gone = reference.attention_mask(means, ratio, 0.25, first, round_up=True)
+            assert rows_of(thrown)[i] == reference.in_units(gone, *grid, side) if thrown is not None else not gone
         else:
             units = reference.easy_to_hard_mask(means, ratio, alpha, first, second, policy == "hpm_easiest")
         assert row == reference.in_units(units, *grid, side)

@@ -388,6 +388,7 @@ def test_mae_weights_leave_the_loss_predictor_alone() -> None:
         ("mae", {"mask_policy": "random", "predict_loss": "none"}),
         ("simmim", {"mask_policy": "random", "predict_loss": "none"}),
         ("simmim", {"predictor_depth": 1}),
+        ("hpm", {"mask_policy": "attention", "mask_ratio": 0.45, "throw_ratio": 0.4}),
     ],
 )
 def test_flop_formula_counts_what_runs(method: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -398,11 +399,12 @@ def test_flop_formula_counts_what_runs(method: str, changes: dict[str, Any], mon
     sizes = {"patch_size": 4, "channels": 1, "decoder_dim": 64, "decoder_depth": 2, "decoder_heads": 4}
     recipe = Recipe(model=f"{method}_vit_nano_patch4_28", **{"input_size": "28", **sizes, **changes})
     model = model_of(recipe)
-    images = torch.randn(4, 1, *recipe.image_size)
-    mask = masks.random_mask(torch.rand(4, recipe.num_patches), 0.75)
+    images, plan = torch.randn(4, 1, *recipe.image_size), recipe.mask_plan
+    length = recipe.num_patches
+    mask, thrown = masks.draw_sets(plan, torch.rand(2, 4, length), torch.rand(4, length))
     with FlopCounterMode(display=False) as counter:
         if recipe.uses_teacher:
             with torch.no_grad():
                 model.predict_loss(images, recipe.teacher_scale)
-        model(images, mask).loss.backward()
+        model(images, mask, thrown=thrown, num_thrown=plan.num_thrown).loss.backward()
     assert counter.get_total_flops() / 4 == pytest.approx(flops.step_flops(model, recipe)["total"], rel=0.01)

@@ -64,7 +64,7 @@ def test_documented_files_and_recipes_exist() -> None:
             assert (ROOT / link).exists(), link
     for folder in re.findall(r"^\| `(\w+/)`", readme, flags=re.MULTILINE):
         assert (ROOT / folder).is_dir(), folder
-    named = re.findall(r"^\| `((?:hpm|mae|simmim|videomae|debug)\w*)`(?:, `…(\w+)`)?", readme, flags=re.MULTILINE)
+    named = re.findall(r"^\| `((?:amt|hpm|mae|simmim|videomae|debug)\w*)`(?:, `…(\w+)`)?", readme, flags=re.MULTILINE)
     documented = {name for name, _ in named} | {name.rsplit("_", 1)[0] + tail for name, tail in named if tail}
     assert documented == set(RECIPES)
 

@@ -98,6 +98,20 @@ def test_a_disk_that_fails_one_rank_loses_this_checkpoint_alone(
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step-00000003", "step-00000005"}
 
 
+def test_a_run_that_ends_leaves_no_thread(tmp_path: Path) -> None:
+    """Rank 1 is gone: its part will never come, and rank 0 waits for it no longer than the run lives."""
+    zero, _ = pair(timeout=60)
+    aside = checkpoint.begin(tmp_path, 3)
+    begin = time.monotonic()
+    zero.start(job(tmp_path, 0))
+    assert zero.busy
+    zero.close()
+    assert not zero.busy
+    assert time.monotonic() - begin < 20
+    assert not aside.exists()
+    assert not checkpoint.checkpoint_path(tmp_path, 3).exists()
+
+
 def test_a_rank_that_never_writes_is_named(tmp_path: Path) -> None:
     zero, _ = pair(timeout=0.3)
     checkpoint.begin(tmp_path, 3)

@@ -104,6 +104,8 @@ def why_not(changes: dict[str, Any]) -> str:
 
 def toy(changes: dict[str, Any]) -> Recipe:
     """The smallest recipe with these choices: 16 patches."""
+    if changes["mask_policy"] == "attention":
+        changes = {**changes, "mask_ratio": 0.5, "throw_ratio": 0.25}
     return dataclasses.replace(recipes.debug(), input_size="16", batch_size=2, **changes)
 
 
@@ -134,11 +136,14 @@ def train_three(recipe: Recipe, config: str, launch: engine.Launch) -> None:
     images, ids = batch(2, side=16)
     losses = []
     for update in range(3):
-        output = wrapped(images.to(launch.device), ids.to(launch.device), torch.tensor(update), ALPHA)
+        weights = weights_of(recipe, 2) if update else None  # the first update has no maps yet
+        plan = recipe.mask_plan if update else recipe.warmup_plan
+        inputs = (x if x is None else x.to(launch.device) for x in (images, ids, torch.tensor(update), ALPHA, weights))
+        output = wrapped(*inputs)
         wrapped.backward(output.loss)
         wrapped.step()
         losses.append(float(output.loss.detach()))
-        assert output.mask.sum(1).tolist() == [recipe.num_masked] * 2
+        assert output.mask.sum(1).tolist() == [plan.num_masked] * 2
     assert all(0 < value < 1000 for value in losses), (recipe, losses)
     assert len(set(losses)) == 3, (recipe, losses)
 
@@ -175,21 +180,74 @@ POLICIES: dict[str, dict[str, Any]] = {
     "simmim": {"model": "simmim_vit_nano_patch4_28", "mask_policy": "random", "input_size": "32", "mask_unit": 8,
                "predict_loss": "none", "pixel_loss": "l1"},
     "simmim-hpm": {"model": "simmim_vit_nano_patch4_28", "predictor_depth": 1, "pixel_loss": "l1"},
+    "amt": {"mask_policy": "attention", "predict_loss": "none", "mask_ratio": 0.45, "throw_ratio": 0.4},
+    "amt-hpm": {"mask_policy": "attention", "mask_ratio": 0.45, "throw_ratio": 0.4},
+    "amt-simmim": {"model": "simmim_vit_nano_patch4_28", "mask_policy": "attention", "input_size": "32", "mask_unit": 8,
+                   "predict_loss": "none", "pixel_loss": "l1", "mask_ratio": 0.44, "throw_ratio": 0.26},
     "mae-absolute": {"mask_policy": "random", "predict_loss": "absolute", "absolute_standardize": False},
     "hpm-ema": {"target": "ema"},
     "mae-clip": {"mask_policy": "random", "predict_loss": "none", **TARGETS["clip"]},
 }  # fmt: skip
 
 
+def weights_of(recipe: Recipe, count: int = 6) -> torch.Tensor | None:
+    """Attention maps [count, L], if the recipe's masks follow them."""
+    if not recipe.uses_maps:
+        return None
+    return torch.rand(count, recipe.num_patches, generator=torch.Generator().manual_seed(5))
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_samples_mask_does_not_depend_on_its_batch(policy: str) -> None:
     step = step_of(**POLICIES[policy])
     images, ids = batch(side=step.recipe.image_size[0])
-    whole = step(images, ids, torch.tensor(3), ALPHA).mask
+    weights = weights_of(step.recipe)
+
+    def mask_of(rows: slice, update: int) -> torch.Tensor:
+        part = None if weights is None else weights[rows]
+        return step(images[rows], ids[rows], torch.tensor(update), ALPHA, part).mask
+
+    whole = mask_of(slice(None), 3)
     assert (whole.sum(1) == step.recipe.num_masked).all()
-    parts = torch.cat([step(images[i : i + 2], ids[i : i + 2], torch.tensor(3), ALPHA).mask for i in (0, 2, 4)])
+    parts = torch.cat([mask_of(slice(i, i + 2), 3) for i in (0, 2, 4)])
     assert torch.equal(whole, parts)
-    assert not torch.equal(whole, step(images, ids, torch.tensor(4), ALPHA).mask)
+    assert not torch.equal(whole, mask_of(slice(None), 4))
+
+
+@pytest.mark.parametrize("policy", ["amt", "amt-hpm", "amt-simmim"])
+def test_what_is_thrown_away_changes_nothing(policy: str) -> None:
+    """Neither values nor gradients depend on the pixels of thrown patches; on all others they do."""
+    step = step_of(**POLICIES[policy])
+    plan, weights = step.recipe.mask_plan, weights_of(step.recipe)
+    images, ids = batch(side=step.recipe.image_size[0])
+    patches = step.normalized_patches(images)
+    mask, thrown, _ = step._mask(plan, patches, ids, torch.tensor(3), ALPHA, weights)
+    assert thrown is not None
+    assert (thrown.sum(1) == plan.num_thrown).all()
+    assert not (mask & thrown).any()
+
+    def losses(pixels: torch.Tensor) -> list[torch.Tensor]:
+        step.zero_grad()
+        output = step.student(pixels, mask, num_masked=plan.num_masked, thrown=thrown, num_thrown=plan.num_thrown)
+        output.loss.backward()
+        return [output.loss, *(p.grad for p in step.student.parameters() if p.grad is not None)]
+
+    with_noise = [torch.where(kind[:, :, None], torch.randn_like(patches), patches) for kind in
+                  (thrown, ~mask & ~thrown, mask)]  # fmt: skip
+    plain, other, visible, masked = (losses(pixels) for pixels in (patches, *with_noise))
+    assert all(torch.equal(a, b) for a, b in zip(plain, other, strict=True))
+    assert plain[0] != visible[0]
+    assert plain[0] != masked[0]
+
+
+def test_before_the_first_maps_masks_are_random_and_nothing_is_thrown() -> None:
+    step = step_of(**POLICIES["amt"])
+    images, ids = batch()
+    random = step_of(mask_policy="random", predict_loss="none")
+    want = random(images, ids, torch.tensor(3), ALPHA)
+    got = step(images, ids, torch.tensor(3), ALPHA)
+    assert torch.equal(got.mask, want.mask)
+    assert got.loss == want.loss
 
 
 def test_the_easiest_policy_masks_the_other_end() -> None:
@@ -250,8 +308,9 @@ def test_a_step_never_waits_for_the_device(policy: str) -> None:
     step = step_of(**POLICIES[policy])
     images, ids = batch(side=step.recipe.image_size[0])
     update = torch.tensor(3)
+    weights = weights_of(step.recipe)
     with NoSynchronisation():
-        step(images, ids, update, ALPHA).loss.backward()
+        step(images, ids, update, ALPHA, weights).loss.backward()
     with pytest.raises(AssertionError, match="waits for the device"), NoSynchronisation():
         images[torch.ones(6, dtype=torch.bool)]
 
@@ -267,10 +326,11 @@ def test_weights_follow_the_seed_alone() -> None:
     assert not torch.equal(one.cls_token, other.cls_token)
 
 
-@pytest.mark.parametrize("policy", ["hpm", "simmim", "simmim-hpm"])
+@pytest.mark.parametrize("policy", ["hpm", "simmim", "simmim-hpm", "amt-hpm"])
 def test_gradients_reach_encoder_and_heads_but_no_teacher(policy: str) -> None:
     step = step_of(**POLICIES[policy])
-    step(*batch(side=step.recipe.image_size[0]), torch.tensor(0), ALPHA).loss.backward()
+    images, ids = batch(side=step.recipe.image_size[0])
+    step(images, ids, torch.tensor(0), ALPHA, weights_of(step.recipe)).loss.backward()
     missing = [name for name, p in step.named_parameters() if p.grad is None]
     assert not missing
     assert all(p.grad is None for teacher in step._teacher for p in teacher.parameters())

@@ -406,6 +406,7 @@ def test_timm_names_bring_their_architecture_and_openais_the_quick_gelu() -> Non
         ({"target_weights": "dino.pth"}, "describe a dino or clip teacher, but target is pixels"),
         ({"target": "ema", "target_dim": 512}, "describe a dino or clip teacher, but target is ema"),
         ({"target": "ema", "teacher_scale": 7}, "takes features of every patch from the teacher"),
+        ({"target": "ema", "teacher_maps": True}, "use --teacher_scale 1 --no-teacher_maps"),
         ({"target": "ema", **VIDEO}, "is for images, and hpm_vit_nano_patch4_28_video is a video model"),
     ],
 )

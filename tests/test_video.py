@@ -1,6 +1,8 @@
 """Video: VideoMAE's numbers, tubelets and positions against loops, masks slot by slot, and clips through the step."""
 
+import argparse
 import dataclasses
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -10,18 +12,23 @@ import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from launch import ROOT, check_ranks
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_mask import coarse_noise, rows_of
 from torch import Tensor
 
 import fasthpm
-from fasthpm import flops, loss
+from fasthpm import checkpoint, export, flops, loss, video_pictures
 from fasthpm import mask as masks
+from fasthpm.__main__ import dispatch
 from fasthpm.checkpoint import load_reference
 from fasthpm.data import DatasetInfo, build_loader
 from fasthpm.errors import UserError
 from fasthpm.foreign import detect_source
 from fasthpm.model import VIDEO_EPS, HPMViT, attend_plain, sinusoid_positions
+from fasthpm.probes.knn import pool_of
 from fasthpm.recipe import Recipe
 from fasthpm.step import Step, model_of
 
@@ -47,20 +54,25 @@ def golden(name: str) -> tuple[HPMViT, dict[str, Tensor], dict[str, Any]]:
     return model, tensors, meta
 
 
-def published_gradients(model: HPMViT) -> dict[str, Tensor]:
-    """Gradients under VideoMAE's names; the keys' biases, which it lacks, must have none."""
-    found: dict[str, Tensor] = {}
-    heads = {
+def their_name(name: str) -> str:
+    """VideoMAE's name of one of our tensors."""
+    decoder = {
         "decoder_embed.": "encoder_to_decoder.",
         "decoder_blocks.": "decoder.blocks.",
         "decoder_norm.": "decoder.norm.",
         "decoder_pred.": "decoder.head.",
         "mask_token": "mask_token",
     }
+    ours = next((key for key in decoder if name.startswith(key)), "")
+    return decoder[ours] + name.removeprefix(ours) if ours else f"encoder.{name}"
+
+
+def published_gradients(model: HPMViT) -> dict[str, Tensor]:
+    """Gradients under VideoMAE's names; the keys' biases, which it lacks, must have none."""
+    found: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None
-        ours = next((key for key in heads if name.startswith(key)), "")
-        theirs = heads[ours] + name.removeprefix(ours) if ours else f"encoder.{name}"
+        theirs = their_name(name)
         if name.endswith("attn.qkv.bias"):
             query, key, value = parameter.grad.chunk(3)
             assert key.abs().max() < 1e-6
@@ -254,6 +266,8 @@ def test_wrong_sizes_are_named() -> None:
         Recipe(model="hpm_vit_nano_patch8_32_video", num_frames=5, tubelet_size=2)
     with pytest.raises(UserError, match="or the model hpm_vit_base_patch16_224_video"):
         Recipe(model="videomae_vit_base_patch16_224")
+    with pytest.raises(UserError, match="--pool cls: video models have no cls token; use --pool mean"):
+        pool_of(small(), "cls")
     with pytest.raises(UserError, match="takes images; create a video model"):
         load_reference(fasthpm.create_model("mae_vit_nano_patch4_28"), {"mask_token": torch.zeros(1, 1, 8)}, "videomae")
 
@@ -383,3 +397,165 @@ def test_the_ranking_loss_of_a_video_stores_no_square(monkeypatch: pytest.Monkey
     with Watch():
         loss.ranking_loss(predicted, actual).backward()
     assert largest <= loss.BLOCK_ELEMENTS["cpu"] < 2 * 1416**2 / 10
+
+
+# -------------------------------------------------------------------------------------------------- whole runs
+def video_run(folder: Path, **changes: Any) -> tuple[Path, HPMViT]:
+    """A run folder whose weights, biases and norms are all away from their initial values, and its model."""
+    recipe = tiny(**changes)
+    model = model_of(recipe).eval()
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    aside = checkpoint.begin(folder, 3)
+    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, aside / "student.safetensors")
+    checkpoint.commit(aside, recipe, checkpoint.RunState(3, {}, 1, 1))
+    return folder, model
+
+
+def their_names(model: HPMViT) -> dict[str, Tensor]:
+    """A state dict as VideoMAE's trainer writes it: no positions, no biases of keys."""
+    state: dict[str, Tensor] = {}
+    for name, value in model.state_dict().items():
+        if name.endswith("pos_embed") or "losspred" in name:
+            continue
+        theirs = their_name(name)
+        if name.endswith("attn.qkv.bias"):
+            query, _, values = value.chunk(3)
+            state[theirs.replace("qkv.bias", "q_bias")], state[theirs.replace("qkv.bias", "v_bias")] = query, values
+        else:
+            state[theirs] = value
+    return state
+
+
+def test_a_full_videomae_checkpoint_becomes_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """ViT-B's keys and shapes, in half precision, with the arguments that the trainer stores."""
+    torch.manual_seed(0)
+    model = fasthpm.create_model("videomae_vit_base_patch16_224").half()
+    stored = argparse.Namespace(num_frames=16, input_size=224, normlize_target=True, mask_ratio=0.9)
+    torch.save({"model": {f"module.{k}": v for k, v in their_names(model).items()}, "args": stored}, tmp_path / "b.pth")
+    dispatch(["import", str(tmp_path / "b.pth"), "-o", str(tmp_path / "run")])
+    said = capsys.readouterr().out
+    assert "videomae checkpoint: base, patches of 16, 16 frames of 224x224x3, decoder 384 x 4" in said
+    assert "12 heads, mask_ratio 0.9, decoder_heads 6: not told by the shapes" in said
+    again, recipe = checkpoint.load_weights(tmp_path / "run")
+    assert (recipe.model, recipe.mask_policy, recipe.num_masked) == ("videomae_vit_base_patch16_224", "tube", 1408)
+    assert (recipe.norm_pix_loss, recipe.decoder_heads, recipe.tubelet_size) == (True, 6, 2)
+    want = {name: value.float() for name, value in model.state_dict().items() if not name.endswith("pos_embed")}
+    for name, value in want.items():
+        if name.endswith("qkv.bias"):
+            value[len(value) // 3 : 2 * len(value) // 3] = 0
+        assert torch.equal(again.state_dict()[name], value), name
+
+
+def test_imports_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    state = their_names(model_of(tiny()))
+
+    def refused(message: str, changed: dict[str, Tensor], *flags: str) -> None:
+        save_file({key: value.clone() for key, value in changed.items()}, tmp_path / "x.safetensors")
+        with pytest.raises(UserError, match=message):
+            dispatch(["import", str(tmp_path / "x.safetensors"), "-o", str(tmp_path / "run"), *flags])
+
+    heads, size = ["--decoder_heads", "2"], ["--input_size", "16", "--num_frames", "8"]
+    refused("decoders are 32 wide, and shapes do not tell their number of heads", state, *size)
+    lacking = {key: value for key, value in state.items() if not key.endswith("0.attn.v_bias")}
+    refused(r"missing \['blocks.0.attn.qkv.bias'", lacking, *heads, *size)
+    flat = {**state, "encoder.patch_embed.proj.weight": torch.zeros(128, 3, 8, 8)}
+    refused("source videomae: these are an image model's weights", flat, *heads, *size)
+    refused("of another model: .*tubelet_size", state, "--recipe", "mae_vit_base_in1k_200e")
+
+
+def test_an_encoder_of_a_finetuned_videomae_is_taken(tmp_path: Path) -> None:
+    """Classifiers have no prefix, and normalise the mean of the tokens (fc_norm) in place of the tokens."""
+    model = model_of(tiny())
+    state = {k.removeprefix("encoder."): v for k, v in their_names(model).items() if k.startswith("encoder.")}
+    state |= {f"fc_norm.{k}": state.pop(f"norm.{k}") for k in ("weight", "bias")} | {"head.weight": torch.zeros(5, 128)}
+    save_file({key: value.clone() for key, value in state.items()}, tmp_path / "ft.safetensors")
+    flags = ("--encoder_only", "--input_size", "16", "--num_frames", "8")
+    dispatch(["import", str(tmp_path / "ft.safetensors"), "-o", str(tmp_path / "run"), *flags])
+    clips = torch.randn(1, 3, 8, 16, 16)
+    torch.testing.assert_close(checkpoint.load_weights(tmp_path / "run")[0].encode(clips), model.encode(clips))
+
+
+def test_huggingface_computes_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Key biases away from zero, which VideoMAEModel does not have; and its processor normalises as the run did."""
+    run, model = video_run(tmp_path / "run", input_size="16x24")
+    assert model.blocks[0].attn.qkv.bias[128:256].abs().min() > 0  # type: ignore[union-attr, index, operator]
+    info = {"mean": [0.1, 0.2, 0.3], "std": [1, 1, 2]}
+    export.export_weights(model, checkpoint.load_weights(run)[1], run / "model.safetensors", info=info)
+    dispatch(["export", str(run), "--format", "hf_videomae", "-o", str(tmp_path / "hf")])
+    assert "VideoMAEModel.from_pretrained" in capsys.readouterr().out
+    import transformers
+
+    clips = torch.randn(2, 3, 8, 16, 24)
+    theirs = transformers.VideoMAEModel.from_pretrained(tmp_path / "hf")(clips.transpose(1, 2)).last_hidden_state
+    torch.testing.assert_close(theirs, model.encode(clips), rtol=1e-4, atol=1e-4)
+    keys = load_file(tmp_path / "hf" / "model.safetensors")
+    assert {k.rpartition("attention.")[2] for k in keys if k.startswith("encoder.layer.0.attention.attention")} == {
+        "query.weight", "key.weight", "value.weight", "q_bias", "v_bias"
+    }  # fmt: skip
+
+
+def test_exports_of_videos_to_image_libraries_are_refused(tmp_path: Path) -> None:
+    run, model = video_run(tmp_path / "run")
+    for form, library in (("timm", "timm"), ("hf_vit", "transformers"), ("torchvision", "torchvision")):
+        with pytest.raises(UserError, match=f"{library} has no video ViT like this one; use one of hf_videomae, safe"):
+            dispatch(["export", str(run), "--format", form, "-o", str(tmp_path / "x.safetensors")])
+    dispatch(["export", str(run), "-o", str(tmp_path / "all.safetensors")])
+    dispatch(["import", str(tmp_path / "all.safetensors"), "-o", str(tmp_path / "back")])
+    again, recipe = checkpoint.load_weights(tmp_path / "back")
+    assert recipe == checkpoint.load_weights(run)[1]
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in again.state_dict().items())
+
+
+class Oracle(HPMViT):
+    """A model whose reconstruction is the target itself."""
+
+    def forward(self, images: Tensor, mask: Tensor, *, num_masked: int | None = None) -> Any:
+        output = super().forward(images, mask, num_masked=num_masked)
+        return output._replace(reconstruction=self.target(images[mask].reshape(output.reconstruction.shape)))
+
+
+@pytest.mark.parametrize("norm_pix", [False, True])
+def test_a_perfect_reconstruction_is_the_clip(norm_pix: bool) -> None:
+    """Patches land where and when they belong, visible ones are pasted back, and normalised targets are undone."""
+    recipe = tiny(norm_pix_loss=norm_pix, channels=1)
+    model = model_of(recipe).eval()
+    model.__class__ = Oracle
+    info = DatasetInfo(2, 1, (0.4,), (0.2,), ())
+    clips = torch.randint(0, 256, (2, 8, 16, 16, 1), dtype=torch.uint8)
+    pictures = video_pictures.frames(model, recipe, info, clips, 0.5)
+    assert pictures.shape == (2, 5, 8, 16, 16, 3)
+    assert (pictures[:, 1] == pictures[:, 0]).all()
+    assert (pictures[:, 0] == clips.numpy()).all()
+    hidden = (pictures[:, 4] == 127).all(-1).reshape(2, 8, 2, 8, 2, 8).all((3, 5)).reshape(2, 4, 2, 4)
+    assert (hidden[:, :, 0] == hidden[:, :, 1]).all()  # a slot's two frames are masked alike
+    assert (hidden[:, :, 0].sum(-1) == recipe.num_masked // 4).all()
+    sheet = video_pictures.sheet(pictures, 2)
+    assert sheet.shape[1] == 4 * (4 + 64) + 4
+    with Image.open(io.BytesIO(video_pictures.animation(pictures))) as gif:
+        assert (gif.n_frames, gif.info["loop"]) == (8, 0)  # type: ignore[attr-defined]
+
+
+def test_a_video_run_from_pretraining_to_pictures_and_knn(tmp_path: Path) -> None:
+    """Two updates on two ranks under ZeRO-3 with activation checkpointing; then pictures, k-NN and the export."""
+    run = tmp_path / "run"
+    flags = ("--input_size", 16, "--num_frames", 4, "--decoder_depth", 1, "--decoder_dim", 32, "--batch_size", 2)
+    short = ("--global_batch_size", 4, "--epochs", 1, "--warmup_epochs", 0, "--steps_per_epoch", 2)
+    config = ROOT / "ds_configs" / "zero3_bf16.json"
+    check_ranks(
+        "fasthpm.pretrain", "--recipe", "hpm_video_demo", "--data_path", "synthetic:8", "--output_dir", run, *flags,
+        *short, "--activation_checkpointing", "--deepspeed_config", config, ranks=2,
+    )  # fmt: skip
+    assert {path.suffix for path in (run / "panels").iterdir()} == {".png", ".gif"}
+    assert (run / "model.safetensors").is_file()
+    images = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0}).Reload().Images("clips")
+    assert images[-1].encoded_image_string[:4] == b"GIF8"
+    for name in ("x.png", "x.gif"):
+        dispatch(["visualize", str(run), "--num_images", "2", "-o", str(tmp_path / name)])
+        assert (tmp_path / name).read_bytes()[:4] == {"x.png": b"\x89PNG", "x.gif": b"GIF8"}[name]
+    paths = ["--train_path", "synthetic:20", "--val_path", "synthetic:10", "--batch_size", "8"]
+    said = check_ranks("fasthpm", "knn", run, *paths, "--weights", "untrained", "student", launcher="python")
+    assert "k-NN top-1 (student, mean, all voters)" in said
+    assert (run / "knn_untrained_mean.json").is_file()

@@ -67,6 +67,18 @@ def rejected(path: Path) -> dict[str, str]:
 
 
 # ------------------------------------------------------------------------------------------------------- preparation
+def decoded(path, height, width):
+    """All frames of a video as ffmpeg shows them: uint8 [FRAMES, h, w, 3]."""
+    command = ["ffmpeg", "-v", "error", "-i", path, "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+    raw = subprocess.run(command, capture_output=True, check=True).stdout
+    return np.frombuffer(raw, np.uint8).reshape(FRAMES, height, width, 3)
+
+
+def luma(pixels):
+    """As JPEG stores it, without the chroma that it halves."""
+    return np.asarray(Image.fromarray(pixels).convert("L")).astype(int)
+
+
 def test_frames_are_those_that_ffmpeg_decodes(source, prepared):
     data = open_videos(prepared)
     assert len(data.videos) == 6
@@ -74,21 +86,21 @@ def test_frames_are_those_that_ffmpeg_decodes(source, prepared):
         told = data.row(video)
         assert int(row["frames"]) == FRAMES == int(told["frames"])
         path, (height, width) = source / told["path"], (int(row["height"]), int(row["width"]))
-        command = ["ffmpeg", "-v", "error", "-i", path, "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
-        raw = subprocess.run(command, capture_output=True, check=True).stdout
-        truth = np.frombuffer(raw, np.uint8).reshape(FRAMES, height, width, 3)
+        truth = decoded(path, height, width)
         for frame in range(FRAMES):
-            difference = np.abs(stored_frame(data, int(row["first"]) + frame).astype(int) - truth[frame])
-            assert difference.mean() < 6  # JPEG of quality 90 on a test pattern
+            shown = luma(stored_frame(data, int(row["first"]) + frame))
+            differences = [np.abs(shown - luma(picture)).mean() for picture in truth]
+            assert differences[frame] == min(differences) < 4
         assert told["fps"] == str(FRAMES)
         assert data.info.classes[int(row["label"])] == path.parent.name
 
 
-def test_statistics_and_counts_are_of_what_is_stored(prepared):
+def test_statistics_and_counts_are_of_all_pixels(source, prepared):
     data = open_videos(prepared)
-    pixels = np.concatenate([stored_frame(data, frame).reshape(-1, 3) for frame in range(len(data.positions) - 1)])
-    assert np.abs(pixels.mean(0) / 255 - data.info.mean).max() < 0.01
-    assert np.abs(pixels.std(0) / 255 - data.info.std).max() < 0.01
+    told = [(source / data.row(k)["path"], int(v["height"]), int(v["width"])) for k, v in enumerate(data.videos)]
+    pixels = np.concatenate([decoded(*video).reshape(-1, 3) for video in told])
+    assert np.abs(pixels.mean(0) / 255 - data.info.mean).max() < 0.005
+    assert np.abs(pixels.std(0) / 255 - data.info.std).max() < 0.015  # other roundings of chroma
     assert data.sidecar["counts"] == [3, 3]
     assert read_info(prepared) == data.info
 
@@ -145,7 +157,7 @@ def odd_files(tmp_path_factory):
     ffmpeg("-i", whole, "-c", "copy", "-metadata:s:v", "rotate=90", folder / "rotated.mp4")
     pattern(folder / "ten_bit.mp4", "-c:v", "libx264", "-pix_fmt", "yuv420p10le")
     pattern(folder / "interlaced.mp4", "-vf", "interlace", "-c:v", "libx264", "-flags", "+ilme+ildct", rate=20)
-    pattern(folder / "odd.mp4", "-c:v", "libx264", "-pix_fmt", "yuv444p", size="51x37")
+    pattern(folder / "odd.mp4", "-vf", "format=yuv444p,crop=51:37", "-c:v", "libx264")
     ffmpeg(
         "-f", "lavfi", "-i", "testsrc2=s=64x48:r=10:d=2", "-vf", "select='lt(n,10)+not(mod(n,5))'", "-fps_mode", "vfr",
         "-c:v", "libx264", folder / "variable.mkv",
@@ -163,7 +175,8 @@ def test_odd_files_are_prepared_or_listed_with_the_reason(odd_files, tmp_path):
     out = prepare_videos(odd_files, tmp_path / "set", "--max_rejected", "20")
     reasons = rejected(out / "rejected.csv")
     assert set(reasons) == {
-        "truncated.mp4", "zero.mp4", "text.avi", "playlist.mp4", "sound.mp4", "single.mp4", "picture.mp4", "unknown.avi",
+        "truncated.mp4", "zero.mp4", "text.avi", "playlist.mp4", "sound.mp4", "single.mp4", "picture.mp4",
+        "unknown.avi",
     }  # fmt: skip
     assert "the file is empty" in reasons["zero.mp4"]
     assert "no video stream, only audio" in reasons["sound.mp4"]
@@ -187,8 +200,9 @@ def test_odd_files_are_prepared_or_listed_with_the_reason(odd_files, tmp_path):
 
 def test_a_variable_rate_becomes_constant(odd_files):
     """The later frames, shown for half a second each, are repeated; so time runs evenly over frame numbers."""
-    stream = tools.probe(str(odd_files / "variable.mkv"))
-    assert not stream.plain
+    for name, fits in (("variable.mkv", False), ("whole.mp4", True)):
+        path = str(odd_files / name)
+        assert tools.fits_nvdec(path, tools.probe(path)) == fits
     shown = list(tools.frames(str(odd_files / "variable.mkv"), (48, 64), Fraction(10)))
     truth = list(tools.frames(str(odd_files / "whole.mp4"), (48, 64), Fraction(10)))
     assert abs(len(shown) - 16) <= 1
@@ -342,7 +356,7 @@ def test_pixels_and_frames_agree_with_pil(prepared, decoder):
                 truth = render(stored_frame(data, int(row["first"]) + first + 2 * t), crop, SIZE, "bicubic", NO_CHANGE)
                 difference = np.abs(pixels.astype(int) - truth)
                 assert difference.mean() < 1.5
-                assert np.quantile(difference, 0.99) <= 12
+                assert np.quantile(difference, 0.99) <= 20
     loader.close()
     assert len(starts) > 3
     assert flips == {0, 1}
@@ -528,16 +542,19 @@ def test_gpu_decoders_give_the_same_clips_on_the_gpu(with_copies, decoder):
 def test_gpu_pipelines_are_refused_without_a_gpu_and_defined_for_one(prepared, with_copies, monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU: the test above runs these pipelines")
+    from nvidia.dali.pipeline import Pipeline
+
     with pytest.raises(UserError, match="decoder dali_gpu needs a GPU, but torch sees none"):
         loader_of(prepared, decoder="dali_gpu")
     with pytest.raises(UserError, match="no video file in the set; prepare it again with --copy"):
         loader_of(prepared, decoder="dali_video")
     for kind, decoder in (("prepared", "dali"), ("copies", "dali_video")):
         loader = loader_of(prepared if kind == "prepared" else with_copies[0], decoder=decoder, batch_size=2)
-        on_cpu = loader._define(None).serialize()
-        monkeypatch.setattr(loader, "gpu", True)
-        assert b"mixed" in loader._define(0).serialize()
-        assert b"mixed" not in on_cpu
+        for gpu, device in ((False, "cpu"), (True, "gpu")):
+            monkeypatch.setattr(loader, "gpu", gpu)
+            with Pipeline(2, 1, 0):
+                assert loader._outputs().device == device
+            assert loader._define(0).max_batch_size == 2 * (3 if decoder == "dali" else 1)
         loader.close()
 
 
@@ -601,11 +618,11 @@ def test_verify_finds_what_opening_does_not(prepared, tmp_path, capsys):
 
 # ------------------------------------------------------------------------------------------------------- the demo set
 def test_moving_garments_show_their_class_by_motion_alone(tmp_path, capsys):
-    flags = ["--train", "16", "--val", "8", "--size", "32", "--num_frames", "6", "--num_workers", "2"]
+    flags = ["--train", "8", "--val", "4", "--size", "32", "--num_frames", "6", "--num_workers", "2", "--speeds", "2"]
     moving_fashion.main([str(tmp_path), *flags])
     data = open_videos(tmp_path / "train")
-    assert (len(data.videos), data.info.channels, len(data.info.classes)) == (16, 1, 8)
-    assert data.sidecar["counts"] == [2] * 8
+    assert (len(data.videos), data.info.channels, len(data.info.classes)) == (8, 1, 4)
+    assert data.sidecar["counts"] == [2] * 4
     for video, row in enumerate(data.videos):
         frames = [stored_frame(data, int(row["first"]) + k)[..., 0].astype(float) for k in range(6)]
         motion = moving_fashion.velocity(data.info.classes[int(row["label"])])

@@ -88,6 +88,9 @@ def read_index(path: Path) -> dict[str, Any] | None:
     values = _read_json(path, INDEX_TYPES)
     if not values["shards"] or not all(isinstance(name, str) and name for name in values["shards"]):
         raise UserError(f"{sidecar_path(path)} lists no shards: {AGAIN}")
+    strange = [name for name in values["shards"] if Path(name).name != name or name == ".."]
+    if strange:  # an index comes with the data: it must not lead to other files of this machine
+        raise UserError(f"{sidecar_path(path)} lists {strange[0]!r}, expected names of files beside it: {AGAIN}")
     return values
 
 

@@ -117,7 +117,7 @@ class DaliLoader(ClipLoader):
 
 
 def _copy(output: Any, images: Tensor) -> None:
-    """DALI's output, uint8 [n, …, H, W, C], into as many values of `images`: its memory is used anew by the next run."""
+    """DALI's output, uint8 [n, …, H, W, C], into `images`: the next run uses its memory anew."""
     tensor = output.as_tensor()
     if images.is_cuda:
         images.view(-1).copy_(torch.from_dlpack(tensor).view(-1))

@@ -317,9 +317,12 @@ class PrefetchLoader(ABC):
         return ids[len(ids) * begin // pool : len(ids) * end // pool]
 
     def _make(self, epoch: int, batch: int) -> Batch:
-        """Decode one batch into fresh memory, pinned where there is a CUDA device."""
+        """Decode one batch of `epoch`."""
         self._announce(epoch, batch)
-        asked = np.repeat(self._ids(epoch, batch), self.options.num_views)
+        return self.take(epoch, np.repeat(self._ids(epoch, batch), self.options.num_views))
+
+    def take(self, epoch: int, asked: Array) -> Batch:
+        """Decode the samples `asked` [B] as `epoch` crops them, into fresh memory (pinned if there is CUDA)."""
         pin = torch.cuda.is_available()
         images = self._empty(len(asked), pin)
         ids, crops, sizes = self._read(images, epoch, asked)

@@ -155,9 +155,7 @@ def _check_tables(path: Path, sidecar: dict[str, Any], videos: Array, positions:
         and bool((videos["label"] >= 0).all() and (videos["label"] < len(sidecar["classes"])).all())
     )
     if not good:
-        raise UserError(
-            f"{path / VIDEOS} and {path / POSITIONS} do not fit {path / INFO}: copy the set again or {AGAIN}"
-        )
+        raise UserError(f"{path / VIDEOS} and {POSITIONS} do not fit {INFO}: copy the set again or {AGAIN}")
 
 
 def copied_file(data: VideoSet, video: int) -> Path:

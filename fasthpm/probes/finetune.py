@@ -46,6 +46,7 @@ from fasthpm.probes.tokens import POLICIES, TokenChooser
 from fasthpm.recipe import Recipe, add_recipe_arguments, option, save_recipe
 from fasthpm.saver import Saver
 from fasthpm.signals import StopSignals
+from fasthpm.step import model_of
 from fasthpm.teacher import EMATeacher
 
 SMALL_SIDE = 96  # pixels: up to here --preset auto means small
@@ -148,7 +149,7 @@ SCRATCH = {"layer_decay": 1.0}  # no layer knows anything yet
 def preset(name: str, model: HPMViT, from_scratch: bool) -> dict[str, Any]:
     """What `--preset` changes of the defaults for this model."""
     small = name == "small" or (name == "auto" and max(model.img_size) <= SMALL_SIDE)
-    chosen: dict[str, Any] = SMALL if small else BY_WIDTH.get(model.cls_token.shape[-1], {})
+    chosen: dict[str, Any] = SMALL if small else BY_WIDTH.get(model.embed_dim, {})
     return {**chosen, **(SCRATCH if from_scratch else {})}
 
 
@@ -221,8 +222,9 @@ def build(arguments: argparse.Namespace, given: dict[str, Any], launch: engine.L
 
 def load_encoder(run: Path, given: dict[str, Any]) -> tuple[HPMViT, Recipe]:
     """The run's model with the weights that fine-tuning starts from, and its recipe."""
-    which = "untrained" if given.get("from_scratch") else given.get("weights", "student")
-    model, recipe = checkpoint.load_weights(run, which)
+    model, recipe = checkpoint.load_weights(run, given.get("weights", "student"))
+    if given.get("from_scratch"):
+        model = model_of(dataclasses.replace(recipe, seed=given.get("seed", 0)))
     if getattr(model, "num_frames", 1) > 1:
         raise UserError(f"{run} was trained on video; fine-tuning takes image models")
     return model, recipe

@@ -156,7 +156,8 @@ def evaluate(arguments: argparse.Namespace, weights: str, launch: engine.Launch)
         _check_neighbours(arguments, info.num_samples)
         result.check_labels(queries.labels, arguments.val_path, len(info.classes), several=False)
     bank = Features(*(gather_rows(column, launch.world_size) for column in bank))
-    result.check_labels(bank.labels, arguments.train_path, len(info.classes))
+    with engine.in_agreement():
+        result.check_labels(bank.labels, arguments.train_path, len(info.classes))
     results = {}
     for size in sizes:
         rows, labels, _ = first(bank, size)
@@ -232,9 +233,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "-o", "--output", type=Path, default=None, help="JSON result (default: RUN/knn_WEIGHTS_POOL[_N].json)"
     )
     arguments = parser.parse_args(argv)
-    results = len(arguments.bank_size) * len(arguments.weights)
-    if arguments.output and results > 1:
-        raise UserError(f"--output {arguments.output} names one file for {results} results; leave it out")
+    count = len(arguments.bank_size) * len(arguments.weights)
+    if arguments.output and count > 1:
+        raise UserError(f"--output {arguments.output} names one file for {count} results; leave it out")
     arguments.k_given, arguments.k = bool(arguments.k), arguments.k or list(NEIGHBOURS)
     if min(arguments.k) < 1:
         raise UserError(f"k is {min(arguments.k)}, expected 1 or more")

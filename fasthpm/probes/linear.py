@@ -4,7 +4,8 @@
     torchrun --nproc_per_node 8 -m fasthpm linear RUN …     # images are split over the ranks
 
 Both train BatchNorm without weights followed by a linear layer, with random crops and flips and nothing else:
-  mae   LARS (for its very large batch: slow on small sets), momentum 0.9, no weight decay, blr 0.1 x batch 16384 / 256, 90 epochs, 10 of warm-up, cosine
+  mae   LARS (for its very large batch: slow on small sets), momentum 0.9, no weight decay,
+        blr 0.1 x batch 16384 / 256, 90 epochs, 10 of warm-up, cosine
   moco  SGD, momentum 0.9, no weight decay, blr 0.1 x batch 1024 / 256 (MoCo v3), 100 epochs as in HPM's paper, cosine
 --cache_features computes the features of the central crops once and trains on them: no augmentation, minutes instead
 of days, and usually a little lower. A killed or interrupted probe goes on with the same command.
@@ -244,7 +245,7 @@ def build(arguments: argparse.Namespace, launch: engine.Launch) -> Probe:
         with engine.in_agreement():
             result.check_labels(labels, arguments.train_path, len(train.info.classes))
         batches = CachedBatches(rows, labels, arguments.batch_size, arguments.seed, launch)
-    dim = model.cls_token.shape[-1]
+    dim = model.embed_dim
     head = LinearHead(dim, len(train.info.classes), arguments.seed).to(launch.device)
     probe = Probe(
         arguments, launch, head, build_optimizer(head, arguments.protocol), batches, [train, val], val, encoder,
