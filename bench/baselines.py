@@ -11,11 +11,10 @@ Images come normalised and in floats, as from a torchvision loader, whose time i
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fasthpm.recipe import Recipe
@@ -162,11 +161,11 @@ def masks_one_by_one(difficulty: Tensor, mask_ratio: float, share: float) -> Ten
     """bool [B, L]: the hardest and a random rest, image by image through the host."""
     length = difficulty.shape[1]
     masked = length - int(length * (1 - mask_ratio))
-    hard, rows = int(masked * share), []
+    hard, rows, chance = int(masked * share), [], np.random.default_rng()
     for values in difficulty:
         order = np.argsort(values.cpu().numpy())
         rest = order[: length - hard].copy()
-        np.random.shuffle(rest)
+        chance.shuffle(rest)
         row = np.zeros(length, bool)
         row[order[length - hard :]] = True
         row[rest[: masked - hard]] = True
@@ -203,7 +202,7 @@ def eager_update(student: nn.Module, recipe: Recipe, images: Tensor, *, alpha: f
                 return [model(images, recipe.mask_ratio)]
             with torch.no_grad():
                 everything = torch.zeros(len(images), model.grid[0] * model.grid[1], dtype=torch.bool, device=device)
-                difficulty = teacher.decode(images, everything)[1]
+                difficulty = cast(EagerHPM, teacher).decode(images, everything)[1]
             return list(model(images, masks_one_by_one(difficulty.float(), recipe.mask_ratio, alpha)))
 
     def update(number: int) -> None:

@@ -274,7 +274,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 def ordering_of_paper() -> str:
     """METHODS from worst to best by the paper's fine-tuning accuracy."""
-    return " < ".join(sorted(METHODS, key=lambda name: PAPER[name][0] or 0.0))
+    return " < ".join(sorted(PAPER, key=lambda name: PAPER[name][0] or 0.0))
 
 
 def write_tables(arguments: argparse.Namespace, runs: Sequence[dict[str, Any]]) -> None:

@@ -54,8 +54,8 @@ def origin(result: dict[str, Any]) -> str:
     made = result.get("versions") or result.get("machine") or {}
     names = ("device", "torch", "deepspeed", "python", "commit")
     parts = [f"{name} {made[name]}" for name in names if name in made]
-    shape = [f"{name} {result[name]}" for name in ("size", "recipe", "batch_size", "threads", "rounds") if name in result
-             and not isinstance(result[name], dict)]  # fmt: skip
+    told = ("size", "recipe", "batch_size", "threads", "rounds")
+    shape = [f"{name} {result[name]}" for name in told if isinstance(result.get(name), str | int)]
     return "; ".join([*shape, *parts])
 
 
@@ -80,9 +80,8 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> bool:
             for precision, found in result["precisions"].items():
                 median = found["median_seconds"]
                 if "mae" in median:
-                    groups.append(
-                        (f"{name}, {precision}", {key: value / median["mae"] for key, value in median.items()})
-                    )
+                    over = {key: value / median["mae"] for key, value in median.items()}
+                    groups.append((f"{name}, {precision}", over))
     if not groups:
         return False
     from matplotlib.figure import Figure

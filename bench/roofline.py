@@ -4,7 +4,7 @@
 
 FLOPs follow `fasthpm.flops`. "ideal": FLOPs at the rate of large matrix products; "realistic": those at 80 % of it, and
 besides it 38 bytes of memory traffic per token, channel, block and pass (norms, residuals, GELU, softmax in fused
-kernels) at 80 % of the bandwidth. The defaults are a model of one H200; put in what `bench.step` and `bench.gpu` measure.
+kernels) at 80 % of the bandwidth. The defaults are a model of one H200; put in what `bench.step` measures.
 With --results, measured steps stand beside the model's of the machine that they were taken on.
 """
 
@@ -80,7 +80,7 @@ def decoder(shape: Shape, outputs: int, cross: bool, seen: int, asked: int) -> f
 
 
 def work(shape: Shape, method: str, refresh: int = FAST_REFRESH_EPOCHS) -> dict[str, float]:
-    """FLOPs per sample of a step, as `fasthpm.flops.step_flops`; `hpm_fast`: a teacher's pass every `refresh` epochs."""
+    """FLOPs per sample of a step, as `fasthpm.flops.step_flops`; `hpm_fast`: a teacher every `refresh` epochs."""
     cross, decoders = method == "hpm_fast", 2 if method == "hpm" else 1
     one = decoder(shape, shape.masked, cross, shape.seen, shape.masked)
     heads = 2 * shape.masked * shape.decoder_dim * (shape.values + (method != "mae"))

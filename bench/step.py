@@ -1,6 +1,6 @@
 """Whole training steps, interleaved: exact HPM, its fast preset, MAE, and both as the published code is structured.
 
-    python -m bench.step [--size base] [--batch_size 8] [--precision fp32 bf16] [--rounds 5] [-o bench/results/step.json]
+    python -m bench.step [--size base] [--batch_size 8] [--precision fp32 bf16] [--rounds 5] [-o step.json]
 
 A step is everything between two batches: normalisation, teacher, mask, student, backward, clipping, AdamW, EMA. Ours
 go through the DeepSpeed engine; `eager_mae` and `eager_hpm` are `bench.baselines`. The variants take turns within a
@@ -69,18 +69,19 @@ class Built(NamedTuple):
     gflops: dict[str, float]  # per sample, by the formula of what the method needs
 
 
-def recipe_of(variant: str, arguments: argparse.Namespace, precision: str) -> Recipe:
-    """The published 200-epoch recipe of a variant at the bench's size and batch."""
+def recipe_of(variant: str, arguments: argparse.Namespace, deepspeed_config: str = "") -> Recipe:
+    """The published 200-epoch recipe of a variant at the bench's size and batch, with this JSON or the arguments'."""
     method = "mae" if variant.endswith("mae") else "hpm"
     base = recipes.from_name(f"{method}_vit_base_in1k_200e")
     changes = dict(FAST) if variant == "hpm_fast" else {}
     if arguments.size == "nano":
-        changes |= {"input_size": "28", "patch_size": 4}
+        changes |= {"input_size": "28", "patch_size": 4, "decoder_dim": 64, "decoder_depth": 2, "decoder_heads": 4}
     if arguments.size == "huge":
         changes |= {"patch_size": 14}
     return dataclasses.replace(
         base, model=f"{method}_{SIZES[arguments.size]}", batch_size=arguments.batch_size, global_batch_size=0,
-        clip_grad=5.0, deepspeed_config=CONFIGS[precision], compile=arguments.compile, **changes,
+        clip_grad=5.0, deepspeed_config=deepspeed_config or arguments.deepspeed_config,
+        **changes,
     ).resolve(10**6, 1)  # fmt: skip
 
 
@@ -166,7 +167,8 @@ def one_precision(precision: str, arguments: argparse.Namespace, launch: engine.
     built: dict[str, Built] = {}
     for variant in arguments.variants:
         say(f"{precision}: building {variant}")
-        built |= build(variant, recipe_of(variant, arguments, precision), launch, precision)
+        recipe = dataclasses.replace(recipe_of(variant, arguments, CONFIGS[precision]), compile=arguments.compile)
+        built |= build(variant, recipe, launch, precision)
     repeats = arguments.repeats or (10 if launch.device.type == "cuda" else 1)
     seconds = measure({name: one.update for name, one in built.items()}, arguments.rounds, repeats, launch.device)
     result: dict[str, Any] = {"raw_seconds": {name: list(values) for name, values in seconds.items()}}
@@ -186,7 +188,7 @@ def one_precision(precision: str, arguments: argparse.Namespace, launch: engine.
                         if a in seconds and b in seconds and not a.startswith("eager")},
         "matmul_gflops_per_second": rate / 1e9,
         "mfu": {name: work[name]["total"] * 1e9 * arguments.batch_size / median[name] / rate for name in seconds},
-        "loop_share": loop_seconds(recipe_of("hpm", arguments, precision), launch.device) / median["hpm"]
+        "loop_share": loop_seconds(recipe_of("hpm", arguments, CONFIGS[precision]), launch.device) / median["hpm"]
         if "hpm" in median else None,
         "memory_gib": memory_gib(launch.device),
     }  # fmt: skip

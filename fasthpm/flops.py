@@ -116,8 +116,8 @@ def cost_over_mae(recipe: Recipe) -> float:
     """FLOPs of the recipe's step over those of MAE's, same encoder, reconstructor and masks."""
     from fasthpm.step import model_of
 
-    usual = {name: getattr(Recipe, name) for name in ("teacher_maps", "predictor", "predictor_depth", "predictor_dim", "teacher_scale",
-                                                      "teacher_precision", "decoder_attention")}  # fmt: skip
+    fast = ("teacher_maps", "teacher_scale", "teacher_precision", "predictor", "predictor_depth", "predictor_dim")
+    usual = {name: getattr(Recipe, name) for name in (*fast, "decoder_attention")}
     policy = "random" if recipe.masks_by_difficulty else recipe.mask_policy
     mae = dataclasses.replace(recipe, mask_policy=policy, predict_loss="none", absolute_standardize=True, **usual)
     with torch.device("meta"):

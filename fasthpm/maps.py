@@ -374,7 +374,8 @@ def for_recipe(recipe: Recipe, info: DatasetInfo) -> RunMaps | None:
         return None
     return RunMaps(
         Path(recipe.output_dir) / "maps", "difficulty" if recipe.teacher_maps else "attention", info,
-        recipe.grid_size, recipe.map_refresh_epochs, first=int(recipe.teacher_maps), crop=recipe.map_crop, patch_size=recipe.patch_size,
+        recipe.grid_size, recipe.map_refresh_epochs, first=int(recipe.teacher_maps), crop=recipe.map_crop,
+        patch_size=recipe.patch_size,
     )  # fmt: skip
 
 

@@ -87,7 +87,7 @@ class Run:
     teacher: EMATeacher | None
     layout: zero.MasterLayout
     saver: Saver
-    maps: maps.RunMaps | None
+    maps: maps.RunMaps | None = None
     bad_samples: BadSampleLog = dataclasses.field(init=False)
     seen: tuple[torch.Tensor, torch.Tensor | None] | None = None  # images and maps of the last micro-step
     done: int = 0  # updates

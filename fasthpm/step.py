@@ -135,12 +135,18 @@ class Step(nn.Module):
         """Everything after the teachers: mask, student, losses; `scores` [B, L]: what the mask follows; `features`
         [B, L, D']: what is reconstructed, None = pixels."""
         patches = self.normalized_patches(images)
-        noise = sample_noise(self.recipe.seed, step, ids, plan.noise_size)
-        mask, thrown = draw_sets(plan, noise, scores, alpha)
+        mask, thrown = self._sets(plan, ids, step, alpha, scores)
         gone: dict[str, Any] = {} if thrown is None else {"thrown": thrown, "num_thrown": plan.num_thrown}
         output = self.student(patches, mask, num_masked=plan.num_masked, target=features, **gone)
         difficulty = scores if self.recipe.masks_by_difficulty else torch.zeros_like(scores)
         return StepOutput(output.loss, self._metrics(output, mask, difficulty), mask)
+
+    def _sets(
+        self, plan: MaskPlan, ids: Tensor, step: Tensor, alpha: Tensor, scores: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """What is masked and what is thrown away, bool [B, L] each; the latter None if the plan throws nothing."""
+        noise = sample_noise(self.recipe.seed, step, ids, plan.noise_size)
+        return draw_sets(plan, noise, scores, alpha)
 
     def _try_backward(self, *arguments: Any) -> None:
         """Let a compiler that fails do so here, where there is a way back: it meets the gradients at their first use.

@@ -17,6 +17,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from fasthpm import flops, fp8, loss, recipes
 from fasthpm.compiled import Compiled
 from fasthpm.errors import UserError
+from fasthpm.export_forms import HuggingFaceMAE
 from fasthpm.mask import random_mask, split_ids
 from fasthpm.model import CrossBlock, HPMViT
 from fasthpm.step import model_of
@@ -50,7 +51,7 @@ def gradients(value: Tensor, model: torch.nn.Module) -> dict[str, Tensor]:
 def assert_alike(one: dict[str, Tensor], two: dict[str, Tensor]) -> None:
     assert set(one) == set(two)
     for name, gradient in one.items():
-        torch.testing.assert_close(gradient, two[name], rtol=1e-8, atol=1e-10, msg=lambda text: f"{name}: {text}")
+        torch.testing.assert_close(gradient, two[name], rtol=1e-8, atol=1e-10, msg=f"gradient of {name}")
 
 
 # ------------------------------------------------------------------------------------------------------ the model
@@ -88,10 +89,9 @@ def test_cross_attention_decoders_are_self_attention_that_sees_the_context_alone
         hidden[:, : len(context)] = False
         out = []
         for head in range(block.attn.num_heads):
-            part = slice(
-                head * query.shape[1] // block.attn.num_heads, (head + 1) * query.shape[1] // block.attn.num_heads
-            )
-            scores = (query[:, part] @ key[:, part].T / (part.stop - part.start) ** 0.5).masked_fill(hidden, -torch.inf)
+            size = query.shape[1] // block.attn.num_heads
+            part = slice(head * size, (head + 1) * size)
+            scores = (query[:, part] @ key[:, part].T / size**0.5).masked_fill(hidden, -torch.inf)
             out.append(scores.softmax(dim=1) @ value[:, part])
         asking = asking + block.attn.proj(torch.cat(out, dim=1))[len(context) :]
         return asking + block.mlp(block.norm2(asking))
@@ -157,6 +157,12 @@ def test_a_smaller_teacher_image_is_a_smaller_image() -> None:
             upper = maps[:, i, j] * (1 - (x - j)) + maps[:, i, m] * (x - j)
             lower = maps[:, k, j] * (1 - (x - j)) + maps[:, k, m] * (x - j)
             torch.testing.assert_close(fast[:, row * 8 + column], upper * (1 - (y - i)) + lower * (y - i))
+
+
+def test_a_cross_decoder_is_not_exported_as_one_of_another_kind() -> None:
+    form = HuggingFaceMAE()
+    assert "self attention in the decoder" in form.refusal(doubled(decoder_attention="cross"))
+    assert not form.refusal(doubled())
 
 
 # ------------------------------------------------------------------------------------------------------ the step

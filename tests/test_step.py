@@ -21,7 +21,7 @@ from fasthpm import engine, loss, recipes
 from fasthpm.data import DatasetInfo
 from fasthpm.errors import UserError
 from fasthpm.mask import POLICIES as MASK_POLICIES
-from fasthpm.mask import draw_sets, sample_noise, split_ids
+from fasthpm.mask import split_ids
 from fasthpm.recipe import PREDICT_LOSSES, Recipe
 from fasthpm.step import METRICS, Step, model_of
 from fasthpm.targets import FAMILIES, FrozenTeacher, build_vit
@@ -221,8 +221,7 @@ def test_what_is_thrown_away_changes_nothing(policy: str) -> None:
     plan, weights = step.recipe.mask_plan, weights_of(step.recipe)
     images, ids = batch(side=step.recipe.image_size[0])
     patches = step.normalized_patches(images)
-    noise = sample_noise(step.recipe.seed, torch.tensor(3), ids, plan.noise_size)
-    mask, thrown = draw_sets(plan, noise, weights, ALPHA)
+    mask, thrown = step._sets(plan, ids, torch.tensor(3), ALPHA, weights)
     assert thrown is not None
     assert (thrown.sum(1) == plan.num_thrown).all()
     assert not (mask & thrown).any()

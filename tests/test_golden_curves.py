@@ -1,0 +1,65 @@
+"""Golden loss curves: 50 updates on the CPU in float32, from fixed seeds, against curves that are kept.
+
+A speed-up must not change them. On the machine that wrote them they repeat to a few units in the last place; another
+CPU rounds otherwise, masks may then flip between patches of almost equal difficulty, and the curves part slowly:
+TOLERANCE is for that. `python tests/test_golden_curves.py` writes them anew, which a change of method alone justifies.
+"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fasthpm import recipes, schedule
+from fasthpm.data import build_loader
+from fasthpm.engine import parameter_groups
+from fasthpm.step import Step, model_of
+
+FILE = Path(__file__).parent / "golden" / "curves.json"
+UPDATES, BATCH = 50, 8
+TOLERANCE = 5e-3  # relative, of every loss
+CASES: dict[str, dict[str, Any]] = {
+    "hpm": {},
+    "mae": {"mask_policy": "random", "predict_loss": "none"},
+    "absolute": {"predict_loss": "absolute"},
+    "hpm_fast": {"predictor": "shared", "decoder_attention": "cross"},
+}
+
+
+def curve(case: str) -> list[list[float]]:
+    """[reconstruction loss, difficulty loss] of every update."""
+    recipe = dataclasses.replace(recipes.debug(), batch_size=BATCH, warmup_epochs=0.0, **CASES[case]).resolve(400, 1)
+    loader = build_loader("synthetic:400", batch_size=BATCH, image_size=(28, 28), channels=1, num_workers=1)
+    step, teacher = Step(model_of(recipe), recipe, loader.info), model_of(recipe).eval().requires_grad_(False)
+    step.attach_teacher(teacher)
+    optimizer = torch.optim.AdamW(parameter_groups(step, recipe.weight_decay), recipe.lr, betas=(0.9, 0.95))
+    losses = []
+    for number, batch in zip(range(UPDATES), loader, strict=False):
+        alpha = torch.tensor(schedule.alpha_at(recipe, number), dtype=torch.float64)
+        output = step(batch.images, batch.ids, torch.tensor(number), alpha)
+        optimizer.zero_grad()
+        output.loss.backward()
+        torch.nn.utils.clip_grad_norm_(step.parameters(), recipe.clip_grad)
+        optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(list(teacher.parameters()), list(step.student.parameters()), 0.01)
+        losses.append(output.metrics[1:3].tolist())
+    loader.close()
+    return losses
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_losses_are_the_golden_ones(case: str) -> None:
+    golden = json.loads(FILE.read_text())[case]
+    assert len(golden) == UPDATES
+    torch.testing.assert_close(torch.tensor(curve(case)), torch.tensor(golden), rtol=TOLERANCE, atol=1e-5)
+    assert golden[-1][0] < golden[0][0]
+
+
+if __name__ == "__main__":
+    FILE.write_text(json.dumps({case: curve(case) for case in CASES}, indent=1) + "\n")
+    sys.exit(0)
