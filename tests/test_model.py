@@ -389,6 +389,8 @@ def test_mae_weights_leave_the_loss_predictor_alone() -> None:
         ("simmim", {"mask_policy": "random", "predict_loss": "none"}),
         ("simmim", {"predictor_depth": 1}),
         ("hpm", {"mask_policy": "attention", "mask_ratio": 0.45, "throw_ratio": 0.4}),
+        ("hpm", {"target": "ema"}),
+        ("mae", {"mask_policy": "random", "predict_loss": "none", "target": "ema"}),
     ],
 )
 def test_flop_formula_counts_what_runs(method: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -403,8 +405,11 @@ def test_flop_formula_counts_what_runs(method: str, changes: dict[str, Any], mon
     length = recipe.num_patches
     mask, thrown = masks.draw_sets(plan, torch.rand(2, 4, length), torch.rand(4, length))
     with FlopCounterMode(display=False) as counter:
-        if recipe.uses_teacher:
-            with torch.no_grad():
+        with torch.no_grad():
+            if recipe.masks_by_difficulty:
                 model.predict_loss(images, recipe.teacher_scale)
-        model(images, mask, thrown=thrown, num_thrown=plan.num_thrown).loss.backward()
+            elif recipe.uses_teacher:
+                model.encode(images)
+        target = torch.randn(4, length, model.target_dim) if model.target_dim else None
+        model(images, mask, thrown=thrown, num_thrown=plan.num_thrown, target=target).loss.backward()
     assert counter.get_total_flops() / 4 == pytest.approx(flops.step_flops(model, recipe)["total"], rel=0.01)

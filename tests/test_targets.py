@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from small_teachers import PROJECTED, SIZES, TARGETS, WIDTH
 from torch import Tensor, nn
 
-from fasthpm import loss, recipes, targets
+from fasthpm import flops, loss, recipes, targets
 from fasthpm.data import DatasetInfo
 from fasthpm.errors import UserError
 from fasthpm.mask import split_ids
@@ -230,6 +230,19 @@ def test_features_are_those_of_each_patch() -> None:
     two[0, 4:8, 8:12] += 50  # row 1, column 2 of 4 x 4 patches
     changed = (teacher(one) - teacher(two)).abs().sum(dim=(0, 2)) > 1e-4
     assert changed.nonzero().flatten().tolist() == [6]
+
+
+@pytest.mark.parametrize("target", ["dino", "clip"])
+def test_flop_formula_counts_the_frozen_teacher(target: str) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    recipe = small(target)
+    teacher = FrozenTeacher(targets.build_vit(recipe, recipe.target_model), FAMILIES[target])
+    for block in teacher.vit.blocks:
+        block.attn.fused_attn = False  # torch does not count its fused CPU kernel
+    with FlopCounterMode(display=False) as counter:
+        teacher(images(2))
+    assert counter.get_total_flops() / 2 == pytest.approx(flops.frozen_flops(teacher, 16), rel=0.01)
 
 
 # -------------------------------------------------------------------------------------------------- in the step
