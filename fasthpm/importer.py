@@ -241,8 +241,8 @@ def _slots(fields: dict[str, Any]) -> int:
 
 def _clip(shape: Architecture, said: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Length, size and mask ratio of a video model's clips: what file or user say, and what is guessed (VideoMAE's)."""
-    known = {"num_frames": int(said["num_frames"])} if said.get("num_frames") else {}
-    guessed = {} if known else {"num_frames": VIDEO_FRAMES}
+    known: dict[str, Any] = {"num_frames": int(said["num_frames"])} if said.get("num_frames") else {}
+    guessed: dict[str, Any] = {} if known else {"num_frames": VIDEO_FRAMES}
     slots = _slots({"tubelet_size": shape.tubelet_size, **known, **guessed})
     if shape.num_patches and slots and not said.get("input_size"):
         known["input_size"] = _square(shape, slots)

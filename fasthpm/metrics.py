@@ -154,7 +154,7 @@ class Metrics:
     def animation(self, tag: str, gif: bytes, step: int) -> None:
         """Add a GIF to TensorBoard's images (rank 0), which shows it moving."""
         if self.rank == 0:
-            from tensorboard.compat.proto.summary_pb2 import Summary
+            from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
 
             image = Summary.Image(encoded_image_string=gif)
             with self.surviving_the_disk(step):
