@@ -1,4 +1,4 @@
-"""Several runs side by side: accuracies against epochs and GPU-hours, losses, curves. What `fasthpm report A B …` writes.
+"""Several runs side by side, as `fasthpm report A B …` writes them: accuracies against epochs and GPU-hours, losses.
 
 Reads what runs left (recipe.json, metrics.jsonl) and every evaluation beside them: knn_*.json and *result*.json, dicts
 with at least "accuracy" (a number, or {k: number}); whatever else is missing stays empty.
@@ -54,10 +54,8 @@ def hours(records: Sequence[dict[str, float]], recipe: Recipe, world_size: int) 
 def read_results(run: Path) -> dict[str, float]:
     """{evaluation: top-1 in percent} of the evaluations in `run` and in its folders; of several k the best."""
     found: dict[str, float] = {}
-    paths = {
-        path for pattern in ("*result*.json", "knn_*.json") for path in [*run.glob(pattern), *run.glob(f"*/{pattern}")]
-    }
-    for path in sorted(paths):
+    patterns = [folder + name for folder in ("", "*/") for name in ("*result*.json", "knn_*.json")]
+    for path in sorted({path for pattern in patterns for path in run.glob(pattern)}):
         result = _read_json(path)
         accuracy = result.get("accuracy")
         values = accuracy.values() if isinstance(accuracy, dict) else [accuracy]
@@ -89,8 +87,8 @@ def markdown(runs: Sequence[RunSummary]) -> str:
     rows = [" | ".join(heads), "|".join(["---"] * len(heads)), *(" | ".join(row_of(run, evaluations)) for run in runs)]
     table = "\n".join(f"| {row} |" for row in rows)
     return (
-        f"# {len(runs)} runs\n\n{table}\n\nGPU-hours are of pretraining, from the logged rates; accuracies are top-1 in "
-        f"percent, of several k the best. Losses compare only between runs with the same target.\n\n"
+        f"# {len(runs)} runs\n\n{table}\n\nGPU-hours are of pretraining, from the logged rates; accuracies are top-1 "
+        f"in percent, of several k the best. Losses compare only between runs with the same target.\n\n"
         f"![curves](comparison.png)\n"
     )
 

@@ -1,4 +1,4 @@
-"""Difficulty maps of image folders: the right map to the right image, rankings, saliency scores, nothing half-written."""
+"""Difficulty maps of image folders: the right map to the right image, rankings, saliency, nothing half-written."""
 
 import csv
 import dataclasses
@@ -62,7 +62,7 @@ def test_a_folder_becomes_maps_ranking_and_overlays(run: Path, folder: Path, tmp
     for kind, values in zip(("predicted", "true_loss"), want, strict=True):
         if kind == "predicted":  # the true loss draws its masks per batch
             np.testing.assert_allclose(found[kind].reshape(5, 49), values, atol=1e-5)
-    rows = list(csv.DictReader((out / "images.csv").open()))
+    rows = list(csv.DictReader((out / "images.csv").read_text().splitlines()))
     assert [row["hardest"] for row in rows] == ["1", "2", "3", "4", "5"]
     losses = [float(row["true_loss"]) for row in rows]
     assert losses == sorted(losses, reverse=True)
@@ -128,8 +128,8 @@ def test_visualize_draws_files(run: Path, folder: Path, tmp_path: Path) -> None:
 def test_evidence_summary_is_paired_by_seed() -> None:
     from bench import evidence
 
-    runs = [{"method": method, "seed": seed, "probes": dict.fromkeys(evidence.PROBES, value)}
-            for method, seed, value in (("random", 0, 50.0), ("random", 1, 60.0), ("hpm", 0, 52.0), ("hpm", 1, 61.0))]  # fmt: skip
+    cells = (("random", 0, 50.0), ("random", 1, 60.0), ("hpm", 0, 52.0), ("hpm", 1, 61.0))
+    runs = [{"method": name, "seed": seed, "probes": dict.fromkeys(evidence.PROBES, x)} for name, seed, x in cells]
     summary = evidence.summarise(runs)
     assert summary["hpm"]["knn_mean"]["mean"] == 56.5
     assert summary["hpm"]["gain"]["knn_mean"] == {"mean": 1.5, "std": pytest.approx(0.5**0.5), "low": 1.0, "high": 2.0}
