@@ -15,6 +15,7 @@ COMMANDS = {
     "import": ("fasthpm.importer", "make a run of an HPM, MAE or AMT checkpoint"),
     "export": ("fasthpm.export", "write a run's weights for timm, torchvision or Hugging Face"),
     "visualize": ("fasthpm.visualize", "pictures: image, reconstruction, true and predicted loss, mask"),
+    "maps": ("fasthpm.map_images", "difficulty maps of any images, and the images ranked by them"),
     "recipes": ("fasthpm.recipe_list", "list the recipes, show one, compare two"),
     "report": ("fasthpm.report", "report.md and curves of a run"),
     "doctor": ("fasthpm.doctor", "what this machine is, what is installed, and what bounds training"),

@@ -1,6 +1,7 @@
-"""`report.md` and `curves.png` of a run, from what the run wrote.
+"""`report.md` and `curves.png` of a run, from what the run wrote; of several runs, a comparison.
 
 fasthpm report RUN
+fasthpm report RUN RUN … [-o FOLDER]      # comparison.md, comparison.png: accuracy against epochs and GPU-hours
 """
 
 import json
@@ -151,8 +152,16 @@ def _gains(results: list[dict[str, Any]]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """`fasthpm report`."""
     parser = Parser(prog="fasthpm report", description=__doc__)
-    parser.add_argument("run", type=Path, help="output_dir of a run")
-    run = parser.parse_args(argv).run
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="output_dir of a run; several are compared")
+    parser.add_argument("-o", "--output", type=Path, default=Path(), help="folder for a comparison (default: here)")
+    arguments = parser.parse_args(argv)
+    if len(arguments.runs) > 1:
+        from fasthpm import compare
+
+        path = compare.write(arguments.runs, arguments.output)
+        print(f"{path.read_text()}\nwritten to {path} and {path.with_suffix('.png')}")
+        return
+    run = arguments.runs[0]
     write(run)
     print((run / "report.md").read_text())
     print(f"written to {run / 'report.md'} and {run / 'curves.png'}")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fasthpm import recipes, report, visualize
+from fasthpm import compare, recipes, report, visualize
 from fasthpm.checkpoint import require_space
 from fasthpm.data import DatasetInfo
 from fasthpm.errors import UserError
@@ -146,3 +146,47 @@ def test_a_checkpoint_is_not_begun_without_space(tmp_path: Path) -> None:
         require_space(tmp_path, 10**13)
     assert str(tmp_path) in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+# -------------------------------------------------------------------------------------------------- several runs
+def test_runs_are_compared_over_epochs_and_gpu_hours(tmp_path: Path) -> None:
+    for name, best in (("one", 70.0), ("two", 75.0)):
+        (tmp_path / name).mkdir()
+        run = written_run(tmp_path / name)
+        knn = {"protocol": "DINO weighted k-NN, t", "weights": "student", "accuracy": {"10": best, "20": 5.0}}
+        (run / "knn_student_cls.json").write_text(json.dumps(knn))
+    (tmp_path / "two" / "linear").mkdir()
+    (tmp_path / "two" / "linear" / "result.json").write_text(json.dumps({"protocol": "linear", "accuracy": 81.5}))
+    (tmp_path / "two" / "old_result.json").write_text("{broken")
+    report.main([str(tmp_path / "one"), str(tmp_path / "two"), "-o", str(tmp_path / "out")])
+    text = (tmp_path / "out" / "comparison.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    assert rows[0][-2:] == ["DINO weighted k-NN, student", "linear"]
+    assert rows[2][0] == "one"
+    assert rows[2][-2:] == ["70.00", ""]
+    assert rows[3][-2:] == ["75.00", "81.50"]
+    with Image.open(tmp_path / "out" / "comparison.png") as curves:
+        assert curves.size == (1200, 800)
+    with pytest.raises(UserError, match="is missing"):
+        report.main([str(tmp_path / "one"), str(tmp_path)])
+
+
+def test_gpu_hours_count_work_and_no_pauses() -> None:
+    recipe = dataclasses.replace(recipes.debug(), global_batch_size=36)
+    records = [{"step": 100.0, "images_per_second": 1.0}, {"step": 300.0, "images_per_second": 4.0}]
+    assert compare.hours(records, recipe, 2) == pytest.approx([2.0, 3.0])
+
+
+# -------------------------------------------------------------------------------------------------- more columns
+def test_columns_are_what_was_asked_for() -> None:
+    recipe = recipes.debug()
+    model = model_of(recipe).eval()
+    images = torch.randint(0, 256, (2, 28, 28, 1), dtype=torch.uint8)
+    names = ("hardest", "attention", "image")
+    picture = visualize.panel(model, recipe, INFO, images, 0.5, columns=names)
+    assert picture.shape[1] == 3 * (112 + visualize.GAP) + visualize.GAP
+    top, left = visualize.HEADER + visualize.GAP, visualize.GAP
+    hidden = (picture[top : top + 112 : 4, left : left + 112 : 4, 0] == 127).reshape(7, 4, 7, 4).all((1, 3)).flatten()
+    with torch.no_grad():
+        predicted = model.predict_loss(Step(model, recipe, INFO).normalized_patches(images))[0]
+    assert set(hidden.nonzero()[0].tolist()) == set(predicted.argsort(descending=True)[:37].tolist())

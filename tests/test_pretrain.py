@@ -14,6 +14,7 @@ from launch import ROOT, check_ranks, ranks_of, run_ranks, running_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fasthpm.checkpoint import damage, load_weights, newest_valid
+from fasthpm.maps import MapStore
 from fasthpm.report import read_metrics
 
 PRESETS = sorted(path.stem for path in (ROOT / "ds_configs").glob("*.json"))
@@ -273,3 +274,19 @@ def wait_for_file(path: Path) -> None:
     while not (path.is_file() and path.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert path.is_file()
+
+
+def test_attention_maps_are_made_by_all_ranks_and_survive_a_stop(tmp_path: Path) -> None:
+    """AMT under ZeRO 3 on two ranks, stopped in the midst of an epoch, continued by one rank under ZeRO 1."""
+    amt = ("--mask_policy", "attention", "--mask_ratio", 0.45, "--throw_ratio", 0.4, "--map_refresh_epochs", 1)
+    common = (*SHORT, "--epochs", 3, *amt, "--global_batch_size", 16, "--panel_every", 0, "--output_dir", tmp_path)
+    check_ranks(MODULE, *common, *preset("zero3_bf16"), "--batch_size", 8, "--stop_after", 6, launcher="torchrun")
+    store = MapStore(tmp_path / "maps" / "attention-00000001.maps")
+    assert (store.header.epoch, store.header.num_samples, store.header.grid) == (1, 64, (7, 7))
+    rows = store.read(torch.arange(64)).flatten(1).float()
+    assert (rows.amax(1) == 1).all()  # every sample's map, scaled
+    assert (rows.amin(1) == 0).all()
+    again = check_ranks(MODULE, *common, *preset("zero1_bf16"), "--batch_size", 16, launcher="python")
+    assert "at update 6 of 12" in again
+    assert "finished 12 of 12 updates" in again
+    assert MapStore(tmp_path / "maps" / "attention-00000002.maps").header.epoch == 2

@@ -261,6 +261,8 @@ class PrefetchLoader(ABC):
     def _choose_crop_pct(self) -> float:
         if self.options.crop_pct is not None:
             return self.options.crop_pct
+        if self.options.whole:
+            return 1.0
         return 1.0 if self._all_sized(self.options.image_size) else DEFAULT_CROP_PCT
 
     def _ids(self, epoch: int, batch: int) -> Array:
