@@ -2,14 +2,14 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint demo clean
+.PHONY: help setup test lint demo video_demo clean
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/.venv
 unexport PYTHONPATH PYTHONHOME
 
 help:  ## list these commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z_]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 
 setup:  ## install everything into .venv (PYTHON=python3.12 chooses the interpreter)
 	@bash scripts/setup.sh
@@ -24,6 +24,9 @@ lint: setup  ## check style and types
 
 demo: setup  ## pretrain on Fashion-MNIST, probe, and show where the results are
 	bash scripts/demo.sh
+
+video_demo: setup  ## the same on video: moving garments, DALI, k-NN on classes of motion
+	bash scripts/video_demo.sh
 
 clean:  ## remove caches and build output; keeps .venv, data/ and runs/
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

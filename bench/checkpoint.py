@@ -21,19 +21,23 @@ from typing import Any
 import torch
 
 from bench.common import files_in, machine, say, show, spread, table, work_folder, write_json
-from bench.step import SIZES, recipe_of
-from fasthpm import checkpoint, engine, pretrain
+from fasthpm import checkpoint, engine, pretrain, recipes
 from fasthpm.cli import Parser, run_command
 from fasthpm.errors import UserError
 from fasthpm.metrics import wait_for
 from fasthpm.recipe import Recipe, save_recipe
 
+SIZES = {"base": "vit_base_patch16_224", "large": "vit_large_patch16_224", "nano": "vit_nano_patch4_28"}
+
 
 def bench_recipe(arguments: argparse.Namespace, output_dir: Path) -> Recipe:
     """HPM at the bench's size, on drawn images."""
+    small: dict[str, Any] = {"input_size": "28", "patch_size": 4} if arguments.size == "nano" else {}
     return dataclasses.replace(
-        recipe_of("hpm", arguments), data_path="synthetic:64", output_dir=str(output_dir), steps_per_epoch=0, epochs=1,
-        warmup_epochs=0.0, panel_every=0, keep_checkpoints=1, num_workers=1,
+        recipes.from_name("hpm_vit_base_in1k_200e"), model=f"hpm_{SIZES[arguments.size]}",
+        batch_size=arguments.batch_size, global_batch_size=0, deepspeed_config=arguments.deepspeed_config,
+        data_path="synthetic:64", output_dir=str(output_dir), epochs=1, warmup_epochs=0.0, panel_every=0, save_every=1,
+        keep_checkpoints=1, num_workers=1, **small,
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ The videos are made first: 10 s of H.264 with ffmpeg's default key frames, 340 x
 has them, pans over two photographs each with a little noise. Clips of 16 frames, 4 apart, multi-scale crops at 224,
 flipped. decord and torchcodec read the original files, as VideoMAE does; ours read what data_prep.videos makes of them.
 Every loader runs in its own process with as many threads or workers; they take turns, an epoch at a time. A ratio is
-the median of the rounds' ratios. Files are in the page cache. On a busy machine trust processor time more than the rate.
+the median of the rounds' ratios. Files are in the page cache. On a busy machine trust processor time more than rates.
 """
 
 import argparse

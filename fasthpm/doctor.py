@@ -186,6 +186,13 @@ def check_dali() -> Finding:
     return _imported("DALI", "nvidia.dali", "only videos need it: pip install 'fasthpm[video]'", needed=False)
 
 
+def check_ffmpeg() -> Finding:
+    """The programs that `data_prep.videos` runs, on PATH."""
+    missing = [tool for tool in ("ffmpeg", "ffprobe") if shutil.which(tool) is None]
+    how = f"no {' and no '.join(missing)}; only preparing videos needs it: apt-get install ffmpeg"
+    return Finding("ffmpeg", not missing, how if missing else "found", needed=False)
+
+
 def _imported(name: str, module: str, how: str, *, needed: bool = True) -> Finding:
     try:
         found = importlib.import_module(module)
@@ -198,7 +205,7 @@ def _imported(name: str, module: str, how: str, *, needed: bool = True) -> Findi
 
 
 CHECKS: tuple[Callable[[], Finding], ...] = (
-    check_torch, check_deepspeed, check_ffcv, check_kernel, check_numba_cache, check_jpeg, check_dali,
+    check_torch, check_deepspeed, check_ffcv, check_kernel, check_numba_cache, check_jpeg, check_dali, check_ffmpeg,
 )  # fmt: skip
 
 

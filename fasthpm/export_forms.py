@@ -220,7 +220,7 @@ class HuggingFaceMAE(HuggingFaceViT):
         return _needs({f"square images, this model's are {height}x{width}": height == width,
                        "MAE's decoder, which this model lacks": hasattr(model, "decoder_embed"),
                        "self attention in the decoder, this one's is cross": model.decoder_attention == "self",
-                       })  # fmt: skip
+                       "a reconstructor of pixels, this model's gives features": not model.target_dim})  # fmt: skip
 
     def configuration(self, model: HPMViT, recipe: Recipe) -> Any:
         decoder = model.decoder_blocks

@@ -9,6 +9,7 @@ import torch
 
 from fasthpm.model import HPMViT
 from fasthpm.recipe import Recipe
+from fasthpm.targets import FrozenTeacher
 
 
 def blocks_flops(depth: int, tokens: int, dim: int, mlp_ratio: float = 4.0) -> float:
@@ -75,8 +76,20 @@ def embed_flops(model: HPMViT, patches: int) -> float:
     return 0 if model.encoder_mask_tokens else 2 * tokens * model.embed_dim * model.mask_token.shape[-1]
 
 
-def step_flops(model: HPMViT, recipe: Recipe) -> dict[str, float]:
-    """FLOPs per sample of one step: {"teacher", "student" (forward and backward), "total"}."""
+def frozen_flops(frozen: FrozenTeacher, patches: int) -> float:
+    """Forward of a target's frozen teacher on `patches` patches of colour images."""
+    vit = frozen.vit
+    side, dim, tokens = vit.patch_embed.patch_size[0], vit.embed_dim, patches + vit.num_prefix_tokens
+    ratio = vit.blocks[0].mlp.fc1.out_features / dim
+    head = 2 * patches * dim * vit.head.out_features if frozen.projected else 0
+    return 2 * patches * dim * 3 * side**2 + blocks_flops(len(vit.blocks), tokens, dim, ratio) + head
+
+
+def step_flops(model: HPMViT, recipe: Recipe, frozen: FrozenTeacher | None = None) -> dict[str, float]:
+    """FLOPs per sample of one step: {"teacher", "student" (forward and backward), "total"}.
+
+    "teacher" is all that runs without gradients: the EMA, and the `frozen` one of the target.
+    """
     length, masked, predicts = recipe.num_patches, recipe.num_masked, recipe.predict_loss != "none"
     thrown = recipe.mask_plan.num_thrown
     visible = length - masked - thrown
@@ -88,9 +101,14 @@ def step_flops(model: HPMViT, recipe: Recipe) -> dict[str, float]:
     student += trunk_flops(model, *tokens) + 2 * masked * model.decoder_pred.weight.numel()
     if predicts:
         student += predictor_flops(model, *tokens)
-    teacher = teacher_flops(model, length // recipe.teacher_scale**2) if recipe.uses_teacher else 0.0
+    teacher = 0.0
+    if recipe.masks_by_difficulty:
+        teacher = teacher_flops(model, length // recipe.teacher_scale**2)
+    elif recipe.uses_teacher:
+        teacher = encoder_flops(model, length)
     if recipe.teacher_maps:
         teacher /= recipe.map_refresh_epochs
+    teacher += frozen_flops(frozen, length) if frozen else 0.0
     return {"teacher": teacher, "student": 3 * student, "total": teacher + 3 * student}
 
 
@@ -100,7 +118,7 @@ def cost_over_mae(recipe: Recipe) -> float:
 
     fast = ("teacher_maps", "teacher_scale", "teacher_precision", "predictor", "predictor_depth", "predictor_dim")
     usual = {name: getattr(Recipe, name) for name in (*fast, "decoder_attention")}
-    policy = "random" if recipe.uses_teacher else recipe.mask_policy
+    policy = "random" if recipe.masks_by_difficulty else recipe.mask_policy
     mae = dataclasses.replace(recipe, mask_policy=policy, predict_loss="none", absolute_standardize=True, **usual)
     with torch.device("meta"):
         totals = [step_flops(model_of(one), one)["total"] for one in (recipe, mae)]

@@ -142,7 +142,7 @@ def measured(state: dict[str, Tensor], encoder_only: bool, source: str) -> Archi
     if values not in (0, pixels):
         raise UserError(
             f"its decoder predicts {values} values per patch, not the {pixels} pixels: features are its target, and "
-            f"no model here has that; take its encoder with --encoder_only"
+            f"the file does not say whose; take its encoder with --encoder_only"
         )
     return shape
 

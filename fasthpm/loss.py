@@ -52,6 +52,15 @@ def patch_loss(prediction: Tensor, target: Tensor, kind: str = "mse") -> Tensor:
     return (difference.square() if kind == "mse" else difference.abs()).mean(dim=-1)
 
 
+def feature_loss(prediction: Tensor, target: Tensor) -> Tensor:
+    """Reconstruction loss of every patch's features: [B, M] from two [B, M, D'].
+
+    The squared distance of both after L2 normalisation, which is 2 - 2·cos (CVPR 4.2; released code: no centring, no
+    LayerNorm). The gradient reaches `prediction` only.
+    """
+    return 2 - 2 * F.cosine_similarity(full_precision(prediction), full_precision(target.detach()), dim=-1)
+
+
 def ranking_loss(predicted: Tensor, actual: Tensor) -> Tensor:
     """Relative difficulty loss (Eq. 5-7): is patch i of an image harder than patch j?
 

@@ -36,7 +36,7 @@ class Output(NamedTuple):
     difficulty_loss: Tensor  # scalar, 0 without a loss predictor
     per_patch_loss: Tensor  # float32 [B, M], detached
     predicted_difficulty: Tensor  # float32 [B, M], zeros without a loss predictor
-    reconstruction: Tensor  # [B, M, t*P*P*C], each patch as (frame, row, column, channel)
+    reconstruction: Tensor  # [B, M, t*P*P*C], patches as (frame, row, column, channel); [B, M, D'] of target features
 
 
 class HPMViT(nn.Module):
@@ -62,6 +62,7 @@ class HPMViT(nn.Module):
       cls and visible tokens as those enter the decoder (after CrossMAE, arXiv 2401.14391), not to each other. The
       teacher asks with mask tokens everywhere. Parameters have the same names and shapes
     - `pixel_loss`: "mse" or "l1"; `absolute_standardize`, `norm_pix_loss`: see `fasthpm.loss`
+    - `target_dim`: width D' of the features that are predicted; 0 = pixels are
     - `activation_checkpointing`: keep only the blocks' inputs and compute the rest again in the backward pass
 
     **Raises:** `UserError` for sizes that do not fit together.
@@ -92,6 +93,7 @@ class HPMViT(nn.Module):
         absolute_standardize: bool = True,
         pixel_loss: str = "mse",
         norm_pix_loss: bool = False,
+        target_dim: int = 0,
         num_frames: int = 1,
         tubelet_size: int = 1,
         video: bool = False,
@@ -106,7 +108,7 @@ class HPMViT(nn.Module):
         self.patch_size, self.in_chans = patch_size, in_chans
         self.predict_loss_kind, self.absolute_standardize = predict_loss, absolute_standardize
         self.pixel_loss, self.norm_pix_loss = pixel_loss, norm_pix_loss
-        self.encoder_mask_tokens = encoder_mask_tokens
+        self.encoder_mask_tokens, self.target_dim = encoder_mask_tokens, target_dim
         self.predictor, self.decoder_attention = predictor, decoder_attention
         if encoder_mask_tokens and (predictor == "shared" or decoder_attention == "cross"):
             raise UserError("SimMIM has no decoder blocks: use predictor separate and decoder_attention self with it")
@@ -131,7 +133,7 @@ class HPMViT(nn.Module):
             self.decoder_embed = nn.Linear(embed_dim, width, bias=not video)
             self.register_buffer("decoder_pos_embed", self._positions(width))
             self.decoder_norm = nn.LayerNorm(width, LAYER_NORM_EPS)
-        self.decoder_pred = nn.Linear(width, self.patch_dim)
+        self.decoder_pred = nn.Linear(width, target_dim or self.patch_dim)
         if predict_loss != "none":
             dim = predictor_dim or decoder_embed_dim
             blocks = 0 if predictor == "shared" else predictor_depth or decoder_depth
@@ -190,7 +192,11 @@ class HPMViT(nn.Module):
         return F.interpolate(maps, self.grid_size, mode="bilinear", align_corners=False).flatten(1)
 
     def _predict(self, patches: Tensor, scale: int = 1) -> Tensor:
-        tokens, count = self._encode(patches, table=self._table("pos_embed", scale)), patches.shape[1]
+        return self.difficulty_of(self._encode(patches, table=self._table("pos_embed", scale)), scale)
+
+    def difficulty_of(self, tokens: Tensor, scale: int = 1) -> Tensor:
+        """`predict_loss` from what `encode` gives of all patches, [B, 1 + L, D]: float32 [B, L]."""
+        count = tokens.shape[1] - self.num_prefix_tokens
         if not self.encoder_mask_tokens:
             positions = self._table("decoder_pos_embed", scale)
             tokens = self.decoder_embed(tokens) + positions
@@ -210,21 +216,21 @@ class HPMViT(nn.Module):
 
     def forward(
         self, images: Tensor, mask: Tensor, *, num_masked: int | None = None, thrown: Tensor | None = None,
-        num_thrown: int = 0,
+        num_thrown: int = 0, target: Tensor | None = None,
     ) -> Output:  # fmt: skip
-        """Reconstruct the masked patches and predict their losses (Eq. 2-7).
+        """Reconstruct the masked patches, or their features, and predict their losses (Eq. 2-7).
 
         - `images`, `mask`: as in `encode`
         - `num_masked`: M, if known; else it is read from `mask`, which waits for the device
         - `thrown`: bool [B, L], `num_thrown` True per row: patches that are not masked and that nothing sees (AMT)
+        - `target`: [B, L, target_dim], the features of all patches, if those are what the model predicts
         """
         patches = self.patchify(images)
         visible, masked = split_ids(mask, _count(mask) if num_masked is None else num_masked, thrown, num_thrown)
         tokens, count = self._tokens(patches, visible, masked), masked.shape[1]
         trunk = self._trunk(tokens, count)
         reconstruction = self.decoder_pred(self.decoder_norm(trunk))
-        target = self.target(_gather(patches, masked))
-        per_patch = losses.patch_loss(reconstruction, target, self.pixel_loss)
+        per_patch = self._per_patch(reconstruction, patches, target, masked)
         actual = per_patch.detach()
         if self.predict_loss_kind == "none":
             predicted, difficulty = torch.zeros_like(actual), actual.new_zeros(())
@@ -235,6 +241,15 @@ class HPMViT(nn.Module):
             )
         mean = per_patch.mean()
         return Output(mean + difficulty, mean, difficulty, actual, predicted, reconstruction)
+
+    def _per_patch(self, prediction: Tensor, patches: Tensor, features: Tensor | None, masked: Tensor) -> Tensor:
+        """Reconstruction loss of the masked patches [B, M]: of their pixels, or of their features."""
+        given = 0 if features is None else features.shape[-1]
+        if given != self.target_dim:
+            raise ValueError(f"the target has {given} features per patch, the model predicts {self.target_dim}")
+        if features is not None:
+            return losses.feature_loss(prediction, _gather(features, masked))
+        return losses.patch_loss(prediction, self.target(_gather(patches, masked)), self.pixel_loss)
 
     def target(self, patches: Tensor) -> Tensor:
         """What the reconstruction of patches [B, M, t*P*P*C] is compared with, of the same shape."""
@@ -544,18 +559,28 @@ def is_video(name: str) -> bool:
     return name.endswith("_video") or name.startswith("videomae_")
 
 
+def width_of(name: str) -> int:
+    """Width D of the encoder of a registered name. **Raises:** `UserError` for an unknown one."""
+    _check_name(name)
+    return SIZES[name.split("_")[2]]["embed_dim"]
+
+
 def create_model(name: str, **overrides: Any) -> HPMViT:
     """Build a registered model; `overrides` are `HPMViT`'s arguments.
 
     **Raises:** `UserError` for an unknown name, naming the nearest.
     """
-    names = model_names()
-    if name not in names:
-        raise UserError(f"unknown model {name!r}{nearest(name, names)}; expected one of {', '.join(names)}")
+    _check_name(name)
     method, _, size, patch, side = name.removesuffix("_video").split("_")
     shape = {"img_size": int(side), "patch_size": int(patch.removeprefix("patch"))}
     layout = {**VIDEO, **_video_decoder(size)} if is_video(name) else {}
     return HPMViT(**{**shape, **SIZES[size], **METHODS[method], **layout, **overrides})
+
+
+def _check_name(name: str) -> None:
+    names = model_names()
+    if name not in names:
+        raise UserError(f"unknown model {name!r}{nearest(name, names)}; expected one of {', '.join(names)}")
 
 
 def _register(name: str) -> None:

@@ -31,6 +31,7 @@ from fasthpm import (
     report,
     schedule,
     shards,
+    targets,
     video_pictures,
     visualize,
     zero,
@@ -137,10 +138,13 @@ def build(recipe: Recipe, launch: engine.Launch) -> Run:
         if recipe.teacher_precision == "fp8":
             fp8.require_fp8(launch.device)
         student = checkpoint.initial_model(recipe)
+        frozen = targets.build_frozen(recipe, launch.device)
     map_store = maps.for_recipe(recipe, loader.info)
     loader = on_device(maps.with_maps(loader, map_store), launch.device)
     step = Step(student, recipe, loader.info)
     deepspeed_engine = engine.build_engine(step, recipe, config, launch)
+    if frozen:
+        step.attach_frozen(frozen)
     teacher = None
     if recipe.uses_teacher:
         momentum = schedule.ema_momentum_at(recipe, 0)
@@ -448,7 +452,7 @@ def draw_panel(run: Run, metrics: Metrics) -> None:
             path.parent.mkdir(exist_ok=True)
             path.with_suffix(".gif").write_bytes(animation)
     else:
-        picture = visualize.panel(model, run.recipe, info, images, alpha)
+        picture = visualize.panel(model, run.recipe, info, images, alpha, run.step.frozen)
     with metrics.surviving_the_disk(run.done):
         path.parent.mkdir(exist_ok=True)
         visualize.save_png(picture, path)
@@ -520,7 +524,7 @@ def pretrain(asked: Recipe, launch: engine.Launch) -> StopSignals:
     dtype = next(run.step.student.parameters()).dtype
     metrics = Metrics(
         Path(recipe.output_dir), rank=launch.rank, world_size=launch.world_size, total_steps=recipe.total_steps,
-        first_step=run.done, flops_per_sample=flops.step_flops(run.step.student, recipe)["total"],
+        first_step=run.done, flops_per_sample=flops.step_flops(run.step.student, recipe, run.step.frozen)["total"],
         matmul_rate=measure_matmul_rate(launch.device, dtype), device=launch.device,
     )  # fmt: skip
     try:

@@ -22,6 +22,7 @@ from fasthpm.data.prefetch import AHEAD, count_workers
 from fasthpm.metrics import wait_for
 from fasthpm.recipe import Recipe
 from fasthpm.step import Step, model_of
+from fasthpm.targets import build_frozen
 from fasthpm.teacher import EMATeacher
 
 DECODE_BATCH = 64  # images; a larger batch decodes no faster, but the last one could take long
@@ -116,6 +117,8 @@ def build_update(recipe: Recipe, launch: engine.Launch) -> Callable[[], object]:
     info = DatasetInfo(1, recipe.channels, (0.5,) * recipe.channels, (0.25,) * recipe.channels, ("any",))
     step = Step(model_of(recipe), recipe, info)
     built = engine.build_engine(step, recipe, engine.merge_config(recipe.deepspeed_config, recipe, 1), launch)
+    if frozen := build_frozen(recipe, launch.device):
+        step.attach_frozen(frozen)
     if recipe.uses_teacher:
         step.attach_teacher(EMATeacher(built, step.student, "student.", model_of(recipe), 0.999).module)
     shape = (recipe.batch_size, *recipe.image_size, recipe.channels)

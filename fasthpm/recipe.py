@@ -23,6 +23,8 @@ PIXEL_LOSSES = ("mse", "l1")
 PREDICTORS = ("separate", "shared")
 DECODER_ATTENTIONS = ("self", "cross")
 TEACHER_PRECISIONS = ("model", "fp8")
+TARGETS = ("pixels", "ema", "dino", "clip")
+FROZEN_DIMS = {"dino": 768, "clip": 512}  # the published ViT-B/16s; CLIP's patches after its projection
 ALPHA_SCHEDULES = ("released", "paper", "step")
 ON_NONFINITE = ("halt", "skip", "rollback")
 
@@ -86,6 +88,17 @@ class Recipe:
     absolute_standardize: bool = option(
         True, "absolute objective: of losses standardised per image (released code), not raw ones (Eq. 4)"
     )
+    target: str = option(
+        "pixels",
+        "what masked patches are compared with: their pixels, or features by the EMA teacher, DINO or CLIP",
+        choices=TARGETS,
+    )
+    target_weights: str = option(
+        "", "weights of the dino or clip teacher: a file, timm:NAME, transformers:NAME or open_clip:NAME/TAG; empty = "
+        "timm's of the published ViT-B/16"
+    )  # fmt: skip
+    target_model: str = option("", "timm architecture of these weights; empty = the published ViT-B/16, or timm:NAME's")
+    target_dim: int = option(0, "width of their features; 0 = 768 for dino, 512 for clip")
     pixel_loss: str = option("mse", "reconstruction loss: mse (MAE, HPM) or l1 (SimMIM)", choices=PIXEL_LOSSES)
     norm_pix_loss: bool = option(False, "normalise each target patch to zero mean and unit variance")
     ema_momentum: float = option(0.999, "teacher momentum at the start (Eq. 1)")
@@ -183,6 +196,7 @@ class Recipe:
     def __post_init__(self) -> None:
         self._check_types()
         self._check_ranges()
+        self._check_target()
         self._check_patches()
 
     # ---------------------------------------------------------------------------------------------- derived
@@ -234,8 +248,18 @@ class Recipe:
 
     @property
     def uses_teacher(self) -> bool:
-        """Whether a step needs the teacher's difficulty: the mask policy decides."""
+        """Whether a step needs the EMA teacher: for its difficulty, or for its features."""
+        return self.masks_by_difficulty or self.target == "ema"
+
+    @property
+    def masks_by_difficulty(self) -> bool:
+        """Whether the mask policy follows the teacher's difficulty."""
         return self.mask_policy in BY_DIFFICULTY
+
+    @property
+    def frozen_dim(self) -> int:
+        """Width of the frozen teacher's features (`target` dino or clip); 0 without one."""
+        return self.target_dim or FROZEN_DIMS.get(self.target, 0)
 
     @property
     def approximates_teacher(self) -> bool:
@@ -358,6 +382,7 @@ class Recipe:
             "ema_ramp_epochs",
             "seed",
             "mask_unit",
+            "target_dim",
             "predictor_dim",
             "predictor_depth",
         )
@@ -391,7 +416,7 @@ class Recipe:
         if self.predict_loss != "none" and self.model.startswith(("mae_", "videomae_")):
             other = f"hpm_{self.model.partition('_')[2]}{'_video' if self.model.startswith('video') else ''}"
             raise UserError(f"model {self.model} has no loss predictor; use --predict_loss none, or the model {other}")
-        if self.uses_teacher and self.predict_loss == "none":
+        if self.masks_by_difficulty and self.predict_loss == "none":
             raise UserError(
                 f"mask_policy {self.mask_policy} follows predicted losses, but predict_loss is none; use "
                 f"--predict_loss relative, or --mask_policy random"
@@ -422,15 +447,39 @@ class Recipe:
                 f"model {self.model} has no decoder blocks to share or to attend in; use --predictor separate "
                 f"--decoder_attention self"
             )
-        if self.teacher_maps and (not self.uses_teacher or self.num_frames > 1):
+        if self.teacher_maps and (not self.masks_by_difficulty or self.num_frames > 1):
             raise UserError(
                 f"teacher_maps keeps a teacher's maps of images, but mask_policy is {self.mask_policy} and num_frames "
                 f"{self.num_frames}; use --mask_policy hpm on images, or --no-teacher_maps"
             )
-        if not self.uses_teacher and (self.teacher_scale != 1 or self.teacher_precision != "model"):
+        if not self.masks_by_difficulty and (self.teacher_scale != 1 or self.teacher_precision != "model"):
             raise UserError(
                 f"teacher_scale {self.teacher_scale} and teacher_precision {self.teacher_precision} change the "
                 f"teacher, but mask_policy {self.mask_policy} uses none; use --mask_policy hpm"
+            )
+
+    def _check_target(self) -> None:
+        if self.target not in FROZEN_DIMS and (self.target_weights or self.target_model or self.target_dim):
+            raise UserError(
+                f"target_weights, target_model and target_dim describe a dino or clip teacher, but target is "
+                f"{self.target}; leave them out, or use --target dino"
+            )
+        if self.target == "pixels":
+            return
+        if self.num_frames > 1 or "video" in self.model:
+            raise UserError(
+                f"target {self.target} is for images, and {self.model} is a video model; use --target pixels"
+            )
+        if self.target == "ema" and (self.teacher_scale != 1 or self.teacher_maps):
+            raise UserError(
+                f"target ema takes features of every patch from the teacher in every step, and teacher_scale is "
+                f"{self.teacher_scale}, teacher_maps {self.teacher_maps}; use --teacher_scale 1 --no-teacher_maps"
+            )
+        if self.pixel_loss != "mse" or self.norm_pix_loss:
+            raise UserError(
+                f"target {self.target} compares directions of features, and pixel_loss {self.pixel_loss} with "
+                f"norm_pix_loss {self.norm_pix_loss} is for pixels; use --pixel_loss mse --no-norm_pix_loss, or "
+                f"--target pixels"
             )
 
     def _check_patches(self) -> None:

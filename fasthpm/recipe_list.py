@@ -35,6 +35,7 @@ ORIGINS: dict[str, tuple[str, str]] = {
     "predict_loss": (PAPER, "Eq. 5-7"),
     "alpha_schedule": (RELEASED, "the paper counts epoch/T"),
     "absolute_standardize": (RELEASED, "Eq. 4 has raw losses"),
+    "target": (PAPER, "which ablates features of the EMA teacher, DINO and CLIP"),
     "pixel_loss": (PAPER, ""),
     "norm_pix_loss": (RELEASED, "its scripts; MAE's have --norm_pix_loss"),
     "ema_momentum": (RELEASED, "a ramp; the papers name one momentum: --ema_ramp_epochs 0 with both momenta alike"),

@@ -16,8 +16,9 @@ from fasthpm.clock import Stopwatch
 from fasthpm.compiled import Compiled
 from fasthpm.data import DatasetInfo
 from fasthpm.mask import MaskPlan, draw_sets, sample_noise, split_ids
-from fasthpm.model import HPMViT, Output, create_model
+from fasthpm.model import HPMViT, Output, create_model, width_of
 from fasthpm.recipe import Recipe
+from fasthpm.targets import FrozenTeacher
 
 METRICS = ("loss", "reconstruction_loss", "difficulty_loss", "spearman", "pair_accuracy", "teacher_spearman")
 HEALTH_SAMPLES = 16  # predictor health is measured on this many samples of a batch
@@ -29,6 +30,13 @@ class StepOutput(NamedTuple):
     loss: Tensor  # scalar
     metrics: Tensor  # float32 [len(METRICS)], detached
     mask: Tensor  # bool [B, L], True = masked
+
+
+class Lesson(NamedTuple):
+    """What a pass of the EMA teacher gives."""
+
+    difficulty: Tensor | None  # float32 [B, L], if the masks follow it
+    features: Tensor | None  # [B, L, D], if they are the target
 
 
 class Step(nn.Module):
@@ -43,19 +51,29 @@ class Step(nn.Module):
         # Plain attributes, not buffers: DeepSpeed would round buffers to bfloat16.
         self.mean, self.std = pixel_statistics(info, recipe)
         self._teacher: list[HPMViT] = []
-        self._parts: tuple[Callable[..., Tensor], Callable[..., StepOutput]] = (self.difficulty, self._learn)
+        self._frozen: list[FrozenTeacher] = []
+        self._parts: tuple[Callable[..., Lesson], Callable[..., StepOutput]] = (self.teach, self._learn)
         self._untried = recipe.compile
         if recipe.compile:
             self.compile_with("inductor")
 
     def compile_with(self, backend: str | Callable[..., Any]) -> None:
         """Compile the teacher's forward, and all from the mask to the losses and their gradients, with a backend."""
-        self._parts = Compiled(self.difficulty, "the teacher", backend), Compiled(self._learn, "the step", backend)
+        self._parts = Compiled(self.teach, "the teacher", backend), Compiled(self._learn, "the step", backend)
         self._untried = True
 
     def attach_teacher(self, teacher: HPMViT) -> None:
-        """Let `teacher` (its `predict_loss`) choose the hard patches."""
+        """Let `teacher` choose the hard patches (its `predict_loss`) and, with target ema, give the features."""
         self._teacher = [teacher]
+
+    def attach_frozen(self, teacher: FrozenTeacher) -> None:
+        """Let a DINO or CLIP `teacher` give the features (see `targets.build_frozen`)."""
+        self._frozen = [teacher]
+
+    @property
+    def frozen(self) -> FrozenTeacher | None:
+        """The DINO or CLIP teacher, if the target has one."""
+        return self._frozen[0] if self._frozen else None
 
     def forward(
         self, images: Tensor, ids: Tensor, step: Tensor, alpha: Tensor, weights: Tensor | None = None
@@ -70,15 +88,29 @@ class Step(nn.Module):
         self.mean, self.std = self.mean.to(images.device), self.std.to(images.device)
         teach, learn = self._parts
         scores = torch.zeros(len(images), self.recipe.num_patches, device=images.device) if weights is None else weights
+        features = None
         if self.recipe.uses_teacher and not self.recipe.teacher_maps:
             with torch.no_grad(), self.stopwatch.measure(images.device):
-                scores = teach(images)
+                difficulty, features = teach(images)
+                scores = scores if difficulty is None else difficulty
         elif weights is None:
             alpha = torch.zeros_like(alpha)
+        if self._frozen:
+            with torch.no_grad(), self.stopwatch.measure(images.device):
+                features = self._frozen[0](images)
         plan = self.warmup_plan if weights is None else self.mask_plan
         if self._untried:
-            self._try_backward(plan, images, ids, step, alpha, scores)
-        return learn(plan, images, ids, step, alpha, scores)
+            self._try_backward(plan, images, ids, step, alpha, scores, features)
+        return learn(plan, images, ids, step, alpha, scores, features)
+
+    def teach(self, images: Tensor) -> Lesson:
+        """One pass of the EMA teacher."""
+        if self.recipe.target != "ema":
+            return Lesson(self.difficulty(images), None)
+        teacher = self._teacher[0]
+        tokens = teacher.encode(self.normalized_patches(images))
+        difficulty = teacher.difficulty_of(tokens) if self.recipe.masks_by_difficulty else None
+        return Lesson(difficulty, tokens[:, teacher.num_prefix_tokens :])
 
     @torch.no_grad()
     def map_spearman(self, images: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -97,14 +129,16 @@ class Step(nn.Module):
         return self._teacher[0].predict_loss(self.normalized_patches(images), self.recipe.teacher_scale)
 
     def _learn(
-        self, plan: MaskPlan, images: Tensor, ids: Tensor, step: Tensor, alpha: Tensor, scores: Tensor
-    ) -> StepOutput:
-        """Everything after the teacher: mask, student, losses; `scores` [B, L]: what the mask follows."""
+        self, plan: MaskPlan, images: Tensor, ids: Tensor, step: Tensor, alpha: Tensor, scores: Tensor,
+        features: Tensor | None,
+    ) -> StepOutput:  # fmt: skip
+        """Everything after the teachers: mask, student, losses; `scores` [B, L]: what the mask follows; `features`
+        [B, L, D']: what is reconstructed, None = pixels."""
         patches = self.normalized_patches(images)
         mask, thrown = self._sets(plan, ids, step, alpha, scores)
-        gone = {} if thrown is None else {"thrown": thrown, "num_thrown": plan.num_thrown}
-        output = self.student(patches, mask, num_masked=plan.num_masked, **gone)
-        difficulty = scores if self.recipe.uses_teacher else torch.zeros_like(scores)
+        gone: dict[str, Any] = {} if thrown is None else {"thrown": thrown, "num_thrown": plan.num_thrown}
+        output = self.student(patches, mask, num_masked=plan.num_masked, target=features, **gone)
+        difficulty = scores if self.recipe.masks_by_difficulty else torch.zeros_like(scores)
         return StepOutput(output.loss, self._metrics(output, mask, difficulty), mask)
 
     def _sets(
@@ -182,6 +216,7 @@ def model_of(recipe: Recipe) -> HPMViT:
             absolute_standardize=recipe.absolute_standardize,
             pixel_loss=recipe.pixel_loss,
             norm_pix_loss=recipe.norm_pix_loss,
+            target_dim=width_of(recipe.model) if recipe.target == "ema" else recipe.frozen_dim,
             num_frames=recipe.num_frames,
             tubelet_size=recipe.tubelet_size,
             activation_checkpointing=recipe.activation_checkpointing,

@@ -21,8 +21,10 @@ from fasthpm.loss import EPS
 from fasthpm.model import HPMViT
 from fasthpm.recipe import Recipe
 from fasthpm.step import Step
+from fasthpm.targets import FrozenTeacher, build_frozen
 
 COLUMNS = ("image", "reconstruction", "true loss", "predicted loss", "mask")
+FEATURE_COLUMNS = tuple(name for name in COLUMNS if name != "reconstruction")  # of features there is no picture
 TRUE_LOSS_MASKS = 10  # as in the papers' figures
 MIN_SIDE = 112  # small images are enlarged to at least this many pixels
 GAP, HEADER = 4, 18
@@ -48,28 +50,39 @@ def fixed_images(recipe: Recipe, count: int) -> tuple[Tensor, DatasetInfo]:
 
 
 @torch.no_grad()
-def panel(model: HPMViT, recipe: Recipe, info: DatasetInfo, images: Tensor, alpha: float) -> np.ndarray:
-    """One row per image, one column per name in `COLUMNS`; uint8 [height, width, 3].
+def panel(
+    model: HPMViT, recipe: Recipe, info: DatasetInfo, images: Tensor, alpha: float, frozen: FrozenTeacher | None = None
+) -> np.ndarray:
+    """One row per image, one column per name in `columns_of(recipe)`; uint8 [height, width, 3].
 
     - `images`: uint8 [N, H, W, C]; `alpha`: share of the mask that the predicted difficulty chooses
+    - `frozen`: the target's teacher, for targets dino and clip; with target ema, the true loss is that of the model's
+      own features
 
     Visible patches are pasted back into the reconstruction, and `norm_pix_loss` is undone with the true patches'
     statistics. The true loss of a patch is averaged over the random masks that hide it. Without a loss predictor its
     column stays empty.
     """
     step = Step(model, recipe, info)
-    patches = step.normalized_patches(images.to(model.cls_token.device))
+    images = images.to(model.cls_token.device)
+    patches = step.normalized_patches(images)
+    target = frozen(images) if frozen else model.encode(patches)[:, 1:] if recipe.target == "ema" else None
     size = (2, len(patches), step.mask_plan.noise_size)
     noise = torch.rand(size, generator=torch.Generator().manual_seed(recipe.seed)).to(patches.device)
     predicted = model.predict_loss(patches) if recipe.predict_loss != "none" else torch.zeros_like(patches[:, :, 0])
     mask = masks.draw_mask(step.mask_plan, noise, predicted, alpha)
-    rebuilt = _to_pixels(model, step, reconstruct(model, patches, mask))
-    original = images.numpy()
+    rebuilt = [_rgb(_to_pixels(model, step, reconstruct(model, patches, mask)))] if target is None else []
+    original = images.cpu().numpy()
     hidden = original * ~_spread(model, mask)[..., None] + 127 * _spread(model, mask)[..., None]
-    true_loss = average_loss(model, patches, recipe.mask_ratio, recipe.seed)
+    true_loss = average_loss(model, patches, recipe.mask_ratio, recipe.seed, target)
     maps = [_heat(_spread(model, values)) for values in (true_loss, predicted)]
-    columns = [_rgb(original), _rgb(rebuilt), *maps, _rgb(hidden.astype(np.uint8))]
-    return _sheet(columns)
+    columns = [_rgb(original), *rebuilt, *maps, _rgb(hidden.astype(np.uint8))]
+    return _sheet(columns, columns_of(recipe))
+
+
+def columns_of(recipe: Recipe) -> tuple[str, ...]:
+    """Names of a panel's columns."""
+    return COLUMNS if recipe.target == "pixels" else FEATURE_COLUMNS
 
 
 def reconstruct(model: HPMViT, patches: Tensor, mask: Tensor) -> Tensor:
@@ -83,13 +96,16 @@ def reconstruct(model: HPMViT, patches: Tensor, mask: Tensor) -> Tensor:
     return patches.scatter(1, ids, prediction)
 
 
-def average_loss(model: HPMViT, patches: Tensor, mask_ratio: float, seed: int) -> Tensor:
-    """Reconstruction loss of every patch, averaged over the random masks that hide it: [N, L]."""
+def average_loss(model: HPMViT, patches: Tensor, mask_ratio: float, seed: int, target: Tensor | None = None) -> Tensor:
+    """Reconstruction loss of every patch, averaged over the random masks that hide it: [N, L].
+
+    `target`: features of all patches, if those are what the model predicts.
+    """
     generator = torch.Generator().manual_seed(seed)
     total, count = torch.zeros_like(patches[:, :, 0]), torch.zeros_like(patches[:, :, 0])
     for _ in range(TRUE_LOSS_MASKS):
         mask = masks.random_mask(torch.rand(patches.shape[:2], generator=generator).to(patches.device), mask_ratio)
-        output = model(patches, mask)
+        output = model(patches, mask, target=target)
         ids = masks.split_ids(mask, output.per_patch_loss.shape[1])[1]
         total.scatter_add_(1, ids, output.per_patch_loss)
         count += mask
@@ -122,7 +138,7 @@ def _rgb(images: np.ndarray) -> np.ndarray:
     return images.repeat(3, axis=-1) if images.shape[-1] == 1 else images[..., :3]
 
 
-def _sheet(columns: list[np.ndarray]) -> np.ndarray:
+def _sheet(columns: list[np.ndarray], names: tuple[str, ...]) -> np.ndarray:
     """Columns of [N, H, W, 3] pictures side by side, under their names."""
     from PIL import Image, ImageDraw
 
@@ -132,7 +148,7 @@ def _sheet(columns: list[np.ndarray]) -> np.ndarray:
     size = (len(columns) * (width + GAP) + GAP, rows * (height + GAP) + GAP + HEADER)
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
-    for x, (name, column) in enumerate(zip(COLUMNS, columns, strict=True)):
+    for x, (name, column) in enumerate(zip(names, columns, strict=True)):
         left = GAP + x * (width + GAP)
         draw.text((left, 3), name, fill="black")
         for y, picture in enumerate(column):
@@ -177,5 +193,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         pictures = video_pictures.frames(model, recipe, info, images, alpha)
         video_pictures.save(pictures, recipe.tubelet_size, arguments.output)
     else:
-        save_png(panel(model, recipe, info, images, alpha), arguments.output)
-    print(f"{len(images)} {'clips' if model.video else 'images'} ({', '.join(COLUMNS)}) written to {arguments.output}")
+        frozen = build_frozen(recipe, torch.device("cpu"), torch.float32)
+        save_png(panel(model, recipe, info, images, alpha, frozen), arguments.output)
+    what = f"{'clips' if model.video else 'images'} ({', '.join(columns_of(recipe))})"
+    print(f"{len(images)} {what} written to {arguments.output}")

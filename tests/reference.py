@@ -363,6 +363,18 @@ def draw_probability(weights: list[float], order: tuple[int, ...]) -> float:
     return probability
 
 
+def feature_losses(prediction: Tensor, target: Tensor) -> Tensor:
+    """Squared distance of two features after L2 normalisation, per patch. [B, M, D] -> [B, M]."""
+    rows = []
+    for image_prediction, image_target in zip(prediction, target, strict=True):
+        losses = []
+        for p, t in zip(image_prediction, image_target, strict=True):
+            lengths = [sum(x[k] ** 2 for k in range(len(x))) ** 0.5 for x in (p, t)]
+            losses.append(sum((p[k] / lengths[0] - t[k] / lengths[1]) ** 2 for k in range(len(p))))
+        rows.append(torch.stack(losses))
+    return torch.stack(rows)
+
+
 # ---------------------------------------------------------------------------------------------------- probes
 def lars_step(
     weights: list[Tensor], grads: list[Tensor], momenta: list[Tensor], lr: float

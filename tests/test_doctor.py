@@ -82,6 +82,14 @@ def test_ffcv_lacks_its_build_tools(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "(not here: g++)" in doctor.check_ffcv().text
 
 
+def test_a_missing_ffmpeg_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor.check_ffmpeg().good
+    monkeypatch.setattr(shutil, "which", lambda name: None if name == "ffprobe" else f"/usr/bin/{name}")
+    finding = doctor.check_ffmpeg()
+    assert not finding.good
+    assert "no ffprobe; only preparing videos needs it" in finding.text
+
+
 def test_a_gpu_that_torch_cannot_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")

@@ -182,7 +182,7 @@ def test_kept_maps_make_the_masks_and_there_is_no_teachers_pass() -> None:
     step = step_of(teacher_maps=True)
     images, ids = batch()
     step.difficulty = lambda images: pytest.fail("the teacher ran")  # type: ignore[method-assign, assignment]
-    step._parts = (step.difficulty, step._learn)
+    step._parts = (step.teach, step._learn)
     maps = torch.rand(6, 49, generator=torch.Generator().manual_seed(0))
     mask = step(images, ids, torch.tensor(3), ALPHA, maps).mask
     _, hard = reference.mask_counts(49, 0.75, 0.5)

@@ -105,15 +105,16 @@ def test_the_classifier_loads_into_timm_and_is_what_was_tested(run: Path, tuned:
 
 
 def test_fine_tuning_learns_and_layers_move_by_their_scale(run: Path, tmp_path: Path) -> None:
-    tune = (run, "--train_path", "synthetic:160", "--val_path", "synthetic:40", "--epochs", "4", "--warmup_epochs", "0",
-            "--batch_size", "16", "--global_batch_size", "16", "--lr", "1e-3", "--num_workers", "1", "--crop_min", "1")  # fmt: skip
-    start(finetune, *tune, "--output_dir", tmp_path / "ft", "--layer_decay", "0.1", "--eval_every", "4")
-    assert read(tmp_path / "ft" / "result.json")["accuracy"] > 20  # 10 by chance
+    tune = (run, "--train_path", "synthetic:32", "--val_path", "synthetic:32", "--epochs", "15", "--warmup_epochs", "1",
+            "--batch_size", "16", "--global_batch_size", "16", "--lr", "3e-3", "--num_workers", "1", "--crop_min", "1",
+            "--no-flip")  # fmt: skip
+    start(finetune, *tune, "--output_dir", tmp_path / "ft", "--layer_decay", "0.5", "--eval_every", "15")
+    assert read(tmp_path / "ft" / "result.json")["accuracy"] > 40  # 10 by chance
     before, after = load_weights(run)[0].state_dict(), load_file(tmp_path / "ft" / "classifier.safetensors")
     moved = [
         float((after[name] - before[name]).abs().mean()) for name in (f"blocks.{i}.mlp.fc1.weight" for i in (0, 3))
     ]
-    assert 0 < moved[0] < 0.05 * moved[1]
+    assert 0 < moved[0] < 0.3 * moved[1]  # 0.5^4 against 0.5
 
 
 def test_half_the_tokens_from_scratch_in_another_shape(run: Path, tmp_path: Path) -> None:

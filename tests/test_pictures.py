@@ -26,8 +26,8 @@ INFO = DatasetInfo(100, 1, (0.3,), (0.2,), ("a",))
 class Oracle(HPMViT):
     """A model whose reconstruction is the target itself."""
 
-    def forward(self, images: torch.Tensor, mask: torch.Tensor, *, num_masked: int | None = None) -> Any:
-        output = super().forward(images, mask, num_masked=num_masked)
+    def forward(self, images: torch.Tensor, mask: torch.Tensor, **options: Any) -> Any:
+        output = super().forward(images, mask, **options)
         patches = images[mask].reshape(output.reconstruction.shape)
         if self.norm_pix_loss:
             variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
@@ -83,7 +83,8 @@ def test_true_loss_is_averaged_over_the_masks_that_hide_a_patch() -> None:
 
 
 @pytest.mark.parametrize("changes", [{}, {"model": "mae_vit_nano_patch4_28", "mask_policy": "random",
-                                          "predict_loss": "none"}, {"channels": 3, "input_size": "24x40"}])  # fmt: skip
+                                          "predict_loss": "none"}, {"channels": 3, "input_size": "24x40"},
+                                     {"target": "ema"}])  # fmt: skip
 def test_panel_has_a_row_per_image_and_a_column_per_name(changes: dict[str, Any]) -> None:
     recipe = dataclasses.replace(recipes.debug(), **changes)
     info = DatasetInfo(9, recipe.channels, (0.3,) * recipe.channels, (0.2,) * recipe.channels, ("a",))
@@ -92,7 +93,9 @@ def test_panel_has_a_row_per_image_and_a_column_per_name(changes: dict[str, Any]
     picture = visualize.panel(model_of(recipe).eval(), recipe, info, images, 0.5)
     scale = -(-visualize.MIN_SIDE // width)
     rows = 2 * (height * scale + visualize.GAP) + visualize.GAP + visualize.HEADER
-    assert picture.shape == (rows, 5 * (width * scale + visualize.GAP) + visualize.GAP, 3)
+    columns = 4 if recipe.target == "ema" else 5  # of features there is no picture
+    assert len(visualize.columns_of(recipe)) == columns
+    assert picture.shape == (rows, columns * (width * scale + visualize.GAP) + visualize.GAP, 3)
     top = visualize.HEADER + visualize.GAP
     first = picture[top : top + height * scale : scale, visualize.GAP : visualize.GAP + width * scale : scale]
     assert np.array_equal(first, np.broadcast_to(images[0].numpy(), (height, width, 3)))

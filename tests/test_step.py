@@ -1,6 +1,6 @@
 """The fused step: masks that depend on samples alone, a teacher that is only held, and no waiting for the device.
 
-Ranks run this file too (`main`): combinations of baseline, mask and difficulty loss through the real engine.
+Ranks run this file too (`main`): combinations of baseline, mask, difficulty loss and target through the real engine.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ import pytest
 import reference
 import torch
 from launch import ROOT, check_ranks
+from small_teachers import TARGETS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fasthpm import engine, loss, recipes
@@ -23,6 +24,7 @@ from fasthpm.mask import POLICIES as MASK_POLICIES
 from fasthpm.mask import split_ids
 from fasthpm.recipe import PREDICT_LOSSES, Recipe
 from fasthpm.step import METRICS, Step, model_of
+from fasthpm.targets import FAMILIES, FrozenTeacher, build_vit
 from fasthpm.teacher import EMATeacher
 
 INFO = DatasetInfo(100, 1, (0.3,), (0.2,), ("a",))
@@ -33,9 +35,18 @@ def step_of(**changes: Any) -> Step:
     """The debug recipe's step, with a teacher unlike the student where the recipe has one."""
     recipe = dataclasses.replace(recipes.debug(), **changes)
     step = Step(model_of(recipe), recipe, INFO)
+    attach_frozen(step)
     if recipe.uses_teacher:
         step.attach_teacher(model_of(dataclasses.replace(recipe, seed=1)).eval().requires_grad_(False))
     return step
+
+
+def attach_frozen(step: Step) -> None:
+    """A small teacher with random weights, if the recipe's target has one."""
+    if step.recipe.target in FAMILIES:
+        vit = build_vit(step.recipe, step.recipe.target_model)
+        frozen = FrozenTeacher(vit, FAMILIES[step.recipe.target])
+        step.attach_frozen(frozen.to(next(step.student.parameters()).device, torch.bfloat16))
 
 
 def batch(count: int = 6, seed: int = 0, side: int = 28) -> tuple[torch.Tensor, torch.Tensor]:
@@ -65,13 +76,17 @@ def test_the_hardest_patches_by_the_teacher_are_masked() -> None:
 
 
 def combinations() -> list[dict[str, Any]]:
-    """Baselines, masks, units and difficulty losses as recipe fields, whether or not they make sense together."""
+    """Baselines, masks, units, difficulty losses and targets as recipe fields, whether or not they make sense
+    together."""
     baselines = [{"model": "hpm_vit_nano_patch4_28"}, {"model": "mae_vit_nano_patch4_28"},
                  {"model": "simmim_vit_nano_patch4_28", "pixel_loss": "l1"}]  # fmt: skip
     objectives: list[dict[str, Any]] = [{"predict_loss": kind} for kind in PREDICT_LOSSES]
     objectives.append({"predict_loss": "absolute", "absolute_standardize": False})
     units = [{"mask_unit": 0}, {"mask_unit": 8}]
-    table = itertools.product(baselines, [{"mask_policy": policy} for policy in MASK_POLICIES], units, objectives)
+    targets: list[dict[str, Any]] = [{"target": "pixels"}]
+    targets += [{"pixel_loss": "mse", **fields} for fields in ({"target": "ema"}, *TARGETS.values())]
+    policies = [{"mask_policy": policy} for policy in MASK_POLICIES]
+    table = itertools.product(baselines, policies, units, objectives, targets)
     return [{key: value for part in parts for key, value in part.items()} for parts in table]
 
 
@@ -115,6 +130,7 @@ def train_three(recipe: Recipe, config: str, launch: engine.Launch) -> None:
     step = Step(model_of(recipe), recipe, INFO)
     merged = engine.merge_config(config, recipe, launch.world_size)
     wrapped = engine.build_engine(step, recipe, merged, launch)
+    attach_frozen(step)
     if recipe.uses_teacher:
         step.attach_teacher(EMATeacher(wrapped, step.student, "student.", model_of(recipe), 0.9).module)
     images, ids = batch(2, side=16)
@@ -132,9 +148,9 @@ def train_three(recipe: Recipe, config: str, launch: engine.Launch) -> None:
     assert len(set(losses)) == 3, (recipe, losses)
 
 
-@pytest.mark.parametrize(("ranks", "preset", "every"), [(1, "zero1_bf16", 5), (2, "zero3_bf16", 11)])
+@pytest.mark.parametrize(("ranks", "preset", "every"), [(1, "zero1_bf16", 19), (2, "zero3_bf16", 43)])
 def test_sensible_combinations_train_through_the_engine(ranks: int, preset: str, every: int) -> None:
-    """Every fifth on one rank, every eleventh on two; `--every 1` runs them all."""
+    """Some of them on one rank and on two, every target among them; `--every 1` runs them all."""
     output = check_ranks(
         Path(__file__), "--config", ROOT / "ds_configs" / f"{preset}.json", "--every", every, ranks=ranks, timeout=400
     )
@@ -154,7 +170,7 @@ def test_the_other_combinations_are_refused_with_a_reason() -> None:
             assert toy(changes).num_masked > 0
 
 
-POLICIES = {
+POLICIES: dict[str, dict[str, Any]] = {
     "random": {"mask_policy": "random"},
     "hpm": {},
     "hpm-units": {"input_size": "32", "mask_unit": 8},
@@ -169,6 +185,8 @@ POLICIES = {
     "amt-simmim": {"model": "simmim_vit_nano_patch4_28", "mask_policy": "attention", "input_size": "32", "mask_unit": 8,
                    "predict_loss": "none", "pixel_loss": "l1", "mask_ratio": 0.44, "throw_ratio": 0.26},
     "mae-absolute": {"mask_policy": "random", "predict_loss": "absolute", "absolute_standardize": False},
+    "hpm-ema": {"target": "ema"},
+    "mae-clip": {"mask_policy": "random", "predict_loss": "none", **TARGETS["clip"]},
 }  # fmt: skip
 
 

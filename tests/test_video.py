@@ -541,7 +541,7 @@ def test_a_perfect_reconstruction_is_the_clip(norm_pix: bool) -> None:
 def test_a_video_run_from_pretraining_to_pictures_and_knn(tmp_path: Path) -> None:
     """Two updates on two ranks under ZeRO-3 with activation checkpointing; then pictures, k-NN and the export."""
     run = tmp_path / "run"
-    flags = ("--input_size", 16, "--num_frames", 4, "--decoder_depth", 1, "--decoder_dim", 32, "--batch_size", 2)
+    flags = ("--input_size", 12, "--tubelet_size", 2, "--decoder_depth", 1, "--decoder_dim", 32, "--batch_size", 2)
     short = ("--global_batch_size", 4, "--epochs", 1, "--warmup_epochs", 0, "--steps_per_epoch", 2)
     config = ROOT / "ds_configs" / "zero3_bf16.json"
     check_ranks(

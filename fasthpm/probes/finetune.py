@@ -214,7 +214,7 @@ def build(arguments: argparse.Namespace, given: dict[str, Any], launch: engine.L
     saver = Saver(launch.rank, launch.world_size, timeout=engine.timeout().total_seconds())
     run = FineTuning(
         plan, launch, loader, deepspeed_engine, step, ema, zero.MasterLayout(deepspeed_engine), saver,
-        settings=settings, val_loader=val_loader, origin=origin, notes={checkpoint.CLASSIFIER: notes},
+        settings=settings, maps=None, val_loader=val_loader, origin=origin, notes={checkpoint.CLASSIFIER: notes},
     )  # fmt: skip
     pretrain.resume(run)
     return run
@@ -225,7 +225,7 @@ def load_encoder(run: Path, given: dict[str, Any]) -> tuple[HPMViT, Recipe]:
     model, recipe = checkpoint.load_weights(run, given.get("weights", "student"))
     if given.get("from_scratch"):
         model = model_of(dataclasses.replace(recipe, seed=given.get("seed", 0)))
-    if getattr(model, "num_frames", 1) > 1:
+    if model.video:
         raise UserError(f"{run} was trained on video; fine-tuning takes image models")
     return model, recipe
 

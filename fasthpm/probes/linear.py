@@ -215,7 +215,7 @@ def build(arguments: argparse.Namespace, launch: engine.Launch) -> Probe:
     """Encoder, data and head, new or as the last interrupted command left them."""
     with engine.in_agreement():
         model, recipe = load_weights(arguments.run, arguments.weights)
-        if getattr(model, "num_frames", 1) > 1:
+        if model.video:
             raise UserError(f"{arguments.run} was trained on video; the linear probe takes image models")
         fit_batch(arguments, read_info(arguments.train_path).num_samples, launch.world_size)
         accum_iter = accumulation(arguments, launch.world_size)

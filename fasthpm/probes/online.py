@@ -40,7 +40,8 @@ class OnlineProbe:
 
     - `step`: the module that DeepSpeed wraps; `config`: DeepSpeed's
 
-    **Raises:** `UserError` for data with one class only and under ZeRO 3, whose weights no rank holds whole.
+    **Raises:** `UserError` for data with one class only, for k-NN of video, and under ZeRO 3, whose weights no rank
+    holds whole.
     """
 
     def __init__(
@@ -53,6 +54,8 @@ class OnlineProbe:
                 f"{recipe.data_path} has {len(info.classes)} class, and an online probe needs labels of 2 or more; "
                 f"leave online_probe_every and online_knn_every at 0"
             )
+        if recipe.num_frames > 1 and recipe.online_knn_every:
+            raise UserError("online_knn_every is for images; use 0, and fasthpm knn for video")
         self.recipe, self.step, self.launch, self.classes = recipe, step, launch, len(info.classes)
         with torch.random.fork_rng(devices=[]):
             head = LinearHead(step.student.embed_dim, self.classes, recipe.seed)
@@ -99,7 +102,7 @@ class OnlineProbe:
     def features(self, images: Tensor) -> Tensor:
         """uint8 [B, H, W, C] -> float32 [B, D]: the mean of the student's patch tokens, detached."""
         tokens = self.step.student.encode(self.step.normalized_patches(images.to(self.launch.device)))
-        return tokens[:, 1:].mean(dim=1).float()
+        return tokens[:, self.step.student.num_prefix_tokens :].mean(dim=1).float()
 
     def _knn_rows(self) -> tuple[Tensor, Tensor, Tensor]:
         recipe, launch = self.recipe, self.launch
