@@ -42,6 +42,7 @@ from fasthpm.data import Batch, Loader, build_loader
 from fasthpm.data.device import on_device
 from fasthpm.errors import UserError
 from fasthpm.health import NotFinite
+from fasthpm.maps import RunMaps
 from fasthpm.metrics import Metrics, measure_matmul_rate
 from fasthpm.probes.online import OnlineProbe
 from fasthpm.recipe import Recipe, add_recipe_arguments, build_recipe, save_recipe, science_of
@@ -87,7 +88,7 @@ class Run:
     teacher: EMATeacher | None
     layout: zero.MasterLayout
     saver: Saver
-    maps: maps.RunMaps | None = None
+    maps: RunMaps | None = None
     bad_samples: BadSampleLog = dataclasses.field(init=False)
     seen: tuple[torch.Tensor, torch.Tensor | None] | None = None  # images and maps of the last micro-step
     done: int = 0  # updates
