@@ -132,21 +132,25 @@ def gflops_of(student: Any, recipe: Recipe) -> dict[str, float]:
     return {name: value / 1e9 for name, value in flops.step_flops(student, recipe).items()}
 
 
-def measure(updates: dict[str, Update], rounds: int, repeats: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds per update of each variant in each round, after one round of warm-up."""
+def measure(
+    updates: dict[str, Update], rounds: int, repeats: int, device: torch.device
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Seconds, and seconds of processor time, per update of each variant in each round, after one round of warm-up."""
     seconds: dict[str, list[float]] = {name: [] for name in updates}
+    cpu_seconds: dict[str, list[float]] = {name: [] for name in updates}
     number = 0
     for round_number in range(rounds + 1):
         for name, update in updates.items():
             wait_for(device)
-            begin = time.perf_counter()
+            begin, begin_cpu = time.perf_counter(), time.process_time()
             for _ in range(repeats):
                 update(number)
                 number += 1
             wait_for(device)
             if round_number:
                 seconds[name].append((time.perf_counter() - begin) / repeats)
-    return seconds
+                cpu_seconds[name].append((time.process_time() - begin_cpu) / repeats)
+    return seconds, cpu_seconds
 
 
 def loop_seconds(recipe: Recipe, device: torch.device, repeats: int = 200) -> float:
@@ -162,6 +166,11 @@ def loop_seconds(recipe: Recipe, device: torch.device, repeats: int = 200) -> fl
     return (time.perf_counter() - begin) / repeats
 
 
+def ratios_of(seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    """Spreads of all `RATIOS` whose steps were timed."""
+    return {name: ratios(seconds[a], seconds[b]) for name, a, b in RATIOS if a in seconds and b in seconds}
+
+
 def one_precision(precision: str, arguments: argparse.Namespace, launch: engine.Launch) -> dict[str, Any]:
     """All variants at one precision."""
     built: dict[str, Built] = {}
@@ -170,11 +179,13 @@ def one_precision(precision: str, arguments: argparse.Namespace, launch: engine.
         recipe = dataclasses.replace(recipe_of(variant, arguments, CONFIGS[precision]), compile=arguments.compile)
         built |= build(variant, recipe, launch, precision)
     repeats = arguments.repeats or (10 if launch.device.type == "cuda" else 1)
-    seconds = measure({name: one.update for name, one in built.items()}, arguments.rounds, repeats, launch.device)
+    updates = {name: one.update for name, one in built.items()}
+    seconds, cpu_seconds = measure(updates, arguments.rounds, repeats, launch.device)
     result: dict[str, Any] = {"raw_seconds": {name: list(values) for name, values in seconds.items()}}
-    if REFRESH in seconds:
-        share = [value / recipes.FAST_REFRESH_EPOCHS for value in seconds.pop(REFRESH)]
-        seconds["hpm_fast"] = [step + part for step, part in zip(seconds["hpm_fast"], share, strict=True)]
+    for times in (seconds, cpu_seconds):
+        if REFRESH in times:
+            share = [value / recipes.FAST_REFRESH_EPOCHS for value in times.pop(REFRESH)]
+            times["hpm_fast"] = [step + part for step, part in zip(times["hpm_fast"], share, strict=True)]
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     rate = measure_matmul_rate(launch.device, dtype)
     median = {name: statistics.median(values) for name, values in seconds.items()}
@@ -182,7 +193,7 @@ def one_precision(precision: str, arguments: argparse.Namespace, launch: engine.
     return result | {
         "seconds": seconds, "median_seconds": median,
         "images_per_second": {name: arguments.batch_size / value for name, value in median.items()},
-        "ratios": {name: ratios(seconds[a], seconds[b]) for name, a, b in RATIOS if a in seconds and b in seconds},
+        "cpu_seconds": cpu_seconds, "cpu_ratios": ratios_of(cpu_seconds), "ratios": ratios_of(seconds),
         "gflops_per_sample": work,
         "flop_ratios": {name: work[a]["total"] / work[b]["total"] for name, a, b in RATIOS
                         if a in seconds and b in seconds and not a.startswith("eager")},
@@ -230,9 +241,13 @@ def report(result: dict[str, Any]) -> str:
             for name, value in found["median_seconds"].items()
         ]  # fmt: skip
         lines += [f"{precision}:", "", table(("step", "s", "images/s", "GFLOP per image", "MFU"), rows), ""]
-        rows = [[name, show(value), f"{found['flop_ratios'][name]:.2f}" if name in found["flop_ratios"] else ""]
-                for name, value in found["ratios"].items()]  # fmt: skip
-        lines += [table(("time ratio", "median (range)", "by FLOPs"), rows), ""]
+        work = found["flop_ratios"]
+        rows = [
+            [name, show(value), show(found["cpu_ratios"][name]), f"{work[name]:.2f}" if name in work else ""]
+            for name, value in found["ratios"].items()
+        ]
+        header = ("ratio", "of time, median (range)", "of processor time", "of FLOPs")
+        lines += [table(header, rows), ""]
         if found["loop_share"] is not None:
             lines += [f"Host work of the loop outside the step: {found['loop_share']:.2%} of a step.", ""]
     return "\n".join(lines)

@@ -43,7 +43,7 @@ def test_the_eager_baseline_computes_the_same_losses() -> None:
     wanted = ours(images, mask)
     reconstruction, difficulty = eager(images, mask)
     torch.testing.assert_close(reconstruction, wanted.reconstruction_loss)
-    assert float(difficulty) == pytest.approx(float(wanted.difficulty_loss), rel=1e-4)  # 1e-6 inside the logarithm
+    assert difficulty.item() == pytest.approx(wanted.difficulty_loss.item(), rel=1e-4)  # 1e-6 inside the logarithm
     everything = torch.zeros(3, 49, dtype=torch.bool)
     torch.testing.assert_close(eager.decode(images, everything)[1], ours.predict_loss(images), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(
