@@ -4,7 +4,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from fasthpm.cli import run_command
+from fasthpm.cli import run_rank
 from fasthpm.errors import UserError, nearest
 
 COMMANDS = {
@@ -37,7 +37,7 @@ def dispatch(argv: Sequence[str] | None) -> None:
 
 def main() -> None:
     """Entry point of the `fasthpm` script."""
-    run_command(dispatch)
+    run_rank(dispatch)  # most commands may be one rank of several
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from launch import run_ranks
 from torch import nn
 
 from fasthpm import engine
-from fasthpm.cli import run_command
+from fasthpm.cli import run_rank
 from fasthpm.errors import UserError
 from fasthpm.recipe import Recipe
 
@@ -255,4 +255,4 @@ def test_a_lost_rank_is_named_before_the_traceback(capsys: pytest.CaptureFixture
 
 
 if __name__ == "__main__":
-    run_command(main, sys.argv[1:])
+    run_rank(lambda _: main(sys.argv[1:]))

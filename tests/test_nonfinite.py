@@ -20,6 +20,7 @@ from torch import Tensor
 from fasthpm import engine, metrics, recipes
 from fasthpm import pretrain as job
 from fasthpm.checkpoint import newest_valid, read_state
+from fasthpm.cli import run_rank
 from fasthpm.errors import UserError
 from fasthpm.health import SPIKE_LEAST, SpikeDetector, first_not_finite
 from fasthpm.recipe import Recipe
@@ -50,8 +51,8 @@ SPOIL = [True]
 def spoiled(forward: Any) -> Any:
     """`Step.forward` that goes wrong at two updates."""
 
-    def run(self: Step, images: Tensor, ids: Tensor, step: Tensor, alpha: Tensor) -> StepOutput:
-        output = forward(self, images, ids, step, alpha)
+    def run(self: Step, images: Tensor, ids: Tensor, step: Tensor, *rest: Any) -> StepOutput:
+        output: StepOutput = forward(self, images, ids, step, *rest)
         place = int(step), int(torch.distributed.get_rank())
         if SPOIL[0] and place == (BAD_LOSS, 1):
             return StepOutput(output.loss * math.nan, output.metrics * math.nan, output.mask)
@@ -221,4 +222,4 @@ def test_spikes_reach_the_metrics(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 if __name__ == "__main__":
-    main()
+    run_rank(lambda _: main())

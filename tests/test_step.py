@@ -18,6 +18,7 @@ from small_teachers import TARGETS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fasthpm import engine, loss, recipes
+from fasthpm.cli import run_rank
 from fasthpm.data import DatasetInfo
 from fasthpm.errors import UserError
 from fasthpm.mask import POLICIES as MASK_POLICIES
@@ -356,4 +357,4 @@ def test_recipes_of_the_papers_have_the_papers_sizes() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_rank(lambda _: main())

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from fasthpm import engine as engines
 from fasthpm import shards
+from fasthpm.cli import run_rank
 from fasthpm.errors import UserError
 from fasthpm.recipe import Recipe
 from fasthpm.teacher import EMATeacher
@@ -351,4 +352,4 @@ def test_one_and_two_ranks_learn_the_same(measured: dict[int, Path]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    run_rank(lambda _: main(Path(sys.argv[1])))

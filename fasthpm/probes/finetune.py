@@ -673,6 +673,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from fasthpm.cli import run_command
+    from fasthpm.cli import run_rank
 
-    run_command(main)
+    run_rank(main)
