@@ -1,7 +1,12 @@
 """Fine-tuning, linear and online probes as commands: real loaders and engine, resuming, and what they refuse."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +15,7 @@ import pytest
 import timm.models
 import torch
 from data_fixtures import image_folder, picture, prepare
-from launch import check_ranks
+from launch import ROOT, check_ranks
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -58,6 +63,27 @@ def tuned(run: Path) -> Path:
     """A fine-tuning of `run` with everything on: mixing, erasing, drop path, RandAugment, an EMA that is tested."""
     start(finetune, run, *TUNE, *FLOAT32, "--preset", "mae", "--ema_decay", "0.5", "--crop_min", "0.5")
     return run / "finetune"
+
+
+def test_a_signal_to_the_whole_group_saves_and_ends_well(run: Path, tmp_path: Path) -> None:
+    """SLURM signals every process of a job, those that augment too."""
+    out = tmp_path / "ft"
+    flags = ("--train_path", "synthetic:160", "--val_path", "synthetic:40", "--epochs", "100", "--num_workers", "2")
+    sizes = ("--batch_size", "16", "--global_batch_size", "16", "--output_dir", out, "--log_every", "1", *FLOAT32)
+    command = [sys.executable, "-m", "fasthpm", "finetune", *map(str, (run, *flags, *sizes))]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
+                          env={**os.environ, "DS_ACCELERATOR": "cpu"}, start_new_session=True) as process:  # fmt: skip
+        deadline = time.monotonic() + 120
+        while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").stat().st_size:
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGTERM)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert "preempted" in output
+    assert "Traceback" not in output
+    assert list((out / "checkpoints").glob("step-*"))
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -132,9 +132,9 @@ class AugmentedLoader:
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
-    for number in (signal.SIGINT, signal.SIGUSR1):
+    """Terminals and SLURM signal whole groups of processes; a worker ends when the parent says so, or is gone."""
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _collate(samples: list[tuple[Tensor, int, int, bool]]) -> Batch:
