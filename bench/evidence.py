@@ -283,17 +283,21 @@ def write_tables(arguments: argparse.Namespace, runs: Sequence[dict[str, Any]]) 
         "settings": settings_of(arguments), "machine": machine(), "data": file_hash(arguments.data / "train.beton"),
         "summary": summarise(runs), "runs": list(runs),
     }  # fmt: skip
-    for path, text in (
-        (arguments.output, json.dumps(result, indent=2) + "\n"),
-        (arguments.output.with_suffix(".md"), markdown(result)),
-    ):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".writing-{path.name}")
-        aside.write_text(text)
-        aside.rename(path)
+    write_both(arguments.output, result, markdown(result))
 
 
-def start(arguments: argparse.Namespace, argv: Sequence[str], method: str, seed: int) -> None:
+def write_both(path: Path, result: dict[str, Any], text: str) -> None:
+    """The JSON `path` and the Markdown beside it, each replaced as a whole."""
+    for target, content in ((path, json.dumps(result, indent=2) + "\n"), (path.with_suffix(".md"), text)):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        aside = target.with_name(f".writing-{target.name}")
+        aside.write_text(content)
+        aside.rename(target)
+
+
+def start(
+    arguments: argparse.Namespace, argv: Sequence[str], method: str, seed: int, module: str = "bench.evidence"
+) -> None:
     """Run one cell in a process of its own, its output in RUN/log.txt. **Raises:** `UserError` if it fails."""
     out = folder_of(arguments, method, seed)
     out.mkdir(parents=True, exist_ok=True)
@@ -301,7 +305,7 @@ def start(arguments: argparse.Namespace, argv: Sequence[str], method: str, seed:
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONWARNINGS": "ignore"}
     if not torch.cuda.is_available():
         environment["DS_ACCELERATOR"] = "cpu"
-    command = [sys.executable, "-m", "bench.evidence", *argv, "--one", f"{method}:{seed}"]
+    command = [sys.executable, "-m", module, *argv, "--one", f"{method}:{seed}"]
     with (out / "log.txt").open("ab") as log:
         status = subprocess.run(command, env=environment, stdout=log, stderr=log, check=False).returncode
     if status:

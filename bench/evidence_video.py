@@ -13,8 +13,6 @@ train a multinomial logistic regression on standardised features.
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -26,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.common import machine, say, table, write_json
-from bench.evidence import last_metrics, linear_accuracy, summary_of
+from bench.evidence import folder_of, last_metrics, linear_accuracy, start, summary_of, write_both
 from fasthpm.checkpoint import load_weights
 from fasthpm.cli import Parser, run_command
 from fasthpm.data import build_loader
@@ -175,35 +173,7 @@ def write_tables(arguments: argparse.Namespace, runs: Sequence[dict[str, Any]]) 
         "settings": settings_of(arguments), "machine": machine(), "data": made, "summary": summarise(runs),
         "runs": list(runs),
     }  # fmt: skip
-    for path, text in (
-        (arguments.output, json.dumps(result, indent=2) + "\n"),
-        (arguments.output.with_suffix(".md"), markdown(result)),
-    ):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".writing-{path.name}")
-        aside.write_text(text)
-        aside.rename(path)
-
-
-def start(arguments: argparse.Namespace, argv: Sequence[str], method: str, seed: int) -> None:
-    """Run one cell in a process of its own, its output in RUN/log.txt. **Raises:** `UserError` if it fails."""
-    out = folder_of(arguments, method, seed)
-    out.mkdir(parents=True, exist_ok=True)
-    threads = str(arguments.threads)
-    environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONWARNINGS": "ignore"}
-    if not torch.cuda.is_available():
-        environment["DS_ACCELERATOR"] = "cpu"
-    command = [sys.executable, "-m", "bench.evidence_video", *argv, "--one", f"{method}:{seed}"]
-    with (out / "log.txt").open("ab") as log:
-        status = subprocess.run(command, env=environment, stdout=log, stderr=log, check=False).returncode
-    if status:
-        last = [line for line in (out / "log.txt").read_text(errors="replace").splitlines() if line.strip()][-1:]
-        raise UserError(f"{method}, seed {seed} failed with status {status} ({' '.join(last)}); see {out / 'log.txt'}")
-
-
-def folder_of(arguments: argparse.Namespace, method: str, seed: int) -> Path:
-    """Where one cell's run lives."""
-    return Path(arguments.work) / f"{method}-seed{seed}"
+    write_both(arguments.output, result, markdown(result))
 
 
 def build_parser() -> Parser:
@@ -242,7 +212,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for number, (method, seed) in enumerate(cells, 1):
         out = folder_of(arguments, method, seed)
         if finished(arguments, out) is None:
-            start(arguments, given, method, seed)
+            start(arguments, given, method, seed, "bench.evidence_video")
         result = finished(arguments, out)
         assert result is not None
         runs.append(result)
