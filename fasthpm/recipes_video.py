@@ -141,6 +141,8 @@ def videomae_vit_large_k400_1600e() -> Recipe:
 def hpm_video_demo() -> Recipe:
     """HPM on moving Fashion-MNIST garments, a nano video ViT: minutes on two CPU cores (`make video_demo`).
 
+    Ours: k-NN on 8 classes of motion 52.5, untrained 26.5.
+
     deepspeed --module fasthpm.pretrain --recipe hpm_video_demo --data_path data/moving/train --output_dir runs/video
 
     Everything but the method is [ours]: 4 frames of 24 x 24 raw pixels, 0.6 masked; tubelets of one frame, so that no
