@@ -251,14 +251,14 @@ def test_an_exception_in_the_loop_stops_the_thread(make):
 
 
 def test_twenty_epochs_take_no_more_memory_than_a_few(make):
-    """A batch has 0.5 MB, so keeping one in four would show."""
+    """A batch has 0.5 MB, so keeping one in four would show. DALI's own pools grow for some ten epochs, then stay."""
     process, sizes = psutil.Process(), []
     children = process.children()
     loader = make(image_size=(200, 200))
-    for epoch in range(23):
+    for epoch in range(33):
         for batch in loader:
             assert batch.images.shape[-3:-1] == (200, 200)
-        if epoch in (2, 22):
+        if epoch in (12, 32):
             gc.collect()
             sizes.append(process.memory_info().rss)
     loader.close()

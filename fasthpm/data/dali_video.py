@@ -8,6 +8,7 @@ and cannot draw one per video and epoch from a seed.
 
 import contextlib
 import importlib
+from abc import abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -63,13 +64,13 @@ class DaliLoader(ClipLoader):
         """How many inputs of the pipeline make a clip."""
         return 1
 
+    @abstractmethod
     def _outputs(self) -> Any:
         """What the pipeline makes of its inputs: uint8 [T, H, W, C] or [H, W, C] per sample."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _inputs(self, ids: Array, crops: Array) -> dict[str, Any]:
         """What it is fed for these clips."""
-        raise NotImplementedError
 
     # ---------------------------------------------------------------------------------------------- running
     def _empty(self, count: int, pin: bool = False) -> Tensor:
