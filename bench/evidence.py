@@ -18,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -210,20 +210,22 @@ def summary_of(values: Sequence[float]) -> dict[str, float]:
     return {"mean": statistics.fmean(values), "std": spread, "low": min(values), "high": max(values)}
 
 
-def summarise(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """{method: {probe: summary, "seeds": …, "gain": {probe: summary of the differences to `BASELINE`, by seed}}}."""
+def summarise(
+    runs: Sequence[dict[str, Any]], titles: Iterable[str], probes: Sequence[str], baseline: str
+) -> dict[str, Any]:
+    """{method: {probe: summary, "seeds": …, "gain": {probe: summary of the differences to `baseline`, by seed}}}."""
     found: dict[str, dict[int, dict[str, float]]] = {}
     for run in runs:
         found.setdefault(run["method"], {})[run["seed"]] = run["probes"]
         if "untrained" in run:
             found.setdefault("untrained", {})[run["seed"]] = run["untrained"]
-    base, table_rows = found.get(BASELINE, {}), {}
-    for method in (name for name in TITLES if name in found):
+    base, table_rows = found.get(baseline, {}), {}
+    for method in (name for name in titles if name in found):
         seeds = found[method]
-        row: dict[str, Any] = {p: summary_of([values[p] for values in seeds.values()]) for p in PROBES}
+        row: dict[str, Any] = {p: summary_of([values[p] for values in seeds.values()]) for p in probes}
         paired = sorted(set(seeds) & set(base))
         if paired:
-            row["gain"] = {p: summary_of([seeds[s][p] - base[s][p] for s in paired]) for p in PROBES}
+            row["gain"] = {p: summary_of([seeds[s][p] - base[s][p] for s in paired]) for p in probes}
         table_rows[method] = {**row, "seeds": sorted(seeds)}
     return table_rows
 
@@ -281,7 +283,7 @@ def write_tables(arguments: argparse.Namespace, runs: Sequence[dict[str, Any]]) 
     """JSON and Markdown of the runs that are there, each replaced as a whole."""
     result = {
         "settings": settings_of(arguments), "machine": machine(), "data": file_hash(arguments.data / "train.beton"),
-        "summary": summarise(runs), "runs": list(runs),
+        "summary": summarise(runs, TITLES, PROBES, BASELINE), "runs": list(runs),
     }  # fmt: skip
     write_both(arguments.output, result, markdown(result))
 

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.common import machine, say, table, write_json
-from bench.evidence import folder_of, last_metrics, linear_accuracy, start, summary_of, write_both
+from bench.evidence import folder_of, last_metrics, linear_accuracy, start, summarise, write_both
 from fasthpm.checkpoint import load_weights
 from fasthpm.cli import Parser, run_command
 from fasthpm.data import build_loader
@@ -129,24 +129,6 @@ def finished(arguments: argparse.Namespace, out: Path) -> dict[str, Any] | None:
     return result
 
 
-def summarise(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """{method: {probe: summary, "seeds": …, "gain": {probe: summary of the differences to `BASELINE`, by seed}}}."""
-    found: dict[str, dict[int, dict[str, float]]] = {}
-    for run in runs:
-        found.setdefault(run["method"], {})[run["seed"]] = run["probes"]
-        if "untrained" in run:
-            found.setdefault("untrained", {})[run["seed"]] = run["untrained"]
-    base, rows = found.get(BASELINE, {}), {}
-    for method in (name for name in TITLES if name in found):
-        seeds = found[method]
-        row: dict[str, Any] = {p: summary_of([values[p] for values in seeds.values()]) for p in PROBES}
-        paired = sorted(set(seeds) & set(base))
-        if paired:
-            row["gain"] = {p: summary_of([seeds[s][p] - base[s][p] for s in paired]) for p in PROBES}
-        rows[method] = {**row, "seeds": sorted(seeds)}
-    return rows
-
-
 def markdown(result: dict[str, Any]) -> str:
     """The table, as it stands in `results/`."""
     settings, rows = result["settings"], []
@@ -170,8 +152,8 @@ def write_tables(arguments: argparse.Namespace, runs: Sequence[dict[str, Any]]) 
     """JSON and Markdown of the runs that are there, each replaced as a whole."""
     made = json.loads((arguments.data / "made.json").read_text()) if (arguments.data / "made.json").is_file() else {}
     result = {
-        "settings": settings_of(arguments), "machine": machine(), "data": made, "summary": summarise(runs),
-        "runs": list(runs),
+        "settings": settings_of(arguments), "machine": machine(), "data": made,
+        "summary": summarise(runs, TITLES, PROBES, BASELINE), "runs": list(runs),
     }  # fmt: skip
     write_both(arguments.output, result, markdown(result))
 

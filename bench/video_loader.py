@@ -16,8 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.common import files_in, machine, ratios, say, show, spread, table, work_folder, write_json
-from bench.variants import Spec, Taken, Variant, started
+from bench.common import files_in, machine, ratios, show, spread, table, work_folder, write_json
+from bench.loader import measure
+from bench.variants import Spec, Taken, started
 from data_prep import videos
 from data_prep.ffmpeg import check_tools
 from fasthpm.cli import Parser, run_command
@@ -64,19 +65,6 @@ def prepared_set(files: Path, work: Path, stride: int, workers: int) -> Path:
     out = work / f"stride{stride}"
     videos.main([str(files), str(out), "--frame_stride", str(stride), "--num_workers", str(workers)])
     return out
-
-
-def measure(variants: list[Variant], rounds: int) -> dict[str, list[Taken]]:
-    """All variants in turn, beginning with another one each round; a first round is not counted."""
-    taken: dict[str, list[Taken]] = {variant.spec.name: [] for variant in variants}
-    for number in range(rounds + 1):
-        first = number % len(variants)
-        for variant in variants[first:] + variants[:first]:
-            one = variant.measure(number)
-            if number:
-                taken[variant.spec.name].append(one)
-        say(f"round {number} of {rounds}{'' if number else ' (warm-up, not counted)'}")
-    return taken
 
 
 def summarise(taken: dict[str, list[Taken]], workers: int) -> dict[str, Any]:

@@ -130,7 +130,7 @@ def test_evidence_summary_is_paired_by_seed() -> None:
 
     cells = (("random", 0, 50.0), ("random", 1, 60.0), ("hpm", 0, 52.0), ("hpm", 1, 61.0))
     runs = [{"method": name, "seed": seed, "probes": dict.fromkeys(evidence.PROBES, x)} for name, seed, x in cells]
-    summary = evidence.summarise(runs)
+    summary = evidence.summarise(runs, evidence.TITLES, evidence.PROBES, evidence.BASELINE)
     assert summary["hpm"]["knn_mean"]["mean"] == 56.5
     assert summary["hpm"]["gain"]["knn_mean"] == {"mean": 1.5, "std": pytest.approx(0.5**0.5), "low": 1.0, "high": 2.0}
     assert evidence.ordering(summary, "knn_mean") == "random < hpm"
