@@ -140,7 +140,7 @@ class FineTune:
         for name, (good, what) in expected.items():
             if not good:
                 raise UserError(f"{name} is {getattr(self, name)!r}, expected {what}")
-        if self.mixes and self.batch_size * self.num_sample % 2:
+        if self.mixes and not self.evaluate and self.batch_size * self.num_sample % 2:
             raise UserError(f"batch_size is {self.batch_size}, and mixup and cutmix pair images; use an even number")
 
     @property
