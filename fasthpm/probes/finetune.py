@@ -174,7 +174,7 @@ VIDEO = {  # VideoMAE's paper and released scripts, of 64 GPUs
 BY_VIDEOS = {
     "k400": {**VIDEO, "epochs": 100, "blr": 1e-3, "flip": True, "test_views": "5x3"},
     "ssv2": {**VIDEO, "epochs": 50, "blr": 5e-4, "flip": False, "frame_sampling": "segments", "test_views": "2x3"},
-    "small": {**SMALL, "epochs": 30, "warmup_epochs": 3.0, "global_batch_size": 64, "batch_size": 64},
+    "small": {**SMALL, "epochs": 30, "warmup_epochs": 1.0, "global_batch_size": 64, "batch_size": 64},
 }  # fmt: skip
 LARGE_K400 = {"epochs": 35, "global_batch_size": 128, "blr": 2e-3, "batch_size": 2}  # the released script for ViT-L
 SCRATCH = {"layer_decay": 1.0}  # no layer knows anything yet
