@@ -104,6 +104,7 @@ def run_one(arguments: argparse.Namespace, method: str, seed: int, out: Path) ->
 
     begin, begin_cpu = time.perf_counter(), time.process_time()
     pretrain.main(train_flags(arguments, method, seed, out))
+    check_complete(arguments, out)
     trained, trained_cpu = time.perf_counter(), time.process_time()
     result = {
         "method": method, "seed": seed, "settings": settings_of(arguments), "probes": probe(arguments, out, "student"),
@@ -115,6 +116,13 @@ def run_one(arguments: argparse.Namespace, method: str, seed: int, out: Path) ->
     aside = out / f".writing-{RESULT}"
     write_json(aside, result)
     aside.rename(out / RESULT)
+
+
+def check_complete(arguments: argparse.Namespace, out: Path) -> None:
+    """**Raises:** `UserError` if training was told to stop before its end, which saves and returns like the end."""
+    updates, done = arguments.epochs * arguments.steps_per_epoch, int(last_metrics(out)["step"])
+    if done < updates:
+        raise UserError(f"{out} was stopped after {done} of {updates} updates; the same command continues")
 
 
 def last_metrics(out: Path) -> dict[str, float]:

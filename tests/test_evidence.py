@@ -1,5 +1,7 @@
 """The evidence benches' fine-tune column: the same images, one command, read when it is there."""
 
+import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,14 @@ def test_evidence_has_a_finetune_column_where_asked() -> None:
     assert "- finetune: random < hpm" in text
     assert "Fine-tune: 2 epochs" in text
     assert "Fine-tune: " not in evidence.markdown({"summary": summary, "settings": {**settings, evidence.FINETUNE: 0}})
+
+
+def test_a_run_that_was_stopped_early_is_no_evidence(tmp_path: Path) -> None:
+    names = ("step", "reconstruction_loss", "difficulty_loss", "spearman", "teacher_spearman")
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(dict.fromkeys(names, 5)) + "\n")
+    evidence.check_complete(argparse.Namespace(epochs=1, steps_per_epoch=5), tmp_path)
+    with pytest.raises(UserError, match="stopped after 5 of 6 updates"):
+        evidence.check_complete(argparse.Namespace(epochs=2, steps_per_epoch=3), tmp_path)
 
 
 def test_finetuning_of_the_evidence_takes_the_banks_images(tmp_path: Path) -> None:
