@@ -44,7 +44,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "argmin": {"mask_policy": "hpm_easiest"},
     "hard_to_easy": {"alpha_start": 0.5, "alpha_end": 0.0},
     "all_hard": {"alpha_start": 1.0, "alpha_end": 1.0},
-    "hpm_fast": {"teacher_maps": True, "map_refresh_epochs": 2, "predictor": "shared", "decoder_attention": "cross"},
+    "hpm_fast": {"teacher_maps": True, "map_refresh_epochs": 10, "predictor": "shared", "decoder_attention": "cross"},
 }
 TITLES = {
     "untrained": "untrained encoder",
