@@ -203,9 +203,7 @@ def test_wrong_configurations_are_one_line(tmp_path: Path, config: object, messa
 def test_float32_without_zero_cannot_skip_updates(tmp_path: Path) -> None:
     stage = {"zero_optimization": {"stage": 0}}
     assert merged(tmp_path, stage, on_nonfinite="rollback")["zero_optimization"] == {"stage": 0}
-    with pytest.raises(
-        UserError, match="does not look at gradients before it uses them, but the recipe's on_nonfinite"
-    ):
+    with pytest.raises(UserError, match="does not look at gradients before it uses them"):
         merged(tmp_path, stage, on_nonfinite="skip")
 
 
