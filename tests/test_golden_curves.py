@@ -3,7 +3,8 @@
 A speed-up must not change them. On the machine that wrote them they repeat to a few units in the last place; another
 CPU rounds otherwise, masks may then flip between patches of almost equal difficulty, and the curves part slowly:
 TOLERANCE is for that. The curves alone are blind to a loss whose gradient is a little too long: clipping and AdamW take
-a common factor out again. So both losses' own gradients are kept too, at a few updates. `python tests/test_golden_curves.py` writes them anew, which a change of method alone justifies.
+a common factor out again. So the norms of both losses' own gradients are kept too, at a few updates.
+`python tests/test_golden_curves.py` writes them anew, which a change of method alone justifies.
 """
 
 import dataclasses
