@@ -77,9 +77,9 @@ def probe(path: str) -> Stream:
     command = ["ffprobe", "-v", "error", "-protocol_whitelist", "file", "-max_pixels", str(MAX_PIXELS)]
     command += ["-of", "json", "-show_streams", "-show_format"]
     done = subprocess.run([*command, f"file:{path}"], capture_output=True, timeout=PROBE_SECONDS, process_group=0)
-    found = json.loads(done.stdout or b"{}")
     if TOO_LARGE in done.stderr:
         raise ValueError(f"its pictures have more than {MAX_PIXELS} pixels; shrink it first")
+    found = json.loads(done.stdout or b"{}")
     if done.returncode or not found.get("streams"):
         raise ValueError(f"ffprobe cannot read it ({_plain_words(done.stderr)})")
     if found["format"].get("format_name", "").endswith(("image2", "_pipe")):
