@@ -41,7 +41,7 @@ SIZES = {
     "base": "vit_base_patch16_224", "large": "vit_large_patch16_224", "huge": "vit_huge_patch14_224",
     "nano": "vit_nano_patch4_28",
 }  # fmt: skip
-CONFIGS = {"fp32": "ds_configs/zero1_fp32.json", "bf16": "ds_configs/zero1_bf16.json"}
+CONFIGS = {"fp32": "ds_configs/zero0_fp32.json", "bf16": "ds_configs/zero1_bf16.json"}
 VARIANTS = ("mae", "hpm", "hpm_fast", "eager_mae", "eager_hpm")
 FAST: dict[str, Any] = {
     "predictor": "shared", "decoder_attention": "cross", "teacher_maps": True,

@@ -143,10 +143,21 @@ def timeout(env: Mapping[str, str] = os.environ) -> timedelta:
     return timedelta(minutes=minutes)
 
 
+def threads(local_world_size: int, cores: int, env: Mapping[str, str] = os.environ) -> int:
+    """Threads of a rank on the CPU: its share of the cores, or what OMP_NUM_THREADS says to a process alone.
+
+    Beside other ranks that variable is the launcher's (torchrun writes 1 into it), not the user's.
+    """
+    wanted = env.get("OMP_NUM_THREADS", "")
+    if local_world_size == 1 and wanted.isdecimal() and int(wanted):
+        return int(wanted)
+    return max(1, cores // local_world_size)
+
+
 def _device(accelerator: str, local_rank: int, local_world_size: int) -> torch.device:
     """This rank's GPU; or the CPU, whose cores the ranks of this machine share."""
     if accelerator == "cpu":
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
+        torch.set_num_threads(threads(local_world_size, len(os.sched_getaffinity(0))))
         return torch.device("cpu")
     if accelerator != "cuda":
         raise UserError(
@@ -287,6 +298,11 @@ def merge_config(path: str | Path, recipe: Recipe, world_size: int) -> dict[str,
         config.setdefault("data_types", {}).setdefault("buffer_dtype", "bf16")
         if recipe.on_nonfinite == "skip":
             _check_gradients(config["bf16"], str(path))
+    elif recipe.on_nonfinite == "skip" and not _stage(config):
+        raise UserError(
+            f"{path}: ZeRO stage 0 in float32 does not look at gradients before it uses them, but the recipe's "
+            f"on_nonfinite is 'skip'; use stage 1, or --on_nonfinite rollback"
+        )
     return config
 
 
@@ -334,17 +350,20 @@ def _check_block(block: str, value: Any, known: tuple[str, ...], path: str) -> N
 
 
 def _check_stage(config: dict[str, Any], path: str) -> None:
-    stage = config.get("zero_optimization", {}).get("stage", 0)
+    stage = _stage(config)
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         raise UserError(f"{path}: zero_optimization.stage is {stage!r}, expected 0, 1, 2 or 3")
-    if stage == 0 and not _uses_bf16(config):
-        raise UserError(f"{path}: ZeRO stage 0 without bf16 has no float32 masters of its own; use stage 1 for float32")
     accumulation = config.get("data_types", {}).get("grad_accum_dtype")
-    if stage == 0 and accumulation not in (None, "bf16"):
+    own = "bf16" if _uses_bf16(config) else "fp32"
+    if stage == 0 and accumulation not in (None, own):
         raise UserError(
-            f"{path}: data_types.grad_accum_dtype is {accumulation!r}, but ZeRO stage 0 accumulates in bf16; "
+            f"{path}: data_types.grad_accum_dtype is {accumulation!r}, but ZeRO stage 0 accumulates in {own} here; "
             f"remove it, or use stage 1"
         )
+
+
+def _stage(config: dict[str, Any]) -> Any:
+    return config.get("zero_optimization", {}).get("stage", 0)
 
 
 def _uses_bf16(config: dict[str, Any]) -> bool:
@@ -398,8 +417,35 @@ def build_engine(
             model=step_module, optimizer=optimizer, config=copy.deepcopy(config), dist_init_required=False
         )
     MasterLayout(engine).create_optimizer_state()
+    if engine.optimizer is optimizer:
+        _clip_by_ourselves(engine, recipe.clip_grad)
+    if launch.world_size == 1:
+        _do_not_reduce(engine)
     set_lr(engine, recipe.lr)
     return engine
+
+
+def _clip_by_ourselves(engine: Any, limit: float) -> None:
+    """Clip the gradients of ZeRO 0 in float32 as the other stages do, and keep their norm, which DeepSpeed forgets."""
+
+    def clip(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        norm = nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
+        if limit and (norm.device.type != "cpu" or norm > limit):  # a GPU would have to be waited for
+            nn.utils.clip_grads_with_norm_(weights, limit, norm)
+        optimizer._global_grad_norm = norm  # type: ignore[attr-defined]  # where the engine looks for it
+
+    engine.optimizer.register_step_pre_hook(clip)
+    engine.clip_fp32_gradients = lambda: None
+
+
+def _do_not_reduce(engine: Any) -> None:
+    """One rank alone has nothing to reduce, but DeepSpeed would copy all gradients into a bucket and back.
+
+    Only ZeRO 2, 3 and the float32 form of ZeRO 1 gather the gradients for their optimizer on that way.
+    """
+    if engine.zero_optimization_stage() < 2 and not hasattr(engine.optimizer, "reduce_gradients"):
+        engine.enable_backward_allreduce = False
 
 
 @contextmanager

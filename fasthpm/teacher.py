@@ -37,7 +37,9 @@ class EMATeacher(Generic[Module]):
         missing = set(weights) - {slot.name for group in self.layout.groups for slot in group.slots}
         if missing:
             raise ValueError(f"the student has no trainable {min(missing)}; teacher and student must be alike")
-        self._copies = {id(group.master): _Copy(group, weights) for group in self.layout.groups}
+        self._copies = {
+            id(group.master): _Copy(group, weights, self._state(group.master)[EMA]) for group in self.layout.groups
+        }
         self.layout.optimizer.register_step_post_hook(self._after_step)
         self.refresh()
 
@@ -59,7 +61,10 @@ class EMATeacher(Generic[Module]):
             self._publish(masters)
 
     def _publish(self, masters: list[Tensor]) -> None:
+        masters = [master for master in masters if not self._copies[id(master)].is_average]
         copies = [self._copies[id(master)] for master in masters]
+        if not copies:
+            return
         gathered = [copy.buffer() for copy in copies]
         shards = [copy.group.shard_of(full) for copy, full in zip(copies, gathered, strict=True)]
         torch._foreach_copy_(shards, [self._state(master)[EMA].view(-1) for master in masters])
@@ -73,14 +78,18 @@ class EMATeacher(Generic[Module]):
 
 
 class _Copy:
-    """The teacher's share of one group: its weights are views of one gathered buffer, unless the group is striped."""
+    """The teacher's share of one group: its weights are views of one gathered buffer, unless the group is striped.
 
-    def __init__(self, group: Group, weights: dict[str, nn.Parameter]) -> None:
+    That buffer is the average itself where this rank holds all of it in the forward dtype.
+    """
+
+    def __init__(self, group: Group, weights: dict[str, nn.Parameter], average: Tensor) -> None:
         self.group = group
         self._stripes: list[tuple[Slot, Tensor]] = []
         self._full: Tensor | None = None
+        self.is_average = group.shards == 1 and group.dtype == average.dtype and not group.slots[0].stripe
         if not group.slots[0].stripe:
-            self._full = self._empty(group.numel)
+            self._full = average.view(-1) if self.is_average else self._empty(group.numel)
         for slot in group.slots:
             weight = weights.get(slot.name)
             if weight is not None:

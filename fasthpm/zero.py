@@ -2,7 +2,7 @@
 
 With W ranks and one AdamW parameter group at a time, there are three layouts:
 
-- whole: every rank holds every master, parameter by parameter (ZeRO 0);
+- whole: every rank holds every master, parameter by parameter (ZeRO 0; in float32 the weights are their own masters);
 - flat: the group's parameters laid end to end, padded, and cut into W equal shards (ZeRO 1 and 2);
 - striped: each parameter padded and cut into W stripes; a rank's shard is its stripes end to end (ZeRO 3).
 
@@ -160,6 +160,8 @@ class MasterLayout:
     # ---------------------------------------------------------------------------------------------- private layouts
     def _publish_whole(self) -> None:
         wrapper = self._engine.optimizer
+        if wrapper is self.optimizer:
+            return
         for weights, masters in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True):
             torch._foreach_copy_([weight.data for weight in weights], [master.detach() for master in masters])
 
@@ -187,8 +189,11 @@ class MasterLayout:
         return [self._whole_groups, self._flat_groups, self._flat_groups, self._striped_groups][stage]()
 
     def _whole_groups(self) -> list[Group]:
-        """FP16_UnfusedOptimizer, which also serves bfloat16."""
+        """FP16_UnfusedOptimizer, which also serves bfloat16; the client's optimizer itself in float32."""
         wrapper = self._engine.optimizer
+        if wrapper is self.optimizer:
+            weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
+            return [Group(w, w.dtype, (Slot(self._names[id(w)], w.shape, 0, 0),), shards=1, index=0) for w in weights]
         pairs = [
             pair
             for weights, masters in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True)

@@ -124,6 +124,14 @@ def test_impossible_places_are_refused(env: dict[str, str], message: str) -> Non
         engine._place(env)
 
 
+def test_ranks_share_the_cores_and_a_process_alone_obeys_the_user() -> None:
+    assert engine.threads(1, 8, {}) == 8
+    assert engine.threads(2, 8, {"OMP_NUM_THREADS": "1"}) == 4  # torchrun's word, not the user's
+    assert engine.threads(4, 2, {}) == 1
+    assert engine.threads(1, 8, {"OMP_NUM_THREADS": "3"}) == 3
+    assert engine.threads(1, 8, {"OMP_NUM_THREADS": "4,2"}) == 8
+
+
 def test_timeout_is_minutes() -> None:
     assert engine.timeout({}) == timedelta(minutes=engine.DEFAULT_TIMEOUT_MINUTES)
     assert engine.timeout({engine.TIMEOUT: "0.5"}) == timedelta(seconds=30)
@@ -185,7 +193,7 @@ def test_a_literal_passes_only_if_it_agrees(
         ({"zero_optimization": 2}, "expected an object"),
         ({"zero_optimization": {"stage": 1, "reduce_buckets_size": 1}}, "did you mean 'reduce_bucket_size'"),
         ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "offload is not supported"),
-        ({"zero_optimization": {"stage": 0}}, "stage 0 without bf16"),
+        ({"zero_optimization": {"stage": 0}, "data_types": {"grad_accum_dtype": "bf16"}}, "accumulates in fp32 here"),
         ({"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}, "accumulates in bf16"),
         ({"train_batch_size": 64}, "train_batch_size is 64, but the recipe's global_batch_size is 16"),
         ({"gradient_clipping": "1.0", "zero_optimization": {"stage": 1}}, "gradient_clipping is '1.0'"),
@@ -198,6 +206,13 @@ def test_wrong_configurations_are_one_line(tmp_path: Path, config: object, messa
         merged(tmp_path, config)
     assert "deepspeed.json" in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_float32_without_zero_cannot_skip_updates(tmp_path: Path) -> None:
+    stage = {"zero_optimization": {"stage": 0}}
+    assert merged(tmp_path, stage, on_nonfinite="rollback")["zero_optimization"] == {"stage": 0}
+    with pytest.raises(UserError, match="does not look at gradients before it uses them"):
+        merged(tmp_path, stage, on_nonfinite="skip")
 
 
 def test_a_missing_configuration_is_named() -> None:

@@ -30,6 +30,7 @@ from fasthpm.zero import Group, MasterLayout, Slot, _common_elements, full_state
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, CHECKPOINT_STEP = 20, 10
 STATES = ("master", "ema", "exp_avg", "exp_avg_sq")
+PAIRED = [f"{name}-{ranks}" for name in ("zero0_fp32", "zero1_fp32", "zero1_bf16", "zero2_bf16") for ranks in (1, 2)]
 BF16 = {"bf16": {"enabled": True}}
 AUTO = dict.fromkeys(("train_batch_size", "gradient_clipping"), "auto")
 # The shipped presets, and two further layouts and options that users may choose.
@@ -347,9 +348,18 @@ def test_two_ranks_took_over_what_one_has_saved(measured: dict[int, Path]) -> No
 
 
 def test_one_and_two_ranks_learn_the_same(measured: dict[int, Path]) -> None:
-    for config, tolerance in (("zero1_fp32", 1e-4), ("zero2_bf16", 1e-2)):
-        one, two = (torch.load(measured[ranks] / f"{config}-{ranks}" / "masters.pt") for ranks in (1, 2))
+    """One rank reduces no gradients (ZeRO 0, and 1 in bf16); two do."""
+    learnt = {name: torch.load(measured[int(name[-1])] / name / "masters.pt") for name in PAIRED}
+    for config, tolerance in (("zero0_fp32", 1e-4), ("zero1_fp32", 1e-4), ("zero1_bf16", 1e-2), ("zero2_bf16", 1e-2)):
+        one, two = (learnt[f"{config}-{ranks}"] for ranks in (1, 2))
         assert distance(one, to_double(two)) < tolerance
+    assert distance(learnt["zero0_fp32-1"], to_double(learnt["zero1_fp32-1"])) < 1e-5
+
+
+def test_float32_without_zero_clips_as_zero_does(measured: dict[int, Path]) -> None:
+    """The norm is above the limit of 0.5, and both have learnt the same (above)."""
+    norms = [of_ranks((1, measured[1]), config)[0]["grad_norm"] for config in ("zero0_fp32", "zero1_fp32")]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
 
 
 if __name__ == "__main__":
