@@ -107,6 +107,7 @@ def be_rank(request: dict[str, Any], rank: int) -> None:
     for number in PASSED_ON:
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.clear()
     os.environ.update(request["env"])
     if request["ranks"] > 1:
         os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank)})

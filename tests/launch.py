@@ -96,9 +96,7 @@ def _start(
         return Forked(str(target), list(map(str, arguments)), ranks, env or {})  # type: ignore[return-value]
     launcher = "torchrun" if launcher == "forked" else launcher
     command = [sys.executable, *_launcher(launcher, ranks), *_target(launcher, target), *map(str, arguments)]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT), **(env or {})}
-    for name in PLACE:
-        environment.pop(name, None)
+    environment = {**_environment(), **(env or {})}
     if torch.cuda.device_count() < ranks:
         environment["DS_ACCELERATOR"] = "cpu"
     return subprocess.Popen(
@@ -118,7 +116,7 @@ class Forked:
         self._status, writing = os.pipe()
         place = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
                  "MASTER_PORT": str(free_port())}  # fmt: skip
-        environment = {**(place if ranks > 1 else {}), **env}
+        environment = {**_environment(), "DS_ACCELERATOR": "cpu", **(place if ranks > 1 else {}), **env}
         request = {"target": target, "arguments": arguments, "ranks": ranks, "env": environment}
         server = forking_process()
         socket.send_fds(server, [json.dumps(request).encode()], [self._output.fileno(), writing])
@@ -160,14 +158,11 @@ class Forked:
 def forking_process() -> socket.socket:
     """Where to ask for forked ranks; the process behind it ends with this one."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
-    for name in PLACE:
-        environment.pop(name, None)
     program = Path(__file__).with_name("forking.py")
     with theirs:
         process = subprocess.Popen(
-            [sys.executable, str(program), str(theirs.fileno())], cwd=ROOT, env=environment,
-            pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
+            [sys.executable, str(program), str(theirs.fileno())], cwd=ROOT,
+            env={**_environment(), "DS_ACCELERATOR": "cpu"}, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
         )  # fmt: skip
     atexit.register(process.wait)
     atexit.register(ours.close)
@@ -179,6 +174,12 @@ def check_ranks(target: str | Path, *arguments: object, **options: object) -> st
     finished = run_ranks(target, *arguments, **options)  # type: ignore[arg-type]
     assert finished.status == 0, finished.output
     return finished.output
+
+
+def _environment() -> dict[str, str]:
+    """Ours, without a place among ranks."""
+    ours = {name: value for name, value in os.environ.items() if name not in PLACE}
+    return {**ours, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}
 
 
 def _launcher(name: str, ranks: int) -> Sequence[str]:
