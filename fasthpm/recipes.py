@@ -259,7 +259,7 @@ def amt_mae_mask_only_vit_base_in1k_400e() -> Recipe:
 
 
 def amt_simmim_vit_base_in1k_200e() -> Recipe:
-    """AMT on SimMIM, ViT-B/16, ImageNet-1K, 200 epochs. Ours: not yet run.
+    """AMT on SimMIM, ViT-B/16, ImageNet-1K, 200 epochs. Paper: fine-tune 80.7 (SimMIM: 81.5). Ours: not yet run.
 
     [paper] 44 % masked and 26 % thrown away of units of 32 x 32 pixels; a unit weighs what its patches weigh.
     [released code] counts rounded up: 22 and 13 of 49 units; random masks of 60 % until the first maps (it then stops

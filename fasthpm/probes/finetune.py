@@ -164,7 +164,7 @@ SMALL = {
     "epochs": 5, "warmup_epochs": 0.5, "global_batch_size": 128, "blr": 1e-3, "layer_decay": 0.75, "mixup": 0.0,
     "cutmix": 0.0, "reprob": 0.0, "aa": "", "crop_min": 0.6, "drop_path": 0.0, "log_every": 50, "batch_size": 128,
 }  # fmt: skip
-BY_WIDTH = {  # MAE's FINETUNE.md, per model
+BY_WIDTH = {  # MAE's FINETUNE.md, per model (HPM's scripts: blr 5e-4, layer decay 0.8, drop path 0.1 for all)
     1024: {"epochs": 50, "blr": 1e-3, "layer_decay": 0.75, "drop_path": 0.2},
     1280: {"epochs": 50, "blr": 1e-3, "layer_decay": 0.75, "drop_path": 0.3},
 }

@@ -6,7 +6,8 @@
 Both train BatchNorm without weights followed by a linear layer, with random crops and flips and nothing else:
   mae   LARS (for its very large batch: slow on small sets), momentum 0.9, no weight decay,
         blr 0.1 x batch 16384 / 256, 90 epochs, 10 of warm-up, cosine
-  moco  SGD, momentum 0.9, no weight decay, blr 0.1 x batch 1024 / 256 (MoCo v3), 100 epochs as in HPM's paper, cosine
+  moco  SGD, momentum 0.9, no weight decay, blr 0.1 x batch 1024 / 256 (MoCo v3's default; its commands for ViTs, whose
+        features it does not normalise, say 3), 100 epochs as in HPM's paper, cosine
 --cache_features computes the features of the central crops once and trains on them: no augmentation, minutes instead
 of days, and usually a little lower. A killed or interrupted probe goes on with the same command.
 Of a video run: on clips, random in training and from the middle in tests, mirrored only where pretraining did.
