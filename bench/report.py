@@ -54,7 +54,7 @@ def origin(result: dict[str, Any]) -> str:
     made = result.get("versions") or result.get("machine") or {}
     names = ("device", "torch", "deepspeed", "python", "commit")
     parts = [f"{name} {made[name]}" for name in names if name in made]
-    told = ("size", "recipe", "batch_size", "threads", "rounds")
+    told = ("size", "frames", "recipe", "batch_size", "threads", "rounds")
     shape = [f"{name} {result[name]}" for name in told if isinstance(result.get(name), str | int)]
     return "; ".join([*shape, *parts])
 

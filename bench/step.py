@@ -1,13 +1,14 @@
 """Whole training steps, interleaved: exact HPM, its fast preset, MAE, and both as the published code is structured.
 
-    python -m bench.step [--size base] [--batch_size 8] [--precision fp32 bf16] [--rounds 5] [-o step.json]
+    python -m bench.step [--size base] [--video] [--batch_size 8] [--precision fp32 bf16] [--rounds 5] [-o step.json]
 
 A step is everything between two batches: normalisation, teacher, mask, student, backward, clipping, AdamW, EMA. Ours
 go through the DeepSpeed engine; `eager_mae` and `eager_hpm` are `bench.baselines`. The variants take turns within a
 round, so drift and noise hit all alike, and a ratio is the median of the rounds' ratios.
 
 `hpm_fast` reads its difficulty from maps that are refreshed every K epochs, by a teacher's pass over all images: a K-th
-of that pass' forward, timed in the same rounds, is added to its step.
+of that pass' forward, timed in the same rounds, is added to its step. With --video all are of clips of 16 frames, MAE
+is VideoMAE, and `hpm_fast` has its teacher in every step, because maps are of images.
 """
 
 import argparse
@@ -72,22 +73,30 @@ class Built(NamedTuple):
 def recipe_of(variant: str, arguments: argparse.Namespace, deepspeed_config: str = "") -> Recipe:
     """The published 200-epoch recipe of a variant at the bench's size and batch, with this JSON or the arguments'."""
     method = "mae" if variant.endswith("mae") else "hpm"
-    base = recipes.from_name(f"{method}_vit_base_in1k_200e")
+    video = {"mae": "videomae_vit_base_k400_800e", "hpm": "hpm_video_vit_base_k400_800e"}
+    base = recipes.from_name(video[method] if arguments.video else f"{method}_vit_base_in1k_200e")
     changes = dict(FAST) if variant == "hpm_fast" else {}
+    name = base.model.replace(SIZES["base"], SIZES[arguments.size])
+    if arguments.video:
+        changes.pop("teacher_maps", None)
+        name = name.replace("patch4_28", "patch8_32")
+        if arguments.size == "large":
+            changes |= {"decoder_dim": 512, "decoder_depth": 12, "decoder_heads": 8}
     if arguments.size == "nano":
         changes |= {"input_size": "28", "patch_size": 4, "decoder_dim": 64, "decoder_depth": 2, "decoder_heads": 4}
+        changes |= {"input_size": "32", "patch_size": 8, "num_frames": 4} if arguments.video else {}
     if arguments.size == "huge":
         changes |= {"patch_size": 14}
     return dataclasses.replace(
-        base, model=f"{method}_{SIZES[arguments.size]}", batch_size=arguments.batch_size, global_batch_size=0,
-        clip_grad=5.0, deepspeed_config=deepspeed_config or arguments.deepspeed_config,
-        **changes,
+        base, model=name, batch_size=arguments.batch_size, global_batch_size=0, clip_grad=5.0,
+        deepspeed_config=deepspeed_config or arguments.deepspeed_config, **changes,
     ).resolve(10**6, 1)  # fmt: skip
 
 
 def pixels(recipe: Recipe, device: torch.device) -> Tensor:
-    """Fixed random images, uint8 [B, H, W, C]."""
-    shape = (recipe.batch_size, *recipe.image_size, recipe.channels)
+    """Fixed random images, uint8 [B, H, W, C], or clips [B, T, H, W, C]."""
+    frames = (recipe.num_frames,) if recipe.num_frames > 1 else ()
+    shape = (recipe.batch_size, *frames, *recipe.image_size, recipe.channels)
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).to(device)
 
 
@@ -95,7 +104,7 @@ def build(variant: str, recipe: Recipe, launch: engine.Launch, precision: str) -
     """The variant, and for `hpm_fast` the pass that refreshes its maps."""
     images = pixels(recipe, launch.device)
     if variant.startswith("eager"):
-        floats = images.permute(0, 3, 1, 2).float().div_(127.5).sub_(1).contiguous()
+        floats = images.movedim(-1, 1).float().div_(127.5).sub_(1).contiguous()
         student = model_of(recipe)
         update, _ = eager_update(student, recipe, floats, alpha=ALPHA, half=precision == "bf16")
         return {variant: Built(update, gflops_of(student, recipe))}
@@ -210,7 +219,8 @@ def summary(arguments: argparse.Namespace, launch: engine.Launch) -> dict[str, A
     (precision,) = arguments.precision
     found = {precision: one_precision(precision, arguments, launch)}
     return {
-        "bench": "step", "size": arguments.size, "batch_size": arguments.batch_size, "rounds": arguments.rounds,
+        "bench": "step", "size": arguments.size, "frames": recipe_of("mae", arguments, CONFIGS[precision]).num_frames,
+        "batch_size": arguments.batch_size, "rounds": arguments.rounds,
         "threads": torch.get_num_threads(), "compile": arguments.compile,
         "refresh_epochs": recipes.FAST_REFRESH_EPOCHS, "precisions": found,
         "versions": versions(launch.device, launch.world_size),
@@ -257,7 +267,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """`python -m bench.step`."""
     parser = Parser(prog="python -m bench.step", description=__doc__)
     parser.add_argument("--size", choices=tuple(SIZES), default="base")
-    parser.add_argument("--batch_size", type=int, default=8, help="images per step")
+    parser.add_argument("--video", action="store_true", help="clips of 16 frames, against VideoMAE; not --size huge")
+    parser.add_argument("--batch_size", type=int, default=8, help="images or clips per step")
     parser.add_argument("--precision", nargs="+", choices=tuple(CONFIGS), default=["fp32", "bf16"])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--rounds", type=int, default=5, help="measured rounds")
@@ -268,6 +279,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     if arguments.batch_size < 1 or arguments.rounds < 1:
         raise UserError("batch_size and rounds must be 1 or more")
+    if arguments.video and arguments.size == "huge":
+        raise UserError("size is huge, but there is no recipe of clips with it; use --size base or large")
     if len(arguments.precision) > 1:
         result = each_by_itself(sys.argv[1:] if argv is None else argv, arguments.precision)
     else:
