@@ -139,6 +139,10 @@ def test_the_step_bench_runs_and_is_reported(tmp_path: Path) -> None:
     assert done.status == 0, done.output
     found = json.loads(out.read_text())["precisions"]["bf16"]
     assert set(found["median_seconds"]) == set(step.VARIANTS)
+    loop = found["loop"]
+    assert loop["updates"] == 2
+    assert 0 < loop["engine_seconds"] < loop["seconds"]
+    assert loop["outside_share"] == pytest.approx(1 - loop["engine_seconds"] / loop["seconds"])
     assert set(found["ratios"]) == {name for name, _, _ in step.RATIOS}
     roofline.main(["--results", str(out), "-o", str(tmp_path / "roofline.json")])
     report.main([str(tmp_path)])
