@@ -1,7 +1,7 @@
 """Does the mask matter? The papers' ablation on Fashion-MNIST: equal epochs, several seeds, k-NN and linear accuracy.
 
     python -m bench.evidence --data data/fashion_mnist --work runs/evidence [--seeds 3] [--epochs 20]
-        [-o bench/results/evidence_images.json]
+        [--finetune 2] [-o bench/results/evidence_images.json]
 
 One process per run, through the public training path with the demo's model; seeds take turns with methods, so that a
 table stopped early is still fair. Finished runs are kept under --work and skipped when the command is given again; an
@@ -9,6 +9,8 @@ interrupted one resumes. The JSON and the Markdown beside it are rewritten after
 
 Probes: features of all patches seen, mean of the patch tokens and cls; the first --bank training images vote (k-NN of
 DINO, best k) or train a multinomial logistic regression on standardised features (L-BFGS, float64); all test images.
+--finetune N adds N epochs of `fasthpm finetune` on the same images, also to runs that are there already; the untrained
+encoder's is the same network from random weights.
 """
 
 import argparse
@@ -26,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench import evidence_finetune
 from bench.common import machine, say, table, write_json
 from fasthpm.checkpoint import file_hash, load_weights
 from fasthpm.cli import Parser, run_command
@@ -41,7 +44,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "argmin": {"mask_policy": "hpm_easiest"},
     "hard_to_easy": {"alpha_start": 0.5, "alpha_end": 0.0},
     "all_hard": {"alpha_start": 1.0, "alpha_end": 1.0},
-    "hpm_fast": {"teacher_maps": True, "map_refresh_epochs": 2, "predictor": "shared", "decoder_attention": "cross"},
+    "hpm_fast": {"teacher_maps": True, "map_refresh_epochs": 10, "predictor": "shared", "decoder_attention": "cross"},
 }
 TITLES = {
     "untrained": "untrained encoder",
@@ -62,6 +65,9 @@ PAPER = {  # ViT-B/16, ImageNet-1K, 200 epochs: fine-tune, linear, k-NN top-1 (T
     "all_hard": (81.40, None, None),
 }
 PROBES = ("knn_mean", "linear_mean", "knn_cls", "linear_cls")
+FINETUNE = "finetune"  # a further probe, where --finetune is given
+HEADS = {"knn_mean": "k-NN, mean", "linear_mean": "linear, mean", "knn_cls": "k-NN, cls", "linear_cls": "linear, cls",
+         FINETUNE: "fine-tune"}  # fmt: skip
 BASELINE = "random"  # what the paired differences are taken against
 RESULT, SETTINGS = "evidence.json", ("epochs", "steps_per_epoch", "batch_size", "bank", "extra")
 PENALTY = 1e-4  # L2 on the logistic regression's weights, per sample
@@ -98,6 +104,7 @@ def run_one(arguments: argparse.Namespace, method: str, seed: int, out: Path) ->
 
     begin, begin_cpu = time.perf_counter(), time.process_time()
     pretrain.main(train_flags(arguments, method, seed, out))
+    check_complete(arguments, out)
     trained, trained_cpu = time.perf_counter(), time.process_time()
     result = {
         "method": method, "seed": seed, "settings": settings_of(arguments), "probes": probe(arguments, out, "student"),
@@ -109,6 +116,13 @@ def run_one(arguments: argparse.Namespace, method: str, seed: int, out: Path) ->
     aside = out / f".writing-{RESULT}"
     write_json(aside, result)
     aside.rename(out / RESULT)
+
+
+def check_complete(arguments: argparse.Namespace, out: Path) -> None:
+    """**Raises:** `UserError` if training was told to stop before its end, which saves and returns like the end."""
+    updates, done = arguments.epochs * arguments.steps_per_epoch, int(last_metrics(out)["step"])
+    if done < updates:
+        raise UserError(f"{out} was stopped after {done} of {updates} updates; the same command continues")
 
 
 def last_metrics(out: Path) -> dict[str, float]:
@@ -204,6 +218,24 @@ def finished(arguments: argparse.Namespace, out: Path) -> dict[str, Any] | None:
     return result
 
 
+def with_finetune(arguments: argparse.Namespace, out: Path, result: dict[str, Any]) -> dict[str, Any]:
+    """`result` with the accuracy of fine-tuning among its probes, measured unless that was done before."""
+    subset = evidence_finetune.labelled_subset(arguments.data / "train.beton", arguments.bank, Path(arguments.work))
+    same: dict[str, Any] = {"epochs": arguments.finetune, "seed": result["seed"], "threads": arguments.threads}
+    paths = (out, subset, arguments.data / "val.beton")
+    tuned = {FINETUNE: evidence_finetune.finetuned(*paths, **same)}
+    made = {**result, "probes": {**result["probes"], **tuned}}
+    if "untrained" in result:
+        scratch = {FINETUNE: evidence_finetune.finetuned(*paths, **same, from_scratch=True)}
+        made["untrained"] = {**result["untrained"], **scratch}
+    return made
+
+
+def probes_of(settings: dict[str, Any]) -> tuple[str, ...]:
+    """The probes of a table with these settings."""
+    return (*PROBES, FINETUNE) if settings.get(FINETUNE) else PROBES
+
+
 def summary_of(values: Sequence[float]) -> dict[str, float]:
     """Mean, standard deviation over seeds (0 of one seed), lowest and highest."""
     spread = statistics.stdev(values) if len(values) > 1 else 0.0
@@ -247,14 +279,15 @@ def markdown(result: dict[str, Any]) -> str:
         value = PAPER.get(method, (None, None, None))[column]
         return "" if value is None else f"{value:.2f}"
 
-    heads = ("method", "seeds", "k-NN, mean", "linear, mean", "k-NN, cls", "linear, cls", "paper: k-NN", "linear",
-             "fine-tune")  # fmt: skip
+    probes = probes_of(settings)
+    ours = [HEADS[p] for p in probes]
+    heads = ("method", "seeds", *ours, "paper: k-NN", "linear", "fine-tune")
     rows = [
-        [TITLES[m], str(len(row["seeds"])), *(cell(row[p]) for p in PROBES), paper(m, 2), paper(m, 1), paper(m, 0)]
+        [TITLES[m], str(len(row["seeds"])), *(cell(row[p]) for p in probes), paper(m, 2), paper(m, 1), paper(m, 0)]
         for m, row in summary.items()
     ]
     gains = [
-        [TITLES[m], *(cell(row["gain"][p], "+") for p in PROBES)]
+        [TITLES[m], *(cell(row["gain"][p], "+") for p in probes)]
         for m, row in summary.items()
         if "gain" in row and m not in (BASELINE, "untrained")
     ]
@@ -263,15 +296,25 @@ def markdown(result: dict[str, Any]) -> str:
         [
             "# Masks compared on Fashion-MNIST",
             f"Top-1 in percent, mean ± standard deviation over seeds; {updates:,} updates of {settings['batch_size']}, "
-            f"the demo's nano ViT; {settings['bank']:,} labelled training images, all test images. The papers' figures "
-            f"are of ViT-B/16 on ImageNet-1K, 200 epochs.",
+            f"the demo's nano ViT; {settings['bank']:,} labelled training images, all test images.{tuning(settings)} "
+            f"The papers' figures are of ViT-B/16 on ImageNet-1K, 200 epochs.",
             table(heads, rows),
             f"Differences to {TITLES[BASELINE]}, seed by seed:",
-            table(("method", *heads[2:6]), gains),
+            table(("method", *ours), gains),
             f"Paper's ordering: {ordering_of_paper()} (fine-tune).",
-            "\n".join(f"- {p}: {ordering(summary, p)}" for p in PROBES),
+            "\n".join(f"- {p}: {ordering(summary, p)}" for p in probes),
         ]
     ) + "\n"  # fmt: skip
+
+
+def tuning(settings: dict[str, Any]) -> str:
+    """How the fine-tune column was made, a sentence; empty without that column."""
+    if not settings.get(FINETUNE):
+        return ""
+    return (
+        f" Fine-tune: {settings[FINETUNE]} epochs of these labelled images, batch {evidence_finetune.BATCH}, lr "
+        f"{evidence_finetune.LR:g}; the untrained encoder's is from scratch."
+    )
 
 
 def ordering_of_paper() -> str:
@@ -281,9 +324,10 @@ def ordering_of_paper() -> str:
 
 def write_tables(arguments: argparse.Namespace, runs: Sequence[dict[str, Any]]) -> None:
     """JSON and Markdown of the runs that are there, each replaced as a whole."""
+    settings = {**settings_of(arguments), FINETUNE: arguments.finetune}
     result = {
-        "settings": settings_of(arguments), "machine": machine(), "data": file_hash(arguments.data / "train.beton"),
-        "summary": summarise(runs, TITLES, PROBES, BASELINE), "runs": list(runs),
+        "settings": settings, "machine": machine(), "data": file_hash(arguments.data / "train.beton"),
+        "summary": summarise(runs, TITLES, probes_of(settings), BASELINE), "runs": list(runs),
     }  # fmt: skip
     write_both(arguments.output, result, markdown(result))
 
@@ -332,6 +376,7 @@ def build_parser() -> Parser:
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--bank", type=int, default=10000, help="labelled training images of the probes")
     parser.add_argument("--extra", default="", help="further flags of every run, as one string")
+    parser.add_argument("--finetune", type=int, default=0, help="epochs of fine-tuning each run; 0 = no such column")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch in a run")
     parser.add_argument("--deepspeed_config", default="ds_configs/zero1_bf16.json")
     parser.add_argument("--one", default="", help=argparse.SUPPRESS)  # METHOD:SEED, in the process started for it
@@ -350,6 +395,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in ("seeds", "epochs", "steps_per_epoch", "batch_size", "bank", "threads"):
         if getattr(arguments, name) < 1:
             raise UserError(f"{name} is {getattr(arguments, name)}, expected 1 or more")
+    if arguments.finetune < 0:
+        raise UserError(f"finetune is {arguments.finetune}, expected a number of epochs, or 0")
     for split in ("train", "val"):
         if not (arguments.data / f"{split}.beton").is_file():
             raise UserError(f"{arguments.data} has no {split}.beton; make it with python -m data_prep.fashion_mnist")
@@ -362,6 +409,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             start(arguments, given, method, seed)
         result = finished(arguments, out)
         assert result is not None
+        if arguments.finetune:
+            result = with_finetune(arguments, out, result)
         runs.append(result)
         figures = ", ".join(f"{name} {value:.2f}" for name, value in result["probes"].items())
         say(f"[{number}/{len(cells)}] {method}, seed {seed}: {figures} ({time.perf_counter() - begin:.0f} s)")

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.common import machine, say, table, write_json
-from bench.evidence import folder_of, last_metrics, linear_accuracy, start, summarise, write_both
+from bench.evidence import check_complete, folder_of, last_metrics, linear_accuracy, start, summarise, write_both
 from fasthpm.checkpoint import load_weights
 from fasthpm.cli import Parser, run_command
 from fasthpm.data import build_loader
@@ -72,6 +72,7 @@ def run_one(arguments: argparse.Namespace, method: str, seed: int, out: Path) ->
 
     begin = time.perf_counter()
     pretrain.main(train_flags(arguments, method, seed, out))
+    check_complete(arguments, out)
     result = {
         "method": method, "seed": seed, "settings": settings_of(arguments), "probes": probe(arguments, out, "student"),
         "seconds": time.perf_counter() - begin, "last": last_metrics(out),

@@ -143,10 +143,21 @@ def timeout(env: Mapping[str, str] = os.environ) -> timedelta:
     return timedelta(minutes=minutes)
 
 
+def threads(local_world_size: int, cores: int, env: Mapping[str, str] = os.environ) -> int:
+    """Threads of a rank on the CPU: its share of the cores, or what OMP_NUM_THREADS says to a process alone.
+
+    Beside other ranks that variable is the launcher's (torchrun writes 1 into it), not the user's.
+    """
+    wanted = env.get("OMP_NUM_THREADS", "")
+    if local_world_size == 1 and wanted.isdecimal() and int(wanted):
+        return int(wanted)
+    return max(1, cores // local_world_size)
+
+
 def _device(accelerator: str, local_rank: int, local_world_size: int) -> torch.device:
     """This rank's GPU; or the CPU, whose cores the ranks of this machine share."""
     if accelerator == "cpu":
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
+        torch.set_num_threads(threads(local_world_size, len(os.sched_getaffinity(0))))
         return torch.device("cpu")
     if accelerator != "cuda":
         raise UserError(

@@ -234,7 +234,7 @@ def save(run: Run) -> None:
         state = checkpoint.RunState(
             run.done, run.loader.state_dict(), run.launch.world_size, run.recipe.accum_iter, list(run.skipped)
         )
-        run.saver.start(Job(Path(aside[0]), shards.snapshot(run.layout, run.launch.rank), run.recipe, state))
+        run.saver.start(Job(Path(aside[0]), run.saver.take(run.layout), run.recipe, state))
 
 
 def finish_saving(run: Run) -> None:

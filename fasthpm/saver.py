@@ -16,6 +16,7 @@ from typing import Any
 
 from fasthpm import checkpoint, shards
 from fasthpm.recipe import Recipe
+from fasthpm.zero import MasterLayout
 
 POLL_SECONDS = 0.05
 
@@ -41,11 +42,16 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._given_up = threading.Event()
+        self._staging = shards.Staging()
+
+    def take(self, layout: MasterLayout) -> shards.Snapshot:
+        """This rank's part of the state as it is now; it lies where the last one lay, so `wait` for that first."""
+        self._refuse_if_writing()
+        return shards.snapshot(layout, self.rank, self._staging)
 
     def start(self, job: Job) -> None:
         """Begin to write; `wait` for the one before first."""
-        if self._thread is not None:
-            raise RuntimeError("a checkpoint is still being written")
+        self._refuse_if_writing()
         self._thread = threading.Thread(target=self._run, args=(job,), name="fasthpm-saver", daemon=True)
         self._thread.start()
 
@@ -78,6 +84,10 @@ class Saver:
         self._given_up.set()
         if self._thread is not None:
             self._thread.join()
+
+    def _refuse_if_writing(self) -> None:
+        if self._thread is not None:
+            raise RuntimeError("a checkpoint is still being written")
 
     def _run(self, job: Job) -> None:
         try:

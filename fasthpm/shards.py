@@ -50,15 +50,35 @@ def _describe(group: Group) -> dict[str, Any]:
     return {"shards": group.shards, "index": group.index, "slots": slots}
 
 
+class Staging:
+    """CPU memory for a rank's snapshots, one at a time: 16 bytes per parameter of its share, kept from save to save.
+
+    Getting fresh memory from the system costs more than copying into it. It is page-locked where a GPU fills it.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Tensor] = {}
+
+    def room(self, name: str, like: Tensor) -> Tensor:
+        """Memory for the elements of `like`: [numel], its dtype, with whatever it held before."""
+        kept = self._kept.get(name)
+        if kept is None or kept.numel() != like.numel() or kept.dtype != like.dtype:
+            kept = torch.empty(like.numel(), dtype=like.dtype, pin_memory=like.is_cuda)
+            self._kept[name] = kept
+        return kept
+
+
 @torch.no_grad()
-def snapshot(layout: MasterLayout, rank: int) -> Snapshot:
-    """Copy this rank's state to the CPU. State that every rank holds whole is rank 0's to write."""
-    tensors = {
-        f"{number}/{state}": shard.detach().reshape(-1).to("cpu", copy=True)
-        for state in _states(layout)
-        for number, (group, shard) in enumerate(zip(layout.groups, layout.shards(state), strict=True))
-        if group.shards > 1 or rank == 0
-    }
+def snapshot(layout: MasterLayout, rank: int, staging: Staging) -> Snapshot:
+    """Copy this rank's state to the CPU, over the last one in `staging`. What every rank holds whole is rank 0's."""
+    tensors = {}
+    for state in _states(layout):
+        for number, (group, shard) in enumerate(zip(layout.groups, layout.shards(state), strict=True)):
+            if group.shards > 1 or rank == 0:
+                name, flat = f"{number}/{state}", shard.detach().reshape(-1)
+                tensors[name] = staging.room(name, flat).copy_(flat, non_blocking=True)
+    if layout.masters[0].is_cuda:
+        torch.cuda.synchronize(layout.masters[0].device)
     step = int(layout.optimizer.state[layout.masters[0]]["step"])
     return Snapshot(tensors, {"optimizer_step": step, "groups": [_describe(group) for group in layout.groups]})
 

@@ -28,7 +28,7 @@ def run_ranks(
     *arguments: object,
     ranks: int = 2,
     launcher: str = "deepspeed",
-    timeout: float = 120,
+    timeout: float = 300,
     env: Mapping[str, str] | None = None,
 ) -> Finished:
     """Run a script (a path) or a module (a dotted name) on `ranks` ranks of this machine, from the repository's root.

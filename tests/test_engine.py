@@ -124,6 +124,14 @@ def test_impossible_places_are_refused(env: dict[str, str], message: str) -> Non
         engine._place(env)
 
 
+def test_ranks_share_the_cores_and_a_process_alone_obeys_the_user() -> None:
+    assert engine.threads(1, 8, {}) == 8
+    assert engine.threads(2, 8, {"OMP_NUM_THREADS": "1"}) == 4  # torchrun's word, not the user's
+    assert engine.threads(4, 2, {}) == 1
+    assert engine.threads(1, 8, {"OMP_NUM_THREADS": "3"}) == 3
+    assert engine.threads(1, 8, {"OMP_NUM_THREADS": "4,2"}) == 8
+
+
 def test_timeout_is_minutes() -> None:
     assert engine.timeout({}) == timedelta(minutes=engine.DEFAULT_TIMEOUT_MINUTES)
     assert engine.timeout({engine.TIMEOUT: "0.5"}) == timedelta(seconds=30)

@@ -203,7 +203,7 @@ def test_augmented_images_do_not_depend_on_ranks_or_workers(tmp_path: Path) -> N
         assert torch.equal(column, torch.cat(pieces))
     assert whole[0].shape == (8, 1, 16, 16)
     loader = AugmentedLoader(path, Augmentation("", 0, flip=False, crop_min=1.0), batch_size=8, **shared)
-    plain = [loader.images[(epoch, 5)][0] for epoch in (0, 1, 0)]
+    plain = [loader.images[(epoch, 5, 0)][0] for epoch in (0, 1, 0)]
     assert torch.equal(plain[0], plain[2])
     assert loader.base.stored(5).shape == (40, 48, 1)  # type: ignore[union-attr]
     loader.close()

@@ -6,9 +6,12 @@ import errno
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ from launch import ROOT, check_ranks
 from fasthpm import checkpoint, recipes, shards
 from fasthpm.checkpoint import RunState, damage, newest_valid
 from fasthpm.saver import Job, Saver
+from fasthpm.zero import Group, Slot
 
 SLOTS = {"slots": {"student.w": [[5], 0, 0]}, "shards": 2}
 MODULE = "fasthpm.pretrain"
@@ -62,6 +66,54 @@ def test_a_checkpoint_appears_when_every_rank_has_written(tmp_path: Path) -> Non
     (folder / "shards" / "rank-00001.safetensors").unlink()
     with pytest.raises(checkpoint.UserError, match="has 1 of the 2 files that its ranks wrote"):
         shards.SavedState(folder)
+
+
+def trained_weight() -> tuple[Any, Any]:
+    """One master of 5 elements as a `MasterLayout` shows it, and a function that updates it and its state."""
+    master = torch.linspace(-1, 1, 5, requires_grad=True)
+    optimizer = torch.optim.AdamW([master], lr=0.1)
+
+    def update() -> None:
+        master.grad = torch.sin(master.detach() * 9)
+        optimizer.step()
+
+    update()
+    group = Group(master, torch.float32, (Slot("student.w", master.shape, 0, 0),), shards=1, index=0)
+
+    def shards_of(which: str) -> list[torch.Tensor]:
+        return [master if which == "master" else optimizer.state[master][which]]
+
+    return SimpleNamespace(groups=[group], masters=[master], optimizer=optimizer, shards=shards_of), update
+
+
+def test_training_goes_on_while_the_state_of_one_update_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two saves through the same memory: each file holds, bit for bit, what there was when it was taken."""
+    layout, update = trained_weight()
+    saver, may_write, write = Saver(0, 1, timeout=10), threading.Event(), shards.write
+    monkeypatch.setattr(shards, "write", lambda taken, path: may_write.wait(10) and write(taken, path))
+    kinds, places, expected = ("master", "exp_avg", "exp_avg_sq"), [], {}
+    for step in (1, 4):
+        may_write.clear()
+        checkpoint.begin(tmp_path, step)
+        taken = saver.take(layout)
+        expected[step] = {kind: layout.shards(kind)[0].detach().clone() for kind in kinds}
+        saver.start(dataclasses.replace(job(tmp_path, 0, step=step), taken=taken))
+        for _ in range(3):
+            update()
+        with pytest.raises(RuntimeError, match="still being written"):
+            saver.take(layout)  # its memory is being read
+        may_write.set()
+        assert saver.wait() == ""
+        places.append([tensor.data_ptr() for tensor in taken.tensors.values()])
+    assert places[0] == places[1]
+    for step, states in expected.items():
+        saved = shards.SavedState(checkpoint.checkpoint_path(tmp_path, step))
+        assert saved.optimizer_step == step
+        for kind, state in states.items():
+            assert torch.equal(saved.whole(kind, "student.w"), state)
+            assert not torch.equal(state, layout.shards(kind)[0])
 
 
 def test_old_checkpoints_go_but_those_to_keep(tmp_path: Path) -> None:

@@ -177,7 +177,8 @@ def measure(config: dict[str, Any], recipe: Recipe, launch: engines.Launch, fold
 def write_state(run: Run, folder: Path) -> None:
     """As a checkpoint does it: every rank its own part."""
     folder.mkdir(exist_ok=True)
-    shards.write(shards.snapshot(run.layout, run.launch.rank), shards.rank_file(folder, run.launch.rank))
+    taken = shards.snapshot(run.layout, run.launch.rank, shards.Staging())
+    shards.write(taken, shards.rank_file(folder, run.launch.rank))
     dist.barrier()
 
 

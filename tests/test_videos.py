@@ -28,7 +28,9 @@ from fasthpm.data.clip_sampling import (
     clip_frames,
     clip_starts,
     multi_scale_crops,
+    segment_frames,
     view_crops,
+    view_segments,
     view_starts,
 )
 from fasthpm.data.pixels import render
@@ -314,6 +316,21 @@ def test_clips_begin_anywhere_and_short_videos_are_looped():
     assert view_starts(np.array([10]), 4, np.array([0]), 1).tolist() == [3]
 
 
+def test_segments_are_videomaes():
+    """A frame drawn in each of T stretches, shorter videos too; in tests of two clips, their starts and middles."""
+    ids, lengths = np.arange(2000), np.tile([20, 16, 6, 1], 500)
+    drawn = segment_frames(1, 0, ids, lengths, 8)
+    for row, length in zip(drawn.tolist(), lengths.tolist(), strict=True):
+        for k, frame in enumerate(row):
+            assert int(k * length / 8) <= frame <= min((k + 1) * length / 8, length - 1)
+    assert {frame for row in drawn[lengths == 16].tolist() for frame in row} == set(range(16))
+    assert not np.array_equal(drawn, segment_frames(1, 1, ids, lengths, 8))
+    for number, shift in ((0, 0.0), (1, 0.5)):
+        want = [int((k + shift) * 20 / 8) for k in range(8)]
+        assert view_segments(np.array([20]), 8, np.array([number]), 2).tolist() == [want]
+    assert view_segments(np.array([20]), 8, np.array([0]), 1).tolist() == [want]
+
+
 def test_multi_scale_crops_are_videomaes():
     """Against the rule one video at a time: sides of the four scales, at most one step apart, at the 13 places."""
     sizes = np.tile([[240, 320]], (4000, 1))
@@ -382,6 +399,23 @@ def test_views_are_rows_one_after_the_other(prepared):
     middle = loader_of(prepared, train=False, views=(1, 3), decoder="dali", num_frames=4)
     assert next(iter(middle)).crops[:3].tolist() == batches[0].crops[:3].tolist()
     middle.close()
+
+
+def test_segments_reach_the_clip(prepared):
+    """The whole video in a clip, in training and in tests, from a set whose stride sampling_rate does not fit."""
+    data, options = open_videos(prepared), {"frame_sampling": "segments", "num_frames": 4, "crop": "random_resized"}
+    for train in (True, False):
+        loader = loader_of(prepared, train=train, **options)
+        batch = next(iter(loader))
+        loader.close()
+        video, crop, lengths = int(batch.ids[0]), batch.crops[0].numpy(), np.array([FRAMES])
+        drawn = segment_frames(5, 0, batch.ids[:1].numpy(), lengths, 4)
+        chosen = drawn if train else view_segments(lengths, 4, np.array([0]), 1)
+        for pixels, frame in zip(batch.images[0].numpy(), chosen[0].tolist(), strict=True):
+            truth = render(
+                stored_frame(data, int(data.videos[video]["first"]) + frame), crop, SIZE, "bicubic", NO_CHANGE
+            )
+            assert np.abs(pixels.astype(int) - truth).mean() < 1.5
 
 
 def test_training_views_are_draws_of_their_own(prepared):

@@ -1,7 +1,8 @@
-"""Training images for supervised fine-tuning: a set's stored images through timm's augmentations, in worker processes.
+"""Training images and clips for supervised fine-tuning: through timm's augmentations, in worker processes.
 
-Order and augmentation are functions of (seed, epoch, sample id): the same for any number of ranks and workers, and
-after resuming.
+Order and augmentation are functions of (seed, epoch, sample id, repeat): the same for any number of ranks and workers,
+and after resuming. Frames are decoded where they are augmented, on the CPU: PIL's work on them, not decoding, takes
+most of the time, and each of torch's worker processes does both.
 """
 
 import random
@@ -13,13 +14,16 @@ from typing import Any, cast
 import numpy as np
 import torch
 from PIL import Image
+from timm.data import create_transform
+from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from fasthpm.data.clip_sampling import REPEATS
 from fasthpm.data.loader import Batch, build_loader
 from fasthpm.data.prefetch import REPLACEMENTS, PrefetchLoader, count_workers
 from fasthpm.data.quarantine import BadSample
-from fasthpm.data.sampling import key_of, mix, replacements
+from fasthpm.data.sampling import Array, key_of, mix, replacements
 from fasthpm.errors import UserError
 
 AUGMENT = 6  # purpose of a key, beside those of `sampling`
@@ -36,38 +40,39 @@ class Augmentation:
     color_jitter: float = 0.0  # only used without auto_augment
 
 
-class AugmentedImages(Dataset[tuple[Tensor, int, int, bool]]):
-    """(epoch, sample id) -> float32 [C, H, W], label, id of what was read, and whether it stands in for another."""
+Key = tuple[int, int, int]  # epoch, sample id, and which draw of the sample in this epoch, from 0
+Sample = tuple[Tensor, int, int, bool]  # pixels, label, id of what was read, whether it stands in for another
+
+
+class AugmentedImages(Dataset[Sample]):
+    """Key -> a sample whose pixels are float32 [C, H, W], normalised."""
 
     def __init__(self, base: PrefetchLoader, augmentation: Augmentation) -> None:
-        from timm.data import create_transform
-
-        self.base, info = base, base.info
-        grey = base.options.channels == 1
+        self.base = base
         self.transform = create_transform(
-            base.options.image_size, is_training=True, scale=(augmentation.crop_min, 1.0),
-            hflip=0.5 if augmentation.flip else 0.0, color_jitter=augmentation.color_jitter or None,
-            auto_augment=augmentation.auto_augment or None, interpolation="bicubic",
-            re_prob=augmentation.random_erasing, re_mode="pixel", re_count=1,
-            mean=tuple(info.mean) * (3 if grey else 1), std=tuple(info.std) * (3 if grey else 1),
+            **_common(base, augmentation), scale=(augmentation.crop_min, 1.0),
+            hflip=0.5 if augmentation.flip else 0.0, re_prob=augmentation.random_erasing, re_mode="pixel", re_count=1,
         )  # fmt: skip
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int, bool]:
-        epoch, asked = key
-        pixels, sample = self._read(epoch, asked)
-        seed = int(mix(key_of(self.base.options.seed, epoch, AUGMENT) ^ mix(np.array([asked], np.uint64)))[0])
-        random.seed(seed)
-        np.random.seed(seed % 2**32)  # noqa: NPY002  (timm draws from numpy's global generator)
-        torch.manual_seed(seed % 2**63)
-        # timm's augmentations know RGB; of a grey image all channels stay equal but for the noise of erased boxes.
-        picture = Image.fromarray(np.repeat(pixels, 3, 2) if pixels.shape[2] == 1 else pixels)
-        image = cast(Tensor, self.transform(picture))[: pixels.shape[2]]
-        return image, int(self.base.labels_of(np.array([sample]))[0]), sample, sample != asked
+    def __getitem__(self, key: Key) -> Sample:
+        epoch, asked, repeat = key
+        drawn = epoch + (repeat << REPEATS)  # draw 0 is that of an epoch without repeats
+        pixels, sample = self._read(epoch, asked, drawn)
+        seed = int(mix(key_of(self.base.options.seed, drawn, AUGMENT) ^ mix(np.array([asked], np.uint64)))[0])
+        return self._augment(pixels, seed), int(self.base.labels_of(np.array([sample]))[0]), sample, sample != asked
 
-    def _read(self, epoch: int, asked: int) -> tuple[Any, int]:
+    def _stored(self, drawn: int, sample: int) -> Array | None:
+        """Pixels before any augmentation; None where they do not decode."""
+        return self.base.stored(sample)
+
+    def _augment(self, pixels: Array, seed: int) -> Tensor:
+        _seed_all(seed)
+        return cast(Tensor, self.transform(_picture(pixels)))[: pixels.shape[2]]
+
+    def _read(self, epoch: int, asked: int, drawn: int) -> tuple[Array, int]:
         sample, options = asked, self.base.options
         for attempt in range(1, 2 + REPLACEMENTS):
-            pixels = self.base.stored(sample)
+            pixels = self._stored(drawn, sample)
             if pixels is not None:
                 return pixels, sample
             spare = replacements(options.seed, epoch, np.array([asked]), attempt, self.base.info.num_samples)
@@ -76,17 +81,71 @@ class AugmentedImages(Dataset[tuple[Tensor, int, int, bool]]):
                         f"copy or prepare it again")  # fmt: skip
 
 
-class AugmentedLoader:
-    """A `Loader` whose batches hold float32 [B, C, H, W], augmented and normalised over the data set.
+class AugmentedClips(AugmentedImages):
+    """Key -> a sample whose pixels are float32 [C, T, H, W], normalised.
 
-    - `options`: of `build_loader`; `augmentation`: what happens to an image. `num_workers` processes, 0 = cores / ranks
+    Every draw has a clip and a crop of its own (`PrefetchLoader.drawn`; in VideoMAE's code draws share the clip). Its
+    frames go through timm's augmentation one by one, each from the same random state, so that all get the same
+    operations; random erasing paints the same box into all of them, with fresh noise.
     """
 
-    def __init__(self, data_path: str, augmentation: Augmentation, **options: Any) -> None:
-        self.base = cast(PrefetchLoader, build_loader(data_path, train=True, **{**options, "num_workers": 1}))
-        self.info, self.batch_size = self.base.info, self.base.batch_size
+    def __init__(self, base: PrefetchLoader, augmentation: Augmentation) -> None:
+        self.base = base
+        self.alike = create_transform(**_common(base, augmentation), hflip=0.0, separate=True)[1]
+        self.erase = RandomErasing(augmentation.random_erasing, mode="pixel", max_count=1, device="cpu")
+        self.mean, self.std = (torch.tensor(values)[:, None, None] for values in (base.info.mean, base.info.std))
+
+    def _stored(self, drawn: int, sample: int) -> Array | None:
+        return self.base.drawn(drawn, sample)
+
+    def _augment(self, pixels: Array, seed: int) -> Tensor:
+        frames = []
+        for frame in pixels.reshape(-1, *pixels.shape[-3:]):
+            _seed_all(seed)
+            frames.append(np.asarray(self.alike(_picture(frame)))[..., : frame.shape[2]])
+        clip = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
+        clip = (clip.float() / 255 - self.mean) / self.std
+        # To timm one image with T*C channels: one box.
+        return self.erase(clip.flatten(0, 1)).reshape(clip.shape).transpose(0, 1)
+
+
+def _common(base: PrefetchLoader, augmentation: Augmentation) -> dict[str, Any]:
+    """What timm's `create_transform` is told for images and for clips."""
+    info, grey = base.info, base.options.channels == 1
+    return {
+        "input_size": base.options.image_size, "is_training": True, "interpolation": "bicubic",
+        "color_jitter": augmentation.color_jitter or None, "auto_augment": augmentation.auto_augment or None,
+        "mean": tuple(info.mean) * (3 if grey else 1), "std": tuple(info.std) * (3 if grey else 1),
+    }  # fmt: skip
+
+
+def _picture(pixels: Array) -> Image.Image:
+    """timm's augmentations know RGB; of a grey image all channels stay equal but for the noise of erased boxes."""
+    return Image.fromarray(np.repeat(pixels, 3, 2) if pixels.shape[2] == 1 else pixels)
+
+
+def _seed_all(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002  (timm draws from numpy's global generator)
+    torch.manual_seed(seed % 2**63)
+
+
+class AugmentedLoader:
+    """A `Loader` whose batches hold float32 [B, C, H, W] or clips [B, C, T, H, W], augmented and normalised over the
+    data set.
+
+    - `options`: of `build_loader`; `augmentation`: what happens to a sample. `num_workers` processes, 0 = cores / ranks
+    - `repeats`: draws of every sample per epoch, side by side in a batch of batch_size * repeats rows (repeated
+      augmentation, Hoffer et al. 2020)
+    """
+
+    def __init__(self, data_path: str, augmentation: Augmentation, *, repeats: int = 1, **options: Any) -> None:
+        given = {"train": True, "crop": "random_resized", "crop_min": augmentation.crop_min, "flip": augmentation.flip}
+        self.base = cast(PrefetchLoader, build_loader(data_path, **{**given, **options, "num_workers": 1}))
+        self.info, self.batch_size, self.repeats = self.base.info, self.base.batch_size, repeats
         self.num_workers = count_workers(options.get("num_workers", 0))
-        self.images = AugmentedImages(self.base, augmentation)
+        kind = AugmentedClips if self.base.options.num_frames > 1 else AugmentedImages
+        self.images = kind(self.base, augmentation)
         self._position = (0, 0)
 
     def __len__(self) -> int:
@@ -124,10 +183,11 @@ class AugmentedLoader:
         """Stop threads; safe to call twice."""
         self.base.close()
 
-    def _keys(self, epoch: int, batch: int) -> Iterator[list[tuple[int, int]]]:
+    def _keys(self, epoch: int, batch: int) -> Iterator[list[Key]]:
         while True:
             for number in range(batch, len(self)):
-                yield [(epoch, int(sample)) for sample in self.base._ids(epoch, number)]
+                ids = self.base._ids(epoch, number).tolist()
+                yield [(epoch, sample, repeat) for sample in ids for repeat in range(self.repeats)]
             epoch, batch = epoch + 1, 0
 
 
@@ -137,7 +197,7 @@ def _leave_signals_to_the_parent(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _collate(samples: list[tuple[Tensor, int, int, bool]]) -> Batch:
+def _collate(samples: list[Sample]) -> Batch:
     images, labels, ids, replaced = zip(*samples, strict=True)
     count, none = len(samples), torch.zeros(len(samples), 0, dtype=torch.int64)
     numbers = (torch.tensor(labels), torch.tensor(ids), none, none, torch.tensor(replaced))

@@ -9,7 +9,8 @@ from fasthpm.data.sampling import Array, key_of, uniforms
 
 CROPS = ("auto", "multi_scale", "random_resized")  # auto: random_resized for images, multi_scale for videos
 DECODERS = ("auto", "turbojpeg", "dali", "dali_gpu", "dali_video")  # of videos; see build_loader
-CLIP = 6  # what a key is for; `sampling` has 1 to 5
+FRAME_SAMPLINGS = ("dense", "segments")
+CLIP, SEGMENTS = 6, 7  # what a key is for; `sampling` has 1 to 5
 SCALES = (1, 0.875, 0.75, 0.66)  # of VideoMAE's multi-scale crop; sides are at most one step apart
 PAIRS = np.array([(i, j) for i in range(len(SCALES)) for j in range(len(SCALES)) if abs(i - j) <= 1])
 SNAP = 3  # pixels: a side that differs by less from the output's is set to it
@@ -38,6 +39,28 @@ def view_starts(frames: Array, span: int, clip: Array, clips: int) -> Array:
 def clip_frames(starts: Array, frames: Array, count: int, step: int) -> Array:
     """Frame numbers of clips within their videos: int64 [B, count], every `step`-th, looped past the end."""
     return (starts[:, None] + step * np.arange(count)) % frames[:, None]
+
+
+def segment_frames(seed: int, epoch: int, ids: Array, frames: Array, count: int) -> Array:
+    """Frame numbers within the videos, one drawn from each of `count` equal stretches of the whole: int64 [B, count].
+
+    VideoMAE's fine-tuning on Something-Something v2 (released code). Shorter videos repeat frames.
+    """
+    return _of_stretches(uniforms(key_of(seed, epoch, SEGMENTS), ids, count), frames)
+
+
+def view_segments(frames: Array, count: int, clip: Array, clips: int) -> Array:
+    """The same for tests, [B, count]: clip number `clip` [B] of `clips` takes each stretch at clip / clips of its
+    length (of two: starts and middles, as the released code does); of one, the middle."""
+    place = clip / clips if clips > 1 else np.full(len(frames), 0.5)
+    return _of_stretches(np.repeat(place[:, None], count, 1), frames)
+
+
+def _of_stretches(places: Array, frames: Array) -> Array:
+    """Frames at `places` [B, count], shares of their stretches' lengths."""
+    count = places.shape[1]
+    chosen = ((np.arange(count) + places) * frames[:, None] / count).astype(np.int64)
+    return np.minimum(chosen, frames[:, None] - 1)
 
 
 def multi_scale_crops(

@@ -10,7 +10,16 @@ from pathlib import Path
 import numpy as np
 
 from fasthpm.data.beton import JPEG
-from fasthpm.data.clip_sampling import REPEATS, clip_frames, clip_starts, multi_scale_crops, view_crops, view_starts
+from fasthpm.data.clip_sampling import (
+    REPEATS,
+    clip_frames,
+    clip_starts,
+    multi_scale_crops,
+    segment_frames,
+    view_crops,
+    view_segments,
+    view_starts,
+)
 from fasthpm.data.ffcv_images import _kernel
 from fasthpm.data.prefetch import BLOCK_BYTES, LoaderOptions, PrefetchLoader
 from fasthpm.data.quarantine import BadSample
@@ -22,10 +31,9 @@ from fasthpm.errors import UserError
 class ClipLoader(PrefetchLoader):
     """A `Loader` of a prepared video set (see `build_loader`), decoded by libturbojpeg; with one frame, of images."""
 
-    crop_columns = 6  # and the clip's first stored frame
-
     def __init__(self, path: Path, options: LoaderOptions) -> None:
         self.data: VideoSet = open_videos(path)
+        self.crop_columns = 5 + options.num_frames  # and which frames of its video a clip takes
         self._step = _frame_step(self.data, options)
         self._announced_epoch, self._announces = 0, False
         self._decode = self._open_decoder(options)
@@ -42,7 +50,7 @@ class ClipLoader(PrefetchLoader):
 
     # ---------------------------------------------------------------------------------------------- which frames
     def _crops(self, epoch: int, ids: Array, sizes: Array, rows: Array) -> Array:
-        """int64 [b, 6]: a crop, and the clip's first stored frame."""
+        """int64 [b, 5 + T]: a crop, and which frames of the video."""
         views = rows % self.options.num_views
         if not self.options.train:
             return self._view_crops(ids, sizes, views)
@@ -58,8 +66,11 @@ class ClipLoader(PrefetchLoader):
             crops = random_crops(options.seed, epoch, ids, sizes, options.crop_min, options.flip)
         else:
             crops = multi_scale_crops(options.seed, epoch, ids, sizes, options.image_size, options.flip)
-        starts = clip_starts(options.seed, epoch, ids, frames, self.span)
-        return np.concatenate([crops, starts[:, None]], 1)
+        if options.frame_sampling == "segments":
+            chosen = segment_frames(options.seed, epoch, ids, frames, options.num_frames)
+        else:
+            chosen = self._from(clip_starts(options.seed, epoch, ids, frames, self.span), frames)
+        return np.concatenate([crops, chosen], 1)
 
     def _view_crops(self, ids: Array, sizes: Array, views: Array) -> Array:
         options, frames = self.options, self.data.videos["frames"][ids].astype(np.int64)
@@ -68,14 +79,18 @@ class ClipLoader(PrefetchLoader):
             boxes = centre_crops(sizes, options.image_size, self._crop_pct)
         else:
             boxes = view_crops(sizes, options.image_size, views % crops, crops)
-        starts = view_starts(frames, self.span, views // crops, clips)
-        return np.concatenate([boxes, starts[:, None]], 1)
+        if options.frame_sampling == "segments":
+            chosen = view_segments(frames, options.num_frames, views // crops, clips)
+        else:
+            chosen = self._from(view_starts(frames, self.span, views // crops, clips), frames)
+        return np.concatenate([boxes, chosen], 1)
 
-    def _frames(self, ids: Array, starts: Array) -> Array:
-        """Numbers in the set of the frames of clips: int64 [b, T]."""
-        videos = self.data.videos[ids]
-        local = clip_frames(starts, videos["frames"].astype(np.int64), self.options.num_frames, self._step)
-        return videos["first"][:, None] + local
+    def _from(self, starts: Array, frames: Array) -> Array:
+        return clip_frames(starts, frames, self.options.num_frames, self._step)
+
+    def _frames(self, ids: Array, crops: Array) -> Array:
+        """Numbers in the set of the frames of clips: int64 [b, T]; `crops`: as `_crops` gives them."""
+        return np.asarray(self.data.videos["first"][ids])[:, None] + crops[:, 5:]
 
     def _choose_crop_pct(self) -> float:
         return self.options.crop_pct or 1.0  # VideoMAE's: the shorter side is shown whole
@@ -106,14 +121,14 @@ class ClipLoader(PrefetchLoader):
         rows = np.arange(len(ids) * self.options.num_views)
         ids = np.repeat(ids, self.options.num_views)
         crops = self._crops(self._announced_epoch, ids, self._sizes(ids), rows)
-        self.data.read_ahead(self._frames(ids, crops[:, 5]).ravel())
+        self.data.read_ahead(self._frames(ids, crops).ravel())
 
     def _samples_per_block(self) -> int:
         return max(BLOCK_BYTES * self.info.num_samples // len(self.data.frames), 1)
 
     # ---------------------------------------------------------------------------------------------- the pixels
     def _fill(self, images: Array, ids: Array, crops: Array, factors: Array) -> Array:
-        frames = self._frames(ids, crops[:, 5])
+        frames = self._frames(ids, crops)
         clips, count = frames.shape
         flat, sides = frames.ravel(), np.repeat(self._sizes(ids).astype(np.uint16), count, 0)
         begin, end = self.data.positions[flat], self.data.positions[flat + 1]
@@ -133,7 +148,8 @@ class ClipLoader(PrefetchLoader):
 
 def _frame_step(data: VideoSet, options: LoaderOptions) -> int:
     """Stored frames from one frame of a clip to the next."""
-    if options.num_frames > 1 and options.sampling_rate % data.stride:
+    dense = options.num_frames > 1 and options.frame_sampling == "dense"
+    if dense and options.sampling_rate % data.stride:
         raise UserError(
             f"sampling_rate is {options.sampling_rate}, but {data.path} holds every {data.stride}th frame; use a "
             f"multiple of {data.stride}, or prepare it again with --frame_stride {options.sampling_rate}"

@@ -155,7 +155,7 @@ class DaliFrames(DaliLoader):
         return fn.flip(images, horizontal=_external("flip", "INT32", 0))
 
     def _inputs(self, ids: Array, crops: Array) -> dict[str, Any]:
-        frames = self._frames(ids, crops[:, 5])
+        frames = self._frames(ids, crops)
         rows = np.repeat(crops.astype(np.int32), frames.shape[1], 0)
         jpegs = [self.data.jpeg(frame) for frame in frames.ravel().tolist()]
         return {"jpeg": jpegs, "corner": rows[:, :2].copy(), "box": rows[:, 2:4].copy(), "flip": rows[:, 4].copy()}
@@ -187,7 +187,7 @@ class DaliVideos(DaliLoader):
         return fn.flip(clips, horizontal=_external("flip", "INT32", 0))
 
     def _inputs(self, ids: Array, crops: Array) -> dict[str, Any]:
-        frames = self._frames(ids, crops[:, 5]) - self.data.videos["first"][ids][:, None]
+        frames = self._frames(ids, crops) - self.data.videos["first"][ids][:, None]
         sizes, boxes = self._sizes(ids), crops[:, :5]
         return {
             "video": [self._file(int(video)) for video in ids],

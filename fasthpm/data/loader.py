@@ -132,6 +132,7 @@ def build_loader(
     views: tuple[int, int] = (1, 1),
     decoder: str = "auto",
     whole: bool = False,
+    frame_sampling: str = "dense",
 ) -> Loader:
     """A `Loader` of `data_path`: FFCV for a `.beton`, PIL for a folder of images, drawn images for `synthetic:N`.
 
@@ -156,6 +157,8 @@ def build_loader(
       None: 0.001 in training; without `train` the first one is an error, and none is replaced.
     - `num_frames`, `sampling_rate`: T frames of each video, every `sampling_rate`-th one; 1 frame: images. In training
       a clip begins anywhere, drawn from (seed, epoch, sample id); otherwise in the middle. Short videos are looped.
+    - `frame_sampling`: of prepared videos, "dense": clips as above; "segments": one frame of each of T equal stretches
+      of the whole video, drawn in training, otherwise their middles (VideoMAE's fine-tuning on SSv2).
     - `crop`: of training, "random_resized", or "multi_scale" as VideoMAE pretrains; "auto": that for videos.
     - `views`: of videos, (clips, crops): every sample gives clips * crops rows one after the other, with the same id:
       in evaluation evenly spaced clips of the video times crops along its longer side, to average predictions over
@@ -195,6 +198,7 @@ def build_loader(
         views=views,
         decoder=decoder,
         whole=whole,
+        frame_sampling=frame_sampling,
     )
     if source.startswith("synthetic:"):
         from fasthpm.data.synthetic import SyntheticLoader

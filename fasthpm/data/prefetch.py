@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fasthpm.data.background import Background
-from fasthpm.data.clip_sampling import CROPS, DECODERS
+from fasthpm.data.clip_sampling import CROPS, DECODERS, FRAME_SAMPLINGS
 from fasthpm.data.loader import Batch, DatasetInfo
 from fasthpm.data.quarantine import BadSample, Quarantine
 from fasthpm.data.sampling import (
@@ -68,6 +68,7 @@ class LoaderOptions:
     views: tuple[int, int] = (1, 1)
     decoder: str = "auto"
     whole: bool = False
+    frame_sampling: str = "dense"
 
     def __post_init__(self) -> None:
         self._check("batch_size", self.batch_size >= 1, "1 or more")
@@ -85,6 +86,8 @@ class LoaderOptions:
         self._check("sample_order", self.sample_order in SAMPLE_ORDERS, f"one of {', '.join(SAMPLE_ORDERS)}")
         self._check("crop", self.crop in CROPS, f"one of {', '.join(CROPS)}")
         self._check("decoder", self.decoder in DECODERS, f"one of {', '.join(DECODERS)}")
+        sampling = self.frame_sampling
+        self._check("frame_sampling", sampling in FRAME_SAMPLINGS, f"one of {', '.join(FRAME_SAMPLINGS)}")
         good = len(self.views) == 2 and min(self.views) >= 1 and not (self.train and self.views[1] > 1)
         self._check("views", good, "clips and crops, 1 or more each (in training 1 crop)")
         share = self.max_bad_samples
@@ -218,6 +221,16 @@ class PrefetchLoader(ABC):
         image = np.empty((1, *size[0], self.options.channels), np.uint8)
         crop = np.concatenate([np.zeros((1, 2)), size, np.zeros((1, 1))], 1).astype(np.int64)
         bad = self._fill(image, ids, crop, np.ones((1, 3), np.float32))
+        return None if bad[0] else image[0]
+
+    def drawn(self, epoch: int, sample: int) -> Array | None:
+        """The sample as `epoch` crops it: uint8 [(T,) H, W, C]; None where it does not decode."""
+        ids = np.array([sample])
+        sizes = self._sizes(ids)
+        if not sizes.all():
+            return None
+        image = np.empty((1, *self.options.sample_shape), np.uint8)
+        bad = self._fill(image, ids, self._crops(epoch, ids, sizes, np.zeros(1, np.int64)), self._factors(epoch, ids))
         return None if bad[0] else image[0]
 
     def labels_of(self, samples: Array) -> Array:

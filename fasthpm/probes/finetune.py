@@ -1,14 +1,17 @@
-"""Fine-tuning by MAE's recipe: all weights of the encoder and a fresh head, on labelled images.
+"""Fine-tuning by MAE's or VideoMAE's recipe: all weights of the encoder and a fresh head, on labelled images or videos.
 
     fasthpm finetune RUN --train_path train.beton --val_path val.beton
+    fasthpm finetune RUN --train_path k400_train --val_path k400_val  # a video run, sets by data_prep.videos
     deepspeed --module fasthpm.probes.finetune RUN …  # the same flags; torchrun too
     fasthpm finetune RUN … --from_scratch             # the same network without pretraining
     fasthpm finetune RUN … --evaluate                 # only test what is in the output folder
+    fasthpm finetune RUN … --evaluate --test_views 5x3  # videos: mean over 5 clips x 3 crops
 
 The network is timm's ViT, mixup, cutmix and the augmentations are timm's, the engine is DeepSpeed. --preset mae is the
-published recipe, for ImageNet and larger images; --preset small is ours, minutes for small images (up to 96 pixels)
-from a short pretraining: plain crops and flips, 5 epochs. auto (the default) takes the one that fits. Every number
-can be given. The same command continues where a killed or interrupted one stopped.
+published recipe, for ImageNet and larger images; k400 and ssv2 are VideoMAE's for Kinetics-400 and Something-Something
+v2; small is ours, minutes for small images (up to 96 pixels) from a short pretraining: plain crops and flips, 5 epochs
+(videos: 30). auto (the default) takes the one that fits, of videos by the run's size and whether it mirrored clips.
+Every number can be given. The same command continues where a killed or interrupted one stopped.
 
 RUN/finetune/ receives result.json, result.md, classifier.safetensors (timm), metrics.jsonl and the checkpoints.
 """
@@ -17,6 +20,7 @@ import argparse
 import dataclasses
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -36,12 +40,12 @@ from fasthpm import checkpoint, engine, pretrain, schedule, shards, zero
 from fasthpm.cli import Parser
 from fasthpm.data import DatasetInfo, Loader, build_loader
 from fasthpm.data.augmented import Augmentation, AugmentedLoader
+from fasthpm.data.clip_sampling import FRAME_SAMPLINGS
 from fasthpm.errors import UserError
-from fasthpm.export_forms import timm_arguments
 from fasthpm.metrics import wait_for
 from fasthpm.model import HPMViT
 from fasthpm.probes import result
-from fasthpm.probes.classifier import POOLS, build_classifier, layer_decay_groups
+from fasthpm.probes.classifier import POOLS, architecture, build_classifier, layer_decay_groups
 from fasthpm.probes.tokens import POLICIES, TokenChooser
 from fasthpm.recipe import Recipe, add_recipe_arguments, option, save_recipe
 from fasthpm.saver import Saver
@@ -49,15 +53,16 @@ from fasthpm.signals import StopSignals
 from fasthpm.step import model_of
 from fasthpm.teacher import EMATeacher
 
+PRESETS = ("auto", "mae", "k400", "ssv2", "small")
 SMALL_SIDE = 96  # pixels: up to here --preset auto means small
 LOG, CLASSIFIER_FILE = "metrics.jsonl", "classifier.safetensors"
 
 
 @dataclass(frozen=True)
 class FineTune:
-    """One fine-tuning. Defaults are MAE's for ViT-B; `PRESETS` has the others."""
+    """One fine-tuning. Defaults are MAE's for ViT-B; `preset` has the others."""
 
-    train_path: str = option("", "prepared set (.beton), several joined by commas, or image folder to train on")
+    train_path: str = option("", "prepared set (.beton), several joined by commas, image folder, or video set to train on")  # noqa: E501  # fmt: skip
     val_path: str = option("", "the same to test on", run_only=True)
     output_dir: str = option("", "folder for results and checkpoints; empty = RUN/finetune", run_only=True)
     weights: str = option("student", "which encoder of the run to start from", choices=("student", "teacher"))
@@ -68,9 +73,9 @@ class FineTune:
     global_pool: str = option("avg", "avg: mean of the patches, fresh norm; token: cls", choices=tuple(POOLS))
     drop_path: float = option(0.1, "stochastic depth, growing linearly to this")
     # optimisation
-    batch_size: int = option(64, "images per device and micro-step", run_only=True)
+    batch_size: int = option(64, "images or videos per device and micro-step", run_only=True)
     accum_iter: int = option(0, "micro-steps per update; 0 = global_batch_size / (batch_size x devices)", run_only=True)
-    global_batch_size: int = option(1024, "images per update over all devices; 0 = batch_size x devices x accum_iter")
+    global_batch_size: int = option(1024, "the same per update over all devices; 0 = batch_size x devices x accum_iter")
     epochs: int = option(100, "epochs")
     warmup_epochs: float = option(5.0, "epochs of linear warm-up, before the cosine")
     blr: float = option(5e-4, "base learning rate of the last layer: lr = blr x global batch / 256")
@@ -88,7 +93,18 @@ class FineTune:
     aa: str = option("rand-m9-mstd0.5-inc1", 'RandAugment or AutoAugment, by timm\'s names; "" = off')
     color_jitter: float = option(0.0, "colour jitter, where aa is off")
     crop_min: float = option(0.08, "smallest share of the image area that a random crop covers")
-    flip: bool = option(True, "flip training images at random")
+    flip: bool = option(True, "flip training images at random (videos: default as in pretraining)")
+    num_sample: int = option(1, "repeated augmentation: draws of every image or video per epoch and update")
+    # videos
+    sampling_rate: int = option(0, "a clip takes every how many-th frame; 0 = as in pretraining")
+    frame_sampling: str = option(
+        "dense", "dense: frames sampling_rate apart; segments: one of each equal stretch of the whole video (SSv2)",
+        choices=FRAME_SAMPLINGS,
+    )  # fmt: skip
+    test_views: str = option(
+        "", "clips x crops of a video that --evaluate and the last test average the logits over, like 5x3 (Kinetics) "
+        "or 2x3 (SSv2); empty = the preset's, 1x1 for images", run_only=True,
+    )  # fmt: skip
     ema_decay: float = option(0.0, "test an average of the weights with this momentum instead of them; 0 = off")
     # which patches the network sees (the papers' pilot experiment)
     token_policy: str = option("", "see only some patches: random, easiest or hardest by difficulty_run; empty = all")
@@ -112,6 +128,9 @@ class FineTune:
             "keep_tokens": (0 < self.keep_tokens <= 1, "a share, more than 0, at most 1"),
             "crop_min": (0 < self.crop_min <= 1, "more than 0, at most 1"),
             "eval_every": (self.eval_every >= 1, "1 or more"),
+            "num_sample": (self.num_sample >= 1, "1 or more"),
+            "sampling_rate": (self.sampling_rate >= 0, "1 or more, or 0 (as in pretraining)"),
+            "test_views": (bool(re.fullmatch(r"([1-9]\d*x[1-9]\d*)?", self.test_views)), "clips x crops, like 5x3"),
             "mixup": (self.mixup >= 0, "0 (off) or more"),
             "cutmix": (self.cutmix >= 0, "0 (off) or more"),
             **{name: (0 <= getattr(self, name) < 1, "0 (off) or more, less than 1") for name in shares},
@@ -121,8 +140,14 @@ class FineTune:
         for name, (good, what) in expected.items():
             if not good:
                 raise UserError(f"{name} is {getattr(self, name)!r}, expected {what}")
-        if (self.mixup or self.cutmix) and self.batch_size % 2:
+        if self.mixes and not self.evaluate and self.batch_size * self.num_sample % 2:
             raise UserError(f"batch_size is {self.batch_size}, and mixup and cutmix pair images; use an even number")
+
+    @property
+    def views(self) -> tuple[int, int]:
+        """(clips, crops) of a thorough test."""
+        clips, _, crops = (self.test_views or "1x1").partition("x")
+        return int(clips), int(crops)
 
     @property
     def mixes(self) -> bool:
@@ -143,13 +168,33 @@ BY_WIDTH = {  # MAE's FINETUNE.md, per model
     1024: {"epochs": 50, "blr": 1e-3, "layer_decay": 0.75, "drop_path": 0.2},
     1280: {"epochs": 50, "blr": 1e-3, "layer_decay": 0.75, "drop_path": 0.3},
 }
+VIDEO = {  # VideoMAE's paper and released scripts, of 64 GPUs
+    "global_batch_size": 512, "batch_size": 8, "num_sample": 2, "layer_decay": 0.75, "aa": "rand-m7-n4-mstd0.5-inc1",
+}  # fmt: skip
+BY_VIDEOS = {
+    "k400": {**VIDEO, "epochs": 100, "blr": 1e-3, "flip": True, "test_views": "5x3"},
+    "ssv2": {**VIDEO, "epochs": 50, "blr": 5e-4, "flip": False, "frame_sampling": "segments", "test_views": "2x3"},
+    "small": {**SMALL, "epochs": 30, "warmup_epochs": 1.0, "global_batch_size": 64, "batch_size": 64},
+}  # fmt: skip
+LARGE_K400 = {"epochs": 35, "global_batch_size": 128, "blr": 2e-3, "batch_size": 2}  # the released script for ViT-L
 SCRATCH = {"layer_decay": 1.0}  # no layer knows anything yet
 
 
-def preset(name: str, model: HPMViT, from_scratch: bool) -> dict[str, Any]:
-    """What `--preset` changes of the defaults for this model."""
+def preset(name: str, model: HPMViT, from_scratch: bool, flip: bool = True) -> dict[str, Any]:
+    """What `--preset` changes of the defaults for this model; `flip`: whether its run mirrored its samples.
+
+    **Raises:** `UserError` for a preset of videos for images, or the other way round.
+    """
     small = name == "small" or (name == "auto" and max(model.img_size) <= SMALL_SIDE)
+    if model.video:
+        name = "small" if small else ("k400" if flip else "ssv2") if name == "auto" else name
+    if (model.video and name == "mae") or (not model.video and name in ("k400", "ssv2")):
+        raise UserError(f"preset {name} is not for {'videos' if model.video else 'images'}; leave --preset out")
     chosen: dict[str, Any] = SMALL if small else BY_WIDTH.get(model.embed_dim, {})
+    if model.video:
+        chosen = {"flip": flip, **BY_VIDEOS[name]}
+        if name == "k400" and model.embed_dim == 1024:
+            chosen |= LARGE_K400
     return {**chosen, **(SCRATCH if from_scratch else {})}
 
 
@@ -164,7 +209,7 @@ class ClassifierStep(nn.Module):
         self._chooser = [chooser]  # in a list: not a part of what is trained
 
     def forward(self, images: Tensor, targets: Tensor | None = None) -> Tensor:
-        """float [B, C, H, W], normalised, and [B, K] -> scalar; or -> float32 [B, K]."""
+        """float [B, C, (T,) H, W], normalised, and [B, K] -> scalar; or -> float32 [B, K]."""
         chooser = self._chooser[0]
         if chooser:
             chooser.choose(images)
@@ -179,6 +224,7 @@ class FineTuning(pretrain.Run):
     step: Any  # a ClassifierStep
     settings: FineTune = dataclasses.field(kw_only=True)
     val_loader: Loader = dataclasses.field(kw_only=True)
+    last_loader: Loader = dataclasses.field(kw_only=True)  # of the last test, all views
     origin: dict[str, Any] = dataclasses.field(kw_only=True)  # where the encoder comes from
     best: float = 0.0  # accuracy in percent
 
@@ -193,10 +239,10 @@ def build(arguments: argparse.Namespace, given: dict[str, Any], launch: engine.L
     """Data, network and engine, at the first update or at the checkpoint."""
     with engine.in_agreement():
         model, recipe = load_encoder(arguments.run, given)
-        settings = FineTune(**{**preset(arguments.preset, model, bool(given.get("from_scratch"))), **given})
-        settings = complete(settings, arguments.run)
+        chosen = preset(arguments.preset, model, bool(given.get("from_scratch")), recipe.flip)
+        settings = complete(FineTune(**{**chosen, **given}), arguments.run)
         image_size = image_size_of(settings, model)
-        plan, loader, val_loader = open_data(settings, recipe, image_size, launch)
+        plan, loader, val_loader, last_loader = open_data(settings, recipe, image_size, launch)
         notes = describe(settings, arguments.run, model, loader.info)
         refuse_other(Path(settings.output_dir), notes)
         config = engine.merge_config(plan.deepspeed_config, plan, launch.world_size)
@@ -214,7 +260,8 @@ def build(arguments: argparse.Namespace, given: dict[str, Any], launch: engine.L
     saver = Saver(launch.rank, launch.world_size, timeout=engine.timeout().total_seconds())
     run = FineTuning(
         plan, launch, loader, deepspeed_engine, step, ema, zero.MasterLayout(deepspeed_engine), saver,
-        settings=settings, maps=None, val_loader=val_loader, origin=origin, notes={checkpoint.CLASSIFIER: notes},
+        settings=settings, maps=None, val_loader=val_loader, last_loader=last_loader, origin=origin,
+        notes={checkpoint.CLASSIFIER: notes},
     )  # fmt: skip
     pretrain.resume(run)
     return run
@@ -225,8 +272,10 @@ def load_encoder(run: Path, given: dict[str, Any]) -> tuple[HPMViT, Recipe]:
     model, recipe = checkpoint.load_weights(run, given.get("weights", "student"))
     if given.get("from_scratch"):
         model = model_of(dataclasses.replace(recipe, seed=given.get("seed", 0)))
-    if model.video:
-        raise UserError(f"{run} was trained on video; fine-tuning takes image models")
+    if model.video and given.get("token_policy"):
+        raise UserError(f"{run} was trained on video, and --token_policy takes image models; leave it out")
+    if not model.video and given.get("test_views", "1x1") != "1x1":
+        raise UserError(f"test_views is {given['test_views']!r}, but {run} was trained on images; leave it out")
     return model, recipe
 
 
@@ -264,8 +313,8 @@ def image_size_of(settings: FineTune, model: HPMViT) -> tuple[int, int]:
 
 def open_data(
     settings: FineTune, recipe: Recipe, image_size: tuple[int, int], launch: engine.Launch
-) -> tuple[Recipe, AugmentedLoader, Loader]:
-    """The resolved plan (a recipe, for schedule and engine) and both sets, checked."""
+) -> tuple[Recipe, AugmentedLoader, Loader, Loader]:
+    """The resolved plan (a recipe, for schedule and engine), both sets, checked, and the second with all views."""
     plan = dataclasses.replace(
         recipe, data_path=settings.train_path, crop_min=settings.crop_min, beta1=0.9, beta2=0.999, steps_per_epoch=0,
         **{name: getattr(settings, name) for name in (
@@ -275,25 +324,42 @@ def open_data(
     )  # fmt: skip
     plan = checkpoint.continued(plan, launch.world_size)
     plan = dataclasses.replace(plan, accum_iter=plan.accumulation(launch.world_size))
-    shared: dict[str, Any] = {
-        "image_size": image_size, "channels": recipe.channels, "rank": launch.rank, "world_size": launch.world_size,
-        "num_workers": settings.num_workers, "batch_size": plan.batch_size,
-    }  # fmt: skip
+    shared = loader_options(settings, recipe, image_size, launch)
     augmentation = Augmentation(settings.aa, settings.reprob, settings.crop_min, settings.flip, settings.color_jitter)
     val = build_loader(settings.val_path, train=False, **shared)
+    last = thorough_loader(settings, shared) if settings.views != (1, 1) else val
     loader = AugmentedLoader(
-        settings.train_path, augmentation, seed=settings.seed, accum_iter=plan.accum_iter, **shared
-    )
+        settings.train_path, augmentation, repeats=settings.num_sample, seed=settings.seed,
+        accum_iter=plan.accum_iter, **shared,
+    )  # fmt: skip
     result.check_sets((settings.train_path, loader.info), (settings.val_path, val.info))
     labels = torch.from_numpy(loader.base.labels_of(np.arange(loader.info.num_samples)))
     result.check_labels(labels, settings.train_path, len(loader.info.classes))
-    return plan.resolve(loader.info.num_samples, launch.world_size), loader, val
+    return plan.resolve(loader.info.num_samples, launch.world_size), loader, val, last
+
+
+def loader_options(
+    settings: FineTune, recipe: Recipe, image_size: tuple[int, int], launch: engine.Launch
+) -> dict[str, Any]:
+    """What all loaders of a fine-tuning are built with."""
+    return {
+        "image_size": image_size, "channels": recipe.channels, "rank": launch.rank, "world_size": launch.world_size,
+        "num_workers": settings.num_workers, "batch_size": settings.batch_size, "num_frames": recipe.num_frames,
+        "sampling_rate": settings.sampling_rate or recipe.sampling_rate, "frame_sampling": settings.frame_sampling,
+    }  # fmt: skip
+
+
+def thorough_loader(settings: FineTune, shared: dict[str, Any]) -> Loader:
+    """The test set with all views of every video, as many rows in a batch as without."""
+    clips, crops = settings.views
+    options = {**shared, "views": settings.views, "batch_size": max(settings.batch_size // (clips * crops), 1)}
+    return build_loader(settings.val_path, train=False, **options)
 
 
 def describe(settings: FineTune, run: Path, model: HPMViT, info: DatasetInfo) -> str:
     """What tells one fine-tuning from another, and rebuilds its classifier: JSON."""
     return json.dumps(
-        {"run": str(run), "settings": settings.science, "model": timm_arguments(model),
+        {"run": str(run), "settings": settings.science, "model": architecture(model),
          "classes": list(info.classes), "mean": list(info.mean), "std": list(info.std)}, indent=2,
     ) + "\n"  # fmt: skip
 
@@ -309,6 +375,7 @@ def refuse_other(output_dir: Path, notes: str) -> None:
             raise UserError(f"output_dir {output_dir} holds checkpoints of another kind; choose another --output_dir")
         return
     theirs, ours = json.loads(path.read_text()), json.loads(notes)
+    theirs["settings"] = FineTune().science | theirs["settings"]  # of an earlier version, with fewer
     if theirs["model"] != ours["model"]:
         raise UserError(
             f"output_dir {output_dir} holds the classifier of another architecture ({_differences(theirs['model'], ours['model'])}); "  # noqa: E501
@@ -381,9 +448,11 @@ def train(run: FineTuning, log: "Log", stop: StopSignals) -> None:
 
 
 def mixed(mix: Mixup, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Images [B, C, H, W] and labels [B] -> mixed images, soft targets [B, K]; only smoothed where mixing is off."""
+    """Images [B, C, H, W] or clips [B, C, T, H, W] and labels [B] -> mixed, soft targets [B, K]; only smoothed where
+    mixing is off. The frames of a clip are mixed alike: they are to timm channels of one image."""
     if mix.mixup_enabled:
-        return mix(images, labels)
+        flat, targets = mix(images.flatten(1, -3), labels)
+        return flat.reshape(images.shape), targets
     off = mix.label_smoothing / mix.num_classes
     targets = torch.full((len(labels), mix.num_classes), off, device=labels.device)
     return images, targets.scatter_(1, labels[:, None], 1 - mix.label_smoothing + off)
@@ -410,29 +479,41 @@ def after_update(run: FineTuning, log: "Log", last: int) -> None:
 
 # -------------------------------------------------------------------------------------------------- testing
 def evaluate(run: FineTuning) -> dict[str, float]:
-    """Top-1 and top-5 accuracy in percent and the loss on the test set, of the average if there is one. Collective."""
+    """Top-1 and top-5 accuracy in percent and the loss on the test set, of the average if there is one. Collective.
+
+    Of one view; the last test of videos is over all of them.
+    """
+    loader, views = run.val_loader, (1, 1)
+    if run.done == run.recipe.total_steps:
+        loader, views = run.last_loader, run.settings.views
     if run.teacher:
         forward = ClassifierStep(run.teacher.module, run.step._chooser[0])
-        return test(forward, run.val_loader, run.info, run.launch, run.settings.seed)
+        return test(forward, loader, run.info, run.launch, run.settings.seed, views)
     run.engine.eval()
     try:
-        return test(run.engine, run.val_loader, run.info, run.launch, run.settings.seed)
+        return test(run.engine, loader, run.info, run.launch, run.settings.seed, views)
     finally:
         run.engine.train()
 
 
 @torch.no_grad()
-def test(forward: Any, loader: Loader, info: DatasetInfo, launch: engine.Launch, seed: int) -> dict[str, float]:
+def test(
+    forward: Any, loader: Loader, info: DatasetInfo, launch: engine.Launch, seed: int, views: tuple[int, int]
+) -> dict[str, float]:
     """{"accuracy", "accuracy_top5", "val_loss"} over all ranks' shares of `loader`.
 
-    - `forward`: images [B, C, H, W] -> logits [B, K]; `info`: of the data that it was trained on
+    - `forward`: images [B, C, (T,) H, W] -> logits [B, K]; `info`: of the data that it was trained on
+    - `views`: (clips, crops) of every sample that `loader` gives as rows of a batch; their logits are averaged
+      (VideoMAE's code averages the softmax of them)
     """
+    rows = views[0] * views[1]
     sums = torch.zeros(4, dtype=torch.float64, device=launch.device)
     for number, batch in enumerate(tqdm(loader, desc="test", disable=launch.rank != 0, leave=False)):
         seed_all(seed, number, launch.rank)  # of randomly chosen tokens
-        images, labels = normalised(batch.images.to(launch.device), info), batch.labels.to(launch.device)
+        images, labels = normalised(batch.images.to(launch.device), info), batch.labels[::rows].to(launch.device)
         # A rank without samples runs along: the others may need it to gather weights.
-        logits = forward(images if len(images) else images.new_zeros(1, *images.shape[1:]))[: len(labels)]
+        logits = forward(images if len(images) else images.new_zeros(rows, *images.shape[1:]))
+        logits = logits.unflatten(0, (-1, rows)).mean(1)[: len(labels)]
         hits = [result.count_hits(logits, labels, k) for k in (1, 5)]
         loss = nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
         sums += torch.stack([*hits, loss, hits[0] * 0 + len(labels)]).double()
@@ -441,9 +522,9 @@ def test(forward: Any, loader: Loader, info: DatasetInfo, launch: engine.Launch,
 
 
 def normalised(images: Tensor, info: DatasetInfo) -> Tensor:
-    """uint8 [B, H, W, C] -> float32 [B, C, H, W], zero mean and unit variance over the data set."""
+    """uint8 [B, (T,) H, W, C] -> float32 [B, C, (T,) H, W], zero mean and unit variance over the data set."""
     mean, std = (torch.tensor(values, device=images.device) for values in (info.mean, info.std))
-    return ((images.float() / 255 - mean) / std).permute(0, 3, 1, 2)
+    return ((images.float() / 255 - mean) / std).movedim(-1, 1)
 
 
 # -------------------------------------------------------------------------------------------------- logging
@@ -562,6 +643,8 @@ def write_classifier(run: FineTuning, weights: dict[str, Tensor], path: Path) ->
         **json.loads(run.notes[checkpoint.CLASSIFIER])["model"], "num_classes": len(run.info.classes),
         "global_pool": run.settings.global_pool, "img_size": list(embed.img_size),
     }  # fmt: skip
+    if "num_frames" in settings:  # not trained, and interpolated to img_size
+        weights = {**weights, "pos_embed": vit.pos_embed.float().cpu()}
     metadata = {"timm": settings, "classes": run.info.classes, "mean": run.info.mean, "std": run.info.std}
     aside = path.with_name(f".writing-{path.name}")
     tensors = {name.removeprefix("vit."): value.contiguous() for name, value in weights.items()}
@@ -576,7 +659,8 @@ def report(settings: FineTune, origin: dict[str, Any], folder: Path, figures: di
     """Write result.json and result.md, and print the accuracy."""
     name = "from scratch" if settings.from_scratch else "fine-tune"
     tokens = f", {settings.keep_tokens:.0%} {settings.token_policy} tokens" if settings.token_policy else ""
-    made = {"protocol": f"{name}, {settings.epochs} epochs{tokens}", **figures, **origin,
+    views = f", {settings.test_views} views" if settings.views != (1, 1) else ""
+    made = {"protocol": f"{name}, {settings.epochs} epochs{tokens}{views}", **figures, **origin,
             "settings": dataclasses.asdict(settings)}  # fmt: skip
     row = result.write_result(folder, made)
     print(f"{made['protocol']}: top-1 {figures['accuracy']:.2f} %, top-5 {figures['accuracy_top5']:.2f} %\n{row}")
@@ -587,22 +671,20 @@ def evaluate_only(arguments: argparse.Namespace, given: dict[str, Any], launch: 
     """Test the newest checkpoint of a fine-tuning on `val_path`."""
     with engine.in_agreement():
         model, recipe = load_encoder(arguments.run, given)
-        settings = complete(FineTune(**given), arguments.run)
+        views = preset(arguments.preset, model, False, recipe.flip).get("test_views", "")
+        settings = complete(FineTune(**{"test_views": views, **given}), arguments.run)
         folder = checkpoint.newest_valid(Path(settings.output_dir), lambda line: print(line, file=sys.stderr))
         if folder is None or not (folder / checkpoint.CLASSIFIER).is_file():
             raise UserError(f"{settings.output_dir} holds no fine-tuned classifier; fine-tune first, or --output_dir")
         notes = json.loads((folder / checkpoint.CLASSIFIER).read_text())
-        if notes["model"] != timm_arguments(model):
+        if notes["model"] != architecture(model):
             raise UserError(
                 f"{folder} is of another architecture than {arguments.run} "
-                f"({_differences(notes['model'], timm_arguments(model))}); give the run that it came from"
+                f"({_differences(notes['model'], architecture(model))}); give the run that it came from"
             )
         settings = dataclasses.replace(settings, **notes["settings"])
         image_size = image_size_of(settings, model)
-        loader = build_loader(
-            settings.val_path, train=False, image_size=image_size, channels=recipe.channels, rank=launch.rank,
-            world_size=launch.world_size, num_workers=settings.num_workers, batch_size=settings.batch_size,
-        )  # fmt: skip
+        loader = thorough_loader(settings, loader_options(settings, recipe, image_size, launch))
         if list(loader.info.classes) != notes["classes"]:
             raise UserError(
                 f"the classifier in {folder} has {len(notes['classes'])} classes, {settings.val_path} has "
@@ -616,7 +698,7 @@ def evaluate_only(arguments: argparse.Namespace, given: dict[str, Any], launch: 
     begin = time.perf_counter()
     step = ClassifierStep(vit.to(launch.device), choose_tokens(vit, settings, launch.device)).eval()
     info = dataclasses.replace(loader.info, mean=tuple(notes["mean"]), std=tuple(notes["std"]))
-    figures = test(step, loader, info, launch, settings.seed)
+    figures = test(step, loader, info, launch, settings.seed, settings.views)
     loader.close()
     if launch.rank == 0:
         hours = (time.perf_counter() - begin) * launch.world_size / 3600
@@ -628,7 +710,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dic
     """(run, preset), and the settings that were given."""
     parser = Parser(prog="fasthpm finetune", description=__doc__)
     parser.add_argument("run", type=Path, help="output_dir of a pretraining run, or one of its checkpoints")
-    parser.add_argument("--preset", choices=("auto", "mae", "small"), default="auto", help="see above")
+    parser.add_argument("--preset", choices=PRESETS, default="auto", help="see above")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     add_recipe_arguments(parser, FineTune)
     arguments = parser.parse_args(argv)
@@ -667,6 +749,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             log.close()
             run.loader.close()
             run.val_loader.close()
+            run.last_loader.close()
         finish(run)
         if stop.interrupted:
             raise KeyboardInterrupt

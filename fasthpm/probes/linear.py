@@ -9,6 +9,7 @@ Both train BatchNorm without weights followed by a linear layer, with random cro
   moco  SGD, momentum 0.9, no weight decay, blr 0.1 x batch 1024 / 256 (MoCo v3), 100 epochs as in HPM's paper, cosine
 --cache_features computes the features of the central crops once and trains on them: no augmentation, minutes instead
 of days, and usually a little lower. A killed or interrupted probe goes on with the same command.
+Of a video run: on clips, random in training and from the middle in tests, mirrored only where pretraining did.
 
 RUN/linear_PROTOCOL/ receives result.json, result.md and head.safetensors.
 """
@@ -41,7 +42,7 @@ from fasthpm.data.sampling import sample_order
 from fasthpm.errors import UserError
 from fasthpm.model import HPMViT
 from fasthpm.probes import result
-from fasthpm.probes.knn import gather_rows
+from fasthpm.probes.knn import gather_rows, pool_of
 from fasthpm.recipe import Recipe
 from fasthpm.signals import StopSignals
 from fasthpm.step import Step
@@ -128,7 +129,7 @@ def lr_at(epoch: float, lr: float, warmup_epochs: float, epochs: float) -> float
 class Encoder:
     """The frozen encoder: images in, features out.
 
-    - `pool`: "cls" or "mean" (of the patch tokens), after the encoder's norm
+    - `pool`: "cls" or "mean" (of the patch tokens), after the encoder's norm; see `knn.pool_of`
     """
 
     def __init__(self, model: HPMViT, recipe: Recipe, loader: Loader, pool: str, device: torch.device) -> None:
@@ -137,11 +138,11 @@ class Encoder:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """uint8 [B, H, W, C] -> float32 [B, D]."""
+        """uint8 [B, (T,) H, W, C] -> float32 [B, D]."""
         bf16 = torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda")
         with bf16:
             tokens = self.model.encode(self.step.normalized_patches(images.to(self.device)))
-        return (tokens[:, 0] if self.pool == "cls" else tokens[:, 1:].mean(dim=1)).float()
+        return (tokens[:, 0] if self.pool == "cls" else tokens[:, self.model.num_prefix_tokens :].mean(dim=1)).float()
 
     def whole(self, loader: Loader, world_size: int, quiet: bool) -> tuple[Tensor, Tensor]:
         """Features [N, D] and labels [N] of a whole set on every rank, in the set's order. Collective."""
@@ -215,15 +216,16 @@ def build(arguments: argparse.Namespace, launch: engine.Launch) -> Probe:
     """Encoder, data and head, new or as the last interrupted command left them."""
     with engine.in_agreement():
         model, recipe = load_weights(arguments.run, arguments.weights)
-        if model.video:
-            raise UserError(f"{arguments.run} was trained on video; the linear probe takes image models")
+        arguments.pool = pool_of(model, arguments.pool)
         fit_batch(arguments, read_info(arguments.train_path).num_samples, launch.world_size)
         accum_iter = accumulation(arguments, launch.world_size)
         shared: dict[str, Any] = {
             "image_size": recipe.image_size, "channels": recipe.channels, "batch_size": arguments.batch_size,
             "rank": launch.rank, "world_size": launch.world_size, "num_workers": arguments.num_workers,
+            "num_frames": recipe.num_frames, "sampling_rate": recipe.sampling_rate,
         }  # fmt: skip
-        augmented = {"train": True, "seed": arguments.seed, "crop_min": arguments.crop_min, "accum_iter": accum_iter}
+        augmented = {"train": True, "seed": arguments.seed, "crop_min": arguments.crop_min, "accum_iter": accum_iter,
+                     "crop": "random_resized", "flip": recipe.flip or not model.video}  # fmt: skip
         train = build_loader(
             arguments.train_path, **shared, **({"train": False} if arguments.cache_features else augmented)
         )
@@ -437,7 +439,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--protocol", choices=tuple(PROTOCOLS), default="moco", help="see above (default: moco)")
     parser.add_argument("--cache_features", action="store_true", help="train on features of central crops; see above")
     parser.add_argument("--weights", choices=("student", "teacher", "untrained"), default="student", help="encoder")
-    parser.add_argument("--pool", choices=("cls", "mean"), default="cls", help="cls token, or mean of the patches")
+    parser.add_argument("--pool", choices=("cls", "mean"), default="",
+                        help="cls token (default), or mean of the patches (of videos)")  # fmt: skip
     parser.add_argument("--output_dir", default="", help="default: RUN/linear_PROTOCOL")
     parser.add_argument("--epochs", type=int, help="default: the protocol's")
     parser.add_argument("--warmup_epochs", type=float, help="default: the protocol's")
