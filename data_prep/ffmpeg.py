@@ -29,6 +29,8 @@ NVDEC_PIXELS = ("yuv420p", "yuvj420p")
 CONTAINERS = (".mkv", ".mov", ".mp4", ".webm")
 GOP = 16  # frames between key frames of what we encode for NVDEC: a short way to any frame
 MAX_SIDE = 65535
+MAX_PIXELS = 100_000_000  # of a picture, as for images: refused by the header, before memory is taken for it
+TOO_LARGE = b"exceeds specified max pixel count"  # what ffmpeg says then
 MAX_FPS = 1000
 RATE_TOLERANCE = 0.001
 
@@ -72,8 +74,11 @@ def probe(path: str) -> Stream:
         raise ValueError("the file is not there")
     if not Path(path).stat().st_size:
         raise ValueError("the file is empty")
-    command = ["ffprobe", "-v", "error", "-protocol_whitelist", "file", "-of", "json", "-show_streams", "-show_format"]
+    command = ["ffprobe", "-v", "error", "-protocol_whitelist", "file", "-max_pixels", str(MAX_PIXELS)]
+    command += ["-of", "json", "-show_streams", "-show_format"]
     done = subprocess.run([*command, f"file:{path}"], capture_output=True, timeout=PROBE_SECONDS, process_group=0)
+    if TOO_LARGE in done.stderr:
+        raise ValueError(f"its pictures have more than {MAX_PIXELS} pixels; shrink it first")
     found = json.loads(done.stdout or b"{}")
     if done.returncode or not found.get("streams"):
         raise ValueError(f"ffprobe cannot read it ({_plain_words(done.stderr)})")
@@ -148,6 +153,8 @@ def _input(path: str) -> list[str]:
         "file,pipe",
         "-threads",
         "1",
+        "-max_pixels",  # a stream may grow after its header
+        str(MAX_PIXELS),
         "-i",
         f"file:{path}",
     ]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.sources import Files, number_labels
-from fasthpm.data.pixels import list_images
+from fasthpm.data.pixels import list_images, require_inside
 from fasthpm.errors import UserError
 
 EXTENSIONS = frozenset(
@@ -77,6 +77,7 @@ def _listed(source: Path, root: Path, rows: Iterable[tuple[str, str]]) -> Files:
     rows = list(rows)
     if not rows:
         raise UserError(f"{source} lists no videos; {EXPECTED}")
+    require_inside(root, (path for path, _ in rows), source, "give a folder that holds them all as --video_root")
     labels, classes = number_labels([label for _, label in rows])
     return Files(str(root), [path for path, _ in rows], labels, classes)
 
@@ -92,6 +93,7 @@ def _open_ssv2(source: Path, root: Path | None) -> Files:
     folder = root or next(source.parent / name for name in SSV2_FOLDERS if (source.parent / name).is_dir())
     numbers = next((_read(source.parent / name) for name in SSV2_LABELS if (source.parent / name).is_file()), None)
     names = [f"{entry['id']}{SSV2_ENDING}" for entry in entries]
+    require_inside(folder, names, source, "download it again")
     templates = [str(entry["template"]).replace("[", "").replace("]", "") for entry in entries]
     if not isinstance(numbers, dict):
         return _listed(source, folder, zip(names, templates, strict=True))

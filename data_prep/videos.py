@@ -12,7 +12,8 @@ versions, hashes); and, if videos could not be used, rejected.csv with the reaso
 decodes: at a constant rate, upright, deinterlaced, 8 bits, with square pixels, even sides and no sound.
 
 Ctrl-C, a kill or a full disk loses seconds: the same command goes on where it stopped, and the result has the same
-bytes. What ffmpeg finds damaged, ends early, has one frame or no picture is rejected.
+bytes. What ffmpeg finds damaged, ends early, has one frame, no picture or one of more than 100 million pixels is
+rejected. A list can't name files outside --video_root.
 
 Choose --frame_stride as training's --sampling_rate, or a divisor of it: 2 for Something-Something V2 and 4 for Kinetics
 as VideoMAE does; with 4, Kinetics takes about the originals' room.
@@ -37,7 +38,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m data_prep.videos", description=__doc__)
     parser.add_argument("source", type=Path, metavar="SRC", help="videos, see above")
     parser.add_argument("out", type=Path, metavar="OUT_DIR", help="folder to write")
-    parser.add_argument("--video_root", type=Path, metavar="DIR", help="where the names of a list or JSON begin")
+    parser.add_argument(
+        "--video_root", type=Path, metavar="DIR", help="where the names of a list or JSON begin; they can't leave it"
+    )
     parser.add_argument(
         "--classes", type=Path, metavar="FILE", help="a list's class names, one a line, in order of label"
     )

@@ -42,6 +42,6 @@ cat <<END
 Done. Look at
   checkpoint   $(printf '%s\n' "$out"/checkpoints/step-* | tail -n 1)
   animation    $out/clips.gif
-  TensorBoard  .venv/bin/tensorboard --logdir $out/tensorboard
+  TensorBoard  .venv/bin/tensorboard --host 127.0.0.1 --logdir $out/tensorboard
   report       $out/report.md
 END

@@ -61,7 +61,7 @@ dist.destroy_process_group()
 def test_ranks_count_and_list_distinct_bad_samples_together(tmp_path: Path) -> None:
     script = tmp_path / "ranks.py"
     script.write_text(RANKS)
-    output = check_ranks(script, tmp_path, launcher="torchrun")
+    output = check_ranks(script, tmp_path, launcher="forked")
     assert "rank 0 ended" in output
     assert "rank 1 ended" in output
     rows = list(csv.reader((tmp_path / "bad_samples.csv").read_text(encoding="utf-8").splitlines()))
@@ -87,7 +87,15 @@ RUN = ("--recipe", "debug", "--channels", 3, "--epochs", 1, "--warmup_epochs", 0
 
 def test_a_run_survives_a_bad_sample_and_says_so(broken: Path, tmp_path: Path) -> None:
     output = check_ranks(
-        "fasthpm.pretrain", *RUN, "--data_path", broken, "--output_dir", tmp_path, launcher="python", timeout=300
+        "fasthpm.pretrain",
+        *RUN,
+        "--data_path",
+        broken,
+        "--output_dir",
+        tmp_path,
+        launcher="forked",
+        ranks=1,
+        timeout=300,
     )
     assert output.count("set.beton, sample 5) does not decode; another sample takes its place") == 1
     assert f"bad samples  1 were replaced: {tmp_path / 'bad_samples.csv'}" in output
@@ -96,7 +104,7 @@ def test_a_run_survives_a_bad_sample_and_says_so(broken: Path, tmp_path: Path) -
 
 def test_a_run_ends_where_no_bad_sample_is_allowed(broken: Path, tmp_path: Path) -> None:
     arguments = (*RUN, "--data_path", broken, "--output_dir", tmp_path, "--max_bad_samples", 0)
-    finished = run_ranks("fasthpm.pretrain", *arguments, launcher="python", timeout=300)
+    finished = run_ranks("fasthpm.pretrain", *arguments, launcher="forked", ranks=1, timeout=300)
     assert finished.status == 2, finished.output
     assert "1 sample does not decode" in finished.output
     assert "Traceback" not in finished.output

@@ -182,7 +182,13 @@ def test_lists_with_labels_names_and_spaces(folder, lines, labels, classes):
 
 
 @pytest.mark.parametrize(
-    ("lines", "message"), [("a.png\t1\nb.png\n", "line 2 has no label"), ("a.png\t9999999\n", "line 1: label 9999999")]
+    ("lines", "message"),
+    [
+        ("a.png\t1\nb.png\n", "line 2 has no label"),
+        ("a.png\t9999999\n", "line 1: label 9999999"),
+        ("a.png\t1\n../b.png\t1\n", r"names '\.\./b\.png', which lies outside .*; move the list"),
+        ("/etc/passwd\t1\n", "names '/etc/passwd', which lies outside"),
+    ],
 )
 def test_bad_lists_are_refused(folder, lines, message):
     (folder / "list.txt").write_text(lines)

@@ -333,7 +333,7 @@ def test_fast_modes_run_from_the_command_line(tmp_path: Path) -> None:
     flags = ("--recipe", "debug", "--input_size", 32, "--predictor", "shared", "--decoder_attention", "cross",
              "--teacher_scale", 2, "--teacher_maps", "--stop_after", 6, "--log_every", 1, "--steps_per_epoch", 4,
              "--output_dir", tmp_path / "run")  # fmt: skip
-    done = run_ranks("fasthpm.pretrain", *flags, launcher="python")
+    done = run_ranks("fasthpm.pretrain", *flags, launcher="forked", ranks=1)
     assert done.status == 0, done.output
     assert (
         "fast modes: teacher_maps True, predictor shared, decoder_attention cross, teacher_scale 2; 0." in done.output

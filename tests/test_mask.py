@@ -246,6 +246,28 @@ def test_attention_mask_is_the_race(seed: int, length: int, masked: float, throw
         assert pair == reference.attention_mask(weights[i].tolist(), masked, thrown, noise[i].tolist())
 
 
+@settings(max_examples=60, deadline=None)
+@given(seed=seeds, rows=st.integers(1, 9), columns=st.sampled_from([1, 3, 8, 63, 64, 65]), ratio=ratios,
+       alpha=st.floats(0, 1), ties=st.booleans(), on_device=st.booleans(),
+       policy=st.sampled_from(["random", "hpm", "hpm_easiest", "block", "blockwise"]))  # fmt: skip
+def test_numpy_and_torch_draw_the_same(
+    seed: int, rows: int, columns: int, ratio: float, alpha: float, ties: bool, on_device: bool, policy: str
+) -> None:
+    """A CPU and a GPU: bit for bit the same noise and masks."""
+    plan = masks.MaskPlan(policy, ratio, (rows, columns))
+    difficulty = torch.randn(3, plan.num_patches, generator=torch.Generator().manual_seed(seed))
+    difficulty = difficulty.round() if ties else difficulty
+    share = torch.tensor(alpha, dtype=torch.float64) if on_device else alpha
+    drawn = []
+    for numpy in (True, False):
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(masks, "_numpy_is_faster", lambda scores, numpy=numpy: numpy)
+            noise = masks.sample_noise(seed, torch.tensor(seed), torch.tensor([5, 2**40, seed]), plan.noise_size)
+            drawn.append((noise, masks.draw_mask(plan, noise, difficulty, share)))
+    assert torch.equal(drawn[0][0], drawn[1][0])
+    assert torch.equal(drawn[0][1], drawn[1][1])
+
+
 # -------------------------------------------------------------------------------------------------- laws
 @settings(max_examples=80, deadline=None)
 @given(seed=seeds, grid=grids, slots=st.integers(1, 3), policy=st.sampled_from(masks.POLICIES), ratio=ratios,

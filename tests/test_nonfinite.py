@@ -109,7 +109,7 @@ def main() -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of all runs, done once."""
     folder = tmp_path_factory.mktemp("nonfinite")
-    output = check_ranks(Path(__file__), folder, launcher="torchrun", timeout=300)
+    output = check_ranks(Path(__file__), folder, launcher="forked", timeout=300)
     (folder / "output").write_text(output)
     return folder
 

@@ -73,14 +73,14 @@ def test_the_debug_command_runs_and_its_output_is_usable(tmp_path: Path) -> None
     """README's quick commands, end to end on one run: pretrain, visualize, report, export, knn."""
     run = tmp_path / "debug"
     check_ranks("fasthpm", "pretrain", "--recipe", "debug", "--output_dir", run, launcher="python")
-    check_ranks("fasthpm", "visualize", run, "-o", tmp_path / "panel.png", launcher="python")
+    check_ranks("fasthpm", "visualize", run, "-o", tmp_path / "panel.png", launcher="forked", ranks=1)
     assert (tmp_path / "panel.png").read_bytes()[:4] == b"\x89PNG"
-    exported = check_ranks("fasthpm", "export", run, "-o", tmp_path / "encoder.safetensors", launcher="python")
+    exported = check_ranks("fasthpm", "export", run, "-o", tmp_path / "encoder.safetensors", launcher="forked", ranks=1)
     assert "timm agrees within" in exported
     paths = ("--train_path", "synthetic:150", "--val_path", "synthetic:45", "--batch_size", 16, "--bank_size", 101)
-    two = check_ranks("fasthpm", "knn", run, *paths, "-o", tmp_path / "two.json", launcher="torchrun")
-    assert "Pretraining" not in check_ranks("fasthpm", "report", run, launcher="python")
-    one = check_ranks("fasthpm", "knn", run, *paths, "--weights", "untrained", "student", launcher="python")
+    two = check_ranks("fasthpm", "knn", run, *paths, "-o", tmp_path / "two.json", launcher="forked")
+    assert "Pretraining" not in check_ranks("fasthpm", "report", run, launcher="forked", ranks=1)
+    one = check_ranks("fasthpm", "knn", run, *paths, "--weights", "untrained", "student", launcher="forked", ranks=1)
     untrained, student = (line for line in one.splitlines() if "k-NN top-1" in line)
     assert "k-NN top-1 (student, cls, 101 voters)" in student
     assert student in two  # any number of ranks gives the same accuracy

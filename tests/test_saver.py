@@ -238,6 +238,6 @@ def test_a_full_disk_costs_checkpoints_and_not_the_run(small_disk: Path, tmp_pat
     left = newest_valid(run, pytest.fail)
     assert left is not None
     (small_disk / "filler").unlink()
-    output = check_ranks(MODULE, *arguments, launcher="python")
+    output = check_ranks(MODULE, *arguments, launcher="forked", ranks=1)
     assert f"resuming from {left}" in output
     assert "finished 80 of 80 updates" in output

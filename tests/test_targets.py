@@ -436,7 +436,7 @@ def test_a_run_on_dinos_features_pretrains_draws_and_exports(tmp_path: Path) -> 
     check_ranks(
         "fasthpm", "pretrain", "--recipe", "debug", "--input_size", 64, "--patch_size", 16, "--target", "dino",
         "--target_weights", weights, "--target_model", "test_vit", "--target_dim", 64, "--epochs", 1,
-        "--steps_per_epoch", 2, "--output_dir", output, launcher="python",
+        "--steps_per_epoch", 2, "--output_dir", output, launcher="forked", ranks=1,
     )  # fmt: skip
     assert (output / "encoder.safetensors").is_file()
     assert list((output / "panels").glob("*.png"))

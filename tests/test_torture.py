@@ -6,8 +6,9 @@ import torture
 
 
 def test_three_rounds_leave_no_difference(tmp_path: Path) -> None:
-    report = torture.torture(tmp_path, rounds=3, seed=1, updates=160)
+    plan = torture.Torture(tmp_path, updates=80, launcher="forked", longest_wait=0.5)
+    report = torture.torture(plan, rounds=3, seed=1)
     assert report["differences"] == 0
     assert report["finished"]
     assert report["rounds"] >= 1
-    assert all(round["status"] != 0 or round["left_at"] == 160 for round in report["history"])
+    assert all(round["status"] != 0 or round["left_at"] == plan.updates for round in report["history"])

@@ -15,6 +15,7 @@ from video_fixtures import prepare_videos, video_folder
 
 from fasthpm.data import build_loader
 from fasthpm.data.augmented import Augmentation, AugmentedLoader, _picture, _seed_all
+from fasthpm.errors import UserError
 from fasthpm.model import create_model
 from fasthpm.probes import finetune, linear
 from fasthpm.probes.classifier import build_classifier, load_classifier, resize_positions, resize_slots
@@ -140,6 +141,20 @@ def test_repeated_clips_do_not_depend_on_ranks_or_workers() -> None:
     assert whole[0].shape == (8, 3, 4, 16, 16)
     assert torch.equal(whole[2][::2], whole[2][1::2])
     assert not torch.equal(whole[0][::2], whole[0][1::2])
+
+
+def test_a_clip_that_does_not_decode_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    loader = clips_of(Augmentation("", 0.0))
+    read = loader.base.drawn
+    monkeypatch.setattr(loader.base, "drawn", lambda drawn, sample: None if sample == 5 else read(drawn, sample))
+    (clip, label, sample, replaced), kept = loader.images[(0, 5, 1)], loader.images[(0, 4, 1)]
+    assert (replaced, kept[2:]) == (True, (4, False))
+    assert (sample != 5, label) == (True, sample % 10)
+    assert clip.shape == kept[0].shape
+    monkeypatch.setattr(loader.base, "drawn", lambda drawn, sample: None)
+    with pytest.raises(UserError, match="sample 5 does not decode, nor do 20 in its place"):
+        loader.images[(0, 5, 0)]
+    loader.close()
 
 
 @pytest.mark.parametrize("cutmix", [0.0, 1.0])

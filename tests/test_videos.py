@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -294,6 +295,29 @@ def test_lists_and_json_name_videos_and_labels(source, tmp_path):
     assert files.classes == ("Holding something", "Dropping something", "X")
     with pytest.raises(UserError, match=r"nowhere does not exist; expected a folder"):
         list_videos(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("name", ["../secret.mp4", "ant/../../secret.mp4", "{root}/../secret.mp4", "/etc/passwd"])
+def test_lists_cannot_leave_their_root(source, tmp_path, name):
+    listed, name = tmp_path / "train.csv", name.format(root=source)
+    listed.write_text(f"ant/000.mp4 0\n{name} 1\n")
+    with pytest.raises(UserError, match=rf"train\.csv names '{re.escape(name)}', which lies outside .*--video_root"):
+        list_videos(listed, source)
+    listed.write_text(f"{source}/ant/000.mp4 0\nbee/../ant/001.mp4 0\n")
+    assert len(list_videos(listed, source)) == 2
+    (tmp_path / "train.json").write_text(json.dumps([{"id": "../9", "template": "Dropping [something]"}]))
+    with pytest.raises(UserError, match=r"names '\.\./9\.webm', which lies outside"):
+        list_videos(tmp_path / "train.json", source)
+
+
+def test_bombs_are_refused_before_they_are_decoded(source, monkeypatch):
+    path, size = str(source / "ant" / "000.mp4"), (48, 40)
+    assert len(list(tools.frames(path, size, Fraction(10)))) == FRAMES
+    monkeypatch.setattr(tools, "MAX_PIXELS", 40 * 48 - 1)
+    with pytest.raises(ValueError, match="its pictures have more than 1919 pixels"):
+        tools.probe(path)
+    with pytest.raises(ValueError, match="exceeds specified max pixel count 1919"):  # after a harmless header
+        list(tools.frames(path, size, Fraction(10)))
 
 
 def test_files_that_a_list_names_and_that_are_missing_are_counted_and_listed(source, tmp_path):

@@ -468,7 +468,7 @@ def test_pretraining_starts_from_an_import(tmp_path: Path) -> None:
     """One update at a vanishing learning rate leaves the imported weights, which are far from the recipe's."""
     start = imported_debug(tmp_path)
     given = ["--recipe", "debug", "--init_from", start, "--stop_after", 1, "--lr", 1e-12, "--panel_every", 0]
-    check_ranks("fasthpm", "pretrain", *given, "--output_dir", tmp_path / "run", launcher="python")
+    check_ranks("fasthpm", "pretrain", *given, "--output_dir", tmp_path / "run", launcher="forked", ranks=1)
     before, after = (load_weights(folder)[0].state_dict() for folder in (start, tmp_path / "run"))
     for key, value in before.items():
         torch.testing.assert_close(after[key], value, rtol=1e-2, atol=1e-3)

@@ -8,18 +8,26 @@ disk is filled only if `--folder` is on a small file system of its own (mount -t
 One run is left alone. Another, of the same recipe, is disturbed `--rounds` times at random moments and started again
 with the same command each time. Masters, moments and EMA of both must then agree bit for bit. The test suite does a few
 rounds (`tests/test_torture.py`).
+
+With `--elastic` every start takes another number of ranks, ZeRO stage or accumulation, in float32. Every update must
+then see the very samples of the undisturbed run, pixel for pixel, however often it is done; sums are rounded in another
+order, so the weights must agree within `ELASTIC_BOUND` only.
+
+    python tests/torture.py --elastic --rounds 6 --updates 160 -o bench/results/torture_elastic.json
 """
 
 import argparse
 import collections
 import itertools
 import json
+import math
 import random
 import re
 import shutil
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +37,11 @@ from launch import ranks_of, running_ranks
 from fasthpm.checkpoint import newest_valid
 from fasthpm.shards import STATES, SavedState
 from fasthpm.versions import versions
+from fasthpm.zero import State
 
 MODULE = "fasthpm.pretrain"
+RECORDER = Path(__file__).with_name("recorded.py")
+GLOBAL_BATCH = 16
 SAVE_EVERY = 8  # updates: an epoch of synthetic:128 in global batches of 16
 DEEDS = (
     "kill one rank",
@@ -43,6 +54,50 @@ DEEDS = (
 )
 
 
+ELASTIC_BOUND = 1e-4  # |difference| / |weights|, of masters and of the EMA
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How the ranks of one start share the same global batch of 16."""
+
+    ranks: int = 2
+    batch_size: int = 8
+    stage: int = 0  # of ZeRO in float32; 0 = the recipe's own configuration
+
+    def next(self, chance: random.Random) -> "Shape":
+        """Another one."""
+        all_of_them = [Shape(*values) for values in itertools.product((1, 2), (4, 8), (1, 2, 3))]
+        return chance.choice([shape for shape in all_of_them if shape != self])
+
+
+@dataclass(frozen=True)
+class Torture:
+    """What all starts of a torture share."""
+
+    folder: Path
+    updates: int
+    launcher: str = "torchrun"
+    elastic: bool = False
+    longest_wait: float = 4.0  # seconds between a round's first save and its deed
+
+    def start(self, name: str, shape: Shape) -> Any:
+        """Start the run `name`, or start it again."""
+        if self.elastic:
+            notes = self.folder / f"{name}-samples"
+            notes.mkdir(exist_ok=True)
+            program, words = RECORDER, [str(notes), *command(self.folder / name, self.updates)]
+            words += ["--deepspeed_config", str(self._configuration(shape)), "--batch_size", str(shape.batch_size)]
+            words += ["--global_batch_size", "16", "--lr", "1e-4"]
+            return running_ranks(program, *words, ranks=shape.ranks, launcher=self.launcher)
+        return running_ranks(MODULE, *command(self.folder / name, self.updates), launcher=self.launcher)
+
+    def _configuration(self, shape: Shape) -> Path:
+        path = self.folder / f"zero{shape.stage}.json"
+        path.write_text(json.dumps({"zero_optimization": {"stage": shape.stage}}))
+        return path
+
+
 def command(output_dir: Path, updates: int) -> list[str]:
     """The run, the same every time."""
     return ["--recipe", "debug", "--data_path", "synthetic:128", "--batch_size", "8", "--log_every", "1000000",
@@ -50,20 +105,21 @@ def command(output_dir: Path, updates: int) -> list[str]:
             "--keep_checkpoints", "3", "--output_dir", str(output_dir)]  # fmt: skip
 
 
-def run_to_end(output_dir: Path, updates: int) -> str:
+def run_to_end(plan: Torture, name: str, shape: Shape) -> str:
     """Start the run and let it finish; its output."""
-    with running_ranks(MODULE, *command(output_dir, updates)) as process:
+    with plan.start(name, shape) as process:
         output, _ = process.communicate(timeout=1800)
     if process.returncode:
         raise RuntimeError(f"a run that nobody disturbed failed:\n{output}")
     return output
 
 
-def disturb(output_dir: Path, updates: int, deed: str, chance: random.Random) -> dict[str, Any]:
+def disturb(plan: Torture, deed: str, shape: Shape, chance: random.Random) -> dict[str, Any]:
     """Start the run, wait a random while after its start, do `deed`, and see how it ended."""
+    output_dir = plan.folder / "disturbed"
     before = newest(output_dir)
-    with running_ranks(MODULE, *command(output_dir, updates)) as process:
-        wait_for_progress(process, output_dir, before, chance.uniform(0, 4))
+    with plan.start("disturbed", shape) as process:
+        wait_for_progress(process, output_dir, before, chance.uniform(0, plan.longest_wait))
         filler = fill(output_dir) if deed == "fill the disk" else None
         if filler:
             time.sleep(chance.uniform(0.2, 1.5))
@@ -73,10 +129,13 @@ def disturb(output_dir: Path, updates: int, deed: str, chance: random.Random) ->
         output, _ = process.communicate(timeout=300)
     if filler:
         filler.unlink()
+    elif deed == "fill the disk":
+        deed = "kill one rank"  # the disk is not ours to fill
     damaged = damage(output_dir, deed, chance)
     resumed = re.search(r"resuming from \S+ at update (\d+)", output)
     return {"deed": deed, "killed": killed, "damaged": damaged, "status": process.returncode,
-            "resumed_at": int(resumed[1]) if resumed else 0, "left_at": newest(output_dir)}  # fmt: skip
+            "resumed_at": int(resumed[1]) if resumed else 0, "left_at": newest(output_dir),
+            **({"shape": vars(shape)} if plan.elastic else {})}  # fmt: skip
 
 
 def newest(output_dir: Path) -> int:
@@ -99,7 +158,7 @@ def wait_for_save(process: Any, output_dir: Path) -> None:
 
 def kill(process: Any, chance: random.Random, *, everyone: bool) -> list[int]:
     """SIGKILL a random rank, or all of them; which."""
-    ranks = ranks_of(process.pid, MODULE) if process.poll() is None else []
+    ranks = ranks_of(process.pid, "--recipe") if process.poll() is None else []
     chosen = list(range(len(ranks))) if everyone else chance.sample(range(len(ranks)), min(1, len(ranks)))
     for rank in chosen:
         ranks[rank].kill()
@@ -138,35 +197,77 @@ def damage(output_dir: Path, deed: str, chance: random.Random) -> str:
 
 def differences(a: Path, b: Path) -> int:
     """Elements in which two finished runs differ."""
-    states = [SavedState(newest_valid(folder, print) or folder) for folder in (a, b)]
-    if states[0].names != states[1].names or states[0].optimizer_step != states[1].optimizer_step:
-        raise RuntimeError("the runs are not of the same model and length")
+    ours, theirs = final_states(a, b)
     return sum(
-        int((states[0].whole(state, name) != states[1].whole(state, name)).sum())
-        for state in STATES
-        for name in states[0].names
+        int((ours.whole(state, name) != theirs.whole(state, name)).sum()) for state in STATES for name in ours.names
     )
 
 
-def torture(folder: Path, rounds: int, seed: int, updates: int) -> dict[str, Any]:
+def final_states(a: Path, b: Path) -> list[SavedState]:
+    """Of two finished runs of the same model and length."""
+    states = [SavedState(newest_valid(folder, print) or folder) for folder in (a, b)]
+    if states[0].names != states[1].names or states[0].optimizer_step != states[1].optimizer_step:
+        raise RuntimeError("the runs are not of the same model and length")
+    return states
+
+
+def relative_difference(a: Path, b: Path) -> float:
+    """|difference| / |weights| of two finished runs: the larger one of masters and EMA."""
+    ours, theirs = final_states(a, b)
+    kinds: tuple[State, ...] = ("master", "ema")
+    squares = [
+        [(float((ours.whole(kind, name).double() - theirs.whole(kind, name).double()).square().sum()),
+          float(ours.whole(kind, name).double().square().sum())) for name in ours.names] for kind in kinds
+    ]  # fmt: skip
+    return max(math.sqrt(sum(d for d, _ in kind) / sum(w for _, w in kind)) for kind in squares)
+
+
+def samples(notes: Path) -> dict[int, list[Any]]:
+    """{update: the sorted [id, checksum of its pixels] of its samples}, as the ranks of a run noted them.
+
+    **Raises:** `RuntimeError` if an update that was done again did not see the samples that it saw before.
+    """
+    seen: dict[int, set[tuple[int, int]]] = collections.defaultdict(set)
+    for path in notes.iterdir():
+        for line in path.read_text().splitlines():
+            update, ids, checksums = json.loads(line)
+            seen[update] |= set(zip(ids, checksums, strict=True))
+    for update, pairs in seen.items():
+        if len(pairs) > GLOBAL_BATCH:
+            raise RuntimeError(f"update {update} saw other samples when it was done again")
+    return {update: sorted(pairs) for update, pairs in sorted(seen.items())}
+
+
+def torture(plan: Torture, rounds: int, seed: int) -> dict[str, Any]:
     """Both runs; the report."""
     chance = random.Random(seed)
-    run_to_end(folder / "calm", updates)
-    history = []
+    shape = Shape(stage=1) if plan.elastic else Shape()
+    run_to_end(plan, "calm", shape)
+    calm, disturbed, history = plan.folder / "calm", plan.folder / "disturbed", []
     for number in range(rounds):
         deed = DEEDS[number % len(DEEDS)] if rounds < 2 * len(DEEDS) else chance.choice(DEEDS)
-        history.append(disturb(folder / "disturbed", updates, deed, chance))
+        history.append(disturb(plan, deed, shape, chance))
         print(json.dumps(history[-1]), file=sys.stderr, flush=True)
-        if history[-1]["left_at"] >= updates:
+        shape = shape.next(chance) if plan.elastic else shape
+        if history[-1]["left_at"] >= plan.updates:
             break
-    output = run_to_end(folder / "disturbed", updates)
+    output = run_to_end(plan, "disturbed", shape)
     lost = [b["resumed_at"] - a["left_at"] for a, b in itertools.pairwise(history)]
-    return {
-        "rounds": len(history), "survived": len(history), "updates": updates, "save_every_updates": SAVE_EVERY,
-        "most_updates_repeated": max([-x for x in lost] + [0]), "differences": differences(
-            folder / "calm", folder / "disturbed"), "finished": f"finished {updates} of {updates} updates" in output,
-        "history": history,
+    report = {
+        "rounds": len(history), "survived": len(history), "updates": plan.updates, "save_every_updates": SAVE_EVERY,
+        "most_updates_repeated": max([-x for x in lost] + [0]), "finished":
+            f"finished {plan.updates} of {plan.updates} updates" in output, "history": history,
     }  # fmt: skip
+    return report | (compare_elastic(plan) if plan.elastic else {"differences": differences(calm, disturbed)})
+
+
+def compare_elastic(plan: Torture) -> dict[str, Any]:
+    """Which updates saw other samples, and whether the weights differ by more than rounding."""
+    calm, disturbed = (samples(plan.folder / f"{name}-samples") for name in ("calm", "disturbed"))
+    apart = relative_difference(plan.folder / "calm", plan.folder / "disturbed")
+    other = sum(calm.get(update) != disturbed.get(update) for update in range(plan.updates))
+    return {"updates_of_other_samples": other, "relative_difference": apart, "bound": ELASTIC_BOUND,
+            "differences": other + (apart > ELASTIC_BOUND)}  # fmt: skip
 
 
 SUMS = ("rounds", "survived", "updates", "differences", "seconds")
@@ -193,11 +294,14 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=8000, help="length of both runs, a multiple of 8")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="where the runs live; a file system under 1 GiB is also filled")
+    parser.add_argument("--launcher", default="torchrun", choices=("torchrun", "forked"), help="see launch.py")
+    parser.add_argument("--elastic", action="store_true", help="start with other ranks, stages and micro-batches")
     parser.add_argument("-o", "--output", type=Path, help="JSON report")
     arguments = parser.parse_args()
     begin = time.time()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        report = torture(Path(folder), arguments.rounds, arguments.seed, arguments.updates)
+        plan = Torture(Path(folder), arguments.updates, arguments.launcher, arguments.elastic)
+        report = torture(plan, arguments.rounds, arguments.seed)
     report |= {"seconds": round(time.time() - begin), "seed": arguments.seed}
     report |= {"versions": versions(torch.device("cpu"), 2)}
     if arguments.output:

@@ -1,6 +1,7 @@
 """Image files on disk: finding them, and turning any kind of them into 8-bit RGB."""
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -175,6 +176,9 @@ def _list_txt(source: Path) -> ImageList:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{source} cannot be read ({error}); expected UTF-8 lines `path[<TAB>label]`") from error
     rows = [(number, *_split(line, source.parent)) for number, line in enumerate(lines, 1) if line.strip()]
+    require_inside(
+        source.parent, (path for _, path, _ in rows), source, "move the list to a folder that holds them all"
+    )
     bare = [number for number, _, label in rows if not label]
     if bare and len(bare) < len(rows):
         raise UserError(f"{source} line {bare[0]} has no label but other lines do; label all lines or none")
@@ -182,6 +186,18 @@ def _list_txt(source: Path) -> ImageList:
     if not bare:
         labels = _number(source, [(number, label) for number, _, label in rows])
     return ImageList(tuple(str(source.parent / path) for _, path, _ in rows), tuple(labels[0]), labels[1])
+
+
+def require_inside(root: Path, paths: Iterable[str], source: Path, remedy: str) -> None:
+    """Refuse a list that names files outside `root`, be it absolutely or by `..`; links in `root` are its owner's.
+
+    **Raises:** `UserError` naming the first of them.
+    """
+    whole = os.path.join(os.path.abspath(root), "")
+    for path in paths:
+        suspicious = path.startswith("/") or ".." in path
+        if suspicious and not os.path.normpath(os.path.join(whole, path)).startswith(whole):
+            raise UserError(f"{source} names {path!r}, which lies outside {root}; {remedy}")
 
 
 def _split(line: str, folder: Path) -> tuple[str, str]:

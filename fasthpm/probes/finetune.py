@@ -10,7 +10,7 @@
 The network is timm's ViT, mixup, cutmix and the augmentations are timm's, the engine is DeepSpeed. --preset mae is the
 published recipe, for ImageNet and larger images; k400 and ssv2 are VideoMAE's for Kinetics-400 and Something-Something
 v2; small is ours, minutes for small images (up to 96 pixels) from a short pretraining: plain crops and flips, 5 epochs
-(videos: 30). auto (the default) takes the one that fits, of videos by the run's size and whether it mirrored clips.
+(videos: 12). auto (the default) takes the one that fits, of videos by the run's size and whether it mirrored clips.
 Every number can be given. The same command continues where a killed or interrupted one stopped.
 
 RUN/finetune/ receives result.json, result.md, classifier.safetensors (timm), metrics.jsonl and the checkpoints.
@@ -174,7 +174,7 @@ VIDEO = {  # VideoMAE's paper and released scripts, of 64 GPUs
 BY_VIDEOS = {
     "k400": {**VIDEO, "epochs": 100, "blr": 1e-3, "flip": True, "test_views": "5x3"},
     "ssv2": {**VIDEO, "epochs": 50, "blr": 5e-4, "flip": False, "frame_sampling": "segments", "test_views": "2x3"},
-    "small": {**SMALL, "epochs": 30, "warmup_epochs": 1.0, "global_batch_size": 64, "batch_size": 64},
+    "small": {**SMALL, "epochs": 12, "warmup_epochs": 1.0, "blr": 6e-3, "global_batch_size": 64, "batch_size": 64},
 }  # fmt: skip
 LARGE_K400 = {"epochs": 35, "global_batch_size": 128, "blr": 2e-3, "batch_size": 2}  # the released script for ViT-L
 SCRATCH = {"layer_decay": 1.0}  # no layer knows anything yet
