@@ -182,14 +182,18 @@ def average(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
 
 
 def eager_update(student: nn.Module, recipe: Recipe, images: Tensor, *, alpha: float,
-                 half: bool) -> tuple[Callable[[int], None], EagerModel]:  # fmt: skip
+                 half: bool) -> tuple[Callable[[int], None], nn.Module]:  # fmt: skip
     """A function that runs one whole update of MAE, or of HPM if the recipe has a teacher, and the model.
 
-    - `student`: an `HPMViT` whose sizes are taken; `images`: float [B, C, H, W]; `half`: autocast to 16 bits
+    - `student`: an `HPMViT` whose sizes are taken; `images`: float [B, C, H, W], or clips [B, C, T, H, W]; `half`:
+      autocast to 16 bits
     """
+    from bench.baselines_video import EagerVideoHPM, EagerVideoMAE
+
     device = images.device
     hpm = recipe.uses_teacher
-    model = (EagerHPM if hpm else EagerMAE)(student, predicts=hpm).to(device)
+    kinds: Any = ((EagerMAE, EagerHPM), (EagerVideoMAE, EagerVideoHPM))[recipe.num_frames > 1]
+    model = kinds[hpm](student, predicts=hpm).to(device)
     teacher = copy.deepcopy(model).eval().requires_grad_(False) if hpm else None
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=1e-4, betas=(recipe.beta1, recipe.beta2), weight_decay=0.05)
@@ -201,9 +205,11 @@ def eager_update(student: nn.Module, recipe: Recipe, images: Tensor, *, alpha: f
             if teacher is None:
                 return [model(images, recipe.mask_ratio)]
             with torch.no_grad():
-                everything = torch.zeros(len(images), model.grid[0] * model.grid[1], dtype=torch.bool, device=device)
-                difficulty = cast(EagerHPM, teacher).decode(images, everything)[1]
-            return list(model(images, masks_one_by_one(difficulty.float(), recipe.mask_ratio, alpha)))
+                everything = torch.zeros(len(images), recipe.num_patches, dtype=torch.bool, device=device)
+                difficulty = cast(EagerHPM, teacher).decode(images, everything)[1].float()
+            slots = difficulty.unflatten(1, (recipe.slots, -1)).flatten(0, 1)  # each is masked on its own
+            mask = masks_one_by_one(slots, recipe.mask_ratio, alpha)
+            return list(model(images, mask.reshape(difficulty.shape)))
 
     def update(number: int) -> None:
         parts = losses()

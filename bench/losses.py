@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.common import add_device_arguments, use_device, write_json
+from bench.common import add_device_arguments, table, use_device, write_json
 from fasthpm import loss
 from fasthpm.cli import Parser, run_command
 from fasthpm.metrics import wait_for
@@ -119,6 +119,20 @@ def case(batch: int, count: int, rounds: int, device: torch.device) -> dict[str,
     }  # fmt: skip
 
 
+def report(result: dict[str, Any]) -> str:
+    """A Markdown table."""
+    rows = []
+    for found in result["cases"]:
+        for form in FORMS:
+            errors, copies = found["error_against_float64"][form], found["peak_in_copies_of_bf16_pairs"][form]
+            faster = f"{found['times_faster']:.1f}" if form == "blocks" else "1"
+            rows.append([f"{found['batch']} x {found['masked']}", form, f"{found['median_milliseconds'][form]:.1f}",
+                         faster, f"{copies:.2f}", f"{errors['value']:.0e}", f"{errors['gradient']:.0e}"])  # fmt: skip
+    columns = ("B x M", "form", "ms", "times faster", "peak, copies of [B, M, M] in bf16", "error of the value",
+               "of the gradient")  # fmt: skip
+    return table(columns, rows)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """`python -m bench.losses`."""
     parser = Parser(prog="python -m bench.losses", description=__doc__)
@@ -133,14 +147,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     cases = [case(*size, arguments.rounds, device) for size in CASES]
     result = {"bench": "losses", "threads": torch.get_num_threads(), "cases": cases, "versions": versions(device, 1)}
     write_json(arguments.output, result)
-    for found in cases:
-        print(f"B {found['batch']}, M {found['masked']}: blocks {found['times_faster']:.1f} x faster than plain")
-        for form in FORMS:
-            errors = found["error_against_float64"][form]
-            mebibytes, copies = found["peak_bytes"][form] / 2**20, found["peak_in_copies_of_bf16_pairs"][form]
-            print(f"  {form:7} {found['median_milliseconds'][form]:8.1f} ms, peak {mebibytes:.1f} MiB = {copies:.2f} "
-                  f"copies of [B, M, M] in bf16; error: value {errors['value']:.0e}, gradient "
-                  f"{errors['gradient']:.0e}")  # fmt: skip
+    print(report(result))
 
 
 if __name__ == "__main__":

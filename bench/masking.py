@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.common import add_device_arguments, use_device, write_json
+from bench.common import add_device_arguments, table, use_device, write_json
 from fasthpm import mask as masks
 from fasthpm.cli import Parser, run_command
 from fasthpm.metrics import wait_for
@@ -115,6 +115,17 @@ def summary(arguments: argparse.Namespace) -> dict[str, Any]:
             "versions": versions(device, 1)}  # fmt: skip
 
 
+def report(result: dict[str, Any]) -> str:
+    """A Markdown table."""
+    rows = []
+    for name, case in result["cases"].items():
+        for variant, milliseconds in case["median_milliseconds"].items():
+            low, high = case["times_faster_range"][variant]
+            faster = f"{case['times_faster_than_loop'][variant]:.1f} ({low:.1f} to {high:.1f})"
+            rows.append([name, variant, f"{milliseconds:.2f}", faster])
+    return table(("masks", "how", "ms", "times faster than the loop"), rows)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """`python -m bench.masking`."""
     parser = Parser(prog="python -m bench.masking", description=__doc__)
@@ -123,12 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     use_device(arguments)
     result = summary(arguments)
     write_json(arguments.output, result)
-    for name, case in result["cases"].items():
-        print(name)
-        for variant, milliseconds in case["median_milliseconds"].items():
-            low, high = case["times_faster_range"][variant]
-            print(f"  {variant:40} {milliseconds:8.2f} ms  {case['times_faster_than_loop'][variant]:6.1f} x "
-                  f"(rounds {low:.1f} to {high:.1f})")  # fmt: skip
+    print(report(result))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import end_to_end, roofline, scaling, step
+from bench import end_to_end, losses, masking, roofline, scaling, step
 from bench.common import say
 from fasthpm.cli import Parser, run_command
 from fasthpm.errors import UserError
@@ -21,12 +21,16 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "roofline": roofline.report,
     "end_to_end": end_to_end.report,
     "scaling": scaling.report,
+    "losses": losses.report,
+    "masking": masking.report,
 }
 TITLES = {
     "step": "Steps",
     "roofline": "Roofline (a model, not a measurement)",
     "end_to_end": "Data and step together",
     "scaling": "Ranks, accumulation, ZeRO stages",
+    "losses": "Ranking loss in blocks and over all pairs",
+    "masking": "Masks, batched and image by image",
 }
 
 
@@ -54,7 +58,7 @@ def origin(result: dict[str, Any]) -> str:
     made = result.get("versions") or result.get("machine") or {}
     names = ("device", "torch", "deepspeed", "python", "commit")
     parts = [f"{name} {made[name]}" for name in names if name in made]
-    told = ("size", "recipe", "batch_size", "threads", "rounds")
+    told = ("size", "frames", "recipe", "batch_size", "threads", "rounds")
     shape = [f"{name} {result[name]}" for name in told if isinstance(result.get(name), str | int)]
     return "; ".join([*shape, *parts])
 

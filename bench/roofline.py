@@ -137,8 +137,9 @@ def measured(paths: Sequence[Path]) -> dict[str, dict[str, Any]]:
         try:
             result = json.loads(path.read_text())
             for precision, one in result["precisions"].items():
-                key = f"{result['size']}, {precision}, {result['versions']['device']}"
-                found[key] = {**one, "size": result["size"], "batch_size": result["batch_size"]}
+                size = ("video_" if result.get("frames", 1) > 1 else "") + result["size"]
+                key = f"{size}, {precision}, {result['versions']['device']}"
+                found[key] = {**one, "size": size, "batch_size": result["batch_size"]}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is no result of bench.step ({error!r}); make it with bench.step -o") from error
     return found

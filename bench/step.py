@@ -1,17 +1,19 @@
 """Whole training steps, interleaved: exact HPM, its fast preset, MAE, and both as the published code is structured.
 
-    python -m bench.step [--size base] [--batch_size 8] [--precision fp32 bf16] [--rounds 5] [-o step.json]
+    python -m bench.step [--size base] [--video] [--batch_size 8] [--precision fp32 bf16] [--rounds 5] [-o step.json]
 
 A step is everything between two batches: normalisation, teacher, mask, student, backward, clipping, AdamW, EMA. Ours
 go through the DeepSpeed engine; `eager_mae` and `eager_hpm` are `bench.baselines`. The variants take turns within a
 round, so drift and noise hit all alike, and a ratio is the median of the rounds' ratios.
 
 `hpm_fast` reads its difficulty from maps that are refreshed every K epochs, by a teacher's pass over all images: a K-th
-of that pass' forward, timed in the same rounds, is added to its step.
+of that pass' forward, timed in the same rounds, is added to its step. With --video all are of clips of 16 frames, MAE
+is VideoMAE, and `hpm_fast` has its teacher in every step, because maps are of images.
 """
 
 import argparse
 import dataclasses
+import functools
 import json
 import statistics
 import subprocess
@@ -27,6 +29,7 @@ from torch import Tensor
 
 from bench.baselines import eager_update
 from bench.common import ratios, say, show, table, write_json
+from bench.overhead import loop_share
 from fasthpm import engine, flops, recipes, schedule
 from fasthpm.cli import Parser, run_command
 from fasthpm.data import DatasetInfo
@@ -67,27 +70,36 @@ class Built(NamedTuple):
 
     update: Update  # one whole update
     gflops: dict[str, float]  # per sample, by the formula of what the method needs
+    loop: Callable[[int], dict[str, float]] | None = None  # so many updates in the training loop; see bench.overhead
 
 
 def recipe_of(variant: str, arguments: argparse.Namespace, deepspeed_config: str = "") -> Recipe:
     """The published 200-epoch recipe of a variant at the bench's size and batch, with this JSON or the arguments'."""
     method = "mae" if variant.endswith("mae") else "hpm"
-    base = recipes.from_name(f"{method}_vit_base_in1k_200e")
+    video = {"mae": "videomae_vit_base_k400_800e", "hpm": "hpm_video_vit_base_k400_800e"}
+    base = recipes.from_name(video[method] if arguments.video else f"{method}_vit_base_in1k_200e")
     changes = dict(FAST) if variant == "hpm_fast" else {}
+    name = base.model.replace(SIZES["base"], SIZES[arguments.size])
+    if arguments.video:
+        changes.pop("teacher_maps", None)
+        name = name.replace("patch4_28", "patch8_32")
+        if arguments.size == "large":
+            changes |= {"decoder_dim": 512, "decoder_depth": 12, "decoder_heads": 8}
     if arguments.size == "nano":
         changes |= {"input_size": "28", "patch_size": 4, "decoder_dim": 64, "decoder_depth": 2, "decoder_heads": 4}
+        changes |= {"input_size": "32", "patch_size": 8, "num_frames": 4} if arguments.video else {}
     if arguments.size == "huge":
         changes |= {"patch_size": 14}
     return dataclasses.replace(
-        base, model=f"{method}_{SIZES[arguments.size]}", batch_size=arguments.batch_size, global_batch_size=0,
-        clip_grad=5.0, deepspeed_config=deepspeed_config or arguments.deepspeed_config,
-        **changes,
+        base, model=name, batch_size=arguments.batch_size, global_batch_size=0, clip_grad=5.0,
+        deepspeed_config=deepspeed_config or arguments.deepspeed_config, **changes,
     ).resolve(10**6, 1)  # fmt: skip
 
 
 def pixels(recipe: Recipe, device: torch.device) -> Tensor:
-    """Fixed random images, uint8 [B, H, W, C]."""
-    shape = (recipe.batch_size, *recipe.image_size, recipe.channels)
+    """Fixed random images, uint8 [B, H, W, C], or clips [B, T, H, W, C]."""
+    frames = (recipe.num_frames,) if recipe.num_frames > 1 else ()
+    shape = (recipe.batch_size, *frames, *recipe.image_size, recipe.channels)
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).to(device)
 
 
@@ -95,7 +107,7 @@ def build(variant: str, recipe: Recipe, launch: engine.Launch, precision: str) -
     """The variant, and for `hpm_fast` the pass that refreshes its maps."""
     images = pixels(recipe, launch.device)
     if variant.startswith("eager"):
-        floats = images.permute(0, 3, 1, 2).float().div_(127.5).sub_(1).contiguous()
+        floats = images.movedim(-1, 1).float().div_(127.5).sub_(1).contiguous()
         student = model_of(recipe)
         update, _ = eager_update(student, recipe, floats, alpha=ALPHA, half=precision == "bf16")
         return {variant: Built(update, gflops_of(student, recipe))}
@@ -103,10 +115,11 @@ def build(variant: str, recipe: Recipe, launch: engine.Launch, precision: str) -
     config = engine.merge_config(recipe.deepspeed_config, recipe, 1)
     deepspeed_engine = engine.build_engine(step, recipe, config, launch)
     extra: dict[str, Built] = {}
+    teacher = None
     maps = torch.rand(recipe.batch_size, recipe.num_patches).to(launch.device) if recipe.teacher_maps else None
     if recipe.uses_teacher:
-        teacher = EMATeacher(deepspeed_engine, step.student, "student.", model_of(recipe), 0.999).module
-        step.attach_teacher(teacher)
+        teacher = EMATeacher(deepspeed_engine, step.student, "student.", model_of(recipe), 0.999)
+        step.attach_teacher(teacher.module)
         if recipe.teacher_maps:
             extra[REFRESH] = Built(lambda number: teacher_pass(step, images), {})
     ids = torch.arange(recipe.batch_size, device=launch.device)
@@ -118,7 +131,8 @@ def build(variant: str, recipe: Recipe, launch: engine.Launch, precision: str) -
         deepspeed_engine.backward(output.loss)
         deepspeed_engine.step()
 
-    return {variant: Built(update_ours, gflops_of(step.student, recipe))} | extra
+    loop = functools.partial(loop_share, recipe, launch, deepspeed_engine, step, teacher, images)
+    return {variant: Built(update_ours, gflops_of(step.student, recipe), loop)} | extra
 
 
 @torch.no_grad()
@@ -153,19 +167,6 @@ def measure(
     return seconds, cpu_seconds
 
 
-def loop_seconds(recipe: Recipe, device: torch.device, repeats: int = 200) -> float:
-    """What the training loop itself does per update on the host: schedules and their tensors."""
-    groups: list[dict[str, float]] = [{"lr": 0.0}, {"lr": 0.0}]
-    begin = time.perf_counter()
-    for number in range(repeats):
-        for group in groups:
-            group["lr"] = schedule.lr_at(recipe, number)
-        torch.full((), schedule.alpha_at(recipe, number), dtype=torch.float64, device=device)
-        torch.full((), number, device=device)
-        schedule.ema_momentum_at(recipe, number)
-    return (time.perf_counter() - begin) / repeats
-
-
 def ratios_of(seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
     """Spreads of all `RATIOS` whose steps were timed."""
     return {name: ratios(seconds[a], seconds[b]) for name, a, b in RATIOS if a in seconds and b in seconds}
@@ -186,6 +187,8 @@ def one_precision(precision: str, arguments: argparse.Namespace, launch: engine.
         if REFRESH in times:
             share = [value / recipes.FAST_REFRESH_EPOCHS for value in times.pop(REFRESH)]
             times["hpm_fast"] = [step + part for step, part in zip(times["hpm_fast"], share, strict=True)]
+    exact = built.get("hpm")
+    loop = exact.loop(2 * repeats) if exact and exact.loop else None
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     rate = measure_matmul_rate(launch.device, dtype)
     median = {name: statistics.median(values) for name, values in seconds.items()}
@@ -199,8 +202,7 @@ def one_precision(precision: str, arguments: argparse.Namespace, launch: engine.
                         if a in seconds and b in seconds and not a.startswith("eager")},
         "matmul_gflops_per_second": rate / 1e9,
         "mfu": {name: work[name]["total"] * 1e9 * arguments.batch_size / median[name] / rate for name in seconds},
-        "loop_share": loop_seconds(recipe_of("hpm", arguments, CONFIGS[precision]), launch.device) / median["hpm"]
-        if "hpm" in median else None,
+        "loop": loop,
         "memory_gib": memory_gib(launch.device),
     }  # fmt: skip
 
@@ -210,7 +212,8 @@ def summary(arguments: argparse.Namespace, launch: engine.Launch) -> dict[str, A
     (precision,) = arguments.precision
     found = {precision: one_precision(precision, arguments, launch)}
     return {
-        "bench": "step", "size": arguments.size, "batch_size": arguments.batch_size, "rounds": arguments.rounds,
+        "bench": "step", "size": arguments.size, "frames": recipe_of("mae", arguments, CONFIGS[precision]).num_frames,
+        "batch_size": arguments.batch_size, "rounds": arguments.rounds,
         "threads": torch.get_num_threads(), "compile": arguments.compile,
         "refresh_epochs": recipes.FAST_REFRESH_EPOCHS, "precisions": found,
         "versions": versions(launch.device, launch.world_size),
@@ -248,8 +251,9 @@ def report(result: dict[str, Any]) -> str:
         ]
         header = ("ratio", "of time, median (range)", "of processor time", "of FLOPs")
         lines += [table(header, rows), ""]
-        if found["loop_share"] is not None:
-            lines += [f"Host work of the loop outside the step: {found['loop_share']:.2%} of a step.", ""]
+        if found.get("loop"):
+            lines += [f"Outside the engine's calls: {found['loop']['outside_share']:.2%} of the training loop's time, "
+                      "metrics read in every update.", ""]  # fmt: skip
     return "\n".join(lines)
 
 
@@ -257,7 +261,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """`python -m bench.step`."""
     parser = Parser(prog="python -m bench.step", description=__doc__)
     parser.add_argument("--size", choices=tuple(SIZES), default="base")
-    parser.add_argument("--batch_size", type=int, default=8, help="images per step")
+    parser.add_argument("--video", action="store_true", help="clips of 16 frames, against VideoMAE; not --size huge")
+    parser.add_argument("--batch_size", type=int, default=8, help="images or clips per step")
     parser.add_argument("--precision", nargs="+", choices=tuple(CONFIGS), default=["fp32", "bf16"])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--rounds", type=int, default=5, help="measured rounds")
@@ -268,6 +273,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     if arguments.batch_size < 1 or arguments.rounds < 1:
         raise UserError("batch_size and rounds must be 1 or more")
+    if arguments.video and arguments.size == "huge":
+        raise UserError("size is huge, but there is no recipe of clips with it; use --size base or large")
     if len(arguments.precision) > 1:
         result = each_by_itself(sys.argv[1:] if argv is None else argv, arguments.precision)
     else:

@@ -1,5 +1,6 @@
 """The step benches: baselines compute what ours compute, formulas agree with the models, commands run to the end."""
 
+import argparse
 import dataclasses
 import json
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from launch import run_ranks
 from torch import Tensor
 
-from bench import baselines, end_to_end, report, roofline, scaling, step, video_memory
+from bench import baselines, baselines_video, end_to_end, report, roofline, scaling, step, video_memory
 from bench.training import READ, median_of
 from fasthpm import flops, loss, recipes
 from fasthpm.errors import UserError
@@ -51,6 +52,30 @@ def test_the_eager_baseline_computes_the_same_losses() -> None:
         rtol=1e-4, atol=1e-4, check_dtype=False,
     )  # fmt: skip
     assert loss.ranking_loss(torch.rand(2, 5), torch.ones(2, 5)) == 0
+
+
+def test_the_eager_baseline_of_clips_computes_the_same_losses() -> None:
+    flags = argparse.Namespace(size="nano", video=True, batch_size=2)
+    recipe = step.recipe_of("hpm", flags, step.CONFIGS["fp32"])
+    ours = model_of(recipe).double()
+    eager = baselines_video.EagerVideoHPM(ours, predicts=True).double()
+    with torch.no_grad():
+        same_weights(eager, ours)
+    clips, noise = torch.randn(2, 3, 4, 32, 32, dtype=torch.float64), torch.rand(4, 16)
+    mask = random_mask(noise, 0.9).reshape(2, 32)  # each frame slot by itself
+    wanted = ours(clips, mask)
+    reconstruction, difficulty = eager(clips, mask)
+    torch.testing.assert_close(reconstruction, wanted.reconstruction_loss, rtol=1e-4, atol=1e-6)  # eps of the target
+    assert difficulty.item() == pytest.approx(wanted.difficulty_loss.item(), rel=1e-4)
+    everything = torch.zeros(2, 32, dtype=torch.bool)
+    torch.testing.assert_close(eager.decode(clips, everything)[1], ours.predict_loss(clips), rtol=1e-5, atol=1e-6)
+    drawn = baselines_video.tubes(3, 2, 16, 0.9).reshape(3, 2, 16)
+    assert torch.equal(drawn[:, 0], drawn[:, 1])
+    assert (drawn[:, 0].sum(1) == 14).all()
+    update, model = baselines.eager_update(ours.float(), recipe, clips.float(), alpha=0.5, half=False)
+    before = model.patch_embed.weight.detach().clone()
+    update(0)
+    assert not torch.equal(before, model.patch_embed.weight)
 
 
 def test_masks_drawn_one_by_one_hold_the_hardest() -> None:
@@ -114,6 +139,10 @@ def test_the_step_bench_runs_and_is_reported(tmp_path: Path) -> None:
     assert done.status == 0, done.output
     found = json.loads(out.read_text())["precisions"]["bf16"]
     assert set(found["median_seconds"]) == set(step.VARIANTS)
+    loop = found["loop"]
+    assert loop["updates"] == 2
+    assert 0 < loop["engine_seconds"] < loop["seconds"]
+    assert loop["outside_share"] == pytest.approx(1 - loop["engine_seconds"] / loop["seconds"])
     assert set(found["ratios"]) == {name for name, _, _ in step.RATIOS}
     roofline.main(["--results", str(out), "-o", str(tmp_path / "roofline.json")])
     report.main([str(tmp_path)])

@@ -249,6 +249,19 @@ def test_fp8_is_refused_without_it() -> None:
         fp8.require_fp8(torch.device("cpu"))
 
 
+def test_eight_bits_are_refused_on_older_gpus_and_in_integers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an A100")
+    for capability in ((8, 0), (9, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        if capability == (9, 0):
+            fp8.require_fp8(torch.device("cuda"))
+        else:
+            with pytest.raises(UserError, match=r"this device \(an A100, compute capability 8\.0\) has no 8-bit"):
+                fp8.require_fp8(torch.device("cuda"))
+    with pytest.raises(UserError, match="int8"):
+        dataclasses.replace(recipes.hpm_vit_base_in1k_200e(), teacher_precision="int8")
+
+
 # ------------------------------------------------------------------------------------------------------ compiled
 def test_the_compiled_step_is_the_eager_one_and_compiled_once() -> None:
     eager, compiled = step_of(), step_of()
