@@ -37,7 +37,7 @@ from fasthpm.foreign import (
     read_file,
     stored_arguments,
 )
-from fasthpm.model import SIZES, VIDEO_FRAMES, is_video, model_names
+from fasthpm.model import SIZES, VIDEO_FRAMES, is_video, model_names, width_of
 from fasthpm.recipe import Recipe, build_recipe
 from fasthpm.step import model_of
 
@@ -90,7 +90,8 @@ def import_weights(
             recipe = dataclasses.replace(own, **fields)
         elif base:
             recipe = dataclasses.replace(base, **fields)
-            check_recipe(recipe, measured(found["student"], encoder_only, source))
+            features = width_of(recipe.model) if recipe.target == "ema" else recipe.frozen_dim
+            check_recipe(recipe, measured(found["student"], encoder_only, source, features))
         else:
             shape = measured(found["student"], encoder_only, source)
             recipe, assumed = recipe_for(shape, source, fields, stored_arguments(content))
@@ -128,8 +129,11 @@ def _nothing_found(content: dict[str, Any]) -> str:
 
 
 # -------------------------------------------------------------------------------------------------- which model
-def measured(state: dict[str, Tensor], encoder_only: bool, source: str) -> Architecture:
-    """The sizes in `state`, with what can't be imported refused."""
+def measured(state: dict[str, Tensor], encoder_only: bool, source: str, features: int = 0) -> Architecture:
+    """The sizes in `state`, with what can't be imported refused.
+
+    - `features`: width of what the decoder predicts, by the user's recipe; 0 = pixels
+    """
     state = our_names(state, source)
     shape = infer_architecture(state, source)
     if encoder_only:
@@ -139,10 +143,11 @@ def measured(state: dict[str, Tensor], encoder_only: bool, source: str) -> Archi
         raise UserError(f"is {kind}, without the decoder that pretraining has; take its encoder with --encoder_only")
     values = len(state.get("decoder_pred.weight", ()))
     pixels = max(shape.tubelet_size, 1) * shape.patch_size**2 * shape.in_chans
-    if values not in (0, pixels):
+    if values not in (0, features or pixels):
+        what = f"the {features} features of the recipe's target" if features else f"the {pixels} pixels"
         raise UserError(
-            f"its decoder predicts {values} values per patch, not the {pixels} pixels: features are its target, and "
-            f"the file does not say whose; take its encoder with --encoder_only"
+            f"its decoder predicts {values} values per patch, not {what}: the file does not say whose features they "
+            f"are; name a --recipe with that target, or take its encoder with --encoder_only"
         )
     return shape
 

@@ -329,6 +329,19 @@ def test_the_encoder_of_a_whole_checkpoint(tmp_path: Path) -> None:
         import_weights(tmp_path / "features.safetensors", encoder_only=True)
 
 
+def test_a_decoder_of_features_needs_a_recipe_that_says_whose(tmp_path: Path) -> None:
+    state = published(grid=(7, 7), channels=1)
+    state |= {"decoder_pred.weight": torch.ones(512, DECODER_WIDTH), "decoder_pred.bias": torch.ones(512)}
+    save_file(state, tmp_path / "features.safetensors")
+    with pytest.raises(UserError, match=r"predicts 512 values per patch, not the 16 pixels: .* name a --recipe"):
+        import_weights(tmp_path / "features.safetensors", given={"decoder_heads": DECODER_HEADS})
+    base = Recipe(**{**vars(recipes.debug()), "decoder_depth": 2, "target": "clip"})
+    imported = import_weights(tmp_path / "features.safetensors", base=base)
+    assert torch.equal(imported.states["student"]["decoder_pred.weight"], state["decoder_pred.weight"])
+    with pytest.raises(UserError, match="not the 768 features of the recipe's target"):
+        import_weights(tmp_path / "features.safetensors", base=Recipe(**{**vars(base), "target": "dino"}))
+
+
 def test_load_reference_is_all_or_nothing() -> None:
     model = model_of(recipes.debug())
     before = {key: value.clone() for key, value in model.state_dict().items()}
