@@ -13,7 +13,7 @@ from data_fixtures import picture, prepare
 from launch import ROOT
 from PIL import Image
 
-from bench import common, photos, pixels, variants, waiting
+from bench import common, online_probe, photos, pixels, variants, waiting
 from bench import prepare as bench_prepare
 from bench.loader import measure, seeding_cost, summarise
 from bench.variants import Spec, Taken
@@ -243,3 +243,11 @@ def test_chosen_photographs_are_spread_over_the_folder(photographs: Path, tmp_pa
     assert len(common.files_in(common.choose_photos(photographs, tmp_path, 0))) == 48
     with pytest.raises(UserError, match="expected 49 or more"):
         common.choose_photos(photographs, tmp_path, 49)
+
+
+def test_the_online_probe_s_cost_is_per_update() -> None:
+    found = online_probe.figures({"update": [2.0, 2.0, 4.0], "probe": [0.4, 0.8, 0.8]})
+    assert found["ratio"] == pytest.approx(0.2)
+    assert found["range"] == pytest.approx([0.2, 0.4])
+    assert found["share"][50] == pytest.approx(0.004)
+    assert found["least_every"] == 7  # 0.2 / 7 is the first under 3 %
