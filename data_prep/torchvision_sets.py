@@ -132,11 +132,19 @@ def _stl_images(path: Path) -> Array:
 
 # -------------------------------------------------------------------------------------------------- Tiny ImageNet
 def list_tiny_imagenet(source: Path, lists: Path) -> dict[str, Path]:
-    """Write a list of files and labels per split into `lists`; returns their paths."""
-    folder = find_folder(source, ("tiny-imagenet-200",)).resolve()
-    train = [f"{path}\t{path.parent.parent.name}" for path in sorted((folder / "train").glob("*/images/*.JPEG"))]
+    """Write a list of files and labels per split into `lists`; returns their paths.
+
+    A list names files below its own folder only: there the data set is a link, because it may lie where none may write.
+    """
+    original = find_folder(source, ("tiny-imagenet-200",)).resolve()
+    folder = lists / original.name
+    folder.symlink_to(original, target_is_directory=True)
+    train = [
+        f"{path.relative_to(lists)}\t{path.parent.parent.name}"
+        for path in sorted((folder / "train").glob("*/images/*.JPEG"))
+    ]
     rows = [line.split("\t") for line in _read_text(folder / "val" / "val_annotations.txt").splitlines()]
-    val = [f"{folder / 'val' / 'images' / row[0]}\t{row[1]}" for row in rows if len(row) > 1]
+    val = [f"{folder.name}/val/images/{row[0]}\t{row[1]}" for row in rows if len(row) > 1]
     labels = [{line.rpartition("\t")[2] for line in split} for split in (train, val)]
     if not train or labels[0] != labels[1]:
         raise UserError(

@@ -375,7 +375,7 @@ def _highest_numpy(scores: Tensor, count: int | Tensor, tie_noise: Tensor | None
         place = (length - count.numpy()).clip(max=length - 1)
         least = np.take_along_axis(np.sort(key, axis=1), place, axis=1)
         return torch.from_numpy((key >= least) & (count.numpy() > 0))
-    if not (number := int(count)):
+    if not (number := int(count.numpy() if isinstance(count, Tensor) else count)):  # int of a tensor would be a sync
         return torch.zeros(scores.shape, dtype=torch.bool)
     return torch.from_numpy(key >= np.partition(key, length - number, axis=1)[:, length - number, None])
 

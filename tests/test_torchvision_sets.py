@@ -129,4 +129,4 @@ def test_tiny_imagenet_lists_both_splits(tmp_path: Path) -> None:
         assert (info.num_samples, info.classes) == (2, ("n01", "n02"))
     (root / "val" / "val_annotations.txt").write_text(lines[0])
     with pytest.raises(UserError, match="has 2 classes in train and 1 or others in val"):
-        torchvision_sets.list_tiny_imagenet(tmp_path, tmp_path)
+        torchvision_sets.list_tiny_imagenet(tmp_path, tmp_path / "out")
