@@ -178,5 +178,6 @@ def run(command: Sequence[str]) -> None:
     """Run a command quietly. **Raises:** `UserError` with the end of what it printed, if it fails."""
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     if done.returncode:
-        last = (done.stdout.strip().splitlines() or ["no output"])[-1]
+        lines = done.stdout.strip().splitlines() or ["no output"]
+        last = next((line for line in lines if "fasthpm: error" in line), lines[-1])  # launchers say more after it
         raise UserError(f"{' '.join(command)} failed with status {done.returncode}: {last}")
