@@ -75,28 +75,18 @@ def loop_share(
             Path(folder), rank=launch.rank, world_size=launch.world_size, total_steps=updates + 1, first_step=0,
             flops_per_sample=1.0, matmul_rate=1.0, device=launch.device,
         )  # fmt: skip
+        last = updates + 2  # never reached: the end of a run saves
         watchdog = Watchdog(Path(folder), launch.rank, launch.world_size, timeout=600.0)
         with StopSignals() as stop, watchdog:
-            _turn(run, metrics, stop, watchdog)  # the first one opens files
+            pretrain.turn(run, metrics, stop, watchdog, last)  # the first one opens files
             timed.seconds, begin = 0.0, time.perf_counter()
             for _ in range(updates):
-                _turn(run, metrics, stop, watchdog)
+                pretrain.turn(run, metrics, stop, watchdog, last)
             seconds = time.perf_counter() - begin
             stop.drain()
         metrics.close()
     found = {"updates": updates, "seconds": seconds / updates, "engine_seconds": timed.seconds / updates}
     return {**found, "outside_share": 1 - timed.seconds / seconds}
-
-
-def _turn(run: pretrain.Run, metrics: Metrics, stop: StopSignals, watchdog: Watchdog) -> None:
-    """What `pretrain.train` does for an update that is not the last."""
-    pretrain.update(run, metrics, watchdog)
-    run.done += 1
-    run.preempted = stop.agreed()
-    metrics.progress.update()
-    with watchdog.doing("saving or drawing"):
-        pretrain.after_update(run, metrics, last=run.done + 1)
-    watchdog.progressed(run.done)
 
 
 def _nothing() -> Any:

@@ -280,16 +280,21 @@ def train(run: Run, metrics: Metrics, stop: StopSignals, watchdog: Watchdog) -> 
     while run.done < last and not run.preempted:
         if run.maps and run.maps.due_at(run.done, recipe.steps_per_epoch):
             refresh_maps(run, watchdog)
-        update(run, metrics, watchdog)
-        run.done += 1
-        run.preempted = stop.agreed()
-        metrics.progress.update()
-        with watchdog.doing("saving or drawing"):
-            try:
-                after_update(run, metrics, last)
-            except NotFinite as found:
-                roll_back(run, metrics, found)
-        watchdog.progressed(run.done)
+        turn(run, metrics, stop, watchdog, last)
+
+
+def turn(run: Run, metrics: Metrics, stop: StopSignals, watchdog: Watchdog, last: int) -> None:
+    """One update and what follows it; `last`: the update that ends the run."""
+    update(run, metrics, watchdog)
+    run.done += 1
+    run.preempted = stop.agreed()
+    metrics.progress.update()
+    with watchdog.doing("saving or drawing"):
+        try:
+            after_update(run, metrics, last)
+        except NotFinite as found:
+            roll_back(run, metrics, found)
+    watchdog.progressed(run.done)
 
 
 def update(run: Run, metrics: Metrics, watchdog: Watchdog) -> None:

@@ -232,10 +232,7 @@ def test_fp8_layers_are_rounded_linear_layers() -> None:
     with torch.no_grad():
         twin = fp8.linear_plain(tokens, layer.weight, layer.bias)
         assert fp8.use_fp8(layer) == 1
-        try:
-            got = layer(tokens)
-        except (RuntimeError, NotImplementedError) as error:
-            pytest.skip(f"no 8-bit matrix products here: {error}")
+        got = layer(tokens)
         torch.testing.assert_close(got, twin, rtol=0.01, atol=0.01)  # of bfloat16
         torch.testing.assert_close(got, before, rtol=0.2, atol=0.2)
         assert not torch.equal(got, before)
