@@ -181,8 +181,9 @@ def average(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
             value.copy_(value * momentum + (1 - momentum) * new[name])
 
 
-def eager_update(student: nn.Module, recipe: Recipe, images: Tensor, *, alpha: float,
-                 half: bool) -> tuple[Callable[[int], None], nn.Module]:  # fmt: skip
+def eager_update(
+    student: nn.Module, recipe: Recipe, images: Tensor, *, alpha: float, half: bool
+) -> tuple[Callable[[int], None], nn.Module]:
     """A function that runs one whole update of MAE, or of HPM if the recipe has a teacher, and the model.
 
     - `student`: an `HPMViT` whose sizes are taken; `images`: float [B, C, H, W], or clips [B, C, T, H, W]; `half`:

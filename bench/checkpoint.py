@@ -34,11 +34,21 @@ def bench_recipe(arguments: argparse.Namespace, output_dir: Path) -> Recipe:
     """HPM at the bench's size, on drawn images."""
     small: dict[str, Any] = {"input_size": "28", "patch_size": 4} if arguments.size == "nano" else {}
     return dataclasses.replace(
-        recipes.from_name("hpm_vit_base_in1k_200e"), model=f"hpm_{SIZES[arguments.size]}",
-        batch_size=arguments.batch_size, global_batch_size=0, deepspeed_config=arguments.deepspeed_config,
-        data_path="synthetic:64", output_dir=str(output_dir), epochs=1, warmup_epochs=0.0, panel_every=0, save_every=1,
-        keep_checkpoints=1, num_workers=1, **small,
-    )  # fmt: skip
+        recipes.from_name("hpm_vit_base_in1k_200e"),
+        model=f"hpm_{SIZES[arguments.size]}",
+        batch_size=arguments.batch_size,
+        global_batch_size=0,
+        deepspeed_config=arguments.deepspeed_config,
+        data_path="synthetic:64",
+        output_dir=str(output_dir),
+        epochs=1,
+        warmup_epochs=0.0,
+        panel_every=0,
+        save_every=1,
+        keep_checkpoints=1,
+        num_workers=1,
+        **small,
+    )
 
 
 def update(run: pretrain.Run) -> float:
@@ -47,8 +57,12 @@ def update(run: pretrain.Run) -> float:
     begin = time.perf_counter()
     device = run.launch.device
     batch = next(run.batches)
-    output = run.engine(batch.images, batch.ids, torch.full((), run.done, device=device),
-                        torch.full((), 0.25, dtype=torch.float64, device=device))  # fmt: skip
+    output = run.engine(
+        batch.images,
+        batch.ids,
+        torch.full((), run.done, device=device),
+        torch.full((), 0.25, dtype=torch.float64, device=device),
+    )
     run.engine.backward(output.loss)
     run.engine.step()
     wait_for(device)
@@ -86,13 +100,18 @@ def measure(recipe: Recipe, launch: engine.Launch, rounds: int) -> dict[str, Any
         raise UserError(f"no checkpoint was written; is there room in {recipe.output_dir}?")
     run.loader.close()
     return {
-        "parameters": run.num_parameters, "bytes": sum(path.stat().st_size for path in files_in(newest)),
-        "rounds": taken, "update_seconds": spread(calm[1:]),
-        **{kind: {part: spread([one[part] for one in taken[kind]]) for part in ("blocked", "complete")}
-           for kind in kinds},
-        "blocked_share": spread([a["blocked"] / s["complete"] for a, s in zip(
-            taken["asynchronous"], taken["synchronous"], strict=True)]),
-    }  # fmt: skip
+        "parameters": run.num_parameters,
+        "bytes": sum(path.stat().st_size for path in files_in(newest)),
+        "rounds": taken,
+        "update_seconds": spread(calm[1:]),
+        **{
+            kind: {part: spread([one[part] for one in taken[kind]]) for part in ("blocked", "complete")}
+            for kind in kinds
+        },
+        "blocked_share": spread(
+            [a["blocked"] / s["complete"] for a, s in zip(taken["asynchronous"], taken["synchronous"], strict=True)]
+        ),
+    }
 
 
 def restart(recipe: Recipe, folder: Path) -> dict[str, float]:
@@ -101,8 +120,19 @@ def restart(recipe: Recipe, folder: Path) -> dict[str, float]:
     seconds = {}
     for name, last in (("fresh", 1), ("resumed", 2)):
         begin = time.time()
-        command = [sys.executable, "-m", "fasthpm.pretrain", "--recipe", str(folder / "start.json"), "--log_every", "1",
-                   "--stop_after", str(last), "--output_dir", str(folder / "run")]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "fasthpm.pretrain",
+            "--recipe",
+            str(folder / "start.json"),
+            "--log_every",
+            "1",
+            "--stop_after",
+            str(last),
+            "--output_dir",
+            str(folder / "run"),
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise UserError(f"{' '.join(command)} failed: {done.stderr.strip().splitlines()[-1]}")
@@ -139,8 +169,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def report(result: dict[str, Any]) -> str:
     """The figures as a table and lines."""
-    rows = [[kind, show(result[kind]["blocked"]), show(result[kind]["complete"])]
-            for kind in ("synchronous", "asynchronous")]  # fmt: skip
+    rows = [
+        [kind, show(result[kind]["blocked"]), show(result[kind]["complete"])]
+        for kind in ("synchronous", "asynchronous")
+    ]
     millions, gigabytes = result["parameters"] / 1e6, result["bytes"] / 2**30
     lines = [
         f"{result['size']}: {millions:.1f} M parameters, {gigabytes:.2f} GiB a checkpoint",

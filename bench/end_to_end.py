@@ -53,15 +53,20 @@ def summary(arguments: argparse.Namespace) -> dict[str, Any]:
     samples = read_info(arguments.data_path).num_samples
     rates = {name: [one["images_per_second"] for one in values] for name, values in rounds.items()}
     return {
-        "bench": "end_to_end", "recipe": arguments.recipe, "data_path": Path(arguments.data_path).name,
-        "batch_size": arguments.batch_size, "ranks": arguments.ranks, "updates": arguments.updates,
+        "bench": "end_to_end",
+        "recipe": arguments.recipe,
+        "data_path": Path(arguments.data_path).name,
+        "batch_size": arguments.batch_size,
+        "ranks": arguments.ranks,
+        "updates": arguments.updates,
         "rounds": rounds,
-        "figures": {name: {key: spread([one[key] for one in values]) for key in READ}
-                    for name, values in rounds.items()},
+        "figures": {
+            name: {key: spread([one[key] for one in values]) for key in READ} for name, values in rounds.items()
+        },
         "epoch_seconds": {name: samples / spread(values)["median"] for name, values in rates.items()},
         "time_over_mae": {name: ratios(rates["mae"], values) for name, values in rates.items() if "mae" in rates},
         "machine": machine(),
-    }  # fmt: skip
+    }
 
 
 def report(result: dict[str, Any]) -> str:
@@ -69,8 +74,15 @@ def report(result: dict[str, Any]) -> str:
     rows = []
     for name, figures in result["figures"].items():
         over = result["time_over_mae"].get(name)
-        rows.append([name, show(figures["images_per_second"], 1), f"{result['epoch_seconds'][name]:.0f}",
-                     show(figures["data_wait_percent"], 1), show(over) if over else ""])  # fmt: skip
+        rows.append(
+            [
+                name,
+                show(figures["images_per_second"], 1),
+                f"{result['epoch_seconds'][name]:.0f}",
+                show(figures["data_wait_percent"], 1),
+                show(over) if over else "",
+            ]
+        )
     return table(("method", "images/s", "epoch s", "data wait %", "time over MAE"), rows)
 
 

@@ -66,8 +66,13 @@ PAPER = {  # ViT-B/16, ImageNet-1K, 200 epochs: fine-tune, linear, k-NN top-1 (T
 }
 PROBES = ("knn_mean", "linear_mean", "knn_cls", "linear_cls")
 FINETUNE = "finetune"  # a further probe, where --finetune is given
-HEADS = {"knn_mean": "k-NN, mean", "linear_mean": "linear, mean", "knn_cls": "k-NN, cls", "linear_cls": "linear, cls",
-         FINETUNE: "fine-tune"}  # fmt: skip
+HEADS = {
+    "knn_mean": "k-NN, mean",
+    "linear_mean": "linear, mean",
+    "knn_cls": "k-NN, cls",
+    "linear_cls": "linear, cls",
+    FINETUNE: "fine-tune",
+}
 BASELINE = "random"  # what the paired differences are taken against
 RESULT, SETTINGS = "evidence.json", ("epochs", "steps_per_epoch", "batch_size", "bank", "extra")
 PENALTY = 1e-4  # L2 on the logistic regression's weights, per sample
@@ -78,14 +83,22 @@ ENCODE_BATCH = 500
 def train_flags(arguments: argparse.Namespace, method: str, seed: int, out: Path) -> list[str]:
     """`fasthpm pretrain`'s command line for one cell of the table."""
     length = {
-        "epochs": arguments.epochs, "steps_per_epoch": arguments.steps_per_epoch, "ema_ramp_epochs": arguments.epochs,
-        "warmup_epochs": 0.05 * arguments.epochs, "batch_size": arguments.batch_size,
-        "global_batch_size": arguments.batch_size, "save_every": arguments.epochs, "panel_every": 0,
-    }  # fmt: skip
+        "epochs": arguments.epochs,
+        "steps_per_epoch": arguments.steps_per_epoch,
+        "ema_ramp_epochs": arguments.epochs,
+        "warmup_epochs": 0.05 * arguments.epochs,
+        "batch_size": arguments.batch_size,
+        "global_batch_size": arguments.batch_size,
+        "save_every": arguments.epochs,
+        "panel_every": 0,
+    }
     where = {
-        "data_path": arguments.data / "train.beton", "output_dir": out, "seed": seed, "num_workers": 1,
+        "data_path": arguments.data / "train.beton",
+        "output_dir": out,
+        "seed": seed,
+        "num_workers": 1,
         "deepspeed_config": arguments.deepspeed_config,
-    }  # fmt: skip
+    }
     pairs = {**length, **where, **METHODS[method]}
     flags = [part for name, value in pairs.items() for part in flag(name, value)]
     return ["--recipe", "hpm_demo", *flags, *arguments.extra.split()]
@@ -107,9 +120,14 @@ def run_one(arguments: argparse.Namespace, method: str, seed: int, out: Path) ->
     check_complete(arguments, out)
     trained, trained_cpu = time.perf_counter(), time.process_time()
     result = {
-        "method": method, "seed": seed, "settings": settings_of(arguments), "probes": probe(arguments, out, "student"),
-        "train_seconds": trained - begin, "train_cpu_seconds": trained_cpu - begin_cpu, "last": last_metrics(out),
-    }  # fmt: skip
+        "method": method,
+        "seed": seed,
+        "settings": settings_of(arguments),
+        "probes": probe(arguments, out, "student"),
+        "train_seconds": trained - begin,
+        "train_cpu_seconds": trained_cpu - begin_cpu,
+        "last": last_metrics(out),
+    }
     if method == BASELINE:
         result["untrained"] = probe(arguments, out, "untrained")
     result["probe_seconds"] = time.perf_counter() - trained
@@ -153,9 +171,13 @@ def encode(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
     loader = build_loader(
-        arguments.data / f"{split}.beton", batch_size=ENCODE_BATCH, image_size=recipe.image_size,
-        channels=recipe.channels, train=False, num_workers=1,
-    )  # fmt: skip
+        arguments.data / f"{split}.beton",
+        batch_size=ENCODE_BATCH,
+        image_size=recipe.image_size,
+        channels=recipe.channels,
+        train=False,
+        num_workers=1,
+    )
     step = Step(model, recipe, loader.info)
     means, tokens, labels, seen = [], [], [], 0
     try:
@@ -292,19 +314,18 @@ def markdown(result: dict[str, Any]) -> str:
         if "gain" in row and m not in (BASELINE, "untrained")
     ]
     updates = settings["epochs"] * settings["steps_per_epoch"]
-    return "\n\n".join(
-        [
-            "# Masks compared on Fashion-MNIST",
-            f"Top-1 in percent, mean ± standard deviation over seeds; {updates:,} updates of {settings['batch_size']}, "
-            f"the demo's nano ViT; {settings['bank']:,} labelled training images, all test images.{tuning(settings)} "
-            f"The papers' figures are of ViT-B/16 on ImageNet-1K, 200 epochs.",
-            table(heads, rows),
-            f"Differences to {TITLES[BASELINE]}, seed by seed:",
-            table(("method", *ours), gains),
-            f"Paper's ordering: {ordering_of_paper()} (fine-tune).",
-            "\n".join(f"- {p}: {ordering(summary, p)}" for p in probes),
-        ]
-    ) + "\n"  # fmt: skip
+    parts = [
+        "# Masks compared on Fashion-MNIST",
+        f"Top-1 in percent, mean ± standard deviation over seeds; {updates:,} updates of {settings['batch_size']}, "
+        f"the demo's nano ViT; {settings['bank']:,} labelled training images, all test images.{tuning(settings)} "
+        f"The papers' figures are of ViT-B/16 on ImageNet-1K, 200 epochs.",
+        table(heads, rows),
+        f"Differences to {TITLES[BASELINE]}, seed by seed:",
+        table(("method", *ours), gains),
+        f"Paper's ordering: {ordering_of_paper()} (fine-tune).",
+        "\n".join(f"- {p}: {ordering(summary, p)}" for p in probes),
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 def tuning(settings: dict[str, Any]) -> str:
@@ -326,9 +347,12 @@ def write_tables(arguments: argparse.Namespace, runs: Sequence[dict[str, Any]]) 
     """JSON and Markdown of the runs that are there, each replaced as a whole."""
     settings = {**settings_of(arguments), FINETUNE: arguments.finetune}
     result = {
-        "settings": settings, "machine": machine(), "data": file_hash(arguments.data / "train.beton"),
-        "summary": summarise(runs, TITLES, probes_of(settings), BASELINE), "runs": list(runs),
-    }  # fmt: skip
+        "settings": settings,
+        "machine": machine(),
+        "data": file_hash(arguments.data / "train.beton"),
+        "summary": summarise(runs, TITLES, probes_of(settings), BASELINE),
+        "runs": list(runs),
+    }
     write_both(arguments.output, result, markdown(result))
 
 

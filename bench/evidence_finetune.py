@@ -53,10 +53,20 @@ def labelled_subset(train: Path, count: int, folder: Path) -> Path:
 def command(run: Path, train: Path, val: Path, out: Path, *, epochs: int, seed: int, from_scratch: bool) -> list[str]:
     """`fasthpm finetune`'s command line of one cell: the small preset."""
     flags = {
-        "train_path": train, "val_path": val, "output_dir": out, "preset": "small", "epochs": epochs,
-        "warmup_epochs": epochs / 10, "lr": LR, "batch_size": BATCH, "global_batch_size": BATCH, "eval_every": epochs,
-        "save_every": epochs, "num_workers": 1, "seed": seed,
-    }  # fmt: skip
+        "train_path": train,
+        "val_path": val,
+        "output_dir": out,
+        "preset": "small",
+        "epochs": epochs,
+        "warmup_epochs": epochs / 10,
+        "lr": LR,
+        "batch_size": BATCH,
+        "global_batch_size": BATCH,
+        "eval_every": epochs,
+        "save_every": epochs,
+        "num_workers": 1,
+        "seed": seed,
+    }
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     return [sys.executable, "-m", "fasthpm", "finetune", str(run), *words, *["--from_scratch"] * from_scratch]
 

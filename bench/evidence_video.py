@@ -57,11 +57,20 @@ ENCODE_BATCH = 100
 def train_flags(arguments: argparse.Namespace, method: str, seed: int, out: Path) -> list[str]:
     """`fasthpm pretrain`'s command line for one cell of the table."""
     pairs = {
-        "epochs": arguments.epochs, "steps_per_epoch": arguments.steps_per_epoch, "ema_ramp_epochs": arguments.epochs,
-        "batch_size": arguments.batch_size, "global_batch_size": arguments.batch_size, "save_every": arguments.epochs,
-        "panel_every": 0, "data_path": arguments.data / "train", "output_dir": out, "seed": seed, "num_workers": 1,
-        "deepspeed_config": arguments.deepspeed_config, **METHODS[method],
-    }  # fmt: skip
+        "epochs": arguments.epochs,
+        "steps_per_epoch": arguments.steps_per_epoch,
+        "ema_ramp_epochs": arguments.epochs,
+        "batch_size": arguments.batch_size,
+        "global_batch_size": arguments.batch_size,
+        "save_every": arguments.epochs,
+        "panel_every": 0,
+        "data_path": arguments.data / "train",
+        "output_dir": out,
+        "seed": seed,
+        "num_workers": 1,
+        "deepspeed_config": arguments.deepspeed_config,
+        **METHODS[method],
+    }
     flags = [part for name, value in pairs.items() for part in (f"--{name}", str(value))]
     return ["--recipe", "hpm_video_demo", *flags, *arguments.extra.split()]
 
@@ -74,9 +83,13 @@ def run_one(arguments: argparse.Namespace, method: str, seed: int, out: Path) ->
     pretrain.main(train_flags(arguments, method, seed, out))
     check_complete(arguments, out)
     result = {
-        "method": method, "seed": seed, "settings": settings_of(arguments), "probes": probe(arguments, out, "student"),
-        "seconds": time.perf_counter() - begin, "last": last_metrics(out),
-    }  # fmt: skip
+        "method": method,
+        "seed": seed,
+        "settings": settings_of(arguments),
+        "probes": probe(arguments, out, "student"),
+        "seconds": time.perf_counter() - begin,
+        "last": last_metrics(out),
+    }
     if method == BASELINE:
         result["untrained"] = probe(arguments, out, "untrained")
     aside = out / f".writing-{RESULT}"
@@ -100,9 +113,15 @@ def encode(path: Path, out: Path, weights: str) -> tuple[Tensor, Tensor]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
     loader = build_loader(
-        path, batch_size=ENCODE_BATCH, image_size=recipe.image_size, channels=recipe.channels, train=False,
-        num_workers=1, num_frames=recipe.num_frames, sampling_rate=recipe.sampling_rate,
-    )  # fmt: skip
+        path,
+        batch_size=ENCODE_BATCH,
+        image_size=recipe.image_size,
+        channels=recipe.channels,
+        train=False,
+        num_workers=1,
+        num_frames=recipe.num_frames,
+        sampling_rate=recipe.sampling_rate,
+    )
     step = Step(model, recipe, loader.info)
     rows, labels = [], []
     try:
@@ -153,9 +172,12 @@ def write_tables(arguments: argparse.Namespace, runs: Sequence[dict[str, Any]]) 
     """JSON and Markdown of the runs that are there, each replaced as a whole."""
     made = json.loads((arguments.data / "made.json").read_text()) if (arguments.data / "made.json").is_file() else {}
     result = {
-        "settings": settings_of(arguments), "machine": machine(), "data": made,
-        "summary": summarise(runs, TITLES, PROBES, BASELINE), "runs": list(runs),
-    }  # fmt: skip
+        "settings": settings_of(arguments),
+        "machine": machine(),
+        "data": made,
+        "summary": summarise(runs, TITLES, PROBES, BASELINE),
+        "runs": list(runs),
+    }
     write_both(arguments.output, result, markdown(result))
 
 

@@ -123,25 +123,38 @@ def bench(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     waited = [spec for spec in compared if spec.kind == "ours" and spec.data in sets.values()]
     say("first batches, waits, pixels")
     return {
-        "bench": "loader", "machine": machine(), "images": total, "workers": arguments.workers,
-        "batch_size": arguments.batch_size, "rates": rates,
-        "ours_over_ffcv_cpu": seeding_cost(taken), "seeding_us_per_image": seeding_microseconds(arguments.batch_size),
+        "bench": "loader",
+        "machine": machine(),
+        "images": total,
+        "workers": arguments.workers,
+        "batch_size": arguments.batch_size,
+        "rates": rates,
+        "ours_over_ffcv_cpu": seeding_cost(taken),
+        "seeding_us_per_image": seeding_microseconds(arguments.batch_size),
         "first_batch": first_batches(waited[0], arguments.starts, theirs=not arguments.quick),
         "data_wait": data_waits(
-            waited, per_core, arguments.gpu_tflops * 1e12 * arguments.mfu, arguments.wait_seconds,
+            waited,
+            per_core,
+            arguments.gpu_tflops * 1e12 * arguments.mfu,
+            arguments.wait_seconds,
             arguments.batch_size if arguments.quick else recipes.from_name(RECIPE).batch_size,
         ),
         "pixels": compare_pixels(raw, min(PIXEL_IMAGES, len(files_in(few)))) if raw else {},
-    }  # fmt: skip
+    }
 
 
 def report(result: dict[str, Any]) -> str:
     """The result as Markdown."""
     rows = [
-        [name, show(row["images_per_second_per_core"], 0), show(row["wall_ratio"]), show(row["cpu_ms_per_image"]),
-         show(row["cpu_ratio"])]
+        [
+            name,
+            show(row["images_per_second_per_core"], 0),
+            show(row["wall_ratio"]),
+            show(row["cpu_ms_per_image"]),
+            show(row["cpu_ratio"]),
+        ]
         for name, row in result["rates"].items()
-    ]  # fmt: skip
+    ]
     machine = result["machine"]
     parts = [
         f"{machine['device']}, {machine['cores']} cores, {result['workers']} workers, {result['images']} photographs, "
@@ -150,13 +163,16 @@ def report(result: dict[str, Any]) -> str:
         "Our loader's processor time over FFCV's own (same file, area): "
         + (", ".join(f"{name}: {show(ratio)}" for name, ratio in result["ours_over_ffcv_cpu"].items()) or "not taken")
         + f". Order, crops and boxes alone: {result['seeding_us_per_image']:.1f} us per image.",
-        table(("first batch, warm caches", "seconds from the process's start", "from build_loader"),
-              [[name, show(row["from_start"]), show(row["from_build"])]
-               for name, row in result["first_batch"].items()]),
+        table(
+            ("first batch, warm caches", "seconds from the process's start", "from build_loader"),
+            [[name, show(row["from_start"]), show(row["from_build"])] for name, row in result["first_batch"].items()],
+        ),
         wait_report(result["data_wait"]),
-        table(("pixels of the same crops, 0..255", "mean absolute difference", "largest"),
-              [[name, f"{row['mean']:.2f}", str(row["max"])] for name, row in result["pixels"].items()]),
-    ]  # fmt: skip
+        table(
+            ("pixels of the same crops, 0..255", "mean absolute difference", "largest"),
+            [[name, f"{row['mean']:.2f}", str(row["max"])] for name, row in result["pixels"].items()],
+        ),
+    ]
     if not has_interpolation():
         parts.append("bicubic was left out: build_loader has no option `interpolation`")
     return "\n\n".join(parts)

@@ -25,10 +25,7 @@ from fasthpm.cli import Parser, run_command
 from fasthpm.metrics import wait_for
 from fasthpm.versions import versions
 
-FORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "plain": loss.ranking_loss_plain,
-    "blocks": loss.ranking_loss,
-}
+FORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"plain": loss.ranking_loss_plain, "blocks": loss.ranking_loss}
 CASES = ((256, 147), (32, 1411))  # images and clips: batch, masked patches
 ACCURACY_BATCH = 4  # samples that are compared with float64
 
@@ -110,13 +107,16 @@ def case(batch: int, count: int, rounds: int, device: torch.device) -> dict[str,
     bytes_of_pairs = batch * count * count * 2
     peaks = {form: peak(form, batch, count, device) for form in FORMS}
     return {
-        "batch": batch, "masked": count, "times_faster": statistics.median(ratios),
+        "batch": batch,
+        "masked": count,
+        "times_faster": statistics.median(ratios),
         "times_faster_range": [min(ratios), max(ratios)],
         "median_milliseconds": {form: statistics.median(values) * 1e3 for form, values in seconds.items()},
         "peak_bytes": peaks,
         "peak_in_copies_of_bf16_pairs": {form: value / bytes_of_pairs for form, value in peaks.items()},
-        "error_against_float64": accuracy(count, device), "seconds": seconds,
-    }  # fmt: skip
+        "error_against_float64": accuracy(count, device),
+        "seconds": seconds,
+    }
 
 
 def report(result: dict[str, Any]) -> str:
@@ -126,10 +126,26 @@ def report(result: dict[str, Any]) -> str:
         for form in FORMS:
             errors, copies = found["error_against_float64"][form], found["peak_in_copies_of_bf16_pairs"][form]
             faster = f"{found['times_faster']:.1f}" if form == "blocks" else "1"
-            rows.append([f"{found['batch']} x {found['masked']}", form, f"{found['median_milliseconds'][form]:.1f}",
-                         faster, f"{copies:.2f}", f"{errors['value']:.0e}", f"{errors['gradient']:.0e}"])  # fmt: skip
-    columns = ("B x M", "form", "ms", "times faster", "peak, copies of [B, M, M] in bf16", "error of the value",
-               "of the gradient")  # fmt: skip
+            rows.append(
+                [
+                    f"{found['batch']} x {found['masked']}",
+                    form,
+                    f"{found['median_milliseconds'][form]:.1f}",
+                    faster,
+                    f"{copies:.2f}",
+                    f"{errors['value']:.0e}",
+                    f"{errors['gradient']:.0e}",
+                ]
+            )
+    columns = (
+        "B x M",
+        "form",
+        "ms",
+        "times faster",
+        "peak, copies of [B, M, M] in bf16",
+        "error of the value",
+        "of the gradient",
+    )
     return table(columns, rows)
 
 

@@ -111,8 +111,13 @@ def summary(arguments: argparse.Namespace) -> dict[str, Any]:
             "times_faster_range": {key: [min(values), max(values)] for key, values in ratios.items()},
             "seconds": seconds,
         }
-    return {"bench": "masking", "threads": torch.get_num_threads(), "alpha": ALPHA, "cases": cases,
-            "versions": versions(device, 1)}  # fmt: skip
+    return {
+        "bench": "masking",
+        "threads": torch.get_num_threads(),
+        "alpha": ALPHA,
+        "cases": cases,
+        "versions": versions(device, 1),
+    }
 
 
 def report(result: dict[str, Any]) -> str:

@@ -64,9 +64,11 @@ def figures(seconds: dict[str, list[float]]) -> dict[str, Any]:
     ratios = [probe / update for probe, update in zip(seconds["probe"], seconds["update"], strict=True)]
     ratio = statistics.median(ratios)
     return {
-        "ratio": ratio, "range": [min(ratios), max(ratios)], "share": {every: ratio / every for every in EVERY},
+        "ratio": ratio,
+        "range": [min(ratios), max(ratios)],
+        "share": {every: ratio / every for every in EVERY},
         "least_every": math.ceil(ratio / BOUND),
-    }  # fmt: skip
+    }
 
 
 def report(result: dict[str, Any]) -> str:
@@ -90,10 +92,15 @@ def recipe_of(arguments: argparse.Namespace, folder: str) -> Recipe:
     recipe = recipes.from_name(RECIPES[arguments.size])
     return dataclasses.replace(
         recipe,
-        data_path=f"synthetic:{4 * arguments.batch_size}", output_dir=folder, batch_size=arguments.batch_size,
-        global_batch_size=arguments.batch_size, online_probe_every=1, num_workers=1, steps_per_epoch=0,
+        data_path=f"synthetic:{4 * arguments.batch_size}",
+        output_dir=folder,
+        batch_size=arguments.batch_size,
+        global_batch_size=arguments.batch_size,
+        online_probe_every=1,
+        num_workers=1,
+        steps_per_epoch=0,
         deepspeed_config=arguments.deepspeed_config,
-    )  # fmt: skip
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -110,9 +117,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     with engine.session() as launch, tempfile.TemporaryDirectory(prefix="fasthpm-bench-") as folder:
         found = measure(recipe_of(arguments, folder), launch, arguments.rounds)
         result = {
-            "bench": "online_probe", "size": arguments.size, "batch_size": arguments.batch_size,
-            "rounds": arguments.rounds, "machine": machine(), "versions": versions(launch.device, 1), **found,
-        }  # fmt: skip
+            "bench": "online_probe",
+            "size": arguments.size,
+            "batch_size": arguments.batch_size,
+            "rounds": arguments.rounds,
+            "machine": machine(),
+            "versions": versions(launch.device, 1),
+            **found,
+        }
     write_json(arguments.output, result)
     print(report(result))
 

@@ -72,9 +72,15 @@ def loop_share(
         run.batches = itertools.repeat(_batch(images))
         run.bad_samples = _nothing()
         metrics = Metrics(
-            Path(folder), rank=launch.rank, world_size=launch.world_size, total_steps=updates + 1, first_step=0,
-            flops_per_sample=1.0, matmul_rate=1.0, device=launch.device,
-        )  # fmt: skip
+            Path(folder),
+            rank=launch.rank,
+            world_size=launch.world_size,
+            total_steps=updates + 1,
+            first_step=0,
+            flops_per_sample=1.0,
+            matmul_rate=1.0,
+            device=launch.device,
+        )
         last = updates + 2  # never reached: the end of a run saves
         watchdog = Watchdog(Path(folder), launch.rank, launch.world_size, timeout=600.0)
         with StopSignals() as stop, watchdog:

@@ -26,11 +26,23 @@ PAPER = {"easiest": 78.7, "random": 79.1, "hardest": 79.8}  # ViT-B/16, ImageNet
 def command(args: Any, policy: str, seed: int, folder: Path) -> list[str]:
     """The command of one training."""
     flags = {
-        "train_path": args.train_path, "val_path": args.val_path, "output_dir": folder, "token_policy": policy,
-        "keep_tokens": args.keep_tokens, "difficulty_run": args.run, "seed": seed, "epochs": args.epochs,
-        "warmup_epochs": args.epochs / 10, "stop_after": 0, "eval_every": args.epochs, "save_every": args.epochs,
-        "num_workers": 1, "batch_size": args.batch_size, "global_batch_size": args.batch_size, "log_every": 100,
-    }  # fmt: skip
+        "train_path": args.train_path,
+        "val_path": args.val_path,
+        "output_dir": folder,
+        "token_policy": policy,
+        "keep_tokens": args.keep_tokens,
+        "difficulty_run": args.run,
+        "seed": seed,
+        "epochs": args.epochs,
+        "warmup_epochs": args.epochs / 10,
+        "stop_after": 0,
+        "eval_every": args.epochs,
+        "save_every": args.epochs,
+        "num_workers": 1,
+        "batch_size": args.batch_size,
+        "global_batch_size": args.batch_size,
+        "log_every": 100,
+    }
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     return [sys.executable, "-m", "fasthpm", "finetune", str(args.run), "--from_scratch", *words]
 

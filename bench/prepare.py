@@ -69,9 +69,8 @@ def write_with_ffcv(source: Path, out: Path, name: str, workers: int) -> None:
     words = [word for word in SETS[name] if word != "--keep_jpeg"]
     flags = dict(zip(words[::2], words[1::2], strict=True))
     field = RGBImageField(
-        write_mode=flags.get("--write_mode", "jpg"), max_resolution=int(flags["--max_resolution"]),
-        jpeg_quality=QUALITY,
-    )  # fmt: skip
+        write_mode=flags.get("--write_mode", "jpg"), max_resolution=int(flags["--max_resolution"]), jpeg_quality=QUALITY
+    )
     writer = DatasetWriter(str(out), {"image": field, "label": IntField()}, num_workers=workers)
     writer.from_indexed_dataset(Photos(source), shuffle_indices=True)
 
@@ -140,10 +139,14 @@ def bench(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
                 rounds[name][writer].append(measure(writer, name, folders, work, arguments.workers))
         say(f"round {number + 1} of {arguments.rounds}")
     return {
-        "bench": "prepare", "machine": machine(), "images": total, "workers": arguments.workers,
+        "bench": "prepare",
+        "machine": machine(),
+        "images": total,
+        "workers": arguments.workers,
         "source_bytes_per_image": sum(file.stat().st_size for file in files_in(large)) / total,
-        "sets": {name: summarise(writers) for name, writers in rounds.items()}, "rounds": rounds,
-    }  # fmt: skip
+        "sets": {name: summarise(writers) for name, writers in rounds.items()},
+        "rounds": rounds,
+    }
 
 
 def summarise(writers: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
@@ -167,12 +170,17 @@ def report(result: dict[str, Any]) -> str:
     for name, row in result["sets"].items():
         for writer in WRITERS:
             one, ours = row[writer], writer == "ours"
-            rows.append([
-                f"{name}, {labels[writer]}", show(one["images_per_second_per_core"], 0),
-                show(row["wall_ratio"]) if ours else "1", show(one["cpu_ms_per_image"]),
-                show(row["cpu_ratio"]) if ours else "1", f"{one['bytes_per_image']['median'] / 1e3:.0f} kB",
-                f"{one['start_seconds']['median']:.1f} s",
-            ])  # fmt: skip
+            rows.append(
+                [
+                    f"{name}, {labels[writer]}",
+                    show(one["images_per_second_per_core"], 0),
+                    show(row["wall_ratio"]) if ours else "1",
+                    show(one["cpu_ms_per_image"]),
+                    show(row["cpu_ratio"]) if ours else "1",
+                    f"{one['bytes_per_image']['median'] / 1e3:.0f} kB",
+                    f"{one['start_seconds']['median']:.1f} s",
+                ]
+            )
     machine = result["machine"]
     head = (
         f"{machine['device']}, {machine['cores']} cores, {result['workers']} processes, {result['images']} photographs "

@@ -120,14 +120,17 @@ def model(shape: Shape, method: str, tflops: float, bandwidth: float) -> dict[st
     student, teacher = parameters(shape, method)
     step = realistic * shape.batch
     return {
-        "gflop": flop / 1e9, "ideal_per_second": 1 / ideal, "realistic_per_second": 1 / realistic,
+        "gflop": flop / 1e9,
+        "ideal_per_second": 1 / ideal,
+        "realistic_per_second": 1 / realistic,
         "mfu": ideal / realistic,
         "epoch_seconds": {str(gpus): shape.samples * realistic / gpus for gpus in GPUS},
         "data_gb_per_second_per_gpu": shape.sample_bytes / realistic / 1e9,
         "cores_per_gpu": {name: 1 / realistic / speed for name, speed in DECODING.items()},
-        "step_ms": 1e3 * step, "zero_ms": {name: 1e3 * 4 * student / link for name, link in LINKS.items()},
+        "step_ms": 1e3 * step,
+        "zero_ms": {name: 1e3 * 4 * student / link for name, link in LINKS.items()},
         "ema_ms": {name: 1e3 * 2 * teacher / link for name, link in LINKS.items()},
-    }  # fmt: skip
+    }
 
 
 def measured(paths: Sequence[Path]) -> dict[str, dict[str, Any]]:
@@ -152,20 +155,41 @@ def report(result: dict[str, Any]) -> str:
         for method, one in methods.items():
             ratio = methods["mae"]["realistic_per_second"] / one["realistic_per_second"]
             flop_ratio = one["gflop"] / methods["mae"]["gflop"]
-            speed.append([name, method, f"{one['gflop']:.0f}", f"{one['ideal_per_second']:,.0f}",
-                          f"{one['realistic_per_second']:,.0f}", f"{one['mfu']:.0%}", f"{flop_ratio:.2f}",
-                          f"{ratio:.2f}"])  # fmt: skip
+            speed.append(
+                [
+                    name,
+                    method,
+                    f"{one['gflop']:.0f}",
+                    f"{one['ideal_per_second']:,.0f}",
+                    f"{one['realistic_per_second']:,.0f}",
+                    f"{one['mfu']:.0%}",
+                    f"{flop_ratio:.2f}",
+                    f"{ratio:.2f}",
+                ]
+            )
             epochs = " / ".join(f"{value:.1f}" for value in one["epoch_seconds"].values())
             cores = " / ".join(f"{value:.1f}" for value in one["cores_per_gpu"].values()) if "video" not in name else ""
             links = [" / ".join(f"{value:.1f}" for value in one[kind].values()) for kind in ("zero_ms", "ema_ms")]
             rate = f"{one['data_gb_per_second_per_gpu']:.2f}"
             scale.append([name, method, epochs, rate, cores, f"{one['step_ms']:.0f}", *links])
     lines = [
-        table(("size", "method", "GFLOP", "ideal/s", "realistic/s", "MFU", "over MAE, FLOPs", "over MAE"), speed), "",
-        table(("size", "method", f"epoch s on {' / '.join(map(str, GPUS))} GPUs", "GB/s per GPU",
-               f"cores per GPU ({' / '.join(DECODING)})", "step ms", f"ZeRO ms ({' / '.join(LINKS)})", "EMA ms"),
-              scale), "",
-    ]  # fmt: skip
+        table(("size", "method", "GFLOP", "ideal/s", "realistic/s", "MFU", "over MAE, FLOPs", "over MAE"), speed),
+        "",
+        table(
+            (
+                "size",
+                "method",
+                f"epoch s on {' / '.join(map(str, GPUS))} GPUs",
+                "GB/s per GPU",
+                f"cores per GPU ({' / '.join(DECODING)})",
+                "step ms",
+                f"ZeRO ms ({' / '.join(LINKS)})",
+                "EMA ms",
+            ),
+            scale,
+        ),
+        "",
+    ]
     for key, one in result["measured"].items():
         rate, rows = one["matmul_gflops_per_second"] * 1e9, []
         for method, seconds in one["median_seconds"].items():
@@ -189,11 +213,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("tflops and bandwidth must be more than 0")
     rates = (arguments.tflops, arguments.bandwidth)
     result = {
-        "bench": "roofline", "tflops": rates[0], "bandwidth_tb": rates[1],
-        "shapes": {name: {method: model(shape, method, *rates) for method in METHODS}
-                   for name, shape in SHAPES.items()},
+        "bench": "roofline",
+        "tflops": rates[0],
+        "bandwidth_tb": rates[1],
+        "shapes": {
+            name: {method: model(shape, method, *rates) for method in METHODS} for name, shape in SHAPES.items()
+        },
         "measured": measured(arguments.results),
-    }  # fmt: skip
+    }
     write_json(arguments.output, result)
     print(report(result))
 

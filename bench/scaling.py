@@ -26,10 +26,13 @@ def cases(arguments: argparse.Namespace) -> list[tuple[int, int, int]]:
 def flags_of(arguments: argparse.Namespace, stage: int, ranks: int, accumulation: int) -> list[str]:
     """`fasthpm pretrain`'s command line of a case."""
     values = {
-        "recipe": arguments.recipe, "data_path": arguments.data_path, "batch_size": arguments.batch_size,
-        "global_batch_size": arguments.batch_size * ranks * accumulation, "num_workers": arguments.num_workers,
+        "recipe": arguments.recipe,
+        "data_path": arguments.data_path,
+        "batch_size": arguments.batch_size,
+        "global_batch_size": arguments.batch_size * ranks * accumulation,
+        "num_workers": arguments.num_workers,
         "deepspeed_config": f"ds_configs/zero{stage}_bf16.json",
-    }  # fmt: skip
+    }
     return [*(part for name, value in values.items() for part in (f"--{name}", str(value))), *arguments.extra.split()]
 
 
@@ -59,10 +62,14 @@ def summary(arguments: argparse.Namespace) -> dict[str, Any]:
         if base:
             efficiency[name_of(case)] = ratios([rate / case[1] for rate in rates[name_of(case)]], base)
     return {
-        "bench": "scaling", "recipe": arguments.recipe, "batch_size": arguments.batch_size,
-        "rounds": rates, "images_per_second": {name: spread(values) for name, values in rates.items()},
-        "efficiency": efficiency, "machine": machine(),
-    }  # fmt: skip
+        "bench": "scaling",
+        "recipe": arguments.recipe,
+        "batch_size": arguments.batch_size,
+        "rounds": rates,
+        "images_per_second": {name: spread(values) for name, values in rates.items()},
+        "efficiency": efficiency,
+        "machine": machine(),
+    }
 
 
 def report(result: dict[str, Any]) -> str:

@@ -41,15 +41,19 @@ from fasthpm.teacher import EMATeacher
 from fasthpm.versions import versions
 
 SIZES = {
-    "base": "vit_base_patch16_224", "large": "vit_large_patch16_224", "huge": "vit_huge_patch14_224",
+    "base": "vit_base_patch16_224",
+    "large": "vit_large_patch16_224",
+    "huge": "vit_huge_patch14_224",
     "nano": "vit_nano_patch4_28",
-}  # fmt: skip
+}
 CONFIGS = {"fp32": "ds_configs/zero0_fp32.json", "bf16": "ds_configs/zero1_bf16.json"}
 VARIANTS = ("mae", "hpm", "hpm_fast", "eager_mae", "eager_hpm")
 FAST: dict[str, Any] = {
-    "predictor": "shared", "decoder_attention": "cross", "teacher_maps": True,
+    "predictor": "shared",
+    "decoder_attention": "cross",
+    "teacher_maps": True,
     "map_refresh_epochs": recipes.FAST_REFRESH_EPOCHS,
-}  # fmt: skip
+}
 REFRESH = "teacher_pass"  # timed beside the variants: the forward that refreshes maps
 RATIOS = (  # name, of, over
     ("exact HPM / own MAE", "hpm", "mae"),
@@ -91,9 +95,14 @@ def recipe_of(variant: str, arguments: argparse.Namespace, deepspeed_config: str
     if arguments.size == "huge":
         changes |= {"patch_size": 14}
     return dataclasses.replace(
-        base, model=name, batch_size=arguments.batch_size, global_batch_size=0, clip_grad=5.0,
-        deepspeed_config=deepspeed_config or arguments.deepspeed_config, **changes,
-    ).resolve(10**6, 1)  # fmt: skip
+        base,
+        model=name,
+        batch_size=arguments.batch_size,
+        global_batch_size=0,
+        clip_grad=5.0,
+        deepspeed_config=deepspeed_config or arguments.deepspeed_config,
+        **changes,
+    ).resolve(10**6, 1)
 
 
 def pixels(recipe: Recipe, device: torch.device) -> Tensor:
@@ -194,17 +203,23 @@ def one_precision(precision: str, arguments: argparse.Namespace, launch: engine.
     median = {name: statistics.median(values) for name, values in seconds.items()}
     work = {name: built[name].gflops for name in seconds}
     return result | {
-        "seconds": seconds, "median_seconds": median,
+        "seconds": seconds,
+        "median_seconds": median,
         "images_per_second": {name: arguments.batch_size / value for name, value in median.items()},
-        "cpu_seconds": cpu_seconds, "cpu_ratios": ratios_of(cpu_seconds), "ratios": ratios_of(seconds),
+        "cpu_seconds": cpu_seconds,
+        "cpu_ratios": ratios_of(cpu_seconds),
+        "ratios": ratios_of(seconds),
         "gflops_per_sample": work,
-        "flop_ratios": {name: work[a]["total"] / work[b]["total"] for name, a, b in RATIOS
-                        if a in seconds and b in seconds and not a.startswith("eager")},
+        "flop_ratios": {
+            name: work[a]["total"] / work[b]["total"]
+            for name, a, b in RATIOS
+            if a in seconds and b in seconds and not a.startswith("eager")
+        },
         "matmul_gflops_per_second": rate / 1e9,
         "mfu": {name: work[name]["total"] * 1e9 * arguments.batch_size / median[name] / rate for name in seconds},
         "loop": loop,
         "memory_gib": memory_gib(launch.device),
-    }  # fmt: skip
+    }
 
 
 def summary(arguments: argparse.Namespace, launch: engine.Launch) -> dict[str, Any]:
@@ -212,12 +227,17 @@ def summary(arguments: argparse.Namespace, launch: engine.Launch) -> dict[str, A
     (precision,) = arguments.precision
     found = {precision: one_precision(precision, arguments, launch)}
     return {
-        "bench": "step", "size": arguments.size, "frames": recipe_of("mae", arguments, CONFIGS[precision]).num_frames,
-        "batch_size": arguments.batch_size, "rounds": arguments.rounds,
-        "threads": torch.get_num_threads(), "compile": arguments.compile,
-        "refresh_epochs": recipes.FAST_REFRESH_EPOCHS, "precisions": found,
+        "bench": "step",
+        "size": arguments.size,
+        "frames": recipe_of("mae", arguments, CONFIGS[precision]).num_frames,
+        "batch_size": arguments.batch_size,
+        "rounds": arguments.rounds,
+        "threads": torch.get_num_threads(),
+        "compile": arguments.compile,
+        "refresh_epochs": recipes.FAST_REFRESH_EPOCHS,
+        "precisions": found,
         "versions": versions(launch.device, launch.world_size),
-    }  # fmt: skip
+    }
 
 
 def each_by_itself(argv: Sequence[str], precisions: Sequence[str]) -> dict[str, Any]:
@@ -239,10 +259,15 @@ def report(result: dict[str, Any]) -> str:
     lines = []
     for precision, found in result["precisions"].items():
         rows = [
-            [name, f"{value:.3f}", f"{found['images_per_second'][name]:.2f}",
-             f"{found['gflops_per_sample'][name]['total']:.1f}", f"{found['mfu'][name]:.0%}"]
+            [
+                name,
+                f"{value:.3f}",
+                f"{found['images_per_second'][name]:.2f}",
+                f"{found['gflops_per_sample'][name]['total']:.1f}",
+                f"{found['mfu'][name]:.0%}",
+            ]
             for name, value in found["median_seconds"].items()
-        ]  # fmt: skip
+        ]
         lines += [f"{precision}:", "", table(("step", "s", "images/s", "GFLOP per image", "MFU"), rows), ""]
         work = found["flop_ratios"]
         rows = [
@@ -252,8 +277,11 @@ def report(result: dict[str, Any]) -> str:
         header = ("ratio", "of time, median (range)", "of processor time", "of FLOPs")
         lines += [table(header, rows), ""]
         if found.get("loop"):
-            lines += [f"Outside the engine's calls: {found['loop']['outside_share']:.2%} of the training loop's time, "
-                      "metrics read in every update.", ""]  # fmt: skip
+            lines += [
+                f"Outside the engine's calls: {found['loop']['outside_share']:.2%} of the training loop's time, "
+                "metrics read in every update.",
+                "",
+            ]
     return "\n".join(lines)
 
 

@@ -23,8 +23,23 @@ def train(work: Path, flags: Sequence[object], *, ranks: int, updates: int) -> d
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command = [*(launcher if ranks > 1 else [sys.executable]), "-m", "fasthpm.pretrain", *map(str, flags)]
     every = min(LOG_EVERY, max(1, updates // 2))
-    run([*command, "--steps_per_epoch", "0", "--output_dir", str(work), "--stop_after", str(updates),
-         "--log_every", str(every), "--panel_every", "0", "--save_every", "1000000"])  # fmt: skip
+    run(
+        [
+            *command,
+            "--steps_per_epoch",
+            "0",
+            "--output_dir",
+            str(work),
+            "--stop_after",
+            str(updates),
+            "--log_every",
+            str(every),
+            "--panel_every",
+            "0",
+            "--save_every",
+            "1000000",
+        ]
+    )
     lines = [json.loads(line) for line in (work / "metrics.jsonl").read_text().splitlines()]
     shutil.rmtree(work, ignore_errors=True)
     return median_of(lines)

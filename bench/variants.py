@@ -48,9 +48,14 @@ def our_loader(spec: Spec) -> Loader:
     """This project's loader of `spec`."""
     choice: dict[str, Any] = {"interpolation": spec.interpolation} if has_interpolation() else {}
     return build_loader(
-        spec.data, batch_size=spec.batch_size, image_size=(SIDE, SIDE), channels=3, num_workers=spec.workers,
-        crop_min=CROP_MIN, **choice,
-    )  # fmt: skip
+        spec.data,
+        batch_size=spec.batch_size,
+        image_size=(SIDE, SIDE),
+        channels=3,
+        num_workers=spec.workers,
+        crop_min=CROP_MIN,
+        **choice,
+    )
 
 
 # -------------------------------------------------------------------------------------------------- one kind each
@@ -87,9 +92,13 @@ def _torchvision(spec: Spec, last: list[Any]) -> Callable[[int], int]:
     crop = transforms.RandomResizedCrop(SIDE, scale=(CROP_MIN, 1.0), interpolation=transforms.InterpolationMode.BICUBIC)
     transform = transforms.Compose([crop, transforms.RandomHorizontalFlip(), *last])
     loader: Any = DataLoader(
-        ImageFolder(spec.data, transform), spec.batch_size, shuffle=True, num_workers=spec.workers, drop_last=True,
+        ImageFolder(spec.data, transform),
+        spec.batch_size,
+        shuffle=True,
+        num_workers=spec.workers,
+        drop_last=True,
         persistent_workers=True,
-    )  # fmt: skip
+    )
     return lambda number: epoch(loader, spec)
 
 
@@ -102,10 +111,15 @@ def ffcv_loader(spec: Spec) -> Any:
 
     decoder = RandomResizedCropRGBImageDecoder((SIDE, SIDE), scale=(CROP_MIN, 1.0))
     return FfcvLoader(
-        spec.data, batch_size=spec.batch_size, num_workers=spec.workers, order=OrderOption.RANDOM, seed=0,
-        os_cache=True, drop_last=True,
+        spec.data,
+        batch_size=spec.batch_size,
+        num_workers=spec.workers,
+        order=OrderOption.RANDOM,
+        seed=0,
+        os_cache=True,
+        drop_last=True,
         pipelines={"image": [decoder, RandomHorizontalFlip(), ToTensor()], "label": [IntDecoder(), ToTensor()]},
-    )  # fmt: skip
+    )
 
 
 def ffcv_own(spec: Spec) -> Callable[[int], int]:

@@ -104,26 +104,38 @@ def bench(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     sizes = {f"every {k}th frame": open_videos(path).sidecar["bytes"] / len(paths) for k, path in sets.items()}
     sizes["originals"] = sum(path.stat().st_size for path in paths) / len(paths)
     return {
-        "bench": "video_loader", "machine": machine(), "videos": len(paths), "workers": arguments.workers,
-        "batch_size": arguments.batch_size, "rates": summarise(taken, arguments.workers), "bytes_per_video": sizes,
-    }  # fmt: skip
+        "bench": "video_loader",
+        "machine": machine(),
+        "videos": len(paths),
+        "workers": arguments.workers,
+        "batch_size": arguments.batch_size,
+        "rates": summarise(taken, arguments.workers),
+        "bytes_per_video": sizes,
+    }
 
 
 def report(result: dict[str, Any]) -> str:
     """The result as Markdown."""
     rows = [
-        [name, show(row["clips_per_second_per_core"], 1), show(row["wall_ratio"]), show(row["cpu_ms_per_clip"], 1),
-         show(row["cpu_ratio"])]
+        [
+            name,
+            show(row["clips_per_second_per_core"], 1),
+            show(row["wall_ratio"]),
+            show(row["cpu_ms_per_clip"], 1),
+            show(row["cpu_ratio"]),
+        ]
         for name, row in result["rates"].items()
-    ]  # fmt: skip
+    ]
     about = result["machine"]
     sizes = ", ".join(f"{name} {value / 1e3:.0f} kB" for name, value in result["bytes_per_video"].items())
-    return "\n\n".join([
-        f"{about['device']}, {about['cores']} cores, {result['workers']} workers, {result['videos']} videos, batch "
-        f"{result['batch_size']}, median (lowest to highest round); commit {about['commit'][:10]}",
-        table(("loader", "clips/s per core", "x baseline", "CPU ms per clip", "x baseline, by CPU"), rows),
-        f"Bytes per video: {sizes}.",
-    ])  # fmt: skip
+    return "\n\n".join(
+        [
+            f"{about['device']}, {about['cores']} cores, {result['workers']} workers, {result['videos']} videos, batch "
+            f"{result['batch_size']}, median (lowest to highest round); commit {about['commit'][:10]}",
+            table(("loader", "clips/s per core", "x baseline", "CPU ms per clip", "x baseline, by CPU"), rows),
+            f"Bytes per video: {sizes}.",
+        ]
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

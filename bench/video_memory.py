@@ -63,8 +63,19 @@ def measure(recipe: Recipe) -> dict[str, float]:
 
 def in_a_process(arguments: argparse.Namespace, again: bool) -> dict[str, float]:
     """`measure` in a process whose large blocks all go back to the system when they are freed."""
-    command = [sys.executable, "-m", "bench.video_memory", "--recipe", arguments.recipe, "--batch_size",
-               str(arguments.batch_size), "--threads", str(arguments.threads), "--only", str(int(again))]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "bench.video_memory",
+        "--recipe",
+        arguments.recipe,
+        "--batch_size",
+        str(arguments.batch_size),
+        "--threads",
+        str(arguments.threads),
+        "--only",
+        str(int(again)),
+    ]
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"}
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=environment)
     if done.returncode:
@@ -96,15 +107,24 @@ def main(argv: Sequence[str] | None = None) -> None:
             say(f"round {number + 1}: {name}")
             raw[name].append(in_a_process(arguments, again))
     write_json(arguments.output, summary(arguments, raw))
-    rows = [[name, *(" ".join(f"{one[key]:.2f}" for one in found) for key in ("gib", "seconds"))]
-            for name, found in raw.items()]  # fmt: skip
+    rows = [
+        [name, *(" ".join(f"{one[key]:.2f}" for one in found) for key in ("gib", "seconds"))]
+        for name, found in raw.items()
+    ]
     print(table(("activations", "GiB above weights and gradients", "s"), rows))
 
 
 def summary(arguments: argparse.Namespace, raw: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
     """The figures and what they were taken on."""
-    return {"bench": "video_memory", "recipe": arguments.recipe, "batch_size": arguments.batch_size,
-            "threads": arguments.threads, "precision": "fp32", "raw": raw, "machine": machine()}  # fmt: skip
+    return {
+        "bench": "video_memory",
+        "recipe": arguments.recipe,
+        "batch_size": arguments.batch_size,
+        "threads": arguments.threads,
+        "precision": "fp32",
+        "raw": raw,
+        "machine": machine(),
+    }
 
 
 if __name__ == "__main__":

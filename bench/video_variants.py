@@ -73,9 +73,13 @@ def read_torchcodec(path: str) -> Any:
 
 def _torch_loader(spec: Spec, read: Callable[[str], Any], normalised: bool) -> Callable[[int], int]:
     loader: Any = DataLoader(
-        VideoFiles(spec.data, read, normalised), spec.batch_size, shuffle=True, num_workers=spec.workers,
-        drop_last=True, persistent_workers=True,
-    )  # fmt: skip
+        VideoFiles(spec.data, read, normalised),
+        spec.batch_size,
+        shuffle=True,
+        num_workers=spec.workers,
+        drop_last=True,
+        persistent_workers=True,
+    )
     return lambda number: epoch(loader, spec)
 
 
@@ -96,9 +100,15 @@ def torchcodec_uint8(spec: Spec) -> Callable[[int], int]:
 
 def _ours(spec: Spec, decoder: str) -> Callable[[int], int]:
     loader = build_loader(
-        spec.data, batch_size=spec.batch_size, image_size=(SIDE, SIDE), channels=3, num_workers=spec.workers,
-        num_frames=NUM_FRAMES, sampling_rate=RATE, decoder=decoder,
-    )  # fmt: skip
+        spec.data,
+        batch_size=spec.batch_size,
+        image_size=(SIDE, SIDE),
+        channels=3,
+        num_workers=spec.workers,
+        num_frames=NUM_FRAMES,
+        sampling_rate=RATE,
+        decoder=decoder,
+    )
 
     def run(number: int) -> int:
         loader.set_epoch(number)

@@ -84,8 +84,9 @@ def gflops_per_image() -> float:
         return step_flops(model_of(recipe), recipe)["total"] / 1e9
 
 
-def data_waits(specs: Iterable[Spec], per_core: dict[str, float], flops_per_second: float,
-               seconds: float, batch_size: int) -> dict[str, Any]:  # fmt: skip
+def data_waits(
+    specs: Iterable[Spec], per_core: dict[str, float], flops_per_second: float, seconds: float, batch_size: int
+) -> dict[str, Any]:
     """How many cores each loader needs for a GPU of `flops_per_second`, and the share of time waited with so many.
 
     With C cores needed and c here, a step lasts C / c times the GPU's: the same load on
@@ -106,9 +107,13 @@ def data_waits(specs: Iterable[Spec], per_core: dict[str, float], flops_per_seco
         }
         loader.close()
     return {
-        "recipe": RECIPE, "batch_size": batch_size, "gflops_per_image": gflops, "flops_per_second": flops_per_second,
-        "images_per_second": wanted, "loaders": loaders,
-    }  # fmt: skip
+        "recipe": RECIPE,
+        "batch_size": batch_size,
+        "gflops_per_image": gflops,
+        "flops_per_second": flops_per_second,
+        "images_per_second": wanted,
+        "loaders": loaders,
+    }
 
 
 def _long(spec: Spec, batch_size: int) -> Spec:

@@ -100,12 +100,7 @@ def _add_storage(parser: argparse.ArgumentParser) -> None:
         choices=WRITE_MODES,
         help="jpg (default); raw pixels; proportion: a random share as JPEG; smart: large ones as JPEG",
     )
-    parser.add_argument(
-        "--jpeg_quality",
-        type=int,
-        metavar="1..100",
-        help=f"default {preset['jpeg_quality']}",
-    )
+    parser.add_argument("--jpeg_quality", type=int, metavar="1..100", help=f"default {preset['jpeg_quality']}")
     parser.add_argument("--keep_jpeg", action="store_true", help="store JPEGs that need no shrinking untouched")
     parser.add_argument(
         "--compress_probability",

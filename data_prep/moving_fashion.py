@@ -117,9 +117,13 @@ def build_parser() -> argparse.ArgumentParser:
 def _check(args: argparse.Namespace) -> None:
     classes = args.directions * len(args.speeds)
     for name, value, least in (
-        ("train", args.train, classes), ("val", args.val, classes), ("size", args.size, 28),
-        ("num_frames", args.num_frames, 2), ("speeds", min(args.speeds), 1), ("seed", args.seed, 0),
-    ):  # fmt: skip
+        ("train", args.train, classes),
+        ("val", args.val, classes),
+        ("size", args.size, 28),
+        ("num_frames", args.num_frames, 2),
+        ("speeds", min(args.speeds), 1),
+        ("seed", args.seed, 0),
+    ):
         if value < least:
             raise UserError(f"{name} is {value}, expected {least} or more")
     if args.size % 2 or len(set(args.speeds)) < len(args.speeds):

@@ -190,8 +190,9 @@ def write_split(path: Path, split: Split, num_workers: int) -> None:
         )
     started = time.monotonic()
     options = WriteOptions(write_mode="raw" if pixels.shape[1] <= CIFAR_SIDE else "jpg", jpeg_quality=95)
-    sidecar = write_beton(Arrays(pixels, labels), path, classes, options=options, num_workers=num_workers,
-                          overwrite=True)  # fmt: skip
+    sidecar = write_beton(
+        Arrays(pixels, labels), path, classes, options=options, num_workers=num_workers, overwrite=True
+    )
     print(summary(path, sidecar, time.monotonic() - started), flush=True)
 
 
@@ -226,8 +227,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             paths = list_tiny_imagenet(args.source, Path(lists))
             args.out.mkdir(parents=True, exist_ok=True)
             for name, path in paths.items():
-                images.main([str(path), str(args.out / f"{name}.beton"), "--keep_jpeg", "--num_workers",
-                             str(args.num_workers)])  # fmt: skip
+                images.main(
+                    [str(path), str(args.out / f"{name}.beton"), "--keep_jpeg", "--num_workers", str(args.num_workers)]
+                )
         return
     splits = READERS[args.name](args.source)
     args.out.mkdir(parents=True, exist_ok=True)

@@ -119,10 +119,14 @@ def read_video(path: str, options: VideoOptions, copy_to: Path | None) -> tuple[
     stored = [encode(picture, coding, 0.0) for picture in pictures]
     _check_length(len(stored), fps, stream, options)
     fact = {
-        "fps": str(fps), "seconds": round(stream.seconds, 3), "height": size[0], "width": size[1],
-        "codec": stream.codec, "sha256": hash_file(Path(path)),
+        "fps": str(fps),
+        "seconds": round(stream.seconds, 3),
+        "height": size[0],
+        "width": size[1],
+        "codec": stream.codec,
+        "sha256": hash_file(Path(path)),
         "copy": _copy(path, stream, fps, size, options, copy_to) if copy_to else "",
-    }  # fmt: skip
+    }
     return stored, fact
 
 

@@ -45,31 +45,47 @@ def build_parser() -> argparse.ArgumentParser:
         "--classes", type=Path, metavar="FILE", help="a list's class names, one a line, in order of label"
     )
     parser.add_argument(
-        "--short_side", type=int, default=default.short_side, metavar="PIXELS",
+        "--short_side",
+        type=int,
+        default=default.short_side,
+        metavar="PIXELS",
         help=f"shrink videos whose shorter side is more; 0 = never (default {default.short_side}; VideoMAE: 320)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--frame_stride", type=int, default=default.frame_stride, metavar="N",
+        "--frame_stride",
+        type=int,
+        default=default.frame_stride,
+        metavar="N",
         help=f"store every N-th frame; sampling rates must be multiples of it (default {default.frame_stride})",
-    )  # fmt: skip
+    )
     parser.add_argument("--fps", type=float, default=0.0, help="frames per second, before that; 0 = each video's own")
     parser.add_argument("--jpeg_quality", type=int, default=default.jpeg_quality, metavar="1..100", help="default 90")
     parser.add_argument(
-        "--min_frames", type=int, default=0, metavar="N",
+        "--min_frames",
+        type=int,
+        default=0,
+        metavar="N",
         help="reject videos of fewer frames, e.g. num_frames x sampling_rate; by default they are looped in training",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--max_seconds", type=float, default=default.max_seconds, metavar="S",
+        "--max_seconds",
+        type=float,
+        default=default.max_seconds,
+        metavar="S",
         help=f"of longer videos only so much is stored (default {default.max_seconds:g})",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--copy", action="store_true",
+        "--copy",
+        action="store_true",
         help="also keep video files for a GPU's decoder: originals where it takes them, else H.264 with short ways",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--max_rejected", type=float, default=0.01, metavar="N",
+        "--max_rejected",
+        type=float,
+        default=0.01,
+        metavar="N",
         help="unusable videos that are put up with: below 1 a share, from 1 a number (default .01)",
-    )  # fmt: skip
+    )
     parser.add_argument("--timeout", type=float, default=default.timeout, metavar="S", help="reject slower ones (600)")
     parser.add_argument("--num_workers", type=int, default=0, metavar="N", help="processes; 0 = all cores (default)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the stored order (default 0)")
@@ -100,9 +116,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         source.classes = _named(read_classes(args.classes), source.classes)
     print(f"{args.source}: {len(source)} videos, {len(source.classes)} classes", flush=True)
     info = prepare(
-        source, args.out, options, max_rejected=args.max_rejected, num_workers=args.num_workers,
+        source,
+        args.out,
+        options,
+        max_rejected=args.max_rejected,
+        num_workers=args.num_workers,
         overwrite=args.overwrite,
-    )  # fmt: skip
+    )
     if info is None:
         print(f"{args.out} was prepared from these files with these options before; nothing to do", flush=True)
     else:

@@ -26,12 +26,16 @@ def dispatch(argv: Sequence[str] | None) -> None:
     """Run the command that the first argument names."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: fasthpm COMMAND [flags]\n\n" + "\n".join(f"  {k:10} {v[1]}" for k, v in COMMANDS.items())
-              + "\n\nfasthpm COMMAND --help explains each")  # fmt: skip
+        print(
+            "usage: fasthpm COMMAND [flags]\n\n"
+            + "\n".join(f"  {k:10} {v[1]}" for k, v in COMMANDS.items())
+            + "\n\nfasthpm COMMAND --help explains each"
+        )
         return
     if arguments[0] not in COMMANDS:
-        raise UserError(f"unknown command {arguments[0]!r}{nearest(arguments[0], COMMANDS)}; expected one of "
-                        f"{', '.join(COMMANDS)}")  # fmt: skip
+        raise UserError(
+            f"unknown command {arguments[0]!r}{nearest(arguments[0], COMMANDS)}; expected one of {', '.join(COMMANDS)}"
+        )
     importlib.import_module(COMMANDS[arguments[0]][0]).main(arguments[1:])
 
 

@@ -205,8 +205,15 @@ def _imported(name: str, module: str, how: str, *, needed: bool = True) -> Findi
 
 
 CHECKS: tuple[Callable[[], Finding], ...] = (
-    check_torch, check_deepspeed, check_ffcv, check_kernel, check_numba_cache, check_jpeg, check_dali, check_ffmpeg,
-)  # fmt: skip
+    check_torch,
+    check_deepspeed,
+    check_ffcv,
+    check_kernel,
+    check_numba_cache,
+    check_jpeg,
+    check_dali,
+    check_ffmpeg,
+)
 
 
 def check_install() -> Iterator[Finding]:

@@ -245,10 +245,20 @@ RECIPE_OWNS = {
 # Every key that is known to work with the EMA teacher and with our own metrics and checkpoints.
 JSON_OWNS: dict[str, tuple[str, ...] | None] = {  # None: anything inside
     "zero_optimization": (
-        "stage", "reduce_bucket_size", "allgather_bucket_size", "allgather_partitions", "reduce_scatter",
-        "overlap_comm", "contiguous_gradients", "round_robin_gradients", "sub_group_size",
-        "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold", "stage3_max_live_parameters",
-        "stage3_max_reuse_distance", "stage3_gather_16bit_weights_on_model_save",
+        "stage",
+        "reduce_bucket_size",
+        "allgather_bucket_size",
+        "allgather_partitions",
+        "reduce_scatter",
+        "overlap_comm",
+        "contiguous_gradients",
+        "round_robin_gradients",
+        "sub_group_size",
+        "stage3_prefetch_bucket_size",
+        "stage3_param_persistence_threshold",
+        "stage3_max_live_parameters",
+        "stage3_max_reuse_distance",
+        "stage3_gather_16bit_weights_on_model_save",
     ),
     "bf16": ("enabled", "immediate_grad_update", "check_grad_overflow"),
     "data_types": ("grad_accum_dtype", "buffer_dtype"),
@@ -261,7 +271,7 @@ JSON_OWNS: dict[str, tuple[str, ...] | None] = {  # None: anything inside
     "wall_clock_breakdown": None,
     "memory_breakdown": None,
     "steps_per_print": None,
-}  # fmt: skip
+}
 REFUSED = {
     "optimizer": "the recipe owns the optimizer (lr, betas, weight_decay); remove the block",
     "scheduler": "the recipe owns the schedule (warmup_epochs, min_lr, epochs); remove the block",

@@ -61,8 +61,10 @@ def export_weights(
             target.write(model, recipe, metadata, aside)
         difference = compare(target, model, recipe, aside)
         if not difference <= TOLERANCE:
-            raise RuntimeError(f"{target.library}'s outputs differ from ours by {difference:.1e} (allowed: "
-                               f"{TOLERANCE}); {path} was not written")  # fmt: skip
+            raise RuntimeError(
+                f"{target.library}'s outputs differ from ours by {difference:.1e} (allowed: "
+                f"{TOLERANCE}); {path} was not written"
+            )
         with _writing(path):
             aside.rename(path)
     finally:

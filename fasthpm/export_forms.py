@@ -120,8 +120,12 @@ class Torchvision(Target):
 
     def refusal(self, model: HPMViT) -> str:
         height, width = model.img_size
-        return _needs({f"square images, this model's are {height}x{width}": height == width,
-                       f"3 channels, this model has {model.in_chans}": model.in_chans == 3})  # fmt: skip
+        return _needs(
+            {
+                f"square images, this model's are {height}x{width}": height == width,
+                f"3 channels, this model has {model.in_chans}": model.in_chans == 3,
+            }
+        )
 
     def write(self, model: HPMViT, recipe: Recipe, metadata: dict[str, str], path: Path) -> None:
         tensors = {torchvision_name(key): value for key, value in encoder_of(model).items()}
@@ -217,10 +221,14 @@ class HuggingFaceMAE(HuggingFaceViT):
 
     def refusal(self, model: HPMViT) -> str:
         height, width = model.img_size
-        return _needs({f"square images, this model's are {height}x{width}": height == width,
-                       "MAE's decoder, which this model lacks": hasattr(model, "decoder_embed"),
-                       "self attention in the decoder, this one's is cross": model.decoder_attention == "self",
-                       "a reconstructor of pixels, this model's gives features": not model.target_dim})  # fmt: skip
+        return _needs(
+            {
+                f"square images, this model's are {height}x{width}": height == width,
+                "MAE's decoder, which this model lacks": hasattr(model, "decoder_embed"),
+                "self attention in the decoder, this one's is cross": model.decoder_attention == "self",
+                "a reconstructor of pixels, this model's gives features": not model.target_dim,
+            }
+        )
 
     def configuration(self, model: HPMViT, recipe: Recipe) -> Any:
         decoder = model.decoder_blocks

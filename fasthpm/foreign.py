@@ -34,10 +34,17 @@ HEAD_PREFIXES = ("head.", "head_dist.", "fc_norm.")
 # Beyond tensors and plain containers: what trainers store beside weights, none of which runs code when rebuilt.
 _SCALAR = np.float64(0).__reduce__()[0]  # NumPy 1 and 2 keep it in different places
 HARMLESS: list[Any] = [
-    argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath, np.dtype,
-    (_SCALAR, "numpy.core.multiarray.scalar"), (_SCALAR, "numpy._core.multiarray.scalar"),
-    np.dtypes.Float32DType, np.dtypes.Float64DType, np.dtypes.Int64DType, np.dtypes.BoolDType,
-]  # fmt: skip
+    argparse.Namespace,
+    pathlib.PosixPath,
+    pathlib.PurePosixPath,
+    np.dtype,
+    (_SCALAR, "numpy.core.multiarray.scalar"),
+    (_SCALAR, "numpy._core.multiarray.scalar"),
+    np.dtypes.Float32DType,
+    np.dtypes.Float64DType,
+    np.dtypes.Int64DType,
+    np.dtypes.BoolDType,
+]
 EMBEDDED_RECIPE = "fasthpm_recipe"  # metadata of our own safetensors files
 IMPORT_NOTE = "import.json"  # where an imported checkpoint says what it was made of
 POSITIONS = ("pos_embed", "decoder_pos_embed")

@@ -26,9 +26,13 @@ class Fp8Linear(nn.Linear):
         """[..., D] -> [..., D']."""
         (inputs, scale), (weight, weight_scale) = quantize(tokens.flatten(0, -2)), quantize(self.weight)
         out = torch._scaled_mm(
-            inputs, weight.t(), scale_a=scale, scale_b=weight_scale, bias=self.bias.to(torch.bfloat16),
+            inputs,
+            weight.t(),
+            scale_a=scale,
+            scale_b=weight_scale,
+            bias=self.bias.to(torch.bfloat16),
             out_dtype=torch.bfloat16,
-        )  # fmt: skip
+        )
         return out.unflatten(0, tokens.shape[:-1]).to(tokens.dtype)
 
 

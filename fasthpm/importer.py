@@ -320,9 +320,11 @@ def _parser() -> Parser:
     parser.add_argument("-o", "--output", type=Path, required=True, help="run folder to write")
     parser.add_argument("--source", choices=SOURCES, default="", help="whose checkpoint (default: by its keys)")
     parser.add_argument(
-        "--weights", choices=("student", "teacher"), default="",
+        "--weights",
+        choices=("student", "teacher"),
+        default="",
         help="import these alone, as the student; teacher = the file's EMA (default: both, where the file has both)",
-    )  # fmt: skip
+    )
     parser.add_argument("--recipe", default="", help="the run's recipe, or a recipe.json (default: made from the file)")
     parser.add_argument("--encoder_only", action="store_true", help="take the encoder and leave decoders and heads")
     parser.add_argument(
@@ -334,9 +336,10 @@ def _parser() -> Parser:
     )
     parser.add_argument("--decoder_heads", type=int, help="heads of the decoders, where they are not 512 wide")
     parser.add_argument(
-        "--norm_pix_loss", action=argparse.BooleanOptionalAction,
+        "--norm_pix_loss",
+        action=argparse.BooleanOptionalAction,
         help="whether targets were normalised per patch (default: as the file says, else MAE and videos yes, HPM no)",
-    )  # fmt: skip
+    )
     return parser
 
 

@@ -69,9 +69,15 @@ def difficulty(model: HPMViT, recipe: Recipe, info: DatasetInfo, images: Tensor,
 def map_batches(model: HPMViT, recipe: Recipe, arguments: argparse.Namespace) -> Iterator[ImageMaps]:
     """The maps of every image of `arguments.data_path`, batch by batch, with a progress bar."""
     loader = build_loader(
-        arguments.data_path, batch_size=arguments.batch_size, image_size=recipe.image_size, channels=recipe.channels,
-        train=False, whole=True, num_workers=arguments.num_workers, max_bad_samples=1.0,
-    )  # fmt: skip
+        arguments.data_path,
+        batch_size=arguments.batch_size,
+        image_size=recipe.image_size,
+        channels=recipe.channels,
+        train=False,
+        whole=True,
+        num_workers=arguments.num_workers,
+        max_bad_samples=1.0,
+    )
     info, grid, device = training_info(recipe, loader.info), recipe.grid_size, model.cls_token.device
     try:
         for batch in tqdm(loader, desc="maps", unit="batch"):
@@ -164,8 +170,10 @@ class Saliency:
         """{kind: {"auc", "max_f", "images"}}. **Raises:** `UserError` if no image had a mask."""
         if not self._areas:
             raise UserError("no file of --masks is named like an image (or all are empty); expected masks/NAME.png")
-        return {kind: {"auc": float(np.mean(areas)), "max_f": max_f(self._curves[kind]), "images": len(areas)}
-                for kind, areas in self._areas.items()}  # fmt: skip
+        return {
+            kind: {"auc": float(np.mean(areas)), "max_f": max_f(self._curves[kind]), "images": len(areas)}
+            for kind, areas in self._areas.items()
+        }
 
 
 def max_f(curves: list[Array]) -> float:
@@ -234,9 +242,13 @@ def write_maps(model: HPMViT, recipe: Recipe, arguments: argparse.Namespace, out
     kinds = {"predicted": whole.predicted} if predicts else {}
     kinds |= {"true_loss": whole.true_loss} if wants_true else {}
     np.savez_compressed(out / "maps.npz", names=np.array(kept), ids=whole.ids, **kinds)
-    columns = {"difficulty": whole.predicted.mean((1, 2)), "difficulty_spread": whole.predicted.std((1, 2)),
-               "true_loss": whole.true_loss.mean((1, 2)), "empty_patches": whole.empty,
-               "deviation": whole.deviation}  # fmt: skip
+    columns = {
+        "difficulty": whole.predicted.mean((1, 2)),
+        "difficulty_spread": whole.predicted.std((1, 2)),
+        "true_loss": whole.true_loss.mean((1, 2)),
+        "empty_patches": whole.empty,
+        "deviation": whole.deviation,
+    }
     write_ranking(out / "images.csv", kept, columns, wants_true)
     if saliency:
         (out / "saliency.json").write_text(json.dumps(saliency.scores(), indent=2) + "\n")

@@ -76,8 +76,13 @@ class MapStore:
 
     def check(self, wanted: MapHeader) -> None:
         """**Raises:** `UserError` if the file is of another data set, size, kind or epoch than `wanted`."""
-        for name, meaning in (("num_samples", "samples"), ("data", "data set"), ("grid", "grid of patches"),
-                              ("kind", "kind of map"), ("epoch", "epoch")):  # fmt: skip
+        for name, meaning in (
+            ("num_samples", "samples"),
+            ("data", "data set"),
+            ("grid", "grid of patches"),
+            ("kind", "kind of map"),
+            ("epoch", "epoch"),
+        ):
             there, expected = getattr(self.header, name), getattr(wanted, name)
             if there != expected:
                 raise UserError(
@@ -225,9 +230,17 @@ class RunMaps:
     """
 
     def __init__(
-        self, folder: Path, kind: str, info: DatasetInfo, grid: tuple[int, int], every: int, *, first: int = 0,
-        crop: str = "image", patch_size: int = 16,
-    ) -> None:  # fmt: skip
+        self,
+        folder: Path,
+        kind: str,
+        info: DatasetInfo,
+        grid: tuple[int, int],
+        every: int,
+        *,
+        first: int = 0,
+        crop: str = "image",
+        patch_size: int = 16,
+    ) -> None:
         self.folder, self.grid, self.every, self.first = folder, grid, every, first or every
         self.crop, self.patch_size = crop, patch_size
         self._header = MapHeader(kind, info.num_samples, grid, data_identity(info), 0)
@@ -260,9 +273,13 @@ class RunMaps:
         return store
 
     def refresh(
-        self, epoch: int, loader: Loader, compute: Callable[[Tensor], Tensor], launch: engine.Launch,
+        self,
+        epoch: int,
+        loader: Loader,
+        compute: Callable[[Tensor], Tensor],
+        launch: engine.Launch,
         alive: Callable[[], None] = lambda: None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Make the maps of all samples anew and use them from now on. Collective.
 
         - `loader`: this rank's share of the un-cropped samples (`build_loader(…, train=False, whole=True)`); closed
@@ -292,9 +309,14 @@ class RunMaps:
             self.store = self._opened(epoch)
 
     def _write(
-        self, aside: Path, header: MapHeader, loader: Loader, compute: Callable[[Tensor], Tensor],
-        launch: engine.Launch, alive: Callable[[], None],
-    ) -> OSError | None:  # fmt: skip
+        self,
+        aside: Path,
+        header: MapHeader,
+        loader: Loader,
+        compute: Callable[[Tensor], Tensor],
+        launch: engine.Launch,
+        alive: Callable[[], None],
+    ) -> OSError | None:
         """This rank's rows. A disk's error is returned at the end: the forward passes may be collective (ZeRO 3)."""
         problem = None
         bar = tqdm(loader, desc=f"{header.kind} maps", unit="batch", disable=launch.rank != 0, leave=False)
@@ -373,10 +395,15 @@ def for_recipe(recipe: Recipe, info: DatasetInfo) -> RunMaps | None:
     if not recipe.uses_maps:
         return None
     return RunMaps(
-        Path(recipe.output_dir) / "maps", "difficulty" if recipe.teacher_maps else "attention", info,
-        recipe.grid_size, recipe.map_refresh_epochs, first=int(recipe.teacher_maps), crop=recipe.map_crop,
+        Path(recipe.output_dir) / "maps",
+        "difficulty" if recipe.teacher_maps else "attention",
+        info,
+        recipe.grid_size,
+        recipe.map_refresh_epochs,
+        first=int(recipe.teacher_maps),
+        crop=recipe.map_crop,
         patch_size=recipe.patch_size,
-    )  # fmt: skip
+    )
 
 
 class MapLoader:

@@ -215,9 +215,15 @@ class HPMViT(nn.Module):
         return torch.cat([table[:, :1], F.avg_pool2d(grid, scale).flatten(2).transpose(1, 2)], dim=1)
 
     def forward(
-        self, images: Tensor, mask: Tensor, *, num_masked: int | None = None, thrown: Tensor | None = None,
-        num_thrown: int = 0, target: Tensor | None = None,
-    ) -> Output:  # fmt: skip
+        self,
+        images: Tensor,
+        mask: Tensor,
+        *,
+        num_masked: int | None = None,
+        thrown: Tensor | None = None,
+        num_thrown: int = 0,
+        target: Tensor | None = None,
+    ) -> Output:
         """Reconstruct the masked patches, or their features, and predict their losses (Eq. 2-7).
 
         - `images`, `mask`: as in `encode`
@@ -268,9 +274,13 @@ class HPMViT(nn.Module):
         return run(blocks, tokens, last, self.activation_checkpointing and torch.is_grad_enabled())
 
     def _encode(
-        self, patches: Tensor, visible: Tensor | None = None, masked: Tensor | None = None, last: int = 0,
+        self,
+        patches: Tensor,
+        visible: Tensor | None = None,
+        masked: Tensor | None = None,
+        last: int = 0,
         table: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """cls, visible patches and, in SimMIM, mask tokens through the encoder; `last`: as in `_run`; `table`: of
         positions, if not `pos_embed`."""
         prefix = self.num_prefix_tokens

@@ -126,13 +126,25 @@ def build(recipe: Recipe, launch: engine.Launch) -> Run:
         recipe = checkpoint.continued(recipe, launch.world_size)
         accum_iter = recipe.accumulation(launch.world_size)
         loader = build_loader(
-            recipe.data_path, batch_size=recipe.batch_size, image_size=recipe.image_size, channels=recipe.channels,
-            seed=recipe.seed, rank=launch.rank, world_size=launch.world_size, num_workers=recipe.num_workers,
-            accum_iter=accum_iter, num_frames=recipe.num_frames, sampling_rate=recipe.sampling_rate,
-            crop_min=recipe.crop_min, flip=recipe.flip, interpolation=recipe.interpolation,
-            color_jitter=recipe.color_jitter, sample_order=recipe.sample_order, max_bad_samples=recipe.max_bad_samples,
+            recipe.data_path,
+            batch_size=recipe.batch_size,
+            image_size=recipe.image_size,
+            channels=recipe.channels,
+            seed=recipe.seed,
+            rank=launch.rank,
+            world_size=launch.world_size,
+            num_workers=recipe.num_workers,
+            accum_iter=accum_iter,
+            num_frames=recipe.num_frames,
+            sampling_rate=recipe.sampling_rate,
+            crop_min=recipe.crop_min,
+            flip=recipe.flip,
+            interpolation=recipe.interpolation,
+            color_jitter=recipe.color_jitter,
+            sample_order=recipe.sample_order,
+            max_bad_samples=recipe.max_bad_samples,
             decoder=recipe.video_decoder,
-        )  # fmt: skip
+        )
         recipe = recipe.resolve(loader.info.num_samples, launch.world_size)
         checkpoint.compare_recipes(recipe, science_of)
         config = engine.merge_config(recipe.deepspeed_config, recipe, launch.world_size)
@@ -155,8 +167,9 @@ def build(recipe: Recipe, launch: engine.Launch) -> Run:
         if recipe.teacher_precision == "fp8":
             fp8.use_fp8(teacher.module)
     saver = Saver(launch.rank, launch.world_size, timeout=engine.timeout().total_seconds())
-    run = Run(recipe, launch, loader, deepspeed_engine, step, teacher, zero.MasterLayout(deepspeed_engine), saver,
-              map_store)  # fmt: skip
+    run = Run(
+        recipe, launch, loader, deepspeed_engine, step, teacher, zero.MasterLayout(deepspeed_engine), saver, map_store
+    )
     run.batches = endless(loader)
     resume(run)
     run.online = online_probe(run)
@@ -247,8 +260,10 @@ def finish_saving(run: Run) -> None:
 def not_saved(run: Run, problem: str) -> None:
     """Note and print that the checkpoint begun last is lost."""
     run.unsaved = problem
-    print(f"warning: the checkpoint of update {run.saving} was not written ({problem}); earlier ones are intact",
-          file=sys.stderr)  # fmt: skip
+    print(
+        f"warning: the checkpoint of update {run.saving} was not written ({problem}); earlier ones are intact",
+        file=sys.stderr,
+    )
 
 
 def finish_last_save(run: Run) -> None:
@@ -390,10 +405,18 @@ def refresh_maps(run: Run, watchdog: Watchdog) -> None:
 
     with engine.in_agreement():
         loader = build_loader(
-            recipe.data_path, batch_size=recipe.batch_size, image_size=recipe.image_size, channels=recipe.channels,
-            rank=launch.rank, world_size=launch.world_size, num_workers=recipe.num_workers, train=False, whole=True,
-            interpolation=recipe.interpolation, max_bad_samples=1.0,
-        )  # fmt: skip
+            recipe.data_path,
+            batch_size=recipe.batch_size,
+            image_size=recipe.image_size,
+            channels=recipe.channels,
+            rank=launch.rank,
+            world_size=launch.world_size,
+            num_workers=recipe.num_workers,
+            train=False,
+            whole=True,
+            interpolation=recipe.interpolation,
+            max_bad_samples=1.0,
+        )
     with watchdog.doing("making maps"):
         run.maps.refresh(epoch, loader, compute, launch, lambda: watchdog.progressed(run.done))
     if launch.rank == 0:
@@ -410,11 +433,17 @@ def after_update(run: Run, metrics: Metrics, last: int) -> None:
     probing = epoch_ends and recipe.online_knn_every > 0 and epoch % recipe.online_knn_every == 0
     if run.done % recipe.log_every == 0 or saving or drawing or probing:
         metrics.read(
-            run.done, run.done / epoch_length, run.step.stopwatch.read(), lr=schedule.lr_at(recipe, run.done - 1),
-            alpha=schedule.alpha_at(recipe, run.done - 1), ema_momentum=schedule.ema_momentum_at(recipe, run.done - 1),
-            skipped_updates=len(run.skipped), bad_samples=run.bad_samples.update(run.loader),
-            **agreement(run), **probed(run, probing),
-        )  # fmt: skip
+            run.done,
+            run.done / epoch_length,
+            run.step.stopwatch.read(),
+            lr=schedule.lr_at(recipe, run.done - 1),
+            alpha=schedule.alpha_at(recipe, run.done - 1),
+            ema_momentum=schedule.ema_momentum_at(recipe, run.done - 1),
+            skipped_updates=len(run.skipped),
+            bad_samples=run.bad_samples.update(run.loader),
+            **agreement(run),
+            **probed(run, probing),
+        )
     if drawing:
         draw_panel(run, metrics)
     if saving:
@@ -491,8 +520,11 @@ def finish(run: Run) -> None:
     output_dir = Path(run.recipe.output_dir)
     if run.preempted:  # whoever sent the signal may not wait for reports
         folder = checkpoint.checkpoint_path(output_dir, run.done)
-        print(f"preempted at update {run.done} of {run.recipe.total_steps}; the checkpoint is {folder}: "
-              f"run the same command to continue", file=sys.stderr)  # fmt: skip
+        print(
+            f"preempted at update {run.done} of {run.recipe.total_steps}; the checkpoint is {folder}: "
+            f"run the same command to continue",
+            file=sys.stderr,
+        )
         return
     model, recipe = checkpoint.load_weights(output_dir)
     info = {"mean": run.loader.info.mean, "std": run.loader.info.std}
@@ -524,16 +556,26 @@ def pretrain(asked: Recipe, launch: engine.Launch) -> StopSignals:
     if launch.rank == 0:
         effective = f"{recipe.global_batch_size} = {recipe.batch_size} x {launch.world_size} x {recipe.accum_iter}"
         if recipe.fast_modes:
-            print(f"fast modes: {', '.join(recipe.fast_modes)}; {flops.cost_over_mae(recipe):.2f} x MAE's FLOPs",
-                  file=sys.stderr)  # fmt: skip
-        print(f"{recipe.recipe}: lr {recipe.lr:.3e}, global batch {effective}, {recipe.total_steps} updates, "
-              f"{launch.device.type}", file=sys.stderr)  # fmt: skip
+            print(
+                f"fast modes: {', '.join(recipe.fast_modes)}; {flops.cost_over_mae(recipe):.2f} x MAE's FLOPs",
+                file=sys.stderr,
+            )
+        print(
+            f"{recipe.recipe}: lr {recipe.lr:.3e}, global batch {effective}, {recipe.total_steps} updates, "
+            f"{launch.device.type}",
+            file=sys.stderr,
+        )
     dtype = next(run.step.student.parameters()).dtype
     metrics = Metrics(
-        Path(recipe.output_dir), rank=launch.rank, world_size=launch.world_size, total_steps=recipe.total_steps,
-        first_step=run.done, flops_per_sample=flops.step_flops(run.step.student, recipe, run.step.frozen)["total"],
-        matmul_rate=measure_matmul_rate(launch.device, dtype), device=launch.device,
-    )  # fmt: skip
+        Path(recipe.output_dir),
+        rank=launch.rank,
+        world_size=launch.world_size,
+        total_steps=recipe.total_steps,
+        first_step=run.done,
+        flops_per_sample=flops.step_flops(run.step.student, recipe, run.step.frozen)["total"],
+        matmul_rate=measure_matmul_rate(launch.device, dtype),
+        device=launch.device,
+    )
     try:
         limit = 0.8 * engine.timeout().total_seconds()  # before collectives give up, which name nobody
         watchdog = Watchdog(Path(recipe.output_dir), launch.rank, launch.world_size, timeout=limit)

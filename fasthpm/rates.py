@@ -40,10 +40,17 @@ def measure_decode(recipe: Recipe, seconds: float) -> dict[str, float]:
         if hasattr(recipe, name)
     }
     loader = build_loader(
-        recipe.data_path, batch_size=min(recipe.batch_size, samples, DECODE_BATCH), image_size=recipe.image_size,
-        channels=recipe.channels, seed=recipe.seed, num_workers=recipe.num_workers, crop_min=recipe.crop_min,
-        flip=recipe.flip, decoder=recipe.video_decoder, **options,
-    )  # fmt: skip
+        recipe.data_path,
+        batch_size=min(recipe.batch_size, samples, DECODE_BATCH),
+        image_size=recipe.image_size,
+        channels=recipe.channels,
+        seed=recipe.seed,
+        num_workers=recipe.num_workers,
+        crop_min=recipe.crop_min,
+        flip=recipe.flip,
+        decoder=recipe.video_decoder,
+        **options,
+    )
     try:
         rate = decode_rate(loader, seconds)
     finally:

@@ -94,9 +94,10 @@ class Recipe:
         choices=TARGETS,
     )
     target_weights: str = option(
-        "", "weights of the dino or clip teacher: a file, timm:NAME, transformers:NAME or open_clip:NAME/TAG; empty = "
-        "timm's of the published ViT-B/16"
-    )  # fmt: skip
+        "",
+        "weights of the dino or clip teacher: a file, timm:NAME, transformers:NAME or open_clip:NAME/TAG; empty = "
+        "timm's of the published ViT-B/16",
+    )
     target_model: str = option("", "timm architecture of these weights; empty = the published ViT-B/16, or timm:NAME's")
     target_dim: int = option(0, "width of their features; 0 = 768 for dino, 512 for clip")
     pixel_loss: str = option("mse", "reconstruction loss: mse (MAE, HPM) or l1 (SimMIM)", choices=PIXEL_LOSSES)
@@ -269,8 +270,15 @@ class Recipe:
     @property
     def fast_modes(self) -> list[str]:
         """The fast modes that are on, each as `field value`."""
-        names = ("teacher_maps", "predictor", "predictor_depth", "predictor_dim", "decoder_attention", "teacher_scale",
-                 "teacher_precision")  # fmt: skip
+        names = (
+            "teacher_maps",
+            "predictor",
+            "predictor_depth",
+            "predictor_dim",
+            "decoder_attention",
+            "teacher_scale",
+            "teacher_precision",
+        )
         usual = {field.name: field.default for field in dataclasses.fields(self)}
         return [f"{name} {getattr(self, name)}" for name in names if getattr(self, name) != usual[name]]
 

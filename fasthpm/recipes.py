@@ -47,9 +47,13 @@ def hpm_vit_base_in1k_200e_fast() -> Recipe:
 def fast(recipe: Recipe, name: str, refresh_epochs: int) -> Recipe:
     """The fast modes that cost least, on another recipe."""
     return replace(
-        recipe, recipe=name, teacher_maps=True, map_refresh_epochs=refresh_epochs, predictor="shared",
+        recipe,
+        recipe=name,
+        teacher_maps=True,
+        map_refresh_epochs=refresh_epochs,
+        predictor="shared",
         decoder_attention="cross",
-    )  # fmt: skip
+    )
 
 
 def hpm_vit_base_in1k_800e() -> Recipe:
@@ -211,11 +215,22 @@ def simmim_vit_base_in1k_800e() -> Recipe:
     AMT paper's SimMIM has absolute ones too).
     """
     return Recipe(
-        recipe="simmim_vit_base_in1k_800e", model="simmim_vit_base_patch16_224",
-        mask_policy="random", mask_ratio=0.6, mask_unit=32, predict_loss="none", pixel_loss="l1",
-        batch_size=128, global_batch_size=2048, epochs=800, warmup_epochs=10, blr=5e-5, min_lr=2e-5, beta2=0.999,
+        recipe="simmim_vit_base_in1k_800e",
+        model="simmim_vit_base_patch16_224",
+        mask_policy="random",
+        mask_ratio=0.6,
+        mask_unit=32,
+        predict_loss="none",
+        pixel_loss="l1",
+        batch_size=128,
+        global_batch_size=2048,
+        epochs=800,
+        warmup_epochs=10,
+        blr=5e-5,
+        min_lr=2e-5,
+        beta2=0.999,
         crop_min=0.67,
-    )  # fmt: skip
+    )
 
 
 def hpm_simmim_vit_base_in1k_800e() -> Recipe:
@@ -226,9 +241,12 @@ def hpm_simmim_vit_base_in1k_800e() -> Recipe:
     [ours] the predictor is 2 blocks, 512 wide, on the encoder's output; a unit is as hard as its patches on average.
     """
     return replace(
-        simmim_vit_base_in1k_800e(), recipe="hpm_simmim_vit_base_in1k_800e",
-        mask_policy="hpm", predict_loss="relative", predictor_depth=2,
-    )  # fmt: skip
+        simmim_vit_base_in1k_800e(),
+        recipe="hpm_simmim_vit_base_in1k_800e",
+        mask_policy="hpm",
+        predict_loss="relative",
+        predictor_depth=2,
+    )
 
 
 def amt_mae_vit_base_in1k_400e() -> Recipe:
@@ -242,9 +260,15 @@ def amt_mae_vit_base_in1k_400e() -> Recipe:
     makes the maps at the end of epochs 40, 80 …, one epoch later than here. [ours] bilinear reading at patch centres.
     """
     return replace(
-        mae_vit_base_in1k_200e(), recipe="amt_mae_vit_base_in1k_400e", epochs=400, global_batch_size=4096,
-        norm_pix_loss=True, mask_policy="attention", mask_ratio=0.45, throw_ratio=0.4,
-    )  # fmt: skip
+        mae_vit_base_in1k_200e(),
+        recipe="amt_mae_vit_base_in1k_400e",
+        epochs=400,
+        global_batch_size=4096,
+        norm_pix_loss=True,
+        mask_policy="attention",
+        mask_ratio=0.45,
+        throw_ratio=0.4,
+    )
 
 
 def amt_mae_mask_only_vit_base_in1k_400e() -> Recipe:
@@ -266,9 +290,14 @@ def amt_simmim_vit_base_in1k_200e() -> Recipe:
     with an error). The rest as in simmim_vit_base_in1k_800e, the maps as in amt_mae_vit_base_in1k_400e.
     """
     return replace(
-        simmim_vit_base_in1k_800e(), recipe="amt_simmim_vit_base_in1k_200e", epochs=200,
-        mask_policy="attention", mask_ratio=0.44, throw_ratio=0.26, warmup_mask_ratio=0.6,
-    )  # fmt: skip
+        simmim_vit_base_in1k_800e(),
+        recipe="amt_simmim_vit_base_in1k_200e",
+        epochs=200,
+        mask_policy="attention",
+        mask_ratio=0.44,
+        throw_ratio=0.26,
+        warmup_mask_ratio=0.6,
+    )
 
 
 def hpm_demo() -> Recipe:
@@ -280,12 +309,28 @@ def hpm_demo() -> Recipe:
     (bench/LOG.md). The momentum is lower than the papers' because the run is a thousand times shorter.
     """
     return Recipe(
-        recipe="hpm_demo", model="hpm_vit_nano_patch4_28", input_size="28", patch_size=4, channels=1,
-        decoder_dim=64, decoder_depth=2, decoder_heads=4,
-        batch_size=32, global_batch_size=64, epochs=4, steps_per_epoch=800, warmup_epochs=0.2,
-        lr=1e-3, crop_min=0.5, ema_momentum=0.99, ema_momentum_end=0.999, ema_ramp_epochs=4,
-        log_every=50, save_every=1, panel_every=1,
-    )  # fmt: skip
+        recipe="hpm_demo",
+        model="hpm_vit_nano_patch4_28",
+        input_size="28",
+        patch_size=4,
+        channels=1,
+        decoder_dim=64,
+        decoder_depth=2,
+        decoder_heads=4,
+        batch_size=32,
+        global_batch_size=64,
+        epochs=4,
+        steps_per_epoch=800,
+        warmup_epochs=0.2,
+        lr=1e-3,
+        crop_min=0.5,
+        ema_momentum=0.99,
+        ema_momentum_end=0.999,
+        ema_ramp_epochs=4,
+        log_every=50,
+        save_every=1,
+        panel_every=1,
+    )
 
 
 def hpm_demo_fast() -> Recipe:
@@ -299,10 +344,23 @@ def hpm_demo_fast() -> Recipe:
 def debug() -> Recipe:
     """A toy run on synthetic images: no data, no GPU, seconds. For checking an installation or a change."""
     return Recipe(
-        recipe="debug", model="hpm_vit_nano_patch4_28", input_size="28", patch_size=4, channels=1,
-        decoder_dim=32, decoder_depth=1, decoder_heads=4, data_path="synthetic:128",
-        batch_size=8, epochs=2, warmup_epochs=0.5, lr=1e-3, log_every=4, save_every=1, panel_every=1,
-    )  # fmt: skip
+        recipe="debug",
+        model="hpm_vit_nano_patch4_28",
+        input_size="28",
+        patch_size=4,
+        channels=1,
+        decoder_dim=32,
+        decoder_depth=1,
+        decoder_heads=4,
+        data_path="synthetic:128",
+        batch_size=8,
+        epochs=2,
+        warmup_epochs=0.5,
+        lr=1e-3,
+        log_every=4,
+        save_every=1,
+        panel_every=1,
+    )
 
 
 RECIPES: dict[str, Callable[[], Recipe]] = {

@@ -26,11 +26,23 @@ def hpm_video_vit_base_ssv2_800e() -> Recipe:
     classes name directions.
     """
     return Recipe(
-        recipe="hpm_video_vit_base_ssv2_800e", model="hpm_vit_base_patch16_224_video",
-        num_frames=16, sampling_rate=2, tubelet_size=2,
-        decoder_dim=384, decoder_depth=4, decoder_heads=6, mask_ratio=0.9, norm_pix_loss=True,
-        batch_size=32, global_batch_size=BATCH, epochs=800, min_lr=1e-5 * BATCH / 256, clip_grad=0.0, flip=False,
-    )  # fmt: skip
+        recipe="hpm_video_vit_base_ssv2_800e",
+        model="hpm_vit_base_patch16_224_video",
+        num_frames=16,
+        sampling_rate=2,
+        tubelet_size=2,
+        decoder_dim=384,
+        decoder_depth=4,
+        decoder_heads=6,
+        mask_ratio=0.9,
+        norm_pix_loss=True,
+        batch_size=32,
+        global_batch_size=BATCH,
+        epochs=800,
+        min_lr=1e-5 * BATCH / 256,
+        clip_grad=0.0,
+        flip=False,
+    )
 
 
 def _kinetics(base: Recipe, name: str) -> Recipe:
@@ -91,9 +103,12 @@ def videomae_vit_base_ssv2_800e() -> Recipe:
     rest as in hpm_video_vit_base_ssv2_800e.
     """
     return replace(
-        hpm_video_vit_base_ssv2_800e(), recipe="videomae_vit_base_ssv2_800e", model="videomae_vit_base_patch16_224",
-        mask_policy="tube", predict_loss="none",
-    )  # fmt: skip
+        hpm_video_vit_base_ssv2_800e(),
+        recipe="videomae_vit_base_ssv2_800e",
+        model="videomae_vit_base_patch16_224",
+        mask_policy="tube",
+        predict_loss="none",
+    )
 
 
 def videomae_vit_base_ssv2_2400e() -> Recipe:
@@ -149,12 +164,32 @@ def hpm_video_demo() -> Recipe:
     token sees motion by itself, and the mean over an untrained encoder's tokens says little about it.
     """
     return Recipe(
-        recipe="hpm_video_demo", model="hpm_vit_nano_patch8_32_video", input_size="24", patch_size=6, channels=1,
-        num_frames=4, sampling_rate=3, tubelet_size=1, mask_ratio=0.6,
-        decoder_dim=64, decoder_depth=2, decoder_heads=4,
-        batch_size=32, global_batch_size=64, epochs=128, warmup_epochs=5, lr=2e-3, flip=False, video_decoder="dali",
-        ema_momentum=0.99, ema_momentum_end=0.999, ema_ramp_epochs=64, log_every=50, save_every=32, panel_every=32,
-    )  # fmt: skip
+        recipe="hpm_video_demo",
+        model="hpm_vit_nano_patch8_32_video",
+        input_size="24",
+        patch_size=6,
+        channels=1,
+        num_frames=4,
+        sampling_rate=3,
+        tubelet_size=1,
+        mask_ratio=0.6,
+        decoder_dim=64,
+        decoder_depth=2,
+        decoder_heads=4,
+        batch_size=32,
+        global_batch_size=64,
+        epochs=128,
+        warmup_epochs=5,
+        lr=2e-3,
+        flip=False,
+        video_decoder="dali",
+        ema_momentum=0.99,
+        ema_momentum_end=0.999,
+        ema_ramp_epochs=64,
+        log_every=50,
+        save_every=32,
+        panel_every=32,
+    )
 
 
 VIDEO_RECIPES: dict[str, Callable[[], Recipe]] = {

@@ -129,9 +129,15 @@ class Step(nn.Module):
         return self._teacher[0].predict_loss(self.normalized_patches(images), self.recipe.teacher_scale)
 
     def _learn(
-        self, plan: MaskPlan, images: Tensor, ids: Tensor, step: Tensor, alpha: Tensor, scores: Tensor,
+        self,
+        plan: MaskPlan,
+        images: Tensor,
+        ids: Tensor,
+        step: Tensor,
+        alpha: Tensor,
+        scores: Tensor,
         features: Tensor | None,
-    ) -> StepOutput:  # fmt: skip
+    ) -> StepOutput:
         """Everything after the teachers: mask, student, losses; `scores` [B, L]: what the mask follows; `features`
         [B, L, D']: what is reconstructed, None = pixels."""
         patches = self.normalized_patches(images)

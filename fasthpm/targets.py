@@ -43,10 +43,13 @@ FAMILIES = {
     ),
     # OpenAI trained with the quick GELU; with the exact one the same weights give other features.
     "clip": Family(
-        "timm:vit_base_patch16_clip_quickgelu_224.openai", "vit_base_patch16_clip_quickgelu_224",
-        OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, True,
+        "timm:vit_base_patch16_clip_quickgelu_224.openai",
+        "vit_base_patch16_clip_quickgelu_224",
+        OPENAI_CLIP_MEAN,
+        OPENAI_CLIP_STD,
+        True,
     ),
-}  # fmt: skip
+}
 
 
 class FrozenTeacher(nn.Module):
@@ -152,10 +155,11 @@ def load_weights(vit: Any, weights: str) -> None:
         "unexpected": [key for key in given if key not in own],
         "wrong shape": [
             f"{key} {tuple(given[key].shape)} for {tuple(own[key].shape)}"
-            for key in given if key in own and given[key].shape != own[key].shape
+            for key in given
+            if key in own and given[key].shape != own[key].shape
         ],
         "not finite": [key for key, value in given.items() if not bool(torch.isfinite(value).all())],
-    }  # fmt: skip
+    }
     if any(problems.values()):
         found = "; ".join(f"{len(keys)} {name}: {_listed(keys)}" for name, keys in problems.items() if keys)
         raise UserError(
@@ -311,9 +315,8 @@ def to_timm(state: Mapping[str, Any]) -> dict[str, Tensor]:
     openai = "visual.class_embedding" in tensors
     timm_names = "patch_embed.proj.weight" in tensors
     kept = {
-        key.removeprefix("visual.") if openai else key: value
-        for key, value in tensors.items() if not BESIDE.match(key)
-    }  # fmt: skip
+        key.removeprefix("visual.") if openai else key: value for key, value in tensors.items() if not BESIDE.match(key)
+    }
     clip = "vision_model.embeddings.class_embedding" in kept
     names = OPENAI if openai else TRANSFORMERS_CLIP if clip else () if timm_names else TRANSFORMERS_VIT
     return _shaped(_joined({_renamed(key, names): value for key, value in kept.items()}), openai)

@@ -248,8 +248,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{len(images)} clips written to {arguments.output}")
         return
     if recipe.target != "pixels" and "reconstruction" in columns:
-        raise UserError(f"this run reconstructs {recipe.target} features, of which there is no picture; leave out the "
-                        f"column reconstruction")  # fmt: skip
+        raise UserError(
+            f"this run reconstructs {recipe.target} features, of which there is no picture; leave out the "
+            f"column reconstruction"
+        )
     frozen = build_frozen(recipe, torch.device("cpu"), torch.float32)
     save_png(panel(model, recipe, info, images, alpha, frozen, columns), arguments.output)
     print(f"{len(images)} images ({', '.join(columns)}) written to {arguments.output}")

@@ -26,8 +26,16 @@ from types import FrameType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-PRELOAD = ("deepspeed", "deepspeed.runtime.zero.stage_1_and_2", "fasthpm.pretrain", "matplotlib.figure", "tensorboard",
-           "torch.utils.tensorboard", "torch._inductor.compile_fx", "pytest")  # fmt: skip
+PRELOAD = (
+    "deepspeed",
+    "deepspeed.runtime.zero.stage_1_and_2",
+    "fasthpm.pretrain",
+    "matplotlib.figure",
+    "tensorboard",
+    "torch.utils.tensorboard",
+    "torch._inductor.compile_fx",
+    "pytest",
+)
 GRACE = 10.0  # seconds that the other ranks have to end by themselves when one has failed
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 

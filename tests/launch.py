@@ -114,8 +114,12 @@ class Forked:
         self.returncode: int | None = None
         self._output = tempfile.TemporaryFile()  # noqa: SIM115  (until `communicate`)
         self._status, writing = os.pipe()
-        place = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
-                 "MASTER_PORT": str(free_port())}  # fmt: skip
+        place = {
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+        }
         environment = {**_environment(), "DS_ACCELERATOR": "cpu", **(place if ranks > 1 else {}), **env}
         request = {"target": target, "arguments": arguments, "ranks": ranks, "env": environment}
         server = forking_process()
@@ -161,9 +165,12 @@ def forking_process() -> socket.socket:
     program = Path(__file__).with_name("forking.py")
     with theirs:
         process = subprocess.Popen(
-            [sys.executable, str(program), str(theirs.fileno())], cwd=ROOT,
-            env={**_environment(), "DS_ACCELERATOR": "cpu"}, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
-        )  # fmt: skip
+            [sys.executable, str(program), str(theirs.fileno())],
+            cwd=ROOT,
+            env={**_environment(), "DS_ACCELERATOR": "cpu"},
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+        )
     atexit.register(process.wait)
     atexit.register(ours.close)
     return ours

@@ -334,17 +334,24 @@ def between(values: list[list[float]], y: float, x: float) -> float:
 
 
 def released_crop_map(
-    values: list[list[float]], crop: tuple[int, int, int, int, int], size: tuple[int, int], rows: int, columns: int,
+    values: list[list[float]],
+    crop: tuple[int, int, int, int, int],
+    size: tuple[int, int],
+    rows: int,
+    columns: int,
     side: int,
-) -> list[float]:  # fmt: skip
+) -> list[float]:
     """AMT's released code: the top left cells, enlarged to the crop's pixels, averaged over every patch."""
     top, left, height, width, flipped = crop
     cells = [row[: (left + width) // size[1] + 2] for row in values[: (top + height) // size[0] + 2]]
     high, wide = rows * side, columns * side
     pixels = [
-        [between(cells, (y + 0.5) * len(cells) / high - 0.5, (x + 0.5) * len(cells[0]) / wide - 0.5)
-         for x in range(wide)] for y in range(high)
-    ]  # fmt: skip
+        [
+            between(cells, (y + 0.5) * len(cells) / high - 0.5, (x + 0.5) * len(cells[0]) / wide - 0.5)
+            for x in range(wide)
+        ]
+        for y in range(high)
+    ]
     if flipped:
         pixels = [row[::-1] for row in pixels]
     return [

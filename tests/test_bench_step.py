@@ -21,8 +21,12 @@ from fasthpm.step import model_of
 
 def same_weights(eager: baselines.EagerModel, ours: Any) -> None:
     """Give the baseline the weights of an `HPMViT`; its wide loss head gets equal rows."""
-    names = {"positions": "pos_embed", "decoder_positions": "decoder_pos_embed", "cls_token": "cls_token",
-             "mask_token": "mask_token"}  # fmt: skip
+    names = {
+        "positions": "pos_embed",
+        "decoder_positions": "decoder_pos_embed",
+        "cls_token": "cls_token",
+        "mask_token": "mask_token",
+    }
     state: dict[str, Tensor] = ours.state_dict()
     for key, value in eager.state_dict().items():
         name = names.get(key, key.replace("patch_embed.", "patch_embed.proj.").replace("mlp.0", "mlp.fc1"))
@@ -48,9 +52,12 @@ def test_the_eager_baseline_computes_the_same_losses() -> None:
     everything = torch.zeros(3, 49, dtype=torch.bool)
     torch.testing.assert_close(eager.decode(images, everything)[1], ours.predict_loss(images), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(
-        baselines.ranking_loss_as_released(difficulty.new_ones(2, 5), torch.rand(2, 5)), torch.log(torch.tensor(2.0)),
-        rtol=1e-4, atol=1e-4, check_dtype=False,
-    )  # fmt: skip
+        baselines.ranking_loss_as_released(difficulty.new_ones(2, 5), torch.rand(2, 5)),
+        torch.log(torch.tensor(2.0)),
+        rtol=1e-4,
+        atol=1e-4,
+        check_dtype=False,
+    )
     assert loss.ranking_loss(torch.rand(2, 5), torch.ones(2, 5)) == 0
 
 
@@ -88,8 +95,11 @@ def test_masks_drawn_one_by_one_hold_the_hardest() -> None:
 
 @pytest.mark.parametrize("name", ["base", "large"])
 def test_the_rooflines_work_is_that_of_the_models(name: str) -> None:
-    for method, recipe in (("mae", "mae_vit_base_in1k_200e"), ("hpm", "hpm_vit_base_in1k_200e"),
-                           ("hpm_fast", "hpm_vit_base_in1k_200e_fast")):  # fmt: skip
+    for method, recipe in (
+        ("mae", "mae_vit_base_in1k_200e"),
+        ("hpm", "hpm_vit_base_in1k_200e"),
+        ("hpm_fast", "hpm_vit_base_in1k_200e_fast"),
+    ):
         base = recipes.from_name(recipe)
         made = dataclasses.replace(base, model=base.model.replace("base", name))
         with torch.device("meta"):
@@ -115,11 +125,15 @@ def test_a_report_pairs_every_speed_up_with_its_baseline(tmp_path: Path) -> None
     spread = {"median": 2.0, "low": 1.0, "high": 3.0}
     figures = dict.fromkeys(READ, spread)
     made = {
-        "a_end.json": {"bench": "end_to_end", "figures": {"hpm": figures}, "epoch_seconds": {"hpm": 5.0},
-                       "time_over_mae": {}},
+        "a_end.json": {
+            "bench": "end_to_end",
+            "figures": {"hpm": figures},
+            "epoch_seconds": {"hpm": 5.0},
+            "time_over_mae": {},
+        },
         "b_scaling.json": {"bench": "scaling", "images_per_second": {"case": spread}, "efficiency": {}},
         "c_old.json": {"bench": "step", "seconds": {}},
-    }  # fmt: skip
+    }
     for name, result in made.items():
         (tmp_path / name).write_text(json.dumps(result))
     report.main([str(tmp_path)])

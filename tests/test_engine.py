@@ -89,7 +89,10 @@ def test_agreeing_on_nothing_goes_on_and_on_something_raises_it() -> None:
         ({"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}, (1, 1, 2, 2)),
         (
             {
-                "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "4", "MASTER_ADDR": "h",
+                "SLURM_PROCID": "3",
+                "SLURM_LOCALID": "1",
+                "SLURM_STEP_NUM_TASKS": "4",
+                "MASTER_ADDR": "h",
                 "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
             },
             (3, 1, 4, 2),
@@ -98,13 +101,15 @@ def test_agreeing_on_nothing_goes_on_and_on_something_raises_it() -> None:
         ({"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "8"}, (0, 0, 1, 1)),
         (
             {
-                "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2",
+                "OMPI_COMM_WORLD_RANK": "1",
+                "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+                "OMPI_COMM_WORLD_SIZE": "2",
                 "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
             },
             (1, 1, 2, 2),
         ),
     ],
-)  # fmt: skip
+)
 def test_launchers_are_understood(env: dict[str, str], place: tuple[int, ...]) -> None:
     assert engine._place(env) == place
     assert tuple(int(env[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")) == place

@@ -327,9 +327,27 @@ def test_impossible_fast_modes_are_refused(changes: dict[str, Any], message: str
 
 def test_fast_modes_run_from_the_command_line(tmp_path: Path) -> None:
     """One process, a few updates, with every mode that a CPU has; fp8 is refused before the first."""
-    flags = ("--recipe", "debug", "--input_size", 32, "--predictor", "shared", "--decoder_attention", "cross",
-             "--teacher_scale", 2, "--teacher_maps", "--stop_after", 6, "--log_every", 1, "--steps_per_epoch", 4,
-             "--output_dir", tmp_path / "run")  # fmt: skip
+    flags = (
+        "--recipe",
+        "debug",
+        "--input_size",
+        32,
+        "--predictor",
+        "shared",
+        "--decoder_attention",
+        "cross",
+        "--teacher_scale",
+        2,
+        "--teacher_maps",
+        "--stop_after",
+        6,
+        "--log_every",
+        1,
+        "--steps_per_epoch",
+        4,
+        "--output_dir",
+        tmp_path / "run",
+    )
     done = run_ranks("fasthpm.pretrain", *flags, launcher="forked", ranks=1)
     assert done.status == 0, done.output
     assert (

@@ -26,11 +26,42 @@ from fasthpm.errors import UserError
 from fasthpm.probes import finetune, knn, linear
 from fasthpm.report import read_metrics
 
-SHORT = ("--recipe", "debug", "--data_path", "synthetic:64", "--epochs", "1", "--warmup_epochs", "0", "--panel_every",
-         "0", "--batch_size", "16", "--deepspeed_config", "ds_configs/zero1_fp32.json", "--log_every", "2")  # fmt: skip
+SHORT = (
+    "--recipe",
+    "debug",
+    "--data_path",
+    "synthetic:64",
+    "--epochs",
+    "1",
+    "--warmup_epochs",
+    "0",
+    "--panel_every",
+    "0",
+    "--batch_size",
+    "16",
+    "--deepspeed_config",
+    "ds_configs/zero1_fp32.json",
+    "--log_every",
+    "2",
+)
 DATA = ("--train_path", "synthetic:48", "--val_path", "synthetic:21")
-TUNE = (*DATA, "--epochs", "2", "--warmup_epochs", "0.5", "--batch_size", "8", "--global_batch_size", "16",
-        "--num_workers", "1", "--log_every", "1", "--lr", "1e-3")  # fmt: skip
+TUNE = (
+    *DATA,
+    "--epochs",
+    "2",
+    "--warmup_epochs",
+    "0.5",
+    "--batch_size",
+    "8",
+    "--global_batch_size",
+    "16",
+    "--num_workers",
+    "1",
+    "--log_every",
+    "1",
+    "--lr",
+    "1e-3",
+)
 FLOAT32 = ("--deepspeed_config", "ds_configs/zero1_fp32.json")
 
 
@@ -71,8 +102,15 @@ def test_a_signal_to_the_whole_group_saves_and_ends_well(run: Path, tmp_path: Pa
     flags = ("--train_path", "synthetic:160", "--val_path", "synthetic:40", "--epochs", "100", "--num_workers", "2")
     sizes = ("--batch_size", "16", "--global_batch_size", "16", "--output_dir", out, "--log_every", "1", *FLOAT32)
     command = [sys.executable, "-m", "fasthpm", "finetune", *map(str, (run, *flags, *sizes))]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
-                          env={**os.environ, "DS_ACCELERATOR": "cpu"}, start_new_session=True) as process:  # fmt: skip
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "DS_ACCELERATOR": "cpu"},
+        start_new_session=True,
+    ) as process:
         deadline = time.monotonic() + 120
         while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").stat().st_size:
             assert time.monotonic() < deadline
@@ -97,8 +135,19 @@ def same_weights(a: Path, b: Path) -> bool:
 
 # -------------------------------------------------------------------------------------------------- fine-tuning
 def test_fine_tuning_resumes_as_if_nothing_had_happened(run: Path, tuned: Path, tmp_path: Path) -> None:
-    broken = (run, *TUNE, *FLOAT32, "--preset", "mae", "--ema_decay", "0.5", "--crop_min", "0.5", "--output_dir",
-              tmp_path / "broken")  # fmt: skip
+    broken = (
+        run,
+        *TUNE,
+        *FLOAT32,
+        "--preset",
+        "mae",
+        "--ema_decay",
+        "0.5",
+        "--crop_min",
+        "0.5",
+        "--output_dir",
+        tmp_path / "broken",
+    )
     start(finetune, *broken, "--stop_after", "2")
     assert not (tmp_path / "broken" / "result.json").exists()
     start(finetune, *broken)
@@ -134,9 +183,34 @@ def test_the_classifier_loads_into_timm_and_is_what_was_tested(run: Path, tuned:
 
 
 def test_fine_tuning_learns_and_layers_move_by_their_scale(run: Path, tmp_path: Path) -> None:
-    tune = (run, "--train_path", "synthetic:32", "--val_path", "synthetic:32", "--epochs", "15", "--warmup_epochs", "1",
-            "--batch_size", "16", "--global_batch_size", "16", "--lr", "3e-3", "--num_workers", "1", "--crop_min", "1",
-            "--no-flip", "--smoothing", "0", "--weight_decay", "0", "--log_every", "2")  # fmt: skip
+    tune = (
+        run,
+        "--train_path",
+        "synthetic:32",
+        "--val_path",
+        "synthetic:32",
+        "--epochs",
+        "15",
+        "--warmup_epochs",
+        "1",
+        "--batch_size",
+        "16",
+        "--global_batch_size",
+        "16",
+        "--lr",
+        "3e-3",
+        "--num_workers",
+        "1",
+        "--crop_min",
+        "1",
+        "--no-flip",
+        "--smoothing",
+        "0",
+        "--weight_decay",
+        "0",
+        "--log_every",
+        "2",
+    )
     start(finetune, *tune, "--output_dir", tmp_path / "ft", "--layer_decay", "0.5", "--eval_every", "15")
     assert read(tmp_path / "ft" / "result.json")["accuracy"] > 12  # 10 by chance
     losses = [record["loss"] for record in finetune.read_log(tmp_path / "ft", 99)]
@@ -152,8 +226,17 @@ def test_half_the_tokens_from_scratch_in_another_shape(run: Path, tmp_path: Path
     scratch = (run, *TUNE, "--from_scratch", "--epochs", "1", "--output_dir")
     start(finetune, *scratch, tmp_path / "hard", "--token_policy", "hardest", "--keep_tokens", "0.5")
     assert read(tmp_path / "hard" / "result.json")["protocol"] == "from scratch, 1 epochs, 50% hardest tokens"
-    start(finetune, *scratch, tmp_path / "wide", "--token_policy", "random", "--input_size", "36x20", "--global_pool",
-          "token")  # fmt: skip
+    start(
+        finetune,
+        *scratch,
+        tmp_path / "wide",
+        "--token_policy",
+        "random",
+        "--input_size",
+        "36x20",
+        "--global_pool",
+        "token",
+    )
     shape = load_file(tmp_path / "wide" / "classifier.safetensors")["pos_embed"].shape
     assert shape == (1, 1 + 9 * 5, 128)
     line = refused(finetune, *scratch, tmp_path / "no", "--token_policy", "easiest", "--input_size", "36x20")

@@ -998,8 +998,11 @@ def test_too_many_bad_samples_end_the_run_and_are_named(broken, kind, monkeypatc
 
 def test_a_tenth_of_a_percent_but_at_least_ten_bad_samples_are_put_up_with():
     assert [quarantine.allowed(*case) for case in ((0.001, 100), (0.001, 10**6), (0.5, 40), (0.0, 10**6))] == [
-        10, 1000, 20, 0,
-    ]  # fmt: skip
+        10,
+        1000,
+        20,
+        0,
+    ]
 
 
 @pytest.mark.parametrize("kind", ["ffcv", "plain"])

@@ -37,8 +37,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     noise = np.random.default_rng(0).integers(0, 256, (40, 30), dtype=np.uint8)
     half = noise.copy()
     half[:20] = 90
-    pictures = {"noise": noise, "flat": np.full((28, 28), 90, np.uint8), "half": half, "small": noise[:9, :9],
-                "wide": noise[:14]}  # fmt: skip
+    pictures = {
+        "noise": noise,
+        "flat": np.full((28, 28), 90, np.uint8),
+        "half": half,
+        "small": noise[:9, :9],
+        "wide": noise[:14],
+    }
     for name, pixels in pictures.items():
         Image.fromarray(pixels).save(target / f"{name}.png")
     (target / "broken.png").write_bytes(b"no image")
@@ -53,8 +58,9 @@ def test_a_folder_becomes_maps_ranking_and_overlays(run: Path, folder: Path, tmp
     assert names == ["flat", "half", "noise", "small", "wide"]
     assert found["predicted"].shape == found["true_loss"].shape == (5, 7, 7)
     model, recipe = checkpoint.load_weights(run)
-    loader = build_loader(str(folder), batch_size=6, image_size=(28, 28), channels=1, train=False, whole=True,
-                          max_bad_samples=1.0)  # fmt: skip
+    loader = build_loader(
+        str(folder), batch_size=6, image_size=(28, 28), channels=1, train=False, whole=True, max_bad_samples=1.0
+    )
     batch = next(iter(loader))
     loader.close()
     images = batch.images[~batch.replaced]
@@ -91,8 +97,11 @@ def test_a_map_that_is_the_mask_scores_best(tmp_path: Path) -> None:
     inside = np.zeros((28, 28), np.uint8)
     inside[4:12, 8:20] = 255
     Image.fromarray(inside).save(tmp_path / "a.png")
-    for maps, area, best in ((inside[::4, ::4] / 255.0, 1.0, 1.0), (1 - inside[::4, ::4] / 255.0, 0.0, None),
-                             (np.zeros((7, 7)), 0.5, None)):  # fmt: skip
+    for maps, area, best in (
+        (inside[::4, ::4] / 255.0, 1.0, 1.0),
+        (1 - inside[::4, ::4] / 255.0, 0.0, None),
+        (np.zeros((7, 7)), 0.5, None),
+    ):
         saliency = map_images.Saliency(tmp_path, (28, 28))
         saliency.add("x/a.jpg", {"predicted": maps})
         saliency.add("unknown.jpg", {"predicted": maps})

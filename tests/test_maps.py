@@ -27,8 +27,11 @@ INFO = DatasetInfo(40, 1, (0.3,), (0.2,), ("a",))
 
 # -------------------------------------------------------------------------------------------------- crop
 @settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 2**30), cells=st.tuples(st.integers(2, 7), st.integers(2, 7)),
-       grid=st.tuples(st.integers(1, 6), st.integers(1, 6)))  # fmt: skip
+@given(
+    seed=st.integers(0, 2**30),
+    cells=st.tuples(st.integers(2, 7), st.integers(2, 7)),
+    grid=st.tuples(st.integers(1, 6), st.integers(1, 6)),
+)
 def test_maps_are_cropped_as_the_plain_loops_say(seed: int, cells: tuple[int, int], grid: tuple[int, int]) -> None:
     """At random crops of images of random sizes, and at the whole image."""
     numbers = np.random.default_rng(seed)
@@ -105,8 +108,17 @@ def brightness(images: Tensor) -> Tensor:
 
 
 def whole_images(count: int = 40, batch_size: int = 7, rank: int = 0, world_size: int = 1) -> Any:
-    return build_loader(f"synthetic:{count}", batch_size=batch_size, image_size=(28, 28), channels=1, train=False,
-                        whole=True, rank=rank, world_size=world_size, num_workers=1)  # fmt: skip
+    return build_loader(
+        f"synthetic:{count}",
+        batch_size=batch_size,
+        image_size=(28, 28),
+        channels=1,
+        train=False,
+        whole=True,
+        rank=rank,
+        world_size=world_size,
+        num_workers=1,
+    )
 
 
 def refreshed(folder: Path, epoch: int = 2, compute: Callable[[Tensor], Tensor] = brightness) -> maps.RunMaps:
@@ -178,11 +190,14 @@ def test_a_failed_refresh_leaves_the_maps_before(tmp_path: Path, monkeypatch: py
     assert run.store.header.epoch == 2
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"info": dataclasses.replace(INFO, num_samples=41)}, "another samples: 40, and this run has 41"),
-    ({"info": dataclasses.replace(INFO, mean=(0.31,))}, "of another data set"),
-    ({"grid": (7, 8)}, "another grid of patches"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"info": dataclasses.replace(INFO, num_samples=41)}, "another samples: 40, and this run has 41"),
+        ({"info": dataclasses.replace(INFO, mean=(0.31,))}, "of another data set"),
+        ({"grid": (7, 8)}, "another grid of patches"),
+    ],
+)
 def test_stores_of_other_data_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     refreshed(tmp_path)
     arguments = {"kind": "attention", "info": INFO, "grid": (7, 7), "every": 2, **change}

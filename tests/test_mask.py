@@ -22,14 +22,27 @@ GOLDEN = Path(__file__).parent / "golden"
 
 @settings(max_examples=80, deadline=None)
 @given(
-    seed=st.integers(0, 2**31), batch=st.integers(1, 4), slots=st.integers(2, 40), groups=st.integers(1, 4),
-    ratio=st.floats(0.05, 0.95), alpha=st.one_of(st.sampled_from([0.0, 1.0]), st.floats(0, 1)),
-    ties=st.booleans(), easiest=st.booleans(), on_device=st.booleans(),
-)  # fmt: skip
+    seed=st.integers(0, 2**31),
+    batch=st.integers(1, 4),
+    slots=st.integers(2, 40),
+    groups=st.integers(1, 4),
+    ratio=st.floats(0.05, 0.95),
+    alpha=st.one_of(st.sampled_from([0.0, 1.0]), st.floats(0, 1)),
+    ties=st.booleans(),
+    easiest=st.booleans(),
+    on_device=st.booleans(),
+)
 def test_counts_and_hardest(
-    seed: int, batch: int, slots: int, groups: int, ratio: float, alpha: float, ties: bool, easiest: bool,
+    seed: int,
+    batch: int,
+    slots: int,
+    groups: int,
+    ratio: float,
+    alpha: float,
+    ties: bool,
+    easiest: bool,
     on_device: bool,
-) -> None:  # fmt: skip
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     difficulty = torch.rand(batch, slots * groups, generator=generator)
     difficulty = (difficulty * 3).round() if ties else difficulty
@@ -157,8 +170,16 @@ def rows_of(mask: Tensor) -> list[set[int]]:
 
 
 @settings(max_examples=60, deadline=None)
-@given(seed=seeds, slots=st.integers(1, 12), groups=st.integers(1, 3), ratio=ratios, alpha=st.floats(0, 1),
-       ties=st.booleans(), easiest=st.booleans(), on_device=st.booleans())  # fmt: skip
+@given(
+    seed=seeds,
+    slots=st.integers(1, 12),
+    groups=st.integers(1, 3),
+    ratio=ratios,
+    alpha=st.floats(0, 1),
+    ties=st.booleans(),
+    easiest=st.booleans(),
+    on_device=st.booleans(),
+)
 def test_easy_to_hard_is_the_loop(
     seed: int, slots: int, groups: int, ratio: float, alpha: float, ties: bool, easiest: bool, on_device: bool
 ) -> None:
@@ -192,8 +213,15 @@ def test_predefined_masks_are_their_loops(seed: int, grid: tuple[int, int], slot
 
 
 @settings(max_examples=60, deadline=None)
-@given(seed=seeds, rows=st.integers(2, 4), columns=st.integers(2, 4), side=st.integers(2, 3),
-       policy=st.sampled_from(masks.IN_UNITS), ratio=st.floats(0.3, 0.7), alpha=st.floats(0, 1))  # fmt: skip
+@given(
+    seed=seeds,
+    rows=st.integers(2, 4),
+    columns=st.integers(2, 4),
+    side=st.integers(2, 3),
+    policy=st.sampled_from(masks.IN_UNITS),
+    ratio=st.floats(0.3, 0.7),
+    alpha=st.floats(0, 1),
+)
 def test_units_are_the_loop(
     seed: int, rows: int, columns: int, side: int, policy: str, ratio: float, alpha: float
 ) -> None:
@@ -234,8 +262,13 @@ def test_uniform_leaves_one_of_every_four(seed: int, rows: int, columns: int, sl
 
 
 @settings(max_examples=60, deadline=None)
-@given(seed=seeds, length=st.integers(1, 30), masked=st.floats(0, 0.6), thrown=st.floats(0, 0.4),
-       zeros=st.sampled_from([0.0, 0.5, 1.0]))  # fmt: skip
+@given(
+    seed=seeds,
+    length=st.integers(1, 30),
+    masked=st.floats(0, 0.6),
+    thrown=st.floats(0, 0.4),
+    zeros=st.sampled_from([0.0, 0.5, 1.0]),
+)
 def test_attention_mask_is_the_race(seed: int, length: int, masked: float, thrown: float, zeros: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     weights = torch.rand(3, length, generator=generator) * (torch.rand(3, length, generator=generator) >= zeros)
@@ -247,9 +280,16 @@ def test_attention_mask_is_the_race(seed: int, length: int, masked: float, throw
 
 
 @settings(max_examples=60, deadline=None)
-@given(seed=seeds, rows=st.integers(1, 9), columns=st.sampled_from([1, 3, 8, 63, 64, 65]), ratio=ratios,
-       alpha=st.floats(0, 1), ties=st.booleans(), on_device=st.booleans(),
-       policy=st.sampled_from(["random", "hpm", "hpm_easiest", "block", "blockwise"]))  # fmt: skip
+@given(
+    seed=seeds,
+    rows=st.integers(1, 9),
+    columns=st.sampled_from([1, 3, 8, 63, 64, 65]),
+    ratio=ratios,
+    alpha=st.floats(0, 1),
+    ties=st.booleans(),
+    on_device=st.booleans(),
+    policy=st.sampled_from(["random", "hpm", "hpm_easiest", "block", "blockwise"]),
+)
 def test_numpy_and_torch_draw_the_same(
     seed: int, rows: int, columns: int, ratio: float, alpha: float, ties: bool, on_device: bool, policy: str
 ) -> None:
@@ -270,8 +310,14 @@ def test_numpy_and_torch_draw_the_same(
 
 # -------------------------------------------------------------------------------------------------- laws
 @settings(max_examples=80, deadline=None)
-@given(seed=seeds, grid=grids, slots=st.integers(1, 3), policy=st.sampled_from(masks.POLICIES), ratio=ratios,
-       alpha=st.floats(0, 1))  # fmt: skip
+@given(
+    seed=seeds,
+    grid=grids,
+    slots=st.integers(1, 3),
+    policy=st.sampled_from(masks.POLICIES),
+    ratio=ratios,
+    alpha=st.floats(0, 1),
+)
 def test_every_policy_keeps_its_count(
     seed: int, grid: tuple[int, int], slots: int, policy: str, ratio: float, alpha: float
 ) -> None:
@@ -337,8 +383,10 @@ def test_attention_draws_without_replacement_in_proportion_to_weight() -> None:
 
 def test_published_attention_counts() -> None:
     for length, mask_ratio, throw_ratio, round_up, want in (
-        (196, 0.45, 0.4, False, (88, 78)), (196, 0.75, 0.0, False, (147, 0)), (49, 0.44, 0.26, True, (22, 13)),
-    ):  # fmt: skip
+        (196, 0.45, 0.4, False, (88, 78)),
+        (196, 0.75, 0.0, False, (147, 0)),
+        (49, 0.44, 0.26, True, (22, 13)),
+    ):
         noise = torch.rand(2, length)
         sets = masks.attention_mask(torch.rand(2, length), mask_ratio, throw_ratio, noise, round_up=round_up)
         assert [x.sum(1).tolist() for x in sets] == [[count] * 2 for count in want]

@@ -184,9 +184,13 @@ def test_lr_matches_the_published_grids() -> None:
     for name in ("pretrain_mae_800", "pretrain_hpm_200"):
         grid = grids[name]
         recipe = dataclasses.replace(
-            Recipe(), lr=grid["lr"], min_lr=grid["min_lr"], warmup_epochs=float(grid["warmup_epochs"]),
-            epochs=grid["epochs"], steps_per_epoch=1000,
-        )  # fmt: skip
+            Recipe(),
+            lr=grid["lr"],
+            min_lr=grid["min_lr"],
+            warmup_epochs=float(grid["warmup_epochs"]),
+            epochs=grid["epochs"],
+            steps_per_epoch=1000,
+        )
         for epoch, want, _ in grid["points"]:
             assert schedule.lr_at(recipe, round(epoch * 1000)) == pytest.approx(want, rel=1e-9, abs=1e-12)
 

@@ -54,8 +54,9 @@ def published_gradients(model: HPMViT) -> dict[str, Tensor]:
     return gradients
 
 
-def check_gradients(model: HPMViT, tensors: dict[str, Tensor], meta: dict[str, Any], norm: Tensor,
-                    limits: dict[str, float], full: str) -> None:  # fmt: skip
+def check_gradients(
+    model: HPMViT, tensors: dict[str, Tensor], meta: dict[str, Any], norm: Tensor, limits: dict[str, float], full: str
+) -> None:
     """Total norm, and (where `full` names a group of the fixture) each tensor."""
     gradients = published_gradients(model)
     total = torch.sqrt(sum((g.double() ** 2).sum() for g in gradients.values()))
@@ -208,8 +209,14 @@ def slow_mae(model: HPMViT, tokens: Tensor, row: Tensor) -> Tensor:
         hidden = block(hidden)
     hidden = model.decoder_embed(model.norm(hidden))
     positions = model.decoder_pos_embed
-    return torch.cat([hidden[:, :1] + positions[:, :1], hidden[:, 1:] + positions[:, 1:][:, ~row],
-                      model.mask_token + positions[:, 1:][:, row]], 1)  # fmt: skip
+    return torch.cat(
+        [
+            hidden[:, :1] + positions[:, :1],
+            hidden[:, 1:] + positions[:, 1:][:, ~row],
+            model.mask_token + positions[:, 1:][:, row],
+        ],
+        1,
+    )
 
 
 def slow_simmim(model: HPMViT, tokens: Tensor, row: Tensor) -> Tensor:

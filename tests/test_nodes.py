@@ -56,14 +56,24 @@ class Nodes:
 
     def start(self, node: int, command: list[str]) -> None:
         """Run a launcher as `node`."""
-        environment = {**os.environ, **LIMIT, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "DS_ACCELERATOR": "cpu",
-                       "GLOO_SOCKET_IFNAME": self.interfaces[node]}  # fmt: skip
+        environment = {
+            **os.environ,
+            **LIMIT,
+            "PYTHONPATH": str(ROOT),
+            "PYTHONUNBUFFERED": "1",
+            "DS_ACCELERATOR": "cpu",
+            "GLOO_SOCKET_IFNAME": self.interfaces[node],
+        }
         self.launchers.append(
             subprocess.Popen(
-                [*self.prefixes[node], sys.executable, "-m", *command], cwd=ROOT, env=environment,
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                [*self.prefixes[node], sys.executable, "-m", *command],
+                cwd=ROOT,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
             )
-        )  # fmt: skip
+        )
 
     def cut(self) -> None:
         """Pull the cable; without one, stop the second node's processes, which then answer nothing."""
@@ -100,8 +110,9 @@ def loopback() -> Nodes:
 def joined_namespaces(names: tuple[str, str]) -> Nodes:
     """Nodes in namespaces of these names. **Raises:** `CalledProcessError` where they are not allowed."""
     cables = (f"fh{os.getpid()}a", f"fh{os.getpid()}b")
-    made = Nodes(("10.213.77.1", "10.213.77.2"), cables,
-                 (("ip", "netns", "exec", names[0]), ("ip", "netns", "exec", names[1])))  # fmt: skip
+    made = Nodes(
+        ("10.213.77.1", "10.213.77.2"), cables, (("ip", "netns", "exec", names[0]), ("ip", "netns", "exec", names[1]))
+    )
     for name in names:
         ip("netns", "add", name)
     ip("link", "add", cables[0], "netns", names[0], "type", "veth", "peer", "name", cables[1], "netns", names[1])
@@ -143,12 +154,26 @@ def nodes() -> Iterator[Nodes]:
 def launcher_of(kind: str, node: int, folder: Path, port: int, addresses: tuple[str, str]) -> list[str]:
     """The command that each node's user types, up to the module's name."""
     if kind == "torchrun":
-        return ["torch.distributed.run", "--nnodes=2", f"--node-rank={node}", "--nproc-per-node=1",
-                f"--master-addr={addresses[0]}", f"--master-port={port}", "-m"]  # fmt: skip
+        return [
+            "torch.distributed.run",
+            "--nnodes=2",
+            f"--node-rank={node}",
+            "--nproc-per-node=1",
+            f"--master-addr={addresses[0]}",
+            f"--master-port={port}",
+            "-m",
+        ]
     hosts = folder / "hosts"
     hosts.write_text("".join(f"{address} slots=1\n" for address in addresses))
-    return ["deepspeed.launcher.runner", f"--hostfile={hosts}", "--no_ssh", f"--node_rank={node}",
-            f"--master_addr={addresses[0]}", f"--master_port={port}", "--module"]  # fmt: skip
+    return [
+        "deepspeed.launcher.runner",
+        f"--hostfile={hosts}",
+        "--no_ssh",
+        f"--node_rank={node}",
+        f"--master_addr={addresses[0]}",
+        f"--master_port={port}",
+        "--module",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -162,9 +187,26 @@ def test_two_nodes_lose_each_other_and_one_goes_on(
     kind: str, accident: object, message: str, nodes: Nodes, tmp_path: Path
 ) -> None:
     run, port = tmp_path / "run", free_port()
-    arguments = ["--recipe", "debug", "--data_path", "synthetic:64", "--epochs", "5000", "--warmup_epochs", "0",
-                 "--batch_size", "8", "--log_every", "4", "--save_every", "2", "--panel_every", "0",
-                 "--output_dir", str(run)]  # fmt: skip
+    arguments = [
+        "--recipe",
+        "debug",
+        "--data_path",
+        "synthetic:64",
+        "--epochs",
+        "5000",
+        "--warmup_epochs",
+        "0",
+        "--batch_size",
+        "8",
+        "--log_every",
+        "4",
+        "--save_every",
+        "2",
+        "--panel_every",
+        "0",
+        "--output_dir",
+        str(run),
+    ]
     for node in (0, 1):
         nodes.start(node, [*launcher_of(kind, node, tmp_path, port, nodes.addresses), MODULE, *arguments])
     wait_for_checkpoint(run, nodes)

@@ -66,10 +66,17 @@ def spoiled(forward: Any) -> Any:
 def small(folder: Path, stage: str, **changes: Any) -> Recipe:
     """8 updates of two micro-steps, a checkpoint after the first 4."""
     fields = {
-        "data_path": "synthetic:64", "batch_size": 4, "global_batch_size": 16, "epochs": 2, "warmup_epochs": 0.0,
-        "log_every": 3, "save_every": 1, "panel_every": 0, "output_dir": str(folder),
+        "data_path": "synthetic:64",
+        "batch_size": 4,
+        "global_batch_size": 16,
+        "epochs": 2,
+        "warmup_epochs": 0.0,
+        "log_every": 3,
+        "save_every": 1,
+        "panel_every": 0,
+        "output_dir": str(folder),
         "deepspeed_config": str(ROOT / "ds_configs" / f"{stage}.json"),
-    }  # fmt: skip
+    }
     return dataclasses.replace(recipes.debug(), **{**fields, **changes})
 
 
@@ -204,9 +211,15 @@ def test_spikes_reach_the_metrics(tmp_path: Path, capsys: pytest.CaptureFixture[
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         log = metrics.Metrics(
-            tmp_path, rank=0, world_size=1, total_steps=99, first_step=0, flops_per_sample=1.0, matmul_rate=1.0,
+            tmp_path,
+            rank=0,
+            world_size=1,
+            total_steps=99,
+            first_step=0,
+            flops_per_sample=1.0,
+            matmul_rate=1.0,
             device=torch.device("cpu"),
-        )  # fmt: skip
+        )
         for update in range(60):
             values = torch.full((len(metrics.METRICS),), 3.0 if update == 57 else 1.0)
             log._sum, log._count, log._samples = log._sum + values, log._count + 1, log._samples + 4

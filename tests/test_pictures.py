@@ -82,9 +82,15 @@ def test_true_loss_is_averaged_over_the_masks_that_hide_a_patch() -> None:
     torch.testing.assert_close(got, want)
 
 
-@pytest.mark.parametrize("changes", [{}, {"model": "mae_vit_nano_patch4_28", "mask_policy": "random",
-                                          "predict_loss": "none"}, {"channels": 3, "input_size": "24x40"},
-                                     {"target": "ema"}])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"model": "mae_vit_nano_patch4_28", "mask_policy": "random", "predict_loss": "none"},
+        {"channels": 3, "input_size": "24x40"},
+        {"target": "ema"},
+    ],
+)
 def test_panel_has_a_row_per_image_and_a_column_per_name(changes: dict[str, Any]) -> None:
     recipe = dataclasses.replace(recipes.debug(), **changes)
     info = DatasetInfo(9, recipe.channels, (0.3,) * recipe.channels, (0.2,) * recipe.channels, ("a",))
@@ -115,8 +121,10 @@ def written_run(folder: Path) -> Path:
     versions = {"torch": "1", "deepspeed": "2", "fasthpm": "3", "commit": "abc", "world_size": 2, "device": "CPU"}
     (folder / "versions.json").write_text(json.dumps(versions))
     more = ("lr", "alpha", "ema_momentum")
-    lines = [json.dumps({"step": s, "epoch": s / 2, **dict.fromkeys((*TABLE, *more), v)}) for s, v in
-             ((1, 9.0), (2, 8.0), (2, 7.5), (3, 7.0))]  # fmt: skip
+    lines = [
+        json.dumps({"step": s, "epoch": s / 2, **dict.fromkeys((*TABLE, *more), v)})
+        for s, v in ((1, 9.0), (2, 8.0), (2, 7.5), (3, 7.0))
+    ]
     (folder / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 4, "los']))
     return folder
 

@@ -180,9 +180,20 @@ def test_wrong_input_on_one_machine(tmp_path: Path) -> None:
 
 def test_a_loss_that_is_not_finite_stops_all_ranks_and_is_kept(tmp_path: Path) -> None:
     finished = run_ranks(
-        MODULE, *SHORT, "--batch_size", 4, "--lr", 1e30, "--clip_grad", 0, "--log_every", 4, "--output_dir", tmp_path,
+        MODULE,
+        *SHORT,
+        "--batch_size",
+        4,
+        "--lr",
+        1e30,
+        "--clip_grad",
+        0,
+        "--log_every",
+        4,
+        "--output_dir",
+        tmp_path,
         launcher="forked",
-    )  # fmt: skip
+    )
     assert finished.status != 0
     lines = [line for line in finished.output.splitlines() if "fasthpm: error" in line]
     assert len(lines) == 1, finished.output
@@ -201,8 +212,21 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_and_is_kept(tmp_path: Path) -
 
 
 def endless_run(output_dir: Path) -> tuple[object, ...]:
-    return (*SHORT, "--epochs", 5000, "--batch_size", 8, "--log_every", 1, "--save_every", 10**6, "--panel_every", 0,
-            "--output_dir", output_dir)  # fmt: skip
+    return (
+        *SHORT,
+        "--epochs",
+        5000,
+        "--batch_size",
+        8,
+        "--log_every",
+        1,
+        "--save_every",
+        10**6,
+        "--panel_every",
+        0,
+        "--output_dir",
+        output_dir,
+    )
 
 
 def test_ctrl_c_saves(tmp_path: Path) -> None:

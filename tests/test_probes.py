@@ -57,9 +57,13 @@ def test_learning_rates_are_maes(name: str) -> None:
     grid = SCHEDULES["lr_schedules"][name]
     steps = 1000
     plan = dataclasses.replace(
-        recipes.debug(), epochs=grid["epochs"], warmup_epochs=grid["warmup_epochs"], lr=grid["lr"],
-        min_lr=grid["min_lr"], steps_per_epoch=steps,
-    )  # fmt: skip
+        recipes.debug(),
+        epochs=grid["epochs"],
+        warmup_epochs=grid["warmup_epochs"],
+        lr=grid["lr"],
+        min_lr=grid["min_lr"],
+        steps_per_epoch=steps,
+    )
     for epoch, expected, _ in grid["points"]:
         if name == "finetune_100":
             assert schedule.lr_at(plan, round(epoch * steps)) == pytest.approx(expected, rel=1e-9, abs=1e-15)

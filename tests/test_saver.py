@@ -56,8 +56,12 @@ def test_a_checkpoint_appears_when_every_rank_has_written(tmp_path: Path) -> Non
     assert (zero.wait(), one.wait()) == ("", "")
     assert damage(folder) == ""
     assert sorted(path.name for path in folder.rglob("*") if path.is_file()) == [
-        "manifest.json", "rank-00000.safetensors", "rank-00001.safetensors", "recipe.json", "state.json",
-    ]  # fmt: skip
+        "manifest.json",
+        "rank-00000.safetensors",
+        "rank-00001.safetensors",
+        "recipe.json",
+        "state.json",
+    ]
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
     saved = shards.SavedState(folder)
     assert saved.whole("master", "student.w").tolist() == [0, 1, 2, 3, 4]
@@ -218,12 +222,28 @@ def fill(path: Path) -> None:
 
 def test_a_full_disk_costs_checkpoints_and_not_the_run(small_disk: Path, tmp_path: Path) -> None:
     run = small_disk / "run"
-    arguments = ["--recipe", "debug", "--data_path", "synthetic:64", "--batch_size", "8", "--warmup_epochs", "0",
-                 "--epochs", "10", "--panel_every", "0", "--keep_checkpoints", "1",
-                 "--output_dir", str(run)]  # fmt: skip
+    arguments = [
+        "--recipe",
+        "debug",
+        "--data_path",
+        "synthetic:64",
+        "--batch_size",
+        "8",
+        "--warmup_epochs",
+        "0",
+        "--epochs",
+        "10",
+        "--panel_every",
+        "0",
+        "--keep_checkpoints",
+        "1",
+        "--output_dir",
+        str(run),
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
-    process = subprocess.Popen([sys.executable, "-m", MODULE, *arguments], cwd=ROOT, env=environment, text=True,
-                               stderr=subprocess.PIPE)  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-m", MODULE, *arguments], cwd=ROOT, env=environment, text=True, stderr=subprocess.PIPE
+    )
     try:
         while not list(run.glob("checkpoints/step-*")) and process.poll() is None:
             time.sleep(0.05)

@@ -79,8 +79,11 @@ def test_the_hardest_patches_by_the_teacher_are_masked() -> None:
 def combinations() -> list[dict[str, Any]]:
     """Baselines, masks, units, difficulty losses and targets as recipe fields, whether or not they make sense
     together."""
-    baselines = [{"model": "hpm_vit_nano_patch4_28"}, {"model": "mae_vit_nano_patch4_28"},
-                 {"model": "simmim_vit_nano_patch4_28", "pixel_loss": "l1"}]  # fmt: skip
+    baselines = [
+        {"model": "hpm_vit_nano_patch4_28"},
+        {"model": "mae_vit_nano_patch4_28"},
+        {"model": "simmim_vit_nano_patch4_28", "pixel_loss": "l1"},
+    ]
     objectives: list[dict[str, Any]] = [{"predict_loss": kind} for kind in PREDICT_LOSSES]
     objectives.append({"predict_loss": "absolute", "absolute_standardize": False})
     units = [{"mask_unit": 0}, {"mask_unit": 8}]
@@ -178,17 +181,31 @@ POLICIES: dict[str, dict[str, Any]] = {
     "block": {"mask_policy": "block"},
     "blockwise": {"mask_policy": "blockwise"},
     "uniform": {"mask_policy": "uniform", "input_size": "32"},
-    "simmim": {"model": "simmim_vit_nano_patch4_28", "mask_policy": "random", "input_size": "32", "mask_unit": 8,
-               "predict_loss": "none", "pixel_loss": "l1"},
+    "simmim": {
+        "model": "simmim_vit_nano_patch4_28",
+        "mask_policy": "random",
+        "input_size": "32",
+        "mask_unit": 8,
+        "predict_loss": "none",
+        "pixel_loss": "l1",
+    },
     "simmim-hpm": {"model": "simmim_vit_nano_patch4_28", "predictor_depth": 1, "pixel_loss": "l1"},
     "amt": {"mask_policy": "attention", "predict_loss": "none", "mask_ratio": 0.45, "throw_ratio": 0.4},
     "amt-hpm": {"mask_policy": "attention", "mask_ratio": 0.45, "throw_ratio": 0.4},
-    "amt-simmim": {"model": "simmim_vit_nano_patch4_28", "mask_policy": "attention", "input_size": "32", "mask_unit": 8,
-                   "predict_loss": "none", "pixel_loss": "l1", "mask_ratio": 0.44, "throw_ratio": 0.26},
+    "amt-simmim": {
+        "model": "simmim_vit_nano_patch4_28",
+        "mask_policy": "attention",
+        "input_size": "32",
+        "mask_unit": 8,
+        "predict_loss": "none",
+        "pixel_loss": "l1",
+        "mask_ratio": 0.44,
+        "throw_ratio": 0.26,
+    },
     "mae-absolute": {"mask_policy": "random", "predict_loss": "absolute", "absolute_standardize": False},
     "hpm-ema": {"target": "ema"},
     "mae-clip": {"mask_policy": "random", "predict_loss": "none", **TARGETS["clip"]},
-}  # fmt: skip
+}
 
 
 def weights_of(recipe: Recipe, count: int = 6) -> torch.Tensor | None:
@@ -233,8 +250,9 @@ def test_what_is_thrown_away_changes_nothing(policy: str) -> None:
         output.loss.backward()
         return [output.loss, *(p.grad for p in step.student.parameters() if p.grad is not None)]
 
-    with_noise = [torch.where(kind[:, :, None], torch.randn_like(patches), patches) for kind in
-                  (thrown, ~mask & ~thrown, mask)]  # fmt: skip
+    with_noise = [
+        torch.where(kind[:, :, None], torch.randn_like(patches), patches) for kind in (thrown, ~mask & ~thrown, mask)
+    ]
     plain, other, visible, masked = (losses(pixels) for pixels in (patches, *with_noise))
     assert all(torch.equal(a, b) for a, b in zip(plain, other, strict=True))
     assert plain[0] != visible[0]
@@ -282,8 +300,11 @@ def test_metrics_are_what_they_are_called() -> None:
     patches = step.normalized_patches(images)
     with torch.no_grad():
         again = step.student(patches, output.mask)
-    want = {"loss": again.loss, "reconstruction_loss": again.reconstruction_loss, "spearman":
-            reference.spearman(again.predicted_difficulty, again.per_patch_loss)}  # fmt: skip
+    want = {
+        "loss": again.loss,
+        "reconstruction_loss": again.reconstruction_loss,
+        "spearman": reference.spearman(again.predicted_difficulty, again.per_patch_loss),
+    }
     seen = step._teacher[0].predict_loss(patches).gather(1, split_ids(output.mask, 37)[1])
     want["teacher_spearman"] = loss.spearman(seen, again.per_patch_loss)
     got = dict(zip(METRICS, output.metrics.tolist(), strict=True))

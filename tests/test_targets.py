@@ -126,9 +126,14 @@ class OpenAIVisual(nn.Module):
 
 def openai_state(visual: nn.Module) -> dict[str, Tensor]:
     """A whole CLIP's state dict around a vision tower."""
-    text = {"positional_embedding": torch.ones(77, 8), "text_projection": torch.ones(8, 8),
-            "transformer.resblocks.0.ln_1.weight": torch.ones(8), "token_embedding.weight": torch.ones(9, 8),
-            "ln_final.weight": torch.ones(8), "logit_scale": torch.ones(())}  # fmt: skip
+    text = {
+        "positional_embedding": torch.ones(77, 8),
+        "text_projection": torch.ones(8, 8),
+        "transformer.resblocks.0.ln_1.weight": torch.ones(8),
+        "token_embedding.weight": torch.ones(9, 8),
+        "ln_final.weight": torch.ones(8),
+        "logit_scale": torch.ones(()),
+    }
     return text | {f"visual.{key}": value for key, value in visual.state_dict().items()}
 
 
@@ -171,8 +176,14 @@ def test_open_clip_models_load_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def hidden_sizes() -> dict[str, Any]:
     """What transformers' configurations share."""
-    return {"hidden_size": WIDTH, "num_hidden_layers": SIZES["depth"], "num_attention_heads": SIZES["num_heads"],
-            "intermediate_size": 2 * WIDTH, "image_size": 16, "patch_size": 4}  # fmt: skip
+    return {
+        "hidden_size": WIDTH,
+        "num_hidden_layers": SIZES["depth"],
+        "num_attention_heads": SIZES["num_heads"],
+        "intermediate_size": 2 * WIDTH,
+        "image_size": 16,
+        "patch_size": 4,
+    }
 
 
 def randomised(model: Any) -> Any:
@@ -326,10 +337,20 @@ def test_a_full_size_dino_loads_from_its_own_kind_of_file(tmp_path: Path) -> Non
 
 
 def test_a_full_size_clip_loads_in_openais_names(tmp_path: Path) -> None:
-    names = [("cls_token", "class_embedding"), ("pos_embed", "positional_embedding"), ("norm_pre", "ln_pre"),
-             ("patch_embed.proj", "conv1"), ("attn.qkv.", "attn.in_proj_"), ("attn.proj", "attn.out_proj"),
-             (".norm1", ".ln_1"), (".norm2", ".ln_2"), ("mlp.fc1", "mlp.c_fc"), ("mlp.fc2", "mlp.c_proj"),
-             ("blocks.", "transformer.resblocks."), ("head.weight", "proj")]  # fmt: skip
+    names = [
+        ("cls_token", "class_embedding"),
+        ("pos_embed", "positional_embedding"),
+        ("norm_pre", "ln_pre"),
+        ("patch_embed.proj", "conv1"),
+        ("attn.qkv.", "attn.in_proj_"),
+        ("attn.proj", "attn.out_proj"),
+        (".norm1", ".ln_1"),
+        (".norm2", ".ln_2"),
+        ("mlp.fc1", "mlp.c_fc"),
+        ("mlp.fc2", "mlp.c_proj"),
+        ("blocks.", "transformer.resblocks."),
+        ("head.weight", "proj"),
+    ]
     vit: Any = timm.create_model("vit_base_patch16_clip_quickgelu_224", num_classes=512).half()
     state = {}
     for key, value in vit.state_dict().items():
@@ -362,8 +383,13 @@ def test_weights_that_do_not_fit_are_listed(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         targets.build_frozen(small("dino", target_weights=str(tmp_path / "wrong.pth")), CPU)
     text = str(caught.value)
-    for part in ("wrong.pth: ", "1 missing: blocks.1.norm1.weight", "1 unexpected: blocks.2.norm1.weight",
-                 "1 wrong shape: pos_embed (1, 10, 32) for (1, 17, 32)", "1 not finite: norm.bias"):  # fmt: skip
+    for part in (
+        "wrong.pth: ",
+        "1 missing: blocks.1.norm1.weight",
+        "1 unexpected: blocks.2.norm1.weight",
+        "1 wrong shape: pos_embed (1, 10, 32) for (1, 17, 32)",
+        "1 not finite: norm.bias",
+    ):
         assert part in text
     assert "\n" not in text
 
@@ -434,9 +460,30 @@ def test_a_run_on_dinos_features_pretrains_draws_and_exports(tmp_path: Path) -> 
     weights = saved(timm.create_model("test_vit", img_size=64, num_classes=0), tmp_path / "dino.pth", model=1)
     output = tmp_path / "run"
     check_ranks(
-        "fasthpm", "pretrain", "--recipe", "debug", "--input_size", 64, "--patch_size", 16, "--target", "dino",
-        "--target_weights", weights, "--target_model", "test_vit", "--target_dim", 64, "--epochs", 1,
-        "--steps_per_epoch", 2, "--output_dir", output, launcher="forked", ranks=1,
-    )  # fmt: skip
+        "fasthpm",
+        "pretrain",
+        "--recipe",
+        "debug",
+        "--input_size",
+        64,
+        "--patch_size",
+        16,
+        "--target",
+        "dino",
+        "--target_weights",
+        weights,
+        "--target_model",
+        "test_vit",
+        "--target_dim",
+        64,
+        "--epochs",
+        1,
+        "--steps_per_epoch",
+        2,
+        "--output_dir",
+        output,
+        launcher="forked",
+        ranks=1,
+    )
     assert (output / "encoder.safetensors").is_file()
     assert list((output / "panels").glob("*.png"))

@@ -323,9 +323,12 @@ class TestEveryPreset:
 @pytest.mark.parametrize("stage", range(4))
 def test_an_unknown_deepspeed_is_one_clear_error(stage: int) -> None:
     changed = SimpleNamespace(
-        basic_optimizer=torch.optim.AdamW([torch.zeros(1)]), optimizer=SimpleNamespace(), module=nn.Linear(1, 1),
-        seq_data_parallel_group=None, zero_optimization_stage=lambda: stage,
-    )  # fmt: skip
+        basic_optimizer=torch.optim.AdamW([torch.zeros(1)]),
+        optimizer=SimpleNamespace(),
+        module=nn.Linear(1, 1),
+        seq_data_parallel_group=None,
+        zero_optimization_stage=lambda: stage,
+    )
     with pytest.raises(UserError, match=r"deepspeed .* keeps its master weights differently .* constraints\.txt"):
         MasterLayout(changed)
 

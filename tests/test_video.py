@@ -166,8 +166,14 @@ def small(**options: Any) -> HPMViT:
 
 
 @settings(max_examples=15, deadline=None)
-@given(slots=st.integers(1, 3), frames=st.integers(1, 3), rows=st.integers(1, 3), columns=st.integers(1, 3),
-       side=st.integers(1, 2), channels=st.integers(1, 3))  # fmt: skip
+@given(
+    slots=st.integers(1, 3),
+    frames=st.integers(1, 3),
+    rows=st.integers(1, 3),
+    columns=st.integers(1, 3),
+    side=st.integers(1, 2),
+    channels=st.integers(1, 3),
+)
 def test_any_length_and_size_is_cut_as_in_the_loop(
     slots: int, frames: int, rows: int, columns: int, side: int, channels: int
 ) -> None:
@@ -276,8 +282,15 @@ def test_wrong_sizes_are_named() -> None:
 
 # -------------------------------------------------------------------------------------------------- masks
 @settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 2**31), slots=st.integers(2, 4), rows=st.integers(1, 4), columns=st.integers(1, 4),
-       policy=st.sampled_from(masks.POLICIES), ratio=st.floats(0.1, 0.95), alpha=st.floats(0, 1))  # fmt: skip
+@given(
+    seed=st.integers(0, 2**31),
+    slots=st.integers(2, 4),
+    rows=st.integers(1, 4),
+    columns=st.integers(1, 4),
+    policy=st.sampled_from(masks.POLICIES),
+    ratio=st.floats(0.1, 0.95),
+    alpha=st.floats(0, 1),
+)
 def test_every_policy_masks_exactly_in_every_slot(
     seed: int, slots: int, rows: int, columns: int, policy: str, ratio: float, alpha: float
 ) -> None:
@@ -319,9 +332,20 @@ def test_videos_of_the_papers_size_are_masked_as_published() -> None:
 # -------------------------------------------------------------------------------------------------- the step
 def tiny(**changes: Any) -> Recipe:
     """A video recipe of 4 slots of 2 x 2 patches."""
-    base = Recipe(model="hpm_vit_nano_patch8_32_video", input_size="16", patch_size=8, num_frames=8, tubelet_size=2,
-                  decoder_dim=32, decoder_depth=1, decoder_heads=2, mask_ratio=0.5, norm_pix_loss=True,
-                  batch_size=2, data_path="synthetic:32")  # fmt: skip
+    base = Recipe(
+        model="hpm_vit_nano_patch8_32_video",
+        input_size="16",
+        patch_size=8,
+        num_frames=8,
+        tubelet_size=2,
+        decoder_dim=32,
+        decoder_depth=1,
+        decoder_heads=2,
+        mask_ratio=0.5,
+        norm_pix_loss=True,
+        batch_size=2,
+        data_path="synthetic:32",
+    )
     return dataclasses.replace(base, **changes)
 
 
@@ -495,8 +519,12 @@ def test_huggingface_computes_the_same(tmp_path: Path, capsys: pytest.CaptureFix
     torch.testing.assert_close(theirs, model.encode(clips), rtol=1e-4, atol=1e-4)
     keys = load_file(tmp_path / "hf" / "model.safetensors")
     assert {k.rpartition("attention.")[2] for k in keys if k.startswith("encoder.layer.0.attention.attention")} == {
-        "query.weight", "key.weight", "value.weight", "q_bias", "v_bias"
-    }  # fmt: skip
+        "query.weight",
+        "key.weight",
+        "value.weight",
+        "q_bias",
+        "v_bias",
+    }
 
 
 def test_exports_of_videos_to_image_libraries_are_refused(tmp_path: Path) -> None:
@@ -546,10 +574,32 @@ def test_a_video_run_from_pretraining_to_pictures_and_probes(tmp_path: Path) -> 
     run, one = tmp_path / "run", tmp_path / "one"
     videos = prepare_videos(video_folder(tmp_path / "videos", 9), tmp_path / "set")
     flags = (
-        "--recipe", "hpm_video_demo", "--data_path", videos, "--channels", 3, "--input_size", 12, "--sampling_rate", 1,
-        "--tubelet_size", 2, "--decoder_depth", 1, "--decoder_dim", 32, "--global_batch_size", 4, "--epochs", 1,
-        "--warmup_epochs", 0, "--log_every", 1, "--activation_checkpointing",
-    )  # fmt: skip
+        "--recipe",
+        "hpm_video_demo",
+        "--data_path",
+        videos,
+        "--channels",
+        3,
+        "--input_size",
+        12,
+        "--sampling_rate",
+        1,
+        "--tubelet_size",
+        2,
+        "--decoder_depth",
+        1,
+        "--decoder_dim",
+        32,
+        "--global_batch_size",
+        4,
+        "--epochs",
+        1,
+        "--warmup_epochs",
+        0,
+        "--log_every",
+        1,
+        "--activation_checkpointing",
+    )
     zero3, zero1 = (
         ("--deepspeed_config", ROOT / "ds_configs" / f"{name}.json") for name in ("zero3_bf16", "zero1_bf16")
     )

@@ -37,11 +37,41 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def words(videos: Path, *more: object) -> tuple[object, ...]:
     """Everything on: repeats, RandAugment, mixing, erasing, drop path."""
     return (
-        "--train_path", videos, "--val_path", videos, "--epochs", "2", "--warmup_epochs", "0", "--batch_size", "4",
-        "--global_batch_size", "8", "--num_sample", "2", "--lr", "0.02", "--mixup", "0.8", "--cutmix", "1", "--reprob",
-        "0.25", "--drop_path", "0.1", "--aa", "rand-m7-n4-mstd0.5-inc1", "--num_workers", "1", "--log_every", "1",
-        "--test_views", "2x3", *FLOAT32, *more,
-    )  # fmt: skip
+        "--train_path",
+        videos,
+        "--val_path",
+        videos,
+        "--epochs",
+        "2",
+        "--warmup_epochs",
+        "0",
+        "--batch_size",
+        "4",
+        "--global_batch_size",
+        "8",
+        "--num_sample",
+        "2",
+        "--lr",
+        "0.02",
+        "--mixup",
+        "0.8",
+        "--cutmix",
+        "1",
+        "--reprob",
+        "0.25",
+        "--drop_path",
+        "0.1",
+        "--aa",
+        "rand-m7-n4-mstd0.5-inc1",
+        "--num_workers",
+        "1",
+        "--log_every",
+        "1",
+        "--test_views",
+        "2x3",
+        *FLOAT32,
+        *more,
+    )
 
 
 # -------------------------------------------------------------------------------------------------- the network
@@ -98,9 +128,16 @@ def test_the_frames_of_a_clip_are_augmented_alike(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(loader.base, "drawn", lambda drawn, sample: np.repeat(pixels[:1], 4, 0))
     info = loader.info
     alike = create_transform(
-        (16, 16), is_training=True, hflip=0.0, color_jitter=None, mean=info.mean, std=info.std, interpolation="bicubic",
-        auto_augment="rand-m7-n4-mstd0.5-inc1", separate=True,
-    )  # fmt: skip
+        (16, 16),
+        is_training=True,
+        hflip=0.0,
+        color_jitter=None,
+        mean=info.mean,
+        std=info.std,
+        interpolation="bicubic",
+        auto_augment="rand-m7-n4-mstd0.5-inc1",
+        separate=True,
+    )
     draws = [loader.images[(0, 1, 0)][0], loader.images[(0, 1, 1)][0], loader.images[(1, 1, 0)][0]]
     for clip in draws:
         assert clip.shape == (3, 4, 16, 16)

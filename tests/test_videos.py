@@ -162,13 +162,33 @@ def odd_files(tmp_path_factory):
     pattern(folder / "interlaced.mp4", "-vf", "interlace", "-c:v", "libx264", "-flags", "+ilme+ildct", rate=20)
     pattern(folder / "odd.mp4", "-vf", "format=yuv444p,crop=51:37", "-c:v", "libx264")
     ffmpeg(
-        "-f", "lavfi", "-i", "testsrc2=s=64x48:r=10:d=2", "-vf", "select='lt(n,10)+not(mod(n,5))'", "-fps_mode", "vfr",
-        "-c:v", "libx264", folder / "variable.mkv",
-    )  # fmt: skip
+        "-f",
+        "lavfi",
+        "-i",
+        "testsrc2=s=64x48:r=10:d=2",
+        "-vf",
+        "select='lt(n,10)+not(mod(n,5))'",
+        "-fps_mode",
+        "vfr",
+        "-c:v",
+        "libx264",
+        folder / "variable.mkv",
+    )
     ffmpeg(
-        "-f", "lavfi", "-i", "testsrc2=s=64x48:r=10:d=1", "-f", "lavfi", "-i", "sine=d=3", "-c:v", "libx264", "-c:a",
-        "aac", folder / "with_sound.mp4",
-    )  # fmt: skip
+        "-f",
+        "lavfi",
+        "-i",
+        "testsrc2=s=64x48:r=10:d=1",
+        "-f",
+        "lavfi",
+        "-i",
+        "sine=d=3",
+        "-c:v",
+        "libx264",
+        "-c:a",
+        "aac",
+        folder / "with_sound.mp4",
+    )
     unknown = bytearray(pattern(folder / "unknown.avi", "-c:v", "mjpeg").read_bytes())
     (folder / "unknown.avi").write_bytes(bytes(unknown).replace(b"MJPG", b"QQQQ"))
     return folder
@@ -178,9 +198,15 @@ def test_odd_files_are_prepared_or_listed_with_the_reason(odd_files, tmp_path):
     out = prepare_videos(odd_files, tmp_path / "set", "--max_rejected", "20")
     reasons = rejected(out / "rejected.csv")
     assert set(reasons) == {
-        "truncated.mp4", "zero.mp4", "text.avi", "playlist.mp4", "sound.mp4", "single.mp4", "picture.mp4",
+        "truncated.mp4",
+        "zero.mp4",
+        "text.avi",
+        "playlist.mp4",
+        "sound.mp4",
+        "single.mp4",
+        "picture.mp4",
         "unknown.avi",
-    }  # fmt: skip
+    }
     assert "the file is empty" in reasons["zero.mp4"]
     assert "no video stream, only audio" in reasons["sound.mp4"]
     assert "1 frame to store" in reasons["single.mp4"]
@@ -190,9 +216,15 @@ def test_odd_files_are_prepared_or_listed_with_the_reason(odd_files, tmp_path):
     data = open_videos(out)
     rows = {data.row(video)["path"]: data.videos[video] for video in range(len(data.videos))}
     assert {name: (int(row["height"]), int(row["width"])) for name, row in rows.items()} == {
-        "whole.mp4": (48, 64), "rotated.mp4": (64, 48), "ten_bit.mp4": (48, 64), "interlaced.mp4": (48, 64),
-        "odd.mp4": (36, 52), "variable.mkv": (48, 64), "with_sound.mp4": (48, 64), "webm_called.avi": (48, 64),
-    }  # fmt: skip
+        "whole.mp4": (48, 64),
+        "rotated.mp4": (64, 48),
+        "ten_bit.mp4": (48, 64),
+        "interlaced.mp4": (48, 64),
+        "odd.mp4": (36, 52),
+        "variable.mkv": (48, 64),
+        "with_sound.mp4": (48, 64),
+        "webm_called.avi": (48, 64),
+    }
     assert rows["whole.mp4"]["frames"] == 20
     assert rows["with_sound.mp4"]["frames"] == 10
     turned = np.rot90(stored_frame(data, int(rows["whole.mp4"]["first"])), axes=(1, 0)).astype(int)
@@ -374,8 +406,10 @@ def test_multi_scale_crops_are_videomaes():
     small = multi_scale_crops(0, 0, np.arange(200), np.tile([[223, 300]], (200, 1)), (224, 224), False)
     assert small[:, 2].max() == 223
     assert view_crops(np.array([[240, 320]] * 3), (224, 224), np.arange(3), 3)[:, :4].tolist() == [
-        [0, 0, 240, 240], [0, 40, 240, 240], [0, 80, 240, 240],
-    ]  # fmt: skip
+        [0, 0, 240, 240],
+        [0, 40, 240, 240],
+        [0, 80, 240, 240],
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------- loaders

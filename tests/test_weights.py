@@ -44,11 +44,15 @@ def published(
     width, depth = sizes.get("width", WIDTH), sizes.get("depth", DEPTH)
     channels, values = sizes.get("channels", CHANNELS), sizes.get("channels", CHANNELS) * PATCH**2
     shapes: dict[str, tuple[int, ...]] = {
-        "cls_token": (1, 1, width), "patch_embed.proj.weight": (width, channels, PATCH, PATCH),
-        "patch_embed.proj.bias": (width,), "norm.weight": (width,), "norm.bias": (width,),
-        "decoder_embed.weight": (DECODER_WIDTH, width), "decoder_embed.bias": (DECODER_WIDTH,),
+        "cls_token": (1, 1, width),
+        "patch_embed.proj.weight": (width, channels, PATCH, PATCH),
+        "patch_embed.proj.bias": (width,),
+        "norm.weight": (width,),
+        "norm.bias": (width,),
+        "decoder_embed.weight": (DECODER_WIDTH, width),
+        "decoder_embed.bias": (DECODER_WIDTH,),
         "mask_token": (1, 1, DECODER_WIDTH),
-    }  # fmt: skip
+    }
     stacks = {"blocks": (depth, width)}
     for tail in ("", "_losspred") if predictor else ("",):
         stacks[f"decoder_blocks{tail}"] = (DECODER_DEPTH, DECODER_WIDTH)
@@ -149,7 +153,11 @@ def test_hpm_checkpoint_with_its_ema(tmp_path: Path, capsys: pytest.CaptureFixtu
         model, recipe = load_weights(tmp_path / "run", which)
         check_same(model, state)
     assert (recipe.model, recipe.image_size, recipe.channels, recipe.norm_pix_loss) == (
-        "hpm_vit_nano_patch4_28", (12, 12), 3, False)  # fmt: skip
+        "hpm_vit_nano_patch4_28",
+        (12, 12),
+        3,
+        False,
+    )
     text = capsys.readouterr().out
     assert "hpm checkpoint: nano, patches of 4, images 12x12x3, decoder 32 x 2" in text
     assert f"converted  2, the average of {PATCH**2 * 3} rows, the same function: decoder_pred_losspred.weight" in text
@@ -260,7 +268,7 @@ def broken(change: Callable[[dict[str, Tensor]], object]) -> dict[str, Tensor]:
         ({"layers.0.weight": torch.ones(2)}, r"holds no weights of a vision transformer \(its keys: layers.0.weight\)"),
         (published(predictor=False), None),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_fit_is_listed(tmp_path: Path, state: dict[str, Tensor], message: str | None) -> None:
     path = tmp_path / "some.safetensors"
     save_file(state, path)
@@ -439,8 +447,10 @@ def test_deepspeeds_files(tmp_path: Path) -> None:
     """The model states are weights; the optimizer states are not, whether or not they can be read."""
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
 
-    torch.save({"module": prefixed({f"student.{k}": v for k, v in published().items()}), "ds_config": {}},
-               tmp_path / "mp_rank_00_model_states.pt")  # fmt: skip
+    torch.save(
+        {"module": prefixed({f"student.{k}": v for k, v in published().items()}), "ds_config": {}},
+        tmp_path / "mp_rank_00_model_states.pt",
+    )
     run_import(tmp_path / "mp_rank_00_model_states.pt", tmp_path / "run", *FLAGS)
     for scaler in ({}, LossScaler(1.0)):
         torch.save({"optimizer_state_dict": {"loss_scaler": scaler}, "ds_config": {}}, tmp_path / "optim_states.pt")
@@ -589,8 +599,9 @@ def test_hugging_face_mae(tmp_path: Path, method: str) -> None:
     """Encoder, reconstructor, target and mask ratio; the loss predictor stays behind."""
     import transformers
 
-    changes = {} if method == "hpm" else {
-        "model": "mae_vit_nano_patch4_28", "predict_loss": "none", "mask_policy": "random"}  # fmt: skip
+    changes = (
+        {} if method == "hpm" else {"model": "mae_vit_nano_patch4_28", "predict_loss": "none", "mask_policy": "random"}
+    )
     run, model = run_with(tmp_path / "run", mask_ratio=0.6, **changes)
     dispatch(["export", str(run), "--format", "hf_vitmae", "-o", str(tmp_path / "hf")])
     theirs = transformers.ViTMAEForPreTraining.from_pretrained(tmp_path / "hf").eval()
@@ -653,7 +664,7 @@ def test_even_the_eps_of_a_norm_is_compared(tmp_path: Path, monkeypatch: pytest.
         ({}, ["-o", "x.pth"], "output x.pth must end in .safetensors for --format timm"),
         ({}, ["--weights", "teacher"], "has no teacher weights|holds no training state"),
     ],
-)  # fmt: skip
+)
 def test_exports_that_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], flags: list[str], message: str
 ) -> None:

@@ -100,9 +100,28 @@ class Torture:
 
 def command(output_dir: Path, updates: int) -> list[str]:
     """The run, the same every time."""
-    return ["--recipe", "debug", "--data_path", "synthetic:128", "--batch_size", "8", "--log_every", "1000000",
-            "--panel_every", "0", "--epochs", str(updates // SAVE_EVERY), "--warmup_epochs", "0", "--save_every", "1",
-            "--keep_checkpoints", "3", "--output_dir", str(output_dir)]  # fmt: skip
+    return [
+        "--recipe",
+        "debug",
+        "--data_path",
+        "synthetic:128",
+        "--batch_size",
+        "8",
+        "--log_every",
+        "1000000",
+        "--panel_every",
+        "0",
+        "--epochs",
+        str(updates // SAVE_EVERY),
+        "--warmup_epochs",
+        "0",
+        "--save_every",
+        "1",
+        "--keep_checkpoints",
+        "3",
+        "--output_dir",
+        str(output_dir),
+    ]
 
 
 def run_to_end(plan: Torture, name: str, shape: Shape) -> str:
@@ -133,9 +152,15 @@ def disturb(plan: Torture, deed: str, shape: Shape, chance: random.Random) -> di
         deed = "kill one rank"  # the disk is not ours to fill
     damaged = damage(output_dir, deed, chance)
     resumed = re.search(r"resuming from \S+ at update (\d+)", output)
-    return {"deed": deed, "killed": killed, "damaged": damaged, "status": process.returncode,
-            "resumed_at": int(resumed[1]) if resumed else 0, "left_at": newest(output_dir),
-            **({"shape": vars(shape)} if plan.elastic else {})}  # fmt: skip
+    return {
+        "deed": deed,
+        "killed": killed,
+        "damaged": damaged,
+        "status": process.returncode,
+        "resumed_at": int(resumed[1]) if resumed else 0,
+        "left_at": newest(output_dir),
+        **({"shape": vars(shape)} if plan.elastic else {}),
+    }
 
 
 def newest(output_dir: Path) -> int:
@@ -216,9 +241,15 @@ def relative_difference(a: Path, b: Path) -> float:
     ours, theirs = final_states(a, b)
     kinds: tuple[State, ...] = ("master", "ema")
     squares = [
-        [(float((ours.whole(kind, name).double() - theirs.whole(kind, name).double()).square().sum()),
-          float(ours.whole(kind, name).double().square().sum())) for name in ours.names] for kind in kinds
-    ]  # fmt: skip
+        [
+            (
+                float((ours.whole(kind, name).double() - theirs.whole(kind, name).double()).square().sum()),
+                float(ours.whole(kind, name).double().square().sum()),
+            )
+            for name in ours.names
+        ]
+        for kind in kinds
+    ]
     return max(math.sqrt(sum(d for d, _ in kind) / sum(w for _, w in kind)) for kind in squares)
 
 
@@ -254,10 +285,14 @@ def torture(plan: Torture, rounds: int, seed: int) -> dict[str, Any]:
     output = run_to_end(plan, "disturbed", shape)
     lost = [b["resumed_at"] - a["left_at"] for a, b in itertools.pairwise(history)]
     report = {
-        "rounds": len(history), "survived": len(history), "updates": plan.updates, "save_every_updates": SAVE_EVERY,
-        "most_updates_repeated": max([-x for x in lost] + [0]), "finished":
-            f"finished {plan.updates} of {plan.updates} updates" in output, "history": history,
-    }  # fmt: skip
+        "rounds": len(history),
+        "survived": len(history),
+        "updates": plan.updates,
+        "save_every_updates": SAVE_EVERY,
+        "most_updates_repeated": max([-x for x in lost] + [0]),
+        "finished": f"finished {plan.updates} of {plan.updates} updates" in output,
+        "history": history,
+    }
     return report | (compare_elastic(plan) if plan.elastic else {"differences": differences(calm, disturbed)})
 
 
@@ -266,8 +301,12 @@ def compare_elastic(plan: Torture) -> dict[str, Any]:
     calm, disturbed = (samples(plan.folder / f"{name}-samples") for name in ("calm", "disturbed"))
     apart = relative_difference(plan.folder / "calm", plan.folder / "disturbed")
     other = sum(calm.get(update) != disturbed.get(update) for update in range(plan.updates))
-    return {"updates_of_other_samples": other, "relative_difference": apart, "bound": ELASTIC_BOUND,
-            "differences": other + (apart > ELASTIC_BOUND)}  # fmt: skip
+    return {
+        "updates_of_other_samples": other,
+        "relative_difference": apart,
+        "bound": ELASTIC_BOUND,
+        "differences": other + (apart > ELASTIC_BOUND),
+    }
 
 
 SUMS = ("rounds", "survived", "updates", "differences", "seconds")

@@ -50,9 +50,13 @@ class AugmentedImages(Dataset[Sample]):
     def __init__(self, base: PrefetchLoader, augmentation: Augmentation) -> None:
         self.base = base
         self.transform = create_transform(
-            **_common(base, augmentation), scale=(augmentation.crop_min, 1.0),
-            hflip=0.5 if augmentation.flip else 0.0, re_prob=augmentation.random_erasing, re_mode="pixel", re_count=1,
-        )  # fmt: skip
+            **_common(base, augmentation),
+            scale=(augmentation.crop_min, 1.0),
+            hflip=0.5 if augmentation.flip else 0.0,
+            re_prob=augmentation.random_erasing,
+            re_mode="pixel",
+            re_count=1,
+        )
 
     def __getitem__(self, key: Key) -> Sample:
         epoch, asked, repeat = key
@@ -77,8 +81,10 @@ class AugmentedImages(Dataset[Sample]):
                 return pixels, sample
             spare = replacements(options.seed, epoch, np.array([asked]), attempt, self.base.info.num_samples)
             sample = int(spare[0])
-        raise UserError(f"{self.base.source}: sample {asked} does not decode, nor do {REPLACEMENTS} in its place; "
-                        f"copy or prepare it again")  # fmt: skip
+        raise UserError(
+            f"{self.base.source}: sample {asked} does not decode, nor do {REPLACEMENTS} in its place; "
+            f"copy or prepare it again"
+        )
 
 
 class AugmentedClips(AugmentedImages):
@@ -113,10 +119,14 @@ def _common(base: PrefetchLoader, augmentation: Augmentation) -> dict[str, Any]:
     """What timm's `create_transform` is told for images and for clips."""
     info, grey = base.info, base.options.channels == 1
     return {
-        "input_size": base.options.image_size, "is_training": True, "interpolation": "bicubic",
-        "color_jitter": augmentation.color_jitter or None, "auto_augment": augmentation.auto_augment or None,
-        "mean": tuple(info.mean) * (3 if grey else 1), "std": tuple(info.std) * (3 if grey else 1),
-    }  # fmt: skip
+        "input_size": base.options.image_size,
+        "is_training": True,
+        "interpolation": "bicubic",
+        "color_jitter": augmentation.color_jitter or None,
+        "auto_augment": augmentation.auto_augment or None,
+        "mean": tuple(info.mean) * (3 if grey else 1),
+        "std": tuple(info.std) * (3 if grey else 1),
+    }
 
 
 def _picture(pixels: Array) -> Image.Image:
@@ -154,9 +164,13 @@ class AugmentedLoader:
     def __iter__(self) -> Iterator[Batch]:
         """Batches from the current position on, epoch after epoch, without end: the workers live as long."""
         workers = DataLoader(
-            self.images, batch_sampler=self._keys(*self._position), num_workers=self.num_workers,
-            worker_init_fn=_leave_signals_to_the_parent, pin_memory=torch.cuda.is_available(), collate_fn=_collate,
-        )  # fmt: skip
+            self.images,
+            batch_sampler=self._keys(*self._position),
+            num_workers=self.num_workers,
+            worker_init_fn=_leave_signals_to_the_parent,
+            pin_memory=torch.cuda.is_available(),
+            collate_fn=_collate,
+        )
         for batch in workers:
             epoch, done = self._position
             self._position = (epoch, done + 1) if done + 1 < len(self) else (epoch + 1, 0)

@@ -133,9 +133,12 @@ class ClipLoader(PrefetchLoader):
         flat, sides = frames.ravel(), np.repeat(self._sizes(ids).astype(np.uint16), count, 0)
         begin, end = self.data.positions[flat], self.data.positions[flat + 1]
         table = (
-            begin + np.uint64(self.data.address), end - begin, np.full(len(flat), JPEG, np.uint8),
-            np.ascontiguousarray(sides[:, 0]), np.ascontiguousarray(sides[:, 1]),
-        )  # fmt: skip
+            begin + np.uint64(self.data.address),
+            end - begin,
+            np.full(len(flat), JPEG, np.uint8),
+            np.ascontiguousarray(sides[:, 0]),
+            np.ascontiguousarray(sides[:, 1]),
+        )
         status = np.zeros(len(flat), np.int32)
         boxes, jitter = (np.repeat(values, count, 0) for values in (crops[:, :5], factors))
         pixels = images.reshape(len(flat), *images.shape[-3:])

@@ -148,9 +148,13 @@ class DaliFrames(DaliLoader):
         fn, types = _dali("fn"), _dali("types")
         images = fn.decoders.image_slice(
             _external("jpeg", "UINT8", 1),
-            start=_external("corner", "INT32", 1), shape=_external("box", "INT32", 1), axes=(0, 1),
-            device="mixed" if self.gpu else "cpu", output_type=self._form(), use_fast_idct=False,
-        )  # fmt: skip
+            start=_external("corner", "INT32", 1),
+            shape=_external("box", "INT32", 1),
+            axes=(0, 1),
+            device="mixed" if self.gpu else "cpu",
+            output_type=self._form(),
+            use_fast_idct=False,
+        )
         images = fn.resize(images, size=self.options.image_size, interp_type=types.INTERP_CUBIC, antialias=True)
         return fn.flip(images, horizontal=_external("flip", "INT32", 0))
 
@@ -181,9 +185,14 @@ class DaliVideos(DaliLoader):
         if self.options.channels == 1:
             clips = fn.color_space_conversion(clips, image_type=types.RGB, output_type=types.GRAY)
         clips = fn.resize(
-            clips, size=self.options.image_size, interp_type=types.INTERP_CUBIC, antialias=True, roi_relative=True,
-            roi_start=_external("start", "FLOAT", 1), roi_end=_external("end", "FLOAT", 1),
-        )  # fmt: skip
+            clips,
+            size=self.options.image_size,
+            interp_type=types.INTERP_CUBIC,
+            antialias=True,
+            roi_relative=True,
+            roi_start=_external("start", "FLOAT", 1),
+            roi_end=_external("end", "FLOAT", 1),
+        )
         return fn.flip(clips, horizontal=_external("flip", "INT32", 0))
 
     def _inputs(self, ids: Array, crops: Array) -> dict[str, Any]:

@@ -619,9 +619,19 @@ def _decode(
 _BYTES = types.Array(u8, 1, "C")
 _TABLE = types.Tuple((u64[::1], u64[::1], _BYTES, types.uint16[::1], types.uint16[::1]))
 _SIGNATURE = types.void(
-    _TABLE, i64[::1], i64[:, ::1], f32[:, ::1], u8[:, :, :, ::1], i32[::1], i64,
-    _BYTES, f32[::1], i32[::1], u64[::1], types.UniTuple(i64, 3),
-)  # fmt: skip
+    _TABLE,
+    i64[::1],
+    i64[:, ::1],
+    f32[:, ::1],
+    u8[:, :, :, ::1],
+    i32[::1],
+    i64,
+    _BYTES,
+    f32[::1],
+    i32[::1],
+    u64[::1],
+    types.UniTuple(i64, 3),
+)
 
 
 def _compile() -> Any:
@@ -676,7 +686,16 @@ def decode(
     scratch = 3 * out_width * LANES + lengths + 2 + 3 * (heights + 32) * (widths + 32)
     floats = 2 * sizes[0] * LANES + 3 * out_width * LANES + 4 * weights
     _compiled(
-        table, ids, crops, jitter, images, status, interpolation, _memory("scratch", np.uint8, scratch),
-        _memory("floats", np.float32, floats), _memory("firsts", np.int32, 4 * out), _memory("slots", np.uint64, 8),
+        table,
+        ids,
+        crops,
+        jitter,
+        images,
+        status,
+        interpolation,
+        _memory("scratch", np.uint8, scratch),
+        _memory("floats", np.float32, floats),
+        _memory("firsts", np.int32, 4 * out),
+        _memory("slots", np.uint64, 8),
         sizes,
-    )  # fmt: skip
+    )

@@ -36,9 +36,17 @@ VIDEO = np.dtype(
 )
 MANIFEST = ("path", "frames", "fps", "seconds", "height", "width", "label", "codec", "sha256", "copy")
 INFO_TYPES = {
-    "num_samples": int, "channels": int, "mean": list, "std": list, "classes": list, "counts": list, "num_frames": int,
-    "frame_stride": int, "bytes": int, "sha256": dict,
-}  # fmt: skip
+    "num_samples": int,
+    "channels": int,
+    "mean": list,
+    "std": list,
+    "classes": list,
+    "counts": list,
+    "num_frames": int,
+    "frame_stride": int,
+    "bytes": int,
+    "sha256": dict,
+}
 AGAIN = "prepare it again with python -m data_prep.videos"
 
 

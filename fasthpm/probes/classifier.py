@@ -51,8 +51,11 @@ def build_classifier(
             f"input_size {image_size[0]}x{image_size[1]} is not a multiple of patch_size {side}; use e.g. {near}"
         )
     arguments = architecture(model) | {
-        "img_size": image_size, "num_classes": num_classes, "global_pool": global_pool, "drop_path_rate": drop_path,
-    }  # fmt: skip
+        "img_size": image_size,
+        "num_classes": num_classes,
+        "global_pool": global_pool,
+        "drop_path_rate": drop_path,
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         vit = build_vit(arguments)
@@ -80,9 +83,15 @@ class TubeletEmbed(nn.Module):
     """
 
     def __init__(
-        self, img_size: tuple[int, int], patch_size: int, in_chans: int, embed_dim: int, num_frames: int,
-        tubelet_size: int, **options: Any,
-    ) -> None:  # fmt: skip
+        self,
+        img_size: tuple[int, int],
+        patch_size: int,
+        in_chans: int,
+        embed_dim: int,
+        num_frames: int,
+        tubelet_size: int,
+        **options: Any,
+    ) -> None:
         super().__init__()
         self.img_size, self.patch_size = tuple(img_size), (patch_size, patch_size)
         self.tubelet_size, self.num_frames = tubelet_size, num_frames

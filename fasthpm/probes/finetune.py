@@ -62,7 +62,9 @@ LOG, CLASSIFIER_FILE = "metrics.jsonl", "classifier.safetensors"
 class FineTune:
     """One fine-tuning. Defaults are MAE's for ViT-B; `preset` has the others."""
 
-    train_path: str = option("", "prepared set (.beton), several joined by commas, image folder, or video set to train on")  # noqa: E501  # fmt: skip
+    train_path: str = option(
+        "", "prepared set (.beton), several joined by commas, image folder, or video set to train on"
+    )
     val_path: str = option("", "the same to test on", run_only=True)
     output_dir: str = option("", "folder for results and checkpoints; empty = RUN/finetune", run_only=True)
     weights: str = option("student", "which encoder of the run to start from", choices=("student", "teacher"))
@@ -98,13 +100,16 @@ class FineTune:
     # videos
     sampling_rate: int = option(0, "a clip takes every how many-th frame; 0 = as in pretraining")
     frame_sampling: str = option(
-        "dense", "dense: frames sampling_rate apart; segments: one of each equal stretch of the whole video (SSv2)",
+        "dense",
+        "dense: frames sampling_rate apart; segments: one of each equal stretch of the whole video (SSv2)",
         choices=FRAME_SAMPLINGS,
-    )  # fmt: skip
+    )
     test_views: str = option(
-        "", "clips x crops of a video that --evaluate and the last test average the logits over, like 5x3 (Kinetics) "
-        "or 2x3 (SSv2); empty = the preset's, 1x1 for images", run_only=True,
-    )  # fmt: skip
+        "",
+        "clips x crops of a video that --evaluate and the last test average the logits over, like 5x3 (Kinetics) "
+        "or 2x3 (SSv2); empty = the preset's, 1x1 for images",
+        run_only=True,
+    )
     ema_decay: float = option(0.0, "test an average of the weights with this momentum instead of them; 0 = off")
     # which patches the network sees (the papers' pilot experiment)
     token_policy: str = option("", "see only some patches: random, easiest or hardest by difficulty_run; empty = all")
@@ -112,7 +117,9 @@ class FineTune:
     difficulty_run: str = option("", "pretrained run whose loss predictor says what is hard; empty = RUN")
     # the run itself
     num_workers: int = option(0, "augmenting processes per device; 0 = cores / devices on this machine", run_only=True)
-    deepspeed_config: str = option("", "DeepSpeed JSON; empty = ZeRO 1 in bf16, or fp32 where a CPU lacks bf16", run_only=True)  # noqa: E501  # fmt: skip
+    deepspeed_config: str = option(
+        "", "DeepSpeed JSON; empty = ZeRO 1 in bf16, or fp32 where a CPU lacks bf16", run_only=True
+    )
     resume: str = option("auto", "auto = newest valid checkpoint in output_dir, none, or a checkpoint", run_only=True)
     log_every: int = option(20, "updates between two readings of the loss", run_only=True)
     eval_every: int = option(1, "epochs between two tests; the last is always tested", run_only=True)
@@ -134,9 +141,12 @@ class FineTune:
             "mixup": (self.mixup >= 0, "0 (off) or more"),
             "cutmix": (self.cutmix >= 0, "0 (off) or more"),
             **{name: (0 <= getattr(self, name) < 1, "0 (off) or more, less than 1") for name in shares},
-            **{f.name: (getattr(self, f.name) in f.metadata["choices"], f"one of {', '.join(f.metadata['choices'])}")
-               for f in dataclasses.fields(self) if f.metadata["choices"]},
-        }  # fmt: skip
+            **{
+                f.name: (getattr(self, f.name) in f.metadata["choices"], f"one of {', '.join(f.metadata['choices'])}")
+                for f in dataclasses.fields(self)
+                if f.metadata["choices"]
+            },
+        }
         for name, (good, what) in expected.items():
             if not good:
                 raise UserError(f"{name} is {getattr(self, name)!r}, expected {what}")
@@ -161,21 +171,36 @@ class FineTune:
 
 
 SMALL = {
-    "epochs": 5, "warmup_epochs": 0.5, "global_batch_size": 128, "blr": 1e-3, "layer_decay": 0.75, "mixup": 0.0,
-    "cutmix": 0.0, "reprob": 0.0, "aa": "", "crop_min": 0.6, "drop_path": 0.0, "log_every": 50, "batch_size": 128,
-}  # fmt: skip
+    "epochs": 5,
+    "warmup_epochs": 0.5,
+    "global_batch_size": 128,
+    "blr": 1e-3,
+    "layer_decay": 0.75,
+    "mixup": 0.0,
+    "cutmix": 0.0,
+    "reprob": 0.0,
+    "aa": "",
+    "crop_min": 0.6,
+    "drop_path": 0.0,
+    "log_every": 50,
+    "batch_size": 128,
+}
 BY_WIDTH = {  # MAE's FINETUNE.md, per model (HPM's scripts: blr 5e-4, layer decay 0.8, drop path 0.1 for all)
     1024: {"epochs": 50, "blr": 1e-3, "layer_decay": 0.75, "drop_path": 0.2},
     1280: {"epochs": 50, "blr": 1e-3, "layer_decay": 0.75, "drop_path": 0.3},
 }
 VIDEO = {  # VideoMAE's paper and released scripts, of 64 GPUs
-    "global_batch_size": 512, "batch_size": 8, "num_sample": 2, "layer_decay": 0.75, "aa": "rand-m7-n4-mstd0.5-inc1",
-}  # fmt: skip
+    "global_batch_size": 512,
+    "batch_size": 8,
+    "num_sample": 2,
+    "layer_decay": 0.75,
+    "aa": "rand-m7-n4-mstd0.5-inc1",
+}
 BY_VIDEOS = {
     "k400": {**VIDEO, "epochs": 100, "blr": 1e-3, "flip": True, "test_views": "5x3"},
     "ssv2": {**VIDEO, "epochs": 50, "blr": 5e-4, "flip": False, "frame_sampling": "segments", "test_views": "2x3"},
     "small": {**SMALL, "epochs": 12, "warmup_epochs": 1.0, "blr": 6e-3, "global_batch_size": 64, "batch_size": 64},
-}  # fmt: skip
+}
 LARGE_K400 = {"epochs": 35, "global_batch_size": 128, "blr": 2e-3, "batch_size": 2}  # the released script for ViT-L
 SCRATCH = {"layer_decay": 1.0}  # no layer knows anything yet
 
@@ -259,10 +284,21 @@ def build(arguments: argparse.Namespace, given: dict[str, Any], launch: engine.L
         choose_tokens(copy, settings, launch.device, chooser)
     saver = Saver(launch.rank, launch.world_size, timeout=engine.timeout().total_seconds())
     run = FineTuning(
-        plan, launch, loader, deepspeed_engine, step, ema, zero.MasterLayout(deepspeed_engine), saver,
-        settings=settings, maps=None, val_loader=val_loader, last_loader=last_loader, origin=origin,
+        plan,
+        launch,
+        loader,
+        deepspeed_engine,
+        step,
+        ema,
+        zero.MasterLayout(deepspeed_engine),
+        saver,
+        settings=settings,
+        maps=None,
+        val_loader=val_loader,
+        last_loader=last_loader,
+        origin=origin,
         notes={checkpoint.CLASSIFIER: notes},
-    )  # fmt: skip
+    )
     pretrain.resume(run)
     return run
 
@@ -316,12 +352,37 @@ def open_data(
 ) -> tuple[Recipe, AugmentedLoader, Loader, Loader]:
     """The resolved plan (a recipe, for schedule and engine), both sets, checked, and the second with all views."""
     plan = dataclasses.replace(
-        recipe, data_path=settings.train_path, crop_min=settings.crop_min, beta1=0.9, beta2=0.999, steps_per_epoch=0,
-        **{name: getattr(settings, name) for name in (
-            "batch_size", "accum_iter", "global_batch_size", "epochs", "warmup_epochs", "blr", "lr", "min_lr",
-            "weight_decay", "clip_grad", "seed", "num_workers", "output_dir", "deepspeed_config", "resume", "log_every",
-            "save_every", "keep_checkpoints", "stop_after")},
-    )  # fmt: skip
+        recipe,
+        data_path=settings.train_path,
+        crop_min=settings.crop_min,
+        beta1=0.9,
+        beta2=0.999,
+        steps_per_epoch=0,
+        **{
+            name: getattr(settings, name)
+            for name in (
+                "batch_size",
+                "accum_iter",
+                "global_batch_size",
+                "epochs",
+                "warmup_epochs",
+                "blr",
+                "lr",
+                "min_lr",
+                "weight_decay",
+                "clip_grad",
+                "seed",
+                "num_workers",
+                "output_dir",
+                "deepspeed_config",
+                "resume",
+                "log_every",
+                "save_every",
+                "keep_checkpoints",
+                "stop_after",
+            )
+        },
+    )
     plan = checkpoint.continued(plan, launch.world_size)
     plan = dataclasses.replace(plan, accum_iter=plan.accumulation(launch.world_size))
     shared = loader_options(settings, recipe, image_size, launch)
@@ -329,9 +390,13 @@ def open_data(
     val = build_loader(settings.val_path, train=False, **shared)
     last = thorough_loader(settings, shared) if settings.views != (1, 1) else val
     loader = AugmentedLoader(
-        settings.train_path, augmentation, repeats=settings.num_sample, seed=settings.seed,
-        accum_iter=plan.accum_iter, **shared,
-    )  # fmt: skip
+        settings.train_path,
+        augmentation,
+        repeats=settings.num_sample,
+        seed=settings.seed,
+        accum_iter=plan.accum_iter,
+        **shared,
+    )
     result.check_sets((settings.train_path, loader.info), (settings.val_path, val.info))
     labels = torch.from_numpy(loader.base.labels_of(np.arange(loader.info.num_samples)))
     result.check_labels(labels, settings.train_path, len(loader.info.classes))
@@ -343,10 +408,16 @@ def loader_options(
 ) -> dict[str, Any]:
     """What all loaders of a fine-tuning are built with."""
     return {
-        "image_size": image_size, "channels": recipe.channels, "rank": launch.rank, "world_size": launch.world_size,
-        "num_workers": settings.num_workers, "batch_size": settings.batch_size, "num_frames": recipe.num_frames,
-        "sampling_rate": settings.sampling_rate or recipe.sampling_rate, "frame_sampling": settings.frame_sampling,
-    }  # fmt: skip
+        "image_size": image_size,
+        "channels": recipe.channels,
+        "rank": launch.rank,
+        "world_size": launch.world_size,
+        "num_workers": settings.num_workers,
+        "batch_size": settings.batch_size,
+        "num_frames": recipe.num_frames,
+        "sampling_rate": settings.sampling_rate or recipe.sampling_rate,
+        "frame_sampling": settings.frame_sampling,
+    }
 
 
 def thorough_loader(settings: FineTune, shared: dict[str, Any]) -> Loader:
@@ -358,10 +429,20 @@ def thorough_loader(settings: FineTune, shared: dict[str, Any]) -> Loader:
 
 def describe(settings: FineTune, run: Path, model: HPMViT, info: DatasetInfo) -> str:
     """What tells one fine-tuning from another, and rebuilds its classifier: JSON."""
-    return json.dumps(
-        {"run": str(run), "settings": settings.science, "model": architecture(model),
-         "classes": list(info.classes), "mean": list(info.mean), "std": list(info.std)}, indent=2,
-    ) + "\n"  # fmt: skip
+    return (
+        json.dumps(
+            {
+                "run": str(run),
+                "settings": settings.science,
+                "model": architecture(model),
+                "classes": list(info.classes),
+                "mean": list(info.mean),
+                "std": list(info.std),
+            },
+            indent=2,
+        )
+        + "\n"
+    )
 
 
 def refuse_other(output_dir: Path, notes: str) -> None:
@@ -400,9 +481,13 @@ def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
 def network(model: HPMViT, settings: FineTune, image_size: tuple[int, int], num_classes: int) -> Any:
     """timm's ViT as these settings want it."""
     vit = build_classifier(
-        model, num_classes, image_size=image_size, global_pool=settings.global_pool, drop_path=settings.drop_path,
+        model,
+        num_classes,
+        image_size=image_size,
+        global_pool=settings.global_pool,
+        drop_path=settings.drop_path,
         seed=settings.seed,
-    )  # fmt: skip
+    )
     if not torch.cuda.is_available():  # the fused kernel is the slower one there in bf16 (see `model.attend`)
         for block in vit.blocks:
             block.attn.fused_attn = False
@@ -534,8 +619,15 @@ class Log:
     def __init__(self, run: FineTuning, folder: Path) -> None:
         self.rank, self.world_size, self.device = run.launch.rank, run.launch.world_size, run.launch.device
         self.path = folder / LOG
-        self.progress = tqdm(total=run.recipe.total_steps, initial=run.done, disable=self.rank != 0, unit="step",
-                             mininterval=1.0, dynamic_ncols=True, desc="finetune")  # fmt: skip
+        self.progress = tqdm(
+            total=run.recipe.total_steps,
+            initial=run.done,
+            disable=self.rank != 0,
+            unit="step",
+            mininterval=1.0,
+            dynamic_ncols=True,
+            desc="finetune",
+        )
         self._writer: Any = None
         self._sum, self._count, self._samples, self._begin = torch.zeros(()), 0, 0, 0.0
         if self.rank == 0:
@@ -560,8 +652,13 @@ class Log:
         seconds = time.perf_counter() - self._begin
         if not np.isfinite(loss):
             engine.agree(UserError(f"the loss is not finite by update {run.done}; lower --blr, or give --clip_grad 1"))
-        record = {"loss": loss, "lr": schedule.lr_at(run.recipe, run.done - 1), "seconds": seconds,
-                  "images_per_second": self._samples * self.world_size / seconds, **tested}  # fmt: skip
+        record = {
+            "loss": loss,
+            "lr": schedule.lr_at(run.recipe, run.done - 1),
+            "seconds": seconds,
+            "images_per_second": self._samples * self.world_size / seconds,
+            **tested,
+        }
         run.best = max(run.best, tested.get("accuracy", 0.0))
         self._write(run.done, run.done / run.recipe.steps_per_epoch, record)
         self._restart()
@@ -587,8 +684,9 @@ class Log:
         shown = {"loss": f"{record['loss']:.3f}", "img_s": f"{record['images_per_second']:.0f}"}
         if "accuracy" in record:
             shown["accuracy"] = f"{record['accuracy']:.2f}"
-            self.progress.write(f"epoch {epoch:g}: top-1 {record['accuracy']:.2f} %, loss {record['loss']:.3f}",
-                                file=sys.stderr)  # fmt: skip
+            self.progress.write(
+                f"epoch {epoch:g}: top-1 {record['accuracy']:.2f} %, loss {record['loss']:.3f}", file=sys.stderr
+            )
         self.progress.set_postfix(shown)
 
 
@@ -623,8 +721,9 @@ def finish(run: FineTuning) -> None:
         return
     if run.done < run.recipe.total_steps:
         why = "preempted" if run.preempted else "stopped"
-        print(f"{why} at update {run.done} of {run.recipe.total_steps}; run the same command to continue",
-              file=sys.stderr)  # fmt: skip
+        print(
+            f"{why} at update {run.done} of {run.recipe.total_steps}; run the same command to continue", file=sys.stderr
+        )
         return
     records = read_log(folder, run.done)
     tested = [record for record in records if "accuracy" in record]
@@ -640,9 +739,11 @@ def write_classifier(run: FineTuning, weights: dict[str, Tensor], path: Path) ->
     vit = run.step.vit
     embed = vit.patch_embed
     settings = {
-        **json.loads(run.notes[checkpoint.CLASSIFIER])["model"], "num_classes": len(run.info.classes),
-        "global_pool": run.settings.global_pool, "img_size": list(embed.img_size),
-    }  # fmt: skip
+        **json.loads(run.notes[checkpoint.CLASSIFIER])["model"],
+        "num_classes": len(run.info.classes),
+        "global_pool": run.settings.global_pool,
+        "img_size": list(embed.img_size),
+    }
     if "num_frames" in settings:  # not trained, and interpolated to img_size
         weights = {**weights, "pos_embed": vit.pos_embed.float().cpu()}
     metadata = {"timm": settings, "classes": run.info.classes, "mean": run.info.mean, "std": run.info.std}
@@ -660,8 +761,12 @@ def report(settings: FineTune, origin: dict[str, Any], folder: Path, figures: di
     name = "from scratch" if settings.from_scratch else "fine-tune"
     tokens = f", {settings.keep_tokens:.0%} {settings.token_policy} tokens" if settings.token_policy else ""
     views = f", {settings.test_views} views" if settings.views != (1, 1) else ""
-    made = {"protocol": f"{name}, {settings.epochs} epochs{tokens}{views}", **figures, **origin,
-            "settings": dataclasses.asdict(settings)}  # fmt: skip
+    made = {
+        "protocol": f"{name}, {settings.epochs} epochs{tokens}{views}",
+        **figures,
+        **origin,
+        "settings": dataclasses.asdict(settings),
+    }
     row = result.write_result(folder, made)
     print(f"{made['protocol']}: top-1 {figures['accuracy']:.2f} %, top-5 {figures['accuracy_top5']:.2f} %\n{row}")
     print(f"written to {folder / 'result.json'}", file=sys.stderr)
@@ -736,9 +841,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         plan = run.recipe
         if launch.rank == 0:
             effective = f"{plan.global_batch_size} = {plan.batch_size} x {launch.world_size} x {plan.accum_iter}"
-            print(f"lr {plan.lr:.3e}, global batch {effective}, "
-                  f"{plan.total_steps} updates, {len(run.info.classes)} classes",
-                  file=sys.stderr)  # fmt: skip
+            print(
+                f"lr {plan.lr:.3e}, global batch {effective}, "
+                f"{plan.total_steps} updates, {len(run.info.classes)} classes",
+                file=sys.stderr,
+            )
         log = Log(run, Path(run.settings.output_dir))
         try:
             with StopSignals() as stop:

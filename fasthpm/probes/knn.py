@@ -209,17 +209,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--train_path", required=True, help="prepared set whose labels vote")
     parser.add_argument("--val_path", required=True, help="prepared set that is classified")
     parser.add_argument(
-        "--weights", choices=("student", "teacher", "untrained"), nargs="+", default=["student"],
+        "--weights",
+        choices=("student", "teacher", "untrained"),
+        nargs="+",
+        default=["student"],
         help="which encoder; several give several results",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--pool", choices=("cls", "mean"), default="", help="cls token (default), or mean of the patches (of videos)"
     )
     parser.add_argument("--batch_size", type=int, default=256, help="images per device and forward")
     parser.add_argument(
-        "--bank_size", type=int, nargs="+", default=[0], metavar="N",
+        "--bank_size",
+        type=int,
+        nargs="+",
+        default=[0],
+        metavar="N",
         help="only the first N training images vote; 0 = all; several sizes give several results",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--k",
         type=int,

@@ -221,12 +221,23 @@ def build(arguments: argparse.Namespace, launch: engine.Launch) -> Probe:
         fit_batch(arguments, read_info(arguments.train_path).num_samples, launch.world_size)
         accum_iter = accumulation(arguments, launch.world_size)
         shared: dict[str, Any] = {
-            "image_size": recipe.image_size, "channels": recipe.channels, "batch_size": arguments.batch_size,
-            "rank": launch.rank, "world_size": launch.world_size, "num_workers": arguments.num_workers,
-            "num_frames": recipe.num_frames, "sampling_rate": recipe.sampling_rate,
-        }  # fmt: skip
-        augmented = {"train": True, "seed": arguments.seed, "crop_min": arguments.crop_min, "accum_iter": accum_iter,
-                     "crop": "random_resized", "flip": recipe.flip or not model.video}  # fmt: skip
+            "image_size": recipe.image_size,
+            "channels": recipe.channels,
+            "batch_size": arguments.batch_size,
+            "rank": launch.rank,
+            "world_size": launch.world_size,
+            "num_workers": arguments.num_workers,
+            "num_frames": recipe.num_frames,
+            "sampling_rate": recipe.sampling_rate,
+        }
+        augmented = {
+            "train": True,
+            "seed": arguments.seed,
+            "crop_min": arguments.crop_min,
+            "accum_iter": accum_iter,
+            "crop": "random_resized",
+            "flip": recipe.flip or not model.video,
+        }
         train = build_loader(
             arguments.train_path, **shared, **({"train": False} if arguments.cache_features else augmented)
         )
@@ -251,9 +262,20 @@ def build(arguments: argparse.Namespace, launch: engine.Launch) -> Probe:
     dim = model.embed_dim
     head = LinearHead(dim, len(train.info.classes), arguments.seed).to(launch.device)
     probe = Probe(
-        arguments, launch, head, build_optimizer(head, arguments.protocol), batches, [train, val], val, encoder,
-        cached_val, accum_iter, steps, identity_of(arguments, dim, train.info.classes), origin,
-    )  # fmt: skip
+        arguments,
+        launch,
+        head,
+        build_optimizer(head, arguments.protocol),
+        batches,
+        [train, val],
+        val,
+        encoder,
+        cached_val,
+        accum_iter,
+        steps,
+        identity_of(arguments, dim, train.info.classes),
+        origin,
+    )
     with engine.in_agreement():
         resume(probe)
     return probe
@@ -275,12 +297,27 @@ def accumulation(arguments: argparse.Namespace, world_size: int) -> int:
 
 def identity_of(arguments: argparse.Namespace, dim: int, classes: Sequence[str]) -> dict[str, Any]:
     """What must be the same for a probe to go on where another stopped."""
-    names = ("protocol", "weights", "pool", "epochs", "warmup_epochs", "lr", "global_batch_size", "cache_features",
-             "crop_min", "seed", "train_path")  # fmt: skip
+    names = (
+        "protocol",
+        "weights",
+        "pool",
+        "epochs",
+        "warmup_epochs",
+        "lr",
+        "global_batch_size",
+        "cache_features",
+        "crop_min",
+        "seed",
+        "train_path",
+    )
     manifest = checkpoint_of(arguments.run) / "manifest.json"
     encoder = file_hash(manifest) if manifest.is_file() else str(arguments.run)
-    return {**{name: getattr(arguments, name) for name in names}, "encoder": encoder, "dim": dim,
-            "classes": list(classes)}  # fmt: skip
+    return {
+        **{name: getattr(arguments, name) for name in names},
+        "encoder": encoder,
+        "dim": dim,
+        "classes": list(classes),
+    }
 
 
 def train_epoch(probe: Probe, progress: Any, stop: StopSignals) -> bool:
@@ -388,8 +425,14 @@ def run(probe: Probe) -> bool:
     arguments, launch = probe.arguments, probe.launch
     total = arguments.epochs * probe.steps_per_epoch
     figures: dict[str, float] = {}
-    progress = tqdm(total=total, initial=probe.epoch * probe.steps_per_epoch, desc=f"linear, {arguments.protocol}",
-                    unit="step", disable=launch.rank != 0, mininterval=1.0)  # fmt: skip
+    progress = tqdm(
+        total=total,
+        initial=probe.epoch * probe.steps_per_epoch,
+        desc=f"linear, {arguments.protocol}",
+        unit="step",
+        disable=launch.rank != 0,
+        mininterval=1.0,
+    )
     with StopSignals() as stop, progress:
         last = min(arguments.epochs, arguments.stop_after_epoch or arguments.epochs)
         while probe.epoch < last:
@@ -407,8 +450,10 @@ def run(probe: Probe) -> bool:
         stop.drain()
     if probe.epoch < arguments.epochs:
         if launch.rank == 0:
-            print(f"stopped after epoch {probe.epoch} of {arguments.epochs}; run the same command to continue",
-                  file=sys.stderr)  # fmt: skip
+            print(
+                f"stopped after epoch {probe.epoch} of {arguments.epochs}; run the same command to continue",
+                file=sys.stderr,
+            )
         return stop.interrupted
     report(probe, evaluate(probe))
     return False
@@ -421,10 +466,13 @@ def report(probe: Probe, figures: dict[str, float]) -> None:
     arguments = probe.arguments
     features = "cached features" if arguments.cache_features else "augmented"
     made = {
-        "protocol": f"linear ({arguments.protocol}), {arguments.epochs} epochs, {features}", **figures, **probe.origin,
-        "gpu_hours": round(probe.seconds * probe.launch.world_size / 3600, 4), "val_path": arguments.val_path,
+        "protocol": f"linear ({arguments.protocol}), {arguments.epochs} epochs, {features}",
+        **figures,
+        **probe.origin,
+        "gpu_hours": round(probe.seconds * probe.launch.world_size / 3600, 4),
+        "val_path": arguments.val_path,
         "settings": {name: value for name, value in probe.identity.items() if name != "classes"},
-    }  # fmt: skip
+    }
     row = result.write_result(probe.folder, made)
     print(f"{made['protocol']}: top-1 {figures['accuracy']:.2f} %, top-5 {figures['accuracy_top5']:.2f} %\n{row}")
     print(f"written to {probe.folder / 'result.json'}", file=sys.stderr)
@@ -440,8 +488,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--protocol", choices=tuple(PROTOCOLS), default="moco", help="see above (default: moco)")
     parser.add_argument("--cache_features", action="store_true", help="train on features of central crops; see above")
     parser.add_argument("--weights", choices=("student", "teacher", "untrained"), default="student", help="encoder")
-    parser.add_argument("--pool", choices=("cls", "mean"), default="",
-                        help="cls token (default), or mean of the patches (of videos)")  # fmt: skip
+    parser.add_argument(
+        "--pool", choices=("cls", "mean"), default="", help="cls token (default), or mean of the patches (of videos)"
+    )
     parser.add_argument("--output_dir", default="", help="default: RUN/linear_PROTOCOL")
     parser.add_argument("--epochs", type=int, help="default: the protocol's")
     parser.add_argument("--warmup_epochs", type=float, help="default: the protocol's")

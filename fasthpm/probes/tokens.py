@@ -13,11 +13,7 @@ POLICIES = ("random", "easiest", "hardest")
 
 
 def select_tokens(
-    difficulty: Tensor,
-    keep: int | float,
-    *,
-    policy: str = "hardest",
-    generator: torch.Generator | None = None,
+    difficulty: Tensor, keep: int | float, *, policy: str = "hardest", generator: torch.Generator | None = None
 ) -> Tensor:
     """Which patches to keep: int64 [B, K], ascending in every row.
 
