@@ -21,11 +21,12 @@ from typing import Any
 import torch
 
 from bench.common import files_in, machine, say, show, spread, table, work_folder, write_json
-from fasthpm import checkpoint, engine, pretrain, recipes
+from fasthpm import checkpoint, pretrain, ranks, recipes
 from fasthpm.cli import Parser, run_command
 from fasthpm.errors import UserError
-from fasthpm.metrics import wait_for
 from fasthpm.recipe import Recipe, save_recipe
+from fasthpm.run import state
+from fasthpm.run.metrics import wait_for
 
 SIZES = {"base": "vit_base_patch16_224", "large": "vit_large_patch16_224", "nano": "vit_nano_patch4_28"}
 
@@ -51,7 +52,7 @@ def bench_recipe(arguments: argparse.Namespace, output_dir: Path) -> Recipe:
     )
 
 
-def update(run: pretrain.Run) -> float:
+def update(run: state.Run) -> float:
     """Seconds of one update."""
     wait_for(run.launch.device)
     begin = time.perf_counter()
@@ -70,20 +71,20 @@ def update(run: pretrain.Run) -> float:
     return time.perf_counter() - begin
 
 
-def save(run: pretrain.Run, *, meanwhile: bool) -> dict[str, Any]:
+def save(run: state.Run, *, meanwhile: bool) -> dict[str, Any]:
     """One checkpoint: seconds until training may go on, until it is complete, and of the updates `meanwhile`."""
     begin = time.perf_counter()
-    pretrain.save(run)
+    state.save(run)
     blocked = time.perf_counter() - begin
     updates = []
     while meanwhile and run.saver.busy:
         updates.append(update(run))
-    pretrain.finish_saving(run)
+    state.finish_saving(run)
     complete = time.perf_counter() - begin
     return {"blocked": blocked if meanwhile else complete, "complete": complete, "updates": updates}
 
 
-def measure(recipe: Recipe, launch: engine.Launch, rounds: int) -> dict[str, Any]:
+def measure(recipe: Recipe, launch: ranks.Launch, rounds: int) -> dict[str, Any]:
     """Rounds of a synchronous and an asynchronous save, with updates between them."""
     run = pretrain.build(recipe, launch)
     Path(recipe.output_dir).mkdir(parents=True, exist_ok=True)
@@ -158,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("batch_size and rounds must be 1 or more")
     with work_folder(arguments.work) as work:
         recipe = bench_recipe(arguments, work / "saves")
-        with engine.session() as launch:
+        with ranks.session() as launch:
             result = {"bench": "checkpoint", "size": arguments.size, **measure(recipe, launch, arguments.rounds)}
         if arguments.restart:
             result["restart_seconds"] = restart(recipe, work)

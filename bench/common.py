@@ -17,10 +17,10 @@ from typing import Any
 import psutil
 import torch
 
-from fasthpm.data.beton import read_sidecar
+from fasthpm.data.ffcv.beton import read_sidecar
 from fasthpm.data.pixels import list_images
 from fasthpm.errors import UserError
-from fasthpm.versions import versions
+from fasthpm.run.versions import versions
 
 QUALITY = 90
 SETS = {  # how each prepared set is stored

@@ -15,7 +15,7 @@ from typing import Any
 from bench.common import add_run_arguments, machine, ratios, say, show, spread, table, write_json
 from bench.training import READ, train
 from fasthpm.cli import Parser, run_command
-from fasthpm.data.loader import read_info
+from fasthpm.data.build import read_info
 from fasthpm.errors import UserError
 
 METHODS: dict[str, tuple[str, ...]] = {

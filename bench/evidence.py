@@ -30,12 +30,13 @@ from torch import Tensor
 
 from bench import evidence_finetune
 from bench.common import machine, say, table, write_json
-from fasthpm.checkpoint import file_hash, load_weights
+from fasthpm.checkpoint.weights import load_weights
 from fasthpm.cli import Parser, run_command
 from fasthpm.data import build_loader
 from fasthpm.errors import UserError
+from fasthpm.files import file_hash
+from fasthpm.patches import NormalizedPatches
 from fasthpm.probes import knn
-from fasthpm.step import Step
 
 METHODS: dict[str, dict[str, Any]] = {
     "mae": {"model": "mae_vit_nano_patch4_28", "mask_policy": "random", "predict_loss": "none"},
@@ -178,11 +179,11 @@ def encode(
         train=False,
         num_workers=1,
     )
-    step = Step(model, recipe, loader.info)
+    patches_of = NormalizedPatches(recipe, loader.info)
     means, tokens, labels, seen = [], [], [], 0
     try:
         for batch in loader:
-            encoded = model.encode(step.normalized_patches(batch.images.to(device))).float()
+            encoded = model.encode(patches_of(batch.images.to(device))).float()
             tokens.append(encoded[:, 0])
             means.append(encoded[:, 1:].mean(dim=1))
             labels.append(batch.labels.to(device))

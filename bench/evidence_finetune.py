@@ -14,7 +14,7 @@ from data_prep.encode import WriteOptions
 from data_prep.fashion_mnist import Arrays
 from data_prep.writer import write_beton
 from fasthpm.data import build_loader
-from fasthpm.data.beton import read_sidecar
+from fasthpm.data.ffcv.beton import read_sidecar
 from fasthpm.errors import UserError
 
 BATCH, LR = 64, 2e-3  # [ours] a short schedule needs larger steps than the preset's

@@ -25,12 +25,12 @@ from torch import Tensor
 
 from bench.common import machine, say, table, write_json
 from bench.evidence import check_complete, folder_of, last_metrics, linear_accuracy, start, summarise, write_both
-from fasthpm.checkpoint import load_weights
+from fasthpm.checkpoint.weights import load_weights
 from fasthpm.cli import Parser, run_command
 from fasthpm.data import build_loader
 from fasthpm.errors import UserError
+from fasthpm.patches import NormalizedPatches
 from fasthpm.probes import knn
-from fasthpm.step import Step
 
 METHODS: dict[str, dict[str, Any]] = {
     "videomae": {"model": "videomae_vit_nano_patch8_32", "mask_policy": "tube", "predict_loss": "none"},
@@ -122,11 +122,11 @@ def encode(path: Path, out: Path, weights: str) -> tuple[Tensor, Tensor]:
         num_frames=recipe.num_frames,
         sampling_rate=recipe.sampling_rate,
     )
-    step = Step(model, recipe, loader.info)
+    patches_of = NormalizedPatches(recipe, loader.info)
     rows, labels = [], []
     try:
         for batch in loader:
-            rows.append(model.encode(step.normalized_patches(batch.images.to(device))).float().mean(dim=1))
+            rows.append(model.encode(patches_of(batch.images.to(device))).float().mean(dim=1))
             labels.append(batch.labels.to(device))
     finally:
         loader.close()

@@ -35,7 +35,7 @@ from bench.variants import Spec, Taken, Variant, has_interpolation, started
 from bench.waiting import RECIPE, data_waits, first_batches, seeding_microseconds
 from fasthpm import recipes
 from fasthpm.cli import Parser, run_command
-from fasthpm.data.prefetch import count_workers
+from fasthpm.data.options import count_workers
 from fasthpm.errors import UserError
 
 BASELINE = "torchvision, MAE's transforms"

@@ -22,8 +22,8 @@ from torch import Tensor
 from bench.common import add_device_arguments, table, use_device, write_json
 from fasthpm import loss
 from fasthpm.cli import Parser, run_command
-from fasthpm.metrics import wait_for
-from fasthpm.versions import versions
+from fasthpm.run.metrics import wait_for
+from fasthpm.run.versions import versions
 
 FORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"plain": loss.ranking_loss_plain, "blocks": loss.ranking_loss}
 CASES = ((256, 147), (32, 1411))  # images and clips: batch, masked patches

@@ -21,8 +21,8 @@ from torch import Tensor
 from bench.common import add_device_arguments, table, use_device, write_json
 from fasthpm import mask as masks
 from fasthpm.cli import Parser, run_command
-from fasthpm.metrics import wait_for
-from fasthpm.versions import versions
+from fasthpm.run.metrics import wait_for
+from fasthpm.run.versions import versions
 
 REPEATS = 5  # calls in a row per round and variant
 ALPHA = 0.25  # halfway through a run

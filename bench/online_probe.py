@@ -20,23 +20,22 @@ from typing import Any
 import torch
 
 from bench.common import machine, table, write_json
-from fasthpm import engine, pretrain, recipes
+from fasthpm import pretrain, ranks, recipes
 from fasthpm.cli import Parser, run_command
 from fasthpm.errors import UserError
-from fasthpm.metrics import wait_for
 from fasthpm.recipe import Recipe
-from fasthpm.versions import versions
+from fasthpm.run.metrics import wait_for
+from fasthpm.run.versions import versions
 
 RECIPES = {"nano": "hpm_demo", "base": "hpm_vit_base_in1k_200e", "large": "hpm_vit_large_in1k_200e"}
 EVERY = (10, 20, 50, 100)
 BOUND = 0.03  # of the step
 
 
-def measure(recipe: Recipe, launch: engine.Launch, rounds: int) -> dict[str, Any]:
+def measure(recipe: Recipe, launch: ranks.Launch, rounds: int) -> dict[str, Any]:
     """Seconds of every round's update and probing step, and what follows from their medians."""
     run = pretrain.build(recipe, launch)
-    online = run.online
-    assert online is not None
+    (online,) = run.observers
     batch = next(run.batches)
     alpha = torch.full((), 0.25, dtype=torch.float64, device=launch.device)
     number = torch.full((), 0, device=launch.device)
@@ -114,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     if arguments.batch_size < 1 or arguments.rounds < 1:
         raise UserError("batch_size and rounds must be 1 or more")
-    with engine.session() as launch, tempfile.TemporaryDirectory(prefix="fasthpm-bench-") as folder:
+    with ranks.session() as launch, tempfile.TemporaryDirectory(prefix="fasthpm-bench-") as folder:
         found = measure(recipe_of(arguments, folder), launch, arguments.rounds)
         result = {
             "bench": "online_probe",

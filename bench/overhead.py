@@ -15,13 +15,14 @@ from torch import Tensor
 
 from fasthpm import pretrain
 from fasthpm.data import Batch
-from fasthpm.engine import Launch
-from fasthpm.metrics import Metrics, wait_for
+from fasthpm.ranks.launch import Launch
+from fasthpm.ranks.signals import StopSignals
+from fasthpm.ranks.watchdog import Watchdog
 from fasthpm.recipe import Recipe
-from fasthpm.signals import StopSignals
+from fasthpm.run import state
+from fasthpm.run.metrics import Metrics, wait_for
 from fasthpm.step import Step
 from fasthpm.teacher import EMATeacher
-from fasthpm.watchdog import Watchdog
 
 
 class TimedEngine:
@@ -68,7 +69,7 @@ def loop_share(
     timed = TimedEngine(engine, launch.device)
     with tempfile.TemporaryDirectory(prefix="fasthpm-bench-") as folder:
         recipe = dataclasses.replace(recipe, log_every=1, panel_every=0, save_every=10**9, output_dir=folder)
-        run = pretrain.Run(recipe, launch, _nothing(), timed, step, teacher, _nothing(), _nothing())
+        run = state.Run(recipe, launch, _nothing(), timed, step, teacher, _nothing(), _nothing())
         run.batches = itertools.repeat(_batch(images))
         run.bad_samples = _nothing()
         metrics = Metrics(

@@ -9,7 +9,7 @@ from PIL import Image
 
 from bench.variants import SIDE, Spec, has_interpolation, our_loader
 from fasthpm.data import Batch
-from fasthpm.data.beton import RAW, open_beton
+from fasthpm.data.ffcv.beton import RAW, open_beton
 from fasthpm.data.sampling import Array
 
 Resize = Callable[[Array], Array]  # uint8 [h, w, 3] -> uint8 [SIDE, SIDE, 3]

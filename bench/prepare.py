@@ -35,8 +35,8 @@ from bench.common import (
     write_json,
 )
 from fasthpm.cli import Parser, run_command
-from fasthpm.data.beton import ALLOCATION, HEADER
-from fasthpm.data.prefetch import count_workers
+from fasthpm.data.ffcv.beton import ALLOCATION, HEADER
+from fasthpm.data.options import count_workers
 from fasthpm.errors import UserError
 
 START_SHARE = 10  # the small part of the photographs

@@ -2,9 +2,9 @@
 
     python -m bench.roofline [--tflops 790] [--bandwidth 4.3] [--results bench/results/step.json] [-o roofline.json]
 
-FLOPs follow `fasthpm.flops`. "ideal": FLOPs at the rate of large matrix products; "realistic": those at 80 % of it, and
-besides it 38 bytes of memory traffic per token, channel, block and pass (norms, residuals, GELU, softmax in fused
-kernels) at 80 % of the bandwidth. The defaults are a model of one H200; put in what `bench.step` measures.
+FLOPs follow `fasthpm.speed.flops`. "ideal": FLOPs at the rate of large matrix products; "realistic": those at 80 % of
+it, and besides it 38 bytes of memory traffic per token, channel, block and pass (norms, residuals, GELU, softmax in
+fused kernels) at 80 % of the bandwidth. The defaults are a model of one H200; put in what `bench.step` measures.
 With --results, measured steps stand beside the model's of the machine that they were taken on.
 """
 
@@ -18,8 +18,8 @@ from typing import Any
 from bench.common import table, write_json
 from fasthpm.cli import Parser, run_command
 from fasthpm.errors import UserError
-from fasthpm.flops import blocks_flops, cross_flops, last_block_saving
-from fasthpm.recipes import FAST_REFRESH_EPOCHS
+from fasthpm.recipes.images import FAST_REFRESH_EPOCHS
+from fasthpm.speed.flops import blocks_flops, cross_flops, last_block_saving
 
 TRAFFIC = 38.0  # bytes per token, channel, block and pass
 REACHED = 0.8  # share of matmul rate and of bandwidth, "realistic"
@@ -80,7 +80,7 @@ def decoder(shape: Shape, outputs: int, cross: bool, seen: int, asked: int) -> f
 
 
 def work(shape: Shape, method: str, refresh: int = FAST_REFRESH_EPOCHS) -> dict[str, float]:
-    """FLOPs per sample of a step, as `fasthpm.flops.step_flops`; `hpm_fast`: a teacher every `refresh` epochs."""
+    """FLOPs per sample of a step, as `fasthpm.speed.flops.step_flops`; `hpm_fast`: a teacher every `refresh` epochs."""
     cross, decoders = method == "hpm_fast", 2 if method == "hpm" else 1
     one = decoder(shape, shape.masked, cross, shape.seen, shape.masked)
     heads = 2 * shape.masked * shape.decoder_dim * (shape.values + (method != "mae"))

@@ -27,18 +27,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench.baselines import eager_update
 from bench.common import ratios, say, show, table, write_json
+from bench.eager import eager_update
 from bench.overhead import loop_share
-from fasthpm import engine, flops, recipes, schedule
+from fasthpm import ranks, recipes, schedule
 from fasthpm.cli import Parser, run_command
 from fasthpm.data import DatasetInfo
 from fasthpm.errors import UserError
-from fasthpm.metrics import measure_matmul_rate, memory_gib, wait_for
+from fasthpm.patches import model_of
 from fasthpm.recipe import Recipe
-from fasthpm.step import Step, model_of
+from fasthpm.run.metrics import measure_matmul_rate, memory_gib, wait_for
+from fasthpm.run.versions import versions
+from fasthpm.speed import flops
+from fasthpm.step import Step
 from fasthpm.teacher import EMATeacher
-from fasthpm.versions import versions
 
 SIZES = {
     "base": "vit_base_patch16_224",
@@ -112,7 +114,7 @@ def pixels(recipe: Recipe, device: torch.device) -> Tensor:
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).to(device)
 
 
-def build(variant: str, recipe: Recipe, launch: engine.Launch, precision: str) -> dict[str, Built]:
+def build(variant: str, recipe: Recipe, launch: ranks.Launch, precision: str) -> dict[str, Built]:
     """The variant, and for `hpm_fast` the pass that refreshes its maps."""
     images = pixels(recipe, launch.device)
     if variant.startswith("eager"):
@@ -121,8 +123,8 @@ def build(variant: str, recipe: Recipe, launch: engine.Launch, precision: str) -
         update, _ = eager_update(student, recipe, floats, alpha=ALPHA, half=precision == "bf16")
         return {variant: Built(update, gflops_of(student, recipe))}
     step = Step(model_of(recipe), recipe, INFO)
-    config = engine.merge_config(recipe.deepspeed_config, recipe, 1)
-    deepspeed_engine = engine.build_engine(step, recipe, config, launch)
+    config = ranks.merge_config(recipe.deepspeed_config, recipe, 1)
+    deepspeed_engine = ranks.build_engine(step, recipe, config, launch)
     extra: dict[str, Built] = {}
     teacher = None
     maps = torch.rand(recipe.batch_size, recipe.num_patches).to(launch.device) if recipe.teacher_maps else None
@@ -134,7 +136,7 @@ def build(variant: str, recipe: Recipe, launch: engine.Launch, precision: str) -
     ids = torch.arange(recipe.batch_size, device=launch.device)
 
     def update_ours(number: int) -> None:
-        engine.set_lr(deepspeed_engine, schedule.lr_at(recipe, number))
+        ranks.set_lr(deepspeed_engine, schedule.lr_at(recipe, number))
         alpha = torch.full((), ALPHA, dtype=torch.float64, device=launch.device)
         output = deepspeed_engine(images, ids, torch.full((), number, device=launch.device), alpha, maps)
         deepspeed_engine.backward(output.loss)
@@ -181,7 +183,7 @@ def ratios_of(seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
     return {name: ratios(seconds[a], seconds[b]) for name, a, b in RATIOS if a in seconds and b in seconds}
 
 
-def one_precision(precision: str, arguments: argparse.Namespace, launch: engine.Launch) -> dict[str, Any]:
+def one_precision(precision: str, arguments: argparse.Namespace, launch: ranks.Launch) -> dict[str, Any]:
     """All variants at one precision."""
     built: dict[str, Built] = {}
     for variant in arguments.variants:
@@ -222,7 +224,7 @@ def one_precision(precision: str, arguments: argparse.Namespace, launch: engine.
     }
 
 
-def summary(arguments: argparse.Namespace, launch: engine.Launch) -> dict[str, Any]:
+def summary(arguments: argparse.Namespace, launch: ranks.Launch) -> dict[str, Any]:
     """Everything a reader needs to judge the ratios."""
     (precision,) = arguments.precision
     found = {precision: one_precision(precision, arguments, launch)}
@@ -306,7 +308,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if len(arguments.precision) > 1:
         result = each_by_itself(sys.argv[1:] if argv is None else argv, arguments.precision)
     else:
-        with engine.session() as launch:
+        with ranks.session() as launch:
             if arguments.threads:
                 torch.set_num_threads(arguments.threads)
             result = summary(arguments, launch)

@@ -22,8 +22,8 @@ from bench.variants import Spec, Taken, started
 from data_prep import videos
 from data_prep.ffmpeg import check_tools
 from fasthpm.cli import Parser, run_command
-from fasthpm.data.prefetch import count_workers
-from fasthpm.data.video_set import open_videos
+from fasthpm.data.options import count_workers
+from fasthpm.data.video.prepared import open_videos
 from fasthpm.errors import UserError
 
 BASELINE = "decord, as VideoMAE reads"

@@ -27,8 +27,9 @@ from bench.step import INFO
 from fasthpm import recipes
 from fasthpm.cli import Parser, run_command
 from fasthpm.errors import UserError
+from fasthpm.patches import model_of
 from fasthpm.recipe import Recipe
-from fasthpm.step import Step, model_of
+from fasthpm.step import Step
 
 ALPHA = 0.25
 

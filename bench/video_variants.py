@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from bench.variants import MEAN, SIDE, STD, Spec, epoch
 from fasthpm.data import build_loader
-from fasthpm.data.clip_sampling import multi_scale_crops
+from fasthpm.data.video.sampling import multi_scale_crops
 
 NUM_FRAMES, RATE = 16, 4
 

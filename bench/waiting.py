@@ -15,7 +15,7 @@ from bench.common import spread
 from bench.variants import Spec, our_loader
 from fasthpm import recipes
 from fasthpm.data import Loader, read_info
-from fasthpm.data.prefetch import AHEAD
+from fasthpm.data.base import AHEAD
 from fasthpm.data.sampling import random_crops, sample_order
 
 RECIPE = "hpm_vit_base_in1k_200e"
@@ -76,8 +76,8 @@ def seeding_microseconds(batch_size: int) -> float:
 # -------------------------------------------------------------------------------------------------- at a GPU's pace
 def gflops_per_image() -> float:
     """Of a whole step of `RECIPE`."""
-    from fasthpm.flops import step_flops
-    from fasthpm.step import model_of
+    from fasthpm.patches import model_of
+    from fasthpm.speed.flops import step_flops
 
     recipe = recipes.from_name(RECIPE)
     with torch.device("meta"):

@@ -20,7 +20,7 @@ from typing import Any
 from data_prep.partial import sync_path
 from data_prep.sets import HASH_BLOCK, byte_bar, files_path, hash_file, members, read_index, rejected_path
 from fasthpm.cli import Parser, run_command
-from fasthpm.data.beton import read_sidecar, sidecar_path
+from fasthpm.data.ffcv.beton import read_sidecar, sidecar_path
 from fasthpm.errors import UserError
 
 RESERVE = 1 << 20  # bytes that should stay free

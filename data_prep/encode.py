@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from data_prep import jpeg
-from fasthpm.data.beton import JPEG, RAW
+from fasthpm.data.ffcv.beton import JPEG, RAW
 from fasthpm.data.pixels import is_grey, to_rgb
 from fasthpm.data.sampling import Array
 from fasthpm.errors import UserError

@@ -43,7 +43,7 @@ from data_prep.sets import rejected_path, validation_path
 from data_prep.sources import Source, open_source
 from data_prep.writer import check_output, plan_outputs, prepare, stored_order
 from fasthpm.cli import Parser, run_command
-from fasthpm.data.beton import sidecar_path
+from fasthpm.data.ffcv.beton import sidecar_path
 from fasthpm.data.sampling import Array, sample_order
 from fasthpm.errors import UserError
 

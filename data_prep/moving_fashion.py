@@ -21,7 +21,7 @@ from data_prep.partial import sync_path
 from data_prep.sets import progress_bar, read_json
 from fasthpm.cli import Parser, run_command
 from fasthpm.data.sampling import Array, key_of, uniforms
-from fasthpm.data.video_set import INFO
+from fasthpm.data.video.prepared import INFO
 from fasthpm.errors import UserError
 
 FPS = 16

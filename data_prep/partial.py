@@ -28,7 +28,7 @@ import numpy as np
 
 from data_prep.encode import Stored
 from data_prep.sets import read_json
-from fasthpm.data.beton import ALLOCATION, DESCRIPTOR, FIELDS, HEADER, IMAGE, ROW, VERSION
+from fasthpm.data.ffcv.beton import ALLOCATION, DESCRIPTOR, FIELDS, HEADER, IMAGE, ROW, VERSION
 from fasthpm.data.sampling import Array
 from fasthpm.errors import UserError
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from fasthpm.data.beton import AGAIN, sidecar_path
+from fasthpm.data.ffcv.beton import AGAIN, sidecar_path
 from fasthpm.errors import UserError
 
 SHARDED = "ffcv-shards"  # the "format" of an index

@@ -18,8 +18,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from data_prep.sets import progress_bar
+from fasthpm.data.options import count_workers
 from fasthpm.data.pixels import EXTENSIONS, MAX_LABEL, ImageList, list_images
-from fasthpm.data.prefetch import count_workers
 from fasthpm.data.sampling import Array
 from fasthpm.errors import UserError, nearest
 

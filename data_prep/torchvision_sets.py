@@ -23,7 +23,7 @@ from data_prep.fashion_mnist import Arrays
 from data_prep.images import summary
 from data_prep.writer import write_beton
 from fasthpm.cli import Parser, run_command
-from fasthpm.data.beton import open_beton
+from fasthpm.data.ffcv.beton import open_beton
 from fasthpm.data.sampling import Array
 from fasthpm.errors import UserError
 

@@ -18,10 +18,10 @@ from data_prep.sets import byte_bar, files_path, hash_file, members, progress_ba
 from data_prep.verify_pixels import decode_jpeg
 from data_prep.video_verify import verify_videos
 from fasthpm.cli import Parser, run_command
-from fasthpm.data.beton import AGAIN, JPEG, Beton, open_beton, sidecar_path
-from fasthpm.data.loader import is_video_set
-from fasthpm.data.prefetch import count_workers
+from fasthpm.data.ffcv.beton import AGAIN, JPEG, Beton, open_beton, sidecar_path
+from fasthpm.data.options import count_workers
 from fasthpm.data.sampling import Array
+from fasthpm.data.sources import is_video_set
 from fasthpm.errors import UserError
 
 CHUNK = 64

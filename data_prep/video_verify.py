@@ -7,8 +7,8 @@ import numpy as np
 
 from data_prep.sets import byte_bar, hash_file, progress_bar, read_csv
 from data_prep.verify_pixels import decode_jpeg
-from fasthpm.data.prefetch import count_workers
-from fasthpm.data.video_set import AGAIN, INFO, MANIFEST, MANIFEST_FILE, VideoSet, copied_file, open_videos
+from fasthpm.data.options import count_workers
+from fasthpm.data.video.prepared import AGAIN, INFO, MANIFEST, MANIFEST_FILE, VideoSet, copied_file, open_videos
 from fasthpm.errors import UserError
 
 

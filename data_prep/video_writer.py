@@ -1,4 +1,4 @@
-"""`prepare`: videos into a prepared set of JPEG frames (`fasthpm.data.video_set`), resumable, in bounded memory.
+"""`prepare`: videos into a prepared set of JPEG frames (`fasthpm.data.video.prepared`), resumable, in bounded memory.
 
 As with images (`writer.py`), processes read and encode, this one appends what comes back in order to an unfinished file
 and a journal beside the output. The bytes depend on the videos, the options and ffmpeg's version, not on the number of
@@ -25,28 +25,23 @@ import numpy as np
 from data_prep.encode import Stored, WriteOptions, encode
 from data_prep.ffmpeg import Stream, check_tools, encode_h264, fits_nvdec, frames, probe, stored_size
 from data_prep.partial import Chunk, Job, PartFile, locked, sync_path
+from data_prep.pool import AHEAD, asked_to_stop, become_worker, fork, in_order, reason_of
 from data_prep.sets import hash_file, progress_bar, read_json, write_csv
 from data_prep.sources import Files
 from data_prep.writer import (
-    AHEAD,
-    asked_to_stop,
-    become_worker,
     count_allowed,
-    fork,
-    in_order,
     package_versions,
     readable_write_errors,
-    reason_of,
     statistics,
     stored_order,
     write_json,
 )
 from fasthpm import __version__
-from fasthpm.data import video_set
-from fasthpm.data.loader import is_video_set
-from fasthpm.data.prefetch import count_workers
+from fasthpm.data.options import count_workers
 from fasthpm.data.sampling import Array
-from fasthpm.data.video_set import FORMAT, LAYOUT, MANIFEST, VIDEO
+from fasthpm.data.sources import is_video_set
+from fasthpm.data.video import prepared
+from fasthpm.data.video.prepared import FORMAT, LAYOUT, MANIFEST, VIDEO
 from fasthpm.errors import UserError
 
 FEWEST_FRAMES = 2
@@ -227,10 +222,10 @@ def prepare(
     _check_output(out)
     task = _Task(source, out, options, _describe(source, options, version))
     with readable_write_errors(out), locked(task.folder) as lock:
-        job = Job(task.folder, [FramePack(task.folder / out.name / video_set.FRAMES, len(source))])
+        job = Job(task.folder, [FramePack(task.folder / out.name / prepared.FRAMES, len(source))])
         try:
             if not job.is_complete(task.description):
-                if read_json(out / video_set.INFO).get("job") == task.job_id and not overwrite:
+                if read_json(out / prepared.INFO).get("job") == task.job_id and not overwrite:
                     job.discard()
                     return None
                 _refuse_existing(out, overwrite)
@@ -240,7 +235,7 @@ def prepare(
             if not job.has_progress():
                 job.discard()
             job.close()
-    return read_json(out / video_set.INFO)
+    return read_json(out / prepared.INFO)
 
 
 def _describe(source: Files, options: VideoOptions, ffmpeg: str) -> dict[str, Any]:
@@ -350,16 +345,16 @@ def _finish(task: _Task, job: Job) -> None:
     records, folder = pack.finish(), pack.path.parent
     table = _video_table(records, job.facts)
     ends = (records["image"]["data_ptr"] + records["size"]).astype(np.uint64)
-    np.save(folder / video_set.POSITIONS, np.concatenate([np.zeros(1, np.uint64), ends]))
-    np.save(folder / video_set.VIDEOS, table)
-    write_csv(folder / video_set.MANIFEST_FILE, MANIFEST, _manifest(task, table, job.facts))
+    np.save(folder / prepared.POSITIONS, np.concatenate([np.zeros(1, np.uint64), ends]))
+    np.save(folder / prepared.VIDEOS, table)
+    write_csv(folder / prepared.MANIFEST_FILE, MANIFEST, _manifest(task, table, job.facts))
     if job.rejected:
         _write_rejected(task, job, folder / "rejected.csv")
-    names = (video_set.FRAMES, video_set.POSITIONS, video_set.VIDEOS, video_set.MANIFEST_FILE)
+    names = (prepared.FRAMES, prepared.POSITIONS, prepared.VIDEOS, prepared.MANIFEST_FILE)
     hashes = {name: hash_file(folder / name) for name in names}
     for name in names:
         sync_path(folder / name)
-    write_json(folder / video_set.INFO, _info(task, job, table, records) | {"sha256": hashes})
+    write_json(folder / prepared.INFO, _info(task, job, table, records) | {"sha256": hashes})
     sync_path(folder)
     sync_path(job.folder)
     job.plan_publishing([task.out.name], [])

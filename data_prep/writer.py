@@ -6,21 +6,15 @@ of processes or on kills. Sets appear under their names when all is complete, si
 """
 
 import contextlib
-import ctypes
 import errno
 import hashlib
 import importlib.metadata
-import itertools
 import json
-import multiprocessing
 import os
-import signal
 import sys
-import threading
 import time
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
@@ -32,6 +26,7 @@ from PIL import Image
 
 from data_prep.encode import Stored, WriteOptions, encode
 from data_prep.partial import Chunk, Job, PartFile, Totals, locked, sync_path
+from data_prep.pool import AHEAD, asked_to_stop, become_worker, fork, in_order, reason_of
 from data_prep.sets import (
     SHARDED,
     byte_bar,
@@ -47,18 +42,15 @@ from data_prep.sets import (
 )
 from data_prep.sources import Samples
 from fasthpm import __version__
-from fasthpm.data.beton import sidecar_path
-from fasthpm.data.prefetch import count_workers
+from fasthpm.data.ffcv.beton import sidecar_path
+from fasthpm.data.options import count_workers
 from fasthpm.data.sampling import Array, key_of, sample_order, uniforms
 from fasthpm.errors import UserError
 
 CHUNK, SMALL_CHUNK, LARGE_SIDE = 32, 4, 1024  # samples handed to a process at a time; fewer where they may be large
-AHEAD = 3  # chunks per process that are under way or wait for their turn
 LAYOUT = 1  # raised when the same options give other bytes
 GROUPS, DRAWS = 1 << 32, (1 << 32) + 1  # "epochs" of the hash that no training epoch uses
 LONGEST_NAME = 255
-PR_SET_PDEATHSIG = 1
-fork = multiprocessing.get_context("fork")
 
 
 @dataclass(frozen=True)
@@ -364,48 +356,6 @@ def _explain(error: BaseException, done: int, total: int) -> None:
         ) from error
 
 
-def in_order(
-    pool: ProcessPoolExecutor, work: Callable[[Array], Chunk], items: Iterable[Array], window: int
-) -> Iterator[Chunk]:
-    """Results of `work` in order, with at most `window` of them under way or waiting."""
-    waiting: deque[Any] = deque()
-    items = iter(items)
-    for item in itertools.islice(items, window):
-        waiting.append(pool.submit(work, item))
-    while waiting:
-        chunk = waiting.popleft().result()
-        for item in itertools.islice(items, 1):
-            waiting.append(pool.submit(work, item))
-        yield chunk
-
-
-@contextlib.contextmanager
-def asked_to_stop() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C and SIGTERM only ask to stop after the current chunk; a second one stops at once."""
-    asked: list[int] = []
-
-    owner = os.getpid()
-
-    def ask(number: int, frame: Any) -> None:
-        if os.getpid() != owner:  # a worker that has not come to `_enter_worker` yet
-            if number == signal.SIGTERM:
-                os._exit(1)
-            return
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-
-
 _source: Any = None
 _options = WriteOptions()
 
@@ -420,14 +370,6 @@ def _enter_worker(source: Samples, options: WriteOptions, lock: int) -> None:
     cv2.setNumThreads(0)
     Image.MAX_IMAGE_PIXELS = None  # ours takes its place: PIL only warns until twice the limit
     warnings.simplefilter("ignore")  # PIL's remarks on odd but readable files
-
-
-def become_worker(lock: int) -> None:
-    """Die with the parent, leave Ctrl-C to it, and let go of its lock."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    os.close(lock)  # else it would stay locked for a moment after the parent has been killed
 
 
 def _encode_chunk(indices: Array) -> Chunk:
@@ -448,11 +390,6 @@ def _encode_chunk(indices: Array) -> Chunk:
             rejected.append((index, reason_of(error)))
     columns = np.array([row[:2] for row in accepted], np.int64).reshape(-1, 2)
     return Chunk(columns[:, 0], columns[:, 1], [row[2] for row in accepted], rejected)
-
-
-def reason_of(error: Exception) -> str:
-    text = (error.strerror if isinstance(error, OSError) else None) or str(error)
-    return f"{type(error).__name__}: {' '.join(text.split())}"
 
 
 # ------------------------------------------------------------------------------------------------------- the end

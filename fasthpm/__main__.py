@@ -12,13 +12,13 @@ COMMANDS = {
     "knn": ("fasthpm.probes.knn", "k-NN accuracy of a run's encoder"),
     "linear": ("fasthpm.probes.linear", "linear probe of a run's encoder"),
     "finetune": ("fasthpm.probes.finetune", "fine-tune a run's encoder on labelled images"),
-    "import": ("fasthpm.importer", "make a run of an HPM, MAE or AMT checkpoint"),
-    "export": ("fasthpm.export", "write a run's weights for timm, torchvision or Hugging Face"),
-    "visualize": ("fasthpm.visualize", "pictures: image, reconstruction, true and predicted loss, mask"),
-    "maps": ("fasthpm.map_images", "difficulty maps of any images, and the images ranked by them"),
-    "recipes": ("fasthpm.recipe_list", "list the recipes, show one, compare two"),
-    "report": ("fasthpm.report", "report.md and curves of a run"),
-    "doctor": ("fasthpm.doctor", "what this machine is, what is installed, and what bounds training"),
+    "import": ("fasthpm.exchange.importing", "make a run of an HPM, MAE or AMT checkpoint"),
+    "export": ("fasthpm.exchange.exporting", "write a run's weights for timm, torchvision or Hugging Face"),
+    "visualize": ("fasthpm.pictures.panels", "pictures: image, reconstruction, true and predicted loss, mask"),
+    "maps": ("fasthpm.pictures.map_images", "difficulty maps of any images, and the images ranked by them"),
+    "recipes": ("fasthpm.recipes.listing", "list the recipes, show one, compare two"),
+    "report": ("fasthpm.pictures.report", "report.md and curves of a run"),
+    "doctor": ("fasthpm.commands.doctor", "what this machine is, what is installed, and what bounds training"),
 }
 
 

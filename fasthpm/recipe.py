@@ -5,18 +5,17 @@ A field, its type, its default and its help sit together; there is no second con
 dtype, buckets). `recipes.py` holds one short function per published run.
 """
 
-import argparse
 import dataclasses
 import json
-import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fasthpm.data.clip_sampling import DECODERS
 from fasthpm.data.sampling import INTERPOLATIONS, SAMPLE_ORDERS
+from fasthpm.data.video.sampling import DECODERS
 from fasthpm.errors import UserError, nearest
 from fasthpm.mask import BY_DIFFICULTY, MAP_CROPS, POLICIES, MaskPlan
+from fasthpm.options import option
 
 PREDICT_LOSSES = ("relative", "absolute", "none")
 PIXEL_LOSSES = ("mse", "l1")
@@ -27,11 +26,6 @@ TARGETS = ("pixels", "ema", "dino", "clip")
 FROZEN_DIMS = {"dino": 768, "clip": 512}  # the published ViT-B/16s; CLIP's patches after its projection
 ALPHA_SCHEDULES = ("released", "paper", "step")
 ON_NONFINITE = ("halt", "skip", "rollback")
-
-
-def option(default: Any, help: str, *, choices: tuple[str, ...] | None = None, run_only: bool = False) -> Any:
-    """A recipe field. `run_only` fields say where and how a run happens and may change when it is resumed."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "run_only": run_only})
 
 
 @dataclass(frozen=True)
@@ -574,18 +568,3 @@ def build_recipe(values: dict[str, Any], *, source: str) -> Recipe:
 def science_of(recipe: Recipe) -> dict[str, Any]:
     """The fields that decide what is learnt: two runs that agree on them are the same run."""
     return {f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe) if not f.metadata["run_only"]}
-
-
-def add_recipe_arguments(parser: argparse.ArgumentParser, kind: Any = Recipe) -> None:
-    """One flag per field of the dataclass `kind`, without defaults: what is not given comes from the recipe."""
-    for field in dataclasses.fields(kind):
-        if field.name == "recipe":
-            continue
-        choices = field.metadata["choices"]
-        help_text = field.metadata["help"] + (f": {', '.join(choices)}" if choices else "")
-        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": f"{help_text} (base: {field.default})"}
-        if field.type is bool:
-            parser.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction, **options)
-        else:
-            of = typing.cast(type, field.type)
-            parser.add_argument(f"--{field.name}", type=of, metavar=of.__name__.upper(), **options)

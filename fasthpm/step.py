@@ -10,14 +10,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fasthpm import fp8
 from fasthpm import loss as losses
-from fasthpm.clock import Stopwatch
-from fasthpm.compiled import Compiled
 from fasthpm.data import DatasetInfo
 from fasthpm.mask import MaskPlan, draw_sets, sample_noise, split_ids
-from fasthpm.model import HPMViT, Output, create_model, width_of
+from fasthpm.model import HPMViT, Output
+from fasthpm.patches import NormalizedPatches
 from fasthpm.recipe import Recipe
+from fasthpm.speed import fp8
+from fasthpm.speed.clock import Stopwatch
+from fasthpm.speed.compiled import Compiled
 from fasthpm.targets import FrozenTeacher
 
 METRICS = ("loss", "reconstruction_loss", "difficulty_loss", "spearman", "pair_accuracy", "teacher_spearman")
@@ -48,8 +49,7 @@ class Step(nn.Module):
         self.recipe = recipe
         self.mask_plan, self.warmup_plan = recipe.mask_plan, recipe.warmup_plan
         self.stopwatch = Stopwatch()
-        # Plain attributes, not buffers: DeepSpeed would round buffers to bfloat16.
-        self.mean, self.std = pixel_statistics(info, recipe)
+        self.normalized_patches = NormalizedPatches(recipe, info)
         self._teacher: list[HPMViT] = []
         self._frozen: list[FrozenTeacher] = []
         self._parts: tuple[Callable[..., Lesson], Callable[..., StepOutput]] = (self.teach, self._learn)
@@ -85,7 +85,7 @@ class Step(nn.Module):
         - `weights`: float32 [B, L], of the samples' maps (attention, or the teacher's difficulty) for the policies that
           keep some; None: masks are random, as before the first maps
         """
-        self.mean, self.std = self.mean.to(images.device), self.std.to(images.device)
+        self.normalized_patches.move(images.device)
         teach, learn = self._parts
         scores = torch.zeros(len(images), self.recipe.num_patches, device=images.device) if weights is None else weights
         features = None
@@ -169,16 +169,6 @@ class Step(nn.Module):
             except Exception as error:
                 learn.give_up(error)
 
-    def normalized_patches(self, images: Tensor) -> Tensor:
-        """uint8 [B, (T,) H, W, C] -> float32 [B, L, t*P*P*C], zero mean and unit variance over the data set."""
-        mean, std = self.mean.to(images.device), self.std.to(images.device)
-        batch, (height, width, channels) = len(images), images.shape[-3:]
-        side, frames = self.recipe.patch_size, self.recipe.tubelet_size
-        slots, rows, columns = self.recipe.slots, height // side, width // side
-        cut = images.reshape(batch, slots, frames, rows, side, columns, side, channels)
-        scaled = (cut.permute(0, 1, 3, 5, 2, 4, 6, 7).float() - mean) / std
-        return scaled.reshape(batch, slots * rows * columns, frames * side * side * channels)
-
     @torch.no_grad()
     def _metrics(self, output: Output, mask: Tensor, difficulty: Tensor) -> Tensor:
         """Losses and predictor health. The teacher predicts with every patch visible, which nothing trains directly:
@@ -194,36 +184,3 @@ class Step(nn.Module):
             losses.spearman(seen, actual),
         )
         return torch.stack([x.detach().float() for x in (*output[:3], *health)])
-
-
-def pixel_statistics(info: DatasetInfo, recipe: Recipe) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation per channel on the 0..255 scale, float32 [C] each."""
-    mean, std = torch.tensor(info.mean) * 255, torch.tensor(info.std) * 255
-    return mean[: recipe.channels], std[: recipe.channels].clamp_min(1e-3)
-
-
-def model_of(recipe: Recipe) -> HPMViT:
-    """The recipe's model in float32, with weights drawn from the recipe's seed alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
-        return create_model(
-            recipe.model,
-            img_size=recipe.image_size,
-            patch_size=recipe.patch_size,
-            in_chans=recipe.channels,
-            decoder_embed_dim=recipe.decoder_dim,
-            decoder_depth=recipe.decoder_depth,
-            decoder_num_heads=recipe.decoder_heads,
-            predictor_dim=recipe.predictor_dim,
-            predictor_depth=recipe.predictor_depth,
-            predictor=recipe.predictor,
-            decoder_attention=recipe.decoder_attention,
-            predict_loss=recipe.predict_loss,
-            absolute_standardize=recipe.absolute_standardize,
-            pixel_loss=recipe.pixel_loss,
-            norm_pix_loss=recipe.norm_pix_loss,
-            target_dim=width_of(recipe.model) if recipe.target == "ema" else recipe.frozen_dim,
-            num_frames=recipe.num_frames,
-            tubelet_size=recipe.tubelet_size,
-            activation_checkpointing=recipe.activation_checkpointing,
-        )

@@ -19,8 +19,8 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, OPE
 from timm.models import is_model_pretrained
 from torch import Tensor, nn
 
-from fasthpm.errors import UserError
-from fasthpm.foreign import about, read_file
+from fasthpm.errors import UserError, about
+from fasthpm.files import read_file
 from fasthpm.recipe import Recipe
 
 LISTED = 8  # keys that an error message spells out

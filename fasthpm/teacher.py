@@ -5,7 +5,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fasthpm.zero import Group, MasterLayout, Slot
+from fasthpm.ranks.zero import Group, MasterLayout, Slot
 
 Module = TypeVar("Module", bound=nn.Module)
 EMA = "ema"

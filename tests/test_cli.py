@@ -4,7 +4,8 @@ import subprocess
 import sys
 
 import pytest
-from launch import ROOT
+
+from tests.helpers.launch import ROOT
 
 PROGRAM = """
 import sys, threading, time

@@ -6,21 +6,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import reference
 import torch
 import torch.nn.functional as F
-from launch import run_ranks
-from test_step import ALPHA, NoSynchronisation, batch, step_of
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from fasthpm import flops, fp8, loss, recipes
-from fasthpm.compiled import Compiled
+from fasthpm import loss, recipes
 from fasthpm.errors import UserError
-from fasthpm.export_forms import HuggingFaceMAE
+from fasthpm.exchange.forms import HuggingFaceMAE
+from fasthpm.layers import CrossBlock
 from fasthpm.mask import random_mask, split_ids
-from fasthpm.model import CrossBlock, HPMViT
-from fasthpm.step import model_of
+from fasthpm.model import HPMViT
+from fasthpm.patches import model_of
+from fasthpm.speed import flops, fp8
+from fasthpm.speed.compiled import Compiled
+from tests.helpers import reference
+from tests.helpers.launch import run_ranks
+from tests.helpers.steps import ALPHA, NoSynchronisation, batch, step_of
 
 MODES: dict[str, dict[str, Any]] = {
     "shared": {"predictor": "shared"},
@@ -213,14 +215,14 @@ def test_no_sync_on_a_gpu(mode: str) -> None:
 
 def test_the_cost_is_logged_beside_mae() -> None:
     """The arithmetic of ViT-B/16: exact HPM and the shared trunk with cross attention, its teacher in every step."""
-    base = recipes.hpm_vit_base_in1k_200e()
+    base = recipes.from_name("hpm_vit_base_in1k_200e")
     assert flops.cost_over_mae(base) == pytest.approx(2.34, abs=0.01)
     fast = dataclasses.replace(base, **MODES["both"])
     assert flops.cost_over_mae(fast) == pytest.approx(1.61, abs=0.02)
     assert fast.fast_modes == ["predictor shared", "decoder_attention cross"]
     assert not base.fast_modes
-    assert flops.cost_over_mae(recipes.hpm_vit_base_in1k_200e_fast()) == pytest.approx(0.89, abs=0.01)
-    large = dataclasses.replace(recipes.hpm_vit_base_in1k_200e_fast(), model="hpm_vit_large_patch16_224")
+    assert flops.cost_over_mae(recipes.from_name("hpm_vit_base_in1k_200e_fast")) == pytest.approx(0.89, abs=0.01)
+    large = dataclasses.replace(recipes.from_name("hpm_vit_base_in1k_200e_fast"), model="hpm_vit_large_patch16_224")
     assert flops.cost_over_mae(large) == pytest.approx(1.02, abs=0.01)
 
 
@@ -256,7 +258,7 @@ def test_eight_bits_are_refused_on_older_gpus_and_in_integers(monkeypatch: pytes
             with pytest.raises(UserError, match=r"this device \(an A100, compute capability 8\.0\) has no 8-bit"):
                 fp8.require_fp8(torch.device("cuda"))
     with pytest.raises(UserError, match="int8"):
-        dataclasses.replace(recipes.hpm_vit_base_in1k_200e(), teacher_precision="int8")
+        dataclasses.replace(recipes.from_name("hpm_vit_base_in1k_200e"), teacher_precision="int8")
 
 
 # ------------------------------------------------------------------------------------------------------ compiled
@@ -321,7 +323,7 @@ def test_wrong_input_is_not_the_compilers_fault() -> None:
 )
 def test_impossible_fast_modes_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as caught:
-        dataclasses.replace(recipes.hpm_vit_base_in1k_200e(), **changes)
+        dataclasses.replace(recipes.from_name("hpm_vit_base_in1k_200e"), **changes)
     assert message in str(caught.value)
 
 

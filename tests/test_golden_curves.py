@@ -19,9 +19,10 @@ from torch import Tensor
 
 from fasthpm import recipes, schedule
 from fasthpm.data import build_loader
-from fasthpm.engine import parameter_groups
 from fasthpm.model import Output
-from fasthpm.step import Step, model_of
+from fasthpm.patches import model_of
+from fasthpm.ranks.engine import parameter_groups
+from fasthpm.step import Step
 
 FILE = Path(__file__).parent / "golden" / "curves.json"
 GRADIENTS = FILE.with_name("gradients.json")

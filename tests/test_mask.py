@@ -7,7 +7,6 @@ from itertools import combinations, permutations
 from pathlib import Path
 
 import pytest
-import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,6 +15,8 @@ from torch import Tensor
 
 from fasthpm import mask as masks
 from fasthpm.errors import UserError
+from tests.helpers import reference
+from tests.helpers.masks import coarse_noise, rows_of
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -157,16 +158,6 @@ def test_groups_must_divide() -> None:
 grids = st.tuples(st.integers(1, 7), st.integers(1, 7))
 seeds = st.integers(0, 2**31)
 ratios = st.floats(0.05, 0.95)
-
-
-def coarse_noise(seed: int, *shape: int) -> Tensor:
-    """Uniform in steps of 1/512, so that equal numbers are common and no key of a fast twin is rounded."""
-    return torch.randint(0, 512, shape, generator=torch.Generator().manual_seed(seed)).float() / 512
-
-
-def rows_of(mask: Tensor) -> list[set[int]]:
-    """The set of masked patches of every sample."""
-    return [set(row.nonzero().flatten().tolist()) for row in mask]
 
 
 @settings(max_examples=60, deadline=None)

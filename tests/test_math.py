@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from fasthpm import loss, schedule
 from fasthpm.recipe import Recipe
+from tests.helpers import reference
 
 shapes = st.tuples(st.integers(1, 3), st.integers(1, 7))
 seeds = st.integers(0, 2**31)

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import reference
 import timm
 import torch
 from hypothesis import given, settings
@@ -14,13 +13,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import fasthpm
-from fasthpm import flops, loss
+from fasthpm import loss
 from fasthpm import mask as masks
 from fasthpm.checkpoint import load_reference
 from fasthpm.errors import UserError
-from fasthpm.model import HPMViT, attend, attend_plain, model_names, sincos_positions
+from fasthpm.layers import attend, attend_plain, sincos_positions
+from fasthpm.model import HPMViT, model_names
+from fasthpm.patches import model_of
 from fasthpm.recipe import Recipe
-from fasthpm.step import model_of
+from fasthpm.speed import flops
+from tests.helpers import reference
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = {case["name"]: case for case in json.loads((GOLDEN / "manifest.json").read_text())["cases"]}
@@ -402,7 +404,7 @@ def test_mae_weights_leave_the_loss_predictor_alone() -> None:
 )
 def test_flop_formula_counts_what_runs(method: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """The formula against torch's own counter over one whole step, within 1 %."""
-    monkeypatch.setattr("fasthpm.model.attend", attend_plain)  # torch does not count its fused CPU kernel
+    monkeypatch.setattr("fasthpm.layers.attend", attend_plain)  # torch does not count its fused CPU kernel
     from torch.utils.flop_counter import FlopCounterMode
 
     sizes = {"patch_size": 4, "channels": 1, "decoder_dim": 64, "decoder_depth": 2, "decoder_heads": 4}

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import ROOT, check_ranks, ranks_of, run_ranks, running_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fasthpm.checkpoint import damage, load_weights, newest_valid
-from fasthpm.maps import MapStore
-from fasthpm.report import read_metrics
+from fasthpm.checkpoint.folder import damage, newest_valid
+from fasthpm.checkpoint.weights import load_weights
+from fasthpm.maps.store import MapStore
+from fasthpm.run.records import read_metrics
+from tests.helpers.launch import ROOT, check_ranks, ranks_of, run_ranks, running_ranks
 
 PRESETS = sorted(path.stem for path in (ROOT / "ds_configs").glob("*.json"))
 SHORT = ("--recipe", "debug", "--data_path", "synthetic:64", "--epochs", 1, "--warmup_epochs", 0)

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
-from launch import ROOT, check_ranks
 
 from fasthpm.__main__ import dispatch
 from fasthpm.cli import Parser
-from fasthpm.recipes import RECIPES
+from fasthpm.recipes.catalogue import RECIPES
+from tests.helpers.launch import ROOT, check_ranks
 
 TEXT = "\n".join((ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md"))
 

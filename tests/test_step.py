@@ -11,49 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import reference
 import torch
-from launch import ROOT, check_ranks
-from small_teachers import TARGETS
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from fasthpm import engine, loss, recipes
+from fasthpm import loss, recipes
 from fasthpm.cli import run_rank
-from fasthpm.data import DatasetInfo
 from fasthpm.errors import UserError
 from fasthpm.mask import POLICIES as MASK_POLICIES
 from fasthpm.mask import split_ids
+from fasthpm.patches import model_of
+from fasthpm.ranks import deepspeed_json, engine
+from fasthpm.ranks import launch as ranks_launch
 from fasthpm.recipe import PREDICT_LOSSES, Recipe
-from fasthpm.step import METRICS, Step, model_of
-from fasthpm.targets import FAMILIES, FrozenTeacher, build_vit
+from fasthpm.step import METRICS, Step
 from fasthpm.teacher import EMATeacher
-
-INFO = DatasetInfo(100, 1, (0.3,), (0.2,), ("a",))
-ALPHA = torch.tensor(0.5, dtype=torch.float64)
-
-
-def step_of(**changes: Any) -> Step:
-    """The debug recipe's step, with a teacher unlike the student where the recipe has one."""
-    recipe = dataclasses.replace(recipes.debug(), **changes)
-    step = Step(model_of(recipe), recipe, INFO)
-    attach_frozen(step)
-    if recipe.uses_teacher:
-        step.attach_teacher(model_of(dataclasses.replace(recipe, seed=1)).eval().requires_grad_(False))
-    return step
-
-
-def attach_frozen(step: Step) -> None:
-    """A small teacher with random weights, if the recipe's target has one."""
-    if step.recipe.target in FAMILIES:
-        vit = build_vit(step.recipe, step.recipe.target_model)
-        frozen = FrozenTeacher(vit, FAMILIES[step.recipe.target])
-        step.attach_frozen(frozen.to(next(step.student.parameters()).device, torch.bfloat16))
-
-
-def batch(count: int = 6, seed: int = 0, side: int = 28) -> tuple[torch.Tensor, torch.Tensor]:
-    """uint8 images [count, side, side, 1] and their ids."""
-    images = torch.randint(0, 256, (count, side, side, 1), generator=torch.Generator().manual_seed(seed))
-    return images.to(torch.uint8), torch.arange(count) * 7
+from tests.helpers import reference
+from tests.helpers.launch import ROOT, check_ranks
+from tests.helpers.small_teachers import TARGETS
+from tests.helpers.steps import ALPHA, INFO, NoSynchronisation, attach_frozen, batch, step_of
 
 
 def test_pixels_are_normalised_and_cut_as_the_model_cuts_them() -> None:
@@ -121,7 +95,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=1)
     arguments = parser.parse_args()
     sensible = [changes for changes in combinations() if not why_not(changes)][:: arguments.every]
-    with engine.session() as launch:
+    with ranks_launch.session() as launch:
         for changes in sensible:
             train_three(toy(changes).resolve(100, launch.world_size), arguments.config, launch)
             gc.freeze()  # DeepSpeed collects six times an engine, over all that earlier ones left
@@ -129,10 +103,10 @@ def main() -> None:
             print(f"{len(sensible)} combinations ran")
 
 
-def train_three(recipe: Recipe, config: str, launch: engine.Launch) -> None:
+def train_three(recipe: Recipe, config: str, launch: ranks_launch.Launch) -> None:
     """Three updates, and what must hold in each."""
     step = Step(model_of(recipe), recipe, INFO)
-    merged = engine.merge_config(config, recipe, launch.world_size)
+    merged = deepspeed_json.merge_config(config, recipe, launch.world_size)
     wrapped = engine.build_engine(step, recipe, merged, launch)
     attach_frozen(step)
     if recipe.uses_teacher:
@@ -310,19 +284,6 @@ def test_metrics_are_what_they_are_called() -> None:
     got = dict(zip(METRICS, output.metrics.tolist(), strict=True))
     for name, value in want.items():
         assert got[name] == pytest.approx(float(value), abs=1e-5), name
-
-
-class NoSynchronisation(TorchDispatchMode):
-    """Fails on operations that wait for a GPU: reading a number, and shapes that depend on values."""
-
-    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique2", "repeat_interleave", "equal")
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = function._schema.name.split("::")[1]
-        assert name not in self.WAITING, f"{name} waits for the device"
-        if name in ("index", "index_put_"):
-            assert all(i is None or i.dtype != torch.bool for i in args[1]), "boolean indexing waits for the device"
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("policy", POLICIES)

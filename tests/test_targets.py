@@ -8,24 +8,26 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import reference
 import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from launch import check_ranks
 from safetensors.torch import save_file
-from small_teachers import PROJECTED, SIZES, TARGETS, WIDTH
 from torch import Tensor, nn
 
-from fasthpm import flops, loss, recipes, targets
+from fasthpm import loss, recipes, targets
 from fasthpm.data import DatasetInfo
 from fasthpm.errors import UserError
 from fasthpm.mask import split_ids
 from fasthpm.model import HPMViT
+from fasthpm.patches import model_of
 from fasthpm.recipe import Recipe
-from fasthpm.step import Step, model_of
+from fasthpm.speed import flops
+from fasthpm.step import Step
 from fasthpm.targets import FAMILIES, FrozenTeacher
+from tests.helpers import reference
+from tests.helpers.launch import check_ranks
+from tests.helpers.small_teachers import PROJECTED, SIZES, TARGETS, WIDTH
 
 CPU = torch.device("cpu")
 INFO = DatasetInfo(100, 3, (0.3, 0.4, 0.5), (0.2, 0.2, 0.2), ("a",))
@@ -328,7 +330,9 @@ def test_a_full_size_dino_loads_from_its_own_kind_of_file(tmp_path: Path) -> Non
     backbone = {f"backbone.{key}": value for key, value in vit.state_dict().items()}
     head = {"head.mlp.0.weight": torch.ones(4, 768), "head.last_layer.weight_v": torch.ones(4, 4)}
     torch.save({"teacher": backbone | head, "epoch": 1}, tmp_path / "dino.pth")
-    recipe = dataclasses.replace(recipes.hpm_dino_vit_base_in1k_200e(), target_weights=str(tmp_path / "dino.pth"))
+    recipe = dataclasses.replace(
+        recipes.from_name("hpm_dino_vit_base_in1k_200e"), target_weights=str(tmp_path / "dino.pth")
+    )
     teacher = targets.build_frozen(recipe, CPU)
     assert teacher is not None
     assert {p.dtype for p in teacher.parameters()} == {torch.bfloat16}
@@ -361,7 +365,7 @@ def test_a_full_size_clip_loads_in_openais_names(tmp_path: Path) -> None:
     del state["visual.head.bias"]
     save_file({key: value.contiguous() for key, value in state.items()}, tmp_path / "clip.safetensors")
     weights = str(tmp_path / "clip.safetensors")
-    recipe = dataclasses.replace(recipes.hpm_clip_vit_base_in1k_200e(), target_weights=weights)
+    recipe = dataclasses.replace(recipes.from_name("hpm_clip_vit_base_in1k_200e"), target_weights=weights)
     teacher = targets.build_frozen(recipe, CPU)
     assert teacher is not None
     torch.testing.assert_close(teacher.vit.head.weight, vit.head.weight.bfloat16())

@@ -13,19 +13,20 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
-import reference
 import torch
 import torch.distributed as dist
-from launch import check_ranks
 from torch import Tensor, nn
 
-from fasthpm import engine as engines
-from fasthpm import shards
+from fasthpm.checkpoint import shards
 from fasthpm.cli import run_rank
 from fasthpm.errors import UserError
+from fasthpm.ranks import deepspeed_json, engine
+from fasthpm.ranks import launch as ranks_launch
+from fasthpm.ranks.zero import Group, MasterLayout, Slot, _common_elements, full_state
 from fasthpm.recipe import Recipe
 from fasthpm.teacher import EMATeacher
-from fasthpm.zero import Group, MasterLayout, Slot, _common_elements, full_state
+from tests.helpers import reference
+from tests.helpers.launch import check_ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, CHECKPOINT_STEP = 20, 10
@@ -87,17 +88,17 @@ class ToyStep(nn.Module):
 class Run:
     """An engine with its teacher, trained on batches that are a function of the step and split over the ranks."""
 
-    def __init__(self, config: dict[str, Any], recipe: Recipe, launch: engines.Launch, seed: int = 0) -> None:
+    def __init__(self, config: dict[str, Any], recipe: Recipe, launch: ranks_launch.Launch, seed: int = 0) -> None:
         self.launch, self.recipe = launch, recipe
         self.step_module = ToyStep(seed)
-        self.engine = engines.build_engine(self.step_module, recipe, config, launch)
+        self.engine = engine.build_engine(self.step_module, recipe, config, launch)
         torch.manual_seed(99)
         self.teacher = EMATeacher(self.engine, self.step_module.student, "student.", Toy(), 0.0)
         self.layout = MasterLayout(self.engine)
 
     def train(self, steps: range) -> Iterator[int]:
         for step in steps:
-            engines.set_lr(self.engine, 1e-2 * (1 + step % 3))
+            engine.set_lr(self.engine, 1e-2 * (1 + step % 3))
             self.teacher.momentum = momentum_at(step)
             for micro in range(self.recipe.accum_iter):
                 output = self.engine(*self.batch(step, micro), step, torch.tensor(0.25, dtype=torch.float64))
@@ -133,7 +134,7 @@ def momentum_at(step: int) -> float:
     return 0.9 + 0.005 * step - 0.03 * (step % 3)
 
 
-def measure(config: dict[str, Any], recipe: Recipe, launch: engines.Launch, folder: Path) -> dict[str, Any]:
+def measure(config: dict[str, Any], recipe: Recipe, launch: ranks_launch.Launch, folder: Path) -> dict[str, Any]:
     """Train, save on the way, load what was saved into a new engine, and train on."""
     run, found = Run(config, recipe, launch), {}
     start = run.states()
@@ -155,7 +156,7 @@ def measure(config: dict[str, Any], recipe: Recipe, launch: engines.Launch, fold
     found["error"], found["error_of_bf16_ema"] = distance(end["ema"], exact), distance(bf16, exact)
     found["moved"] = distance(start["master"], to_double(end["master"]))
     found["skipped"] = run.engine.skipped_steps
-    found["grad_norm"] = float(engines.grad_norm(run.engine))
+    found["grad_norm"] = float(engine.grad_norm(run.engine))
     found["adam_steps"] = [float(run.layout.optimizer.state[m]["step"]) for m in run.layout.masters]
     if launch.rank == 0:
         torch.save(end["master"], folder / "masters.pt")
@@ -245,14 +246,14 @@ def distance(a: dict[str, Tensor] | None, b: dict[str, Tensor]) -> float:
 
 
 def main(out: Path) -> None:
-    with engines.session() as launch:
+    with ranks_launch.session() as launch:
         recipe = Recipe(batch_size=8 // launch.world_size, global_batch_size=16, lr=1e-2, clip_grad=0.5)
         recipe = recipe.resolve(num_samples=16, world_size=launch.world_size)
         for name, config in CONFIGS.items():
             folder = out / f"{name}-{launch.world_size}"
             folder.mkdir(parents=True, exist_ok=True)
             (out / f"{name}-{launch.rank}.json").write_text(json.dumps(config))
-            merged = engines.merge_config(out / f"{name}-{launch.rank}.json", recipe, launch.world_size)
+            merged = deepspeed_json.merge_config(out / f"{name}-{launch.rank}.json", recipe, launch.world_size)
             found = measure(merged, recipe, launch, folder)
             (folder / f"rank{launch.rank}.json").write_text(json.dumps(found))
 

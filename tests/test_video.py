@@ -8,31 +8,37 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from launch import ROOT, check_ranks
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_mask import coarse_noise, rows_of
 from torch import Tensor
-from video_fixtures import prepare_videos, video_folder
 
 import fasthpm
-from fasthpm import checkpoint, export, flops, loss, video_pictures
+from fasthpm import loss
 from fasthpm import mask as masks
 from fasthpm.__main__ import dispatch
-from fasthpm.checkpoint import load_reference
+from fasthpm.checkpoint import load_reference, weights
+from fasthpm.checkpoint.foreign import detect_source
 from fasthpm.data import DatasetInfo, build_loader
 from fasthpm.errors import UserError
-from fasthpm.foreign import detect_source
-from fasthpm.model import VIDEO_EPS, HPMViT, attend_plain, sinusoid_positions
-from fasthpm.probes.knn import pool_of
+from fasthpm.exchange import exporting
+from fasthpm.layers import attend_plain, sinusoid_positions
+from fasthpm.model import VIDEO_EPS, HPMViT
+from fasthpm.patches import model_of
+from fasthpm.pictures import clips as video_pictures
+from fasthpm.probes.features import pool_of
 from fasthpm.recipe import Recipe
-from fasthpm.report import read_metrics
-from fasthpm.step import Step, model_of
+from fasthpm.run.records import read_metrics
+from fasthpm.speed import flops
+from fasthpm.step import Step
+from tests.helpers import reference
+from tests.helpers.launch import ROOT, check_ranks
+from tests.helpers.masks import coarse_noise, rows_of
+from tests.helpers.video_fixtures import prepare_videos, video_folder
+from tests.helpers.videos import small, tiny, video_run
 
 GOLDEN = Path(__file__).parent / "golden"
 DTYPES = {"f32": torch.float32, "f64": torch.float64}
@@ -153,16 +159,6 @@ def test_published_tube_masks() -> None:
 
 
 # -------------------------------------------------------------------------------------------------- the model
-def small(**options: Any) -> HPMViT:
-    """A model of 2 slots of 2 frames, 2 x 3 patches each, with all parameters moved off their initial values."""
-    torch.manual_seed(0)
-    sizes: dict[str, Any] = {"img_size": (4, 6), "patch_size": 2, "num_frames": 4, "tubelet_size": 2, "in_chans": 2}
-    heads: dict[str, Any] = {"num_heads": 2, "decoder_embed_dim": 8, "decoder_depth": 2, "decoder_num_heads": 2}
-    model = HPMViT(**{**sizes, "embed_dim": 16, "depth": 2, **heads, "video": True, **options}).double()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model
 
 
 @settings(max_examples=15, deadline=None)
@@ -330,23 +326,6 @@ def test_videos_of_the_papers_size_are_masked_as_published() -> None:
 
 
 # -------------------------------------------------------------------------------------------------- the step
-def tiny(**changes: Any) -> Recipe:
-    """A video recipe of 4 slots of 2 x 2 patches."""
-    base = Recipe(
-        model="hpm_vit_nano_patch8_32_video",
-        input_size="16",
-        patch_size=8,
-        num_frames=8,
-        tubelet_size=2,
-        decoder_dim=32,
-        decoder_depth=1,
-        decoder_heads=2,
-        mask_ratio=0.5,
-        norm_pix_loss=True,
-        batch_size=2,
-        data_path="synthetic:32",
-    )
-    return dataclasses.replace(base, **changes)
 
 
 def test_the_step_cuts_clips_as_the_model_does() -> None:
@@ -389,7 +368,7 @@ def test_synthetic_clips_move_and_begin_as_the_images() -> None:
 
 def test_flop_formula_counts_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The formula against torch's own counter over one whole step, within 1 %."""
-    monkeypatch.setattr("fasthpm.model.attend", attend_plain)  # torch does not count its fused CPU kernel
+    monkeypatch.setattr("fasthpm.layers.attend", attend_plain)  # torch does not count its fused CPU kernel
     from torch.utils.flop_counter import FlopCounterMode
 
     for changes in ({}, {"model": "videomae_vit_nano_patch8_32", "mask_policy": "tube", "predict_loss": "none"}):
@@ -426,18 +405,6 @@ def test_the_ranking_loss_of_a_video_stores_no_square(monkeypatch: pytest.Monkey
 
 
 # -------------------------------------------------------------------------------------------------- whole runs
-def video_run(folder: Path, **changes: Any) -> tuple[Path, HPMViT]:
-    """A run folder whose weights, biases and norms are all away from their initial values, and its model."""
-    recipe = tiny(**changes)
-    model = model_of(recipe).eval()
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    aside = checkpoint.begin(folder, 3)
-    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, aside / "student.safetensors")
-    checkpoint.commit(aside, recipe, checkpoint.RunState(3, {}, 1, 1))
-    return folder, model
 
 
 def their_names(model: HPMViT) -> dict[str, Tensor]:
@@ -465,7 +432,7 @@ def test_a_full_videomae_checkpoint_becomes_a_run(tmp_path: Path, capsys: pytest
     said = capsys.readouterr().out
     assert "videomae checkpoint: base, patches of 16, 16 frames of 224x224x3, decoder 384 x 4" in said
     assert "12 heads, mask_ratio 0.9, decoder_heads 6: not told by the shapes" in said
-    again, recipe = checkpoint.load_weights(tmp_path / "run")
+    again, recipe = weights.load_weights(tmp_path / "run")
     assert (recipe.model, recipe.mask_policy, recipe.num_masked) == ("videomae_vit_base_patch16_224", "tube", 1408)
     assert (recipe.norm_pix_loss, recipe.decoder_heads, recipe.tubelet_size) == (True, 6, 2)
     want = {name: value.float() for name, value in model.state_dict().items() if not name.endswith("pos_embed")}
@@ -501,7 +468,7 @@ def test_an_encoder_of_a_finetuned_videomae_is_taken(tmp_path: Path) -> None:
     flags = ("--encoder_only", "--input_size", "16", "--num_frames", "8")
     dispatch(["import", str(tmp_path / "ft.safetensors"), "-o", str(tmp_path / "run"), *flags])
     clips = torch.randn(1, 3, 8, 16, 16)
-    torch.testing.assert_close(checkpoint.load_weights(tmp_path / "run")[0].encode(clips), model.encode(clips))
+    torch.testing.assert_close(weights.load_weights(tmp_path / "run")[0].encode(clips), model.encode(clips))
 
 
 def test_huggingface_computes_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -509,7 +476,7 @@ def test_huggingface_computes_the_same(tmp_path: Path, capsys: pytest.CaptureFix
     run, model = video_run(tmp_path / "run", input_size="16x24")
     assert model.blocks[0].attn.qkv.bias[128:256].abs().min() > 0  # type: ignore[union-attr, index, operator]
     info = {"mean": [0.1, 0.2, 0.3], "std": [1, 1, 2]}
-    export.export_weights(model, checkpoint.load_weights(run)[1], run / "model.safetensors", info=info)
+    exporting.export_weights(model, weights.load_weights(run)[1], run / "model.safetensors", info=info)
     dispatch(["export", str(run), "--format", "hf_videomae", "-o", str(tmp_path / "hf")])
     assert "VideoMAEModel.from_pretrained" in capsys.readouterr().out
     import transformers
@@ -534,8 +501,8 @@ def test_exports_of_videos_to_image_libraries_are_refused(tmp_path: Path) -> Non
             dispatch(["export", str(run), "--format", form, "-o", str(tmp_path / "x.safetensors")])
     dispatch(["export", str(run), "-o", str(tmp_path / "all.safetensors")])
     dispatch(["import", str(tmp_path / "all.safetensors"), "-o", str(tmp_path / "back")])
-    again, recipe = checkpoint.load_weights(tmp_path / "back")
-    assert recipe == checkpoint.load_weights(run)[1]
+    again, recipe = weights.load_weights(tmp_path / "back")
+    assert recipe == weights.load_weights(run)[1]
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in again.state_dict().items())
 
 

@@ -19,11 +19,13 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fasthpm.data.clip_sampling import REPEATS
-from fasthpm.data.loader import Batch, build_loader
-from fasthpm.data.prefetch import REPLACEMENTS, PrefetchLoader, count_workers
-from fasthpm.data.quarantine import BadSample
+from fasthpm.data.bad import BadSample
+from fasthpm.data.base import REPLACEMENTS, PrefetchLoader
+from fasthpm.data.build import build_loader
+from fasthpm.data.options import count_workers
 from fasthpm.data.sampling import Array, key_of, mix, replacements
+from fasthpm.data.types import Batch
+from fasthpm.data.video.sampling import REPEATS
 from fasthpm.errors import UserError
 
 AUGMENT = 6  # purpose of a key, beside those of `sampling`

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from fasthpm.data.background import Background
-from fasthpm.data.loader import Batch, Loader
-from fasthpm.data.quarantine import BadSample
+from fasthpm.data.bad import BadSample
+from fasthpm.data.types import Batch, Loader
 
 Arrival = torch.cuda.Event | None  # fires when a batch is on the device; None where copies do not run by themselves
 

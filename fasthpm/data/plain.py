@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fasthpm.data.loader import DatasetInfo
+from fasthpm.data.bad import BadSample
+from fasthpm.data.base import PrefetchLoader
+from fasthpm.data.options import LoaderOptions
 from fasthpm.data.pixels import ImageList, is_grey, list_images, render, to_rgb
-from fasthpm.data.prefetch import LoaderOptions, PrefetchLoader
-from fasthpm.data.quarantine import BadSample
 from fasthpm.data.sampling import Array
+from fasthpm.data.types import DatasetInfo
 from fasthpm.errors import UserError
 
 PROBES = 256  # images that a folder's channels, mean and std are measured on, evenly spaced

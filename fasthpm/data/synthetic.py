@@ -4,10 +4,11 @@ import functools
 
 import numpy as np
 
-from fasthpm.data.loader import DatasetInfo
+from fasthpm.data.base import PrefetchLoader
+from fasthpm.data.options import LoaderOptions
 from fasthpm.data.pixels import render
-from fasthpm.data.prefetch import LoaderOptions, PrefetchLoader
 from fasthpm.data.sampling import Array, uniforms
+from fasthpm.data.types import DatasetInfo
 from fasthpm.errors import UserError
 
 NUM_CLASSES, MEASURED, MEASURED_SIDE = 10, 64, 32

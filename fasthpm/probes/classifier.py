@@ -17,8 +17,9 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from fasthpm.errors import UserError
-from fasthpm.export_forms import encoder_of, timm_arguments
-from fasthpm.model import HPMViT, PatchProjection
+from fasthpm.exchange.forms import encoder_of, timm_arguments
+from fasthpm.layers import PatchProjection
+from fasthpm.model import HPMViT
 
 POOLS = {"avg": "mean of the patch tokens, then a fresh norm (MAE's global_pool)", "token": "cls token after the norm"}
 HEAD_STD = 2e-5  # of MAE's fine-tuning head at the start

@@ -9,84 +9,30 @@ in its middle.
 """
 
 import argparse
-import itertools
 import json
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
-from fasthpm import engine
-from fasthpm.checkpoint import load_weights
+from fasthpm import ranks
+from fasthpm.checkpoint.weights import load_weights
 from fasthpm.cli import Parser
-from fasthpm.data import DatasetInfo, Loader, build_loader
+from fasthpm.data import DatasetInfo, build_loader
 from fasthpm.errors import UserError
 from fasthpm.model import HPMViT
 from fasthpm.probes import result
+from fasthpm.probes.features import Features, features, first, gather_rows, pool_of
 from fasthpm.recipe import Recipe
-from fasthpm.step import Step
 
 NEIGHBOURS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
 CHUNK = 1024  # queries compared with the bank at a time: bounds memory to CHUNK x bank similarities
-
-
-class Features(NamedTuple):
-    """Features of some samples."""
-
-    rows: Tensor  # float32 [N, D], L2-normalised
-    labels: Tensor  # int64 [N]
-    ids: Tensor  # int64 [N], each sample's number in its data set
-
-
-@torch.inference_mode()
-def features(
-    model: HPMViT,
-    recipe: Recipe,
-    loader: Loader,
-    pool: str,
-    device: torch.device,
-    limit: int = 0,
-    world_size: int = 1,
-    quiet: bool = False,
-) -> Features:
-    """This rank's features of its share of a data set.
-
-    - `pool`: "cls" (the cls token) or "mean" (of the patch tokens), after the encoder's final norm; empty = cls where
-      there is one: video models have none
-    - `limit`: only samples whose id is below this; 0 = all
-    """
-    step = Step(model, recipe, loader.info)
-    none = torch.zeros(0, device=device).long()
-    pool = pool_of(model, pool)
-    parts = [Features(torch.zeros(0, model.embed_dim, device=device), none, none)]
-    total = -(-limit // (loader.batch_size * world_size)) if limit else len(loader)
-    batches = itertools.islice(loader, total)
-    for batch in tqdm(batches, desc=f"{pool} features", unit="batch", disable=quiet, leave=False, total=total):
-        tokens = model.encode(step.normalized_patches(batch.images.to(device)))
-        pooled = tokens[:, 0] if pool == "cls" else tokens[:, model.num_prefix_tokens :].mean(dim=1)
-        rows = F.normalize(pooled.float(), dim=1)
-        parts.append(first(Features(rows, batch.labels.to(device), batch.ids.to(device)), limit))
-    return Features(*(torch.cat(column) for column in zip(*parts, strict=True)))
-
-
-def pool_of(model: HPMViT, asked: str) -> str:
-    """How features are pooled. **Raises:** `UserError` for the cls token of a model that has none."""
-    if asked == "cls" and not model.num_prefix_tokens:
-        raise UserError("--pool cls: video models have no cls token; use --pool mean, their default")
-    return asked or ("cls" if model.num_prefix_tokens else "mean")
-
-
-def first(bank: Features, size: int) -> Features:
-    """Those of `bank` whose id is below `size`; 0 = all."""
-    return Features(*(column[bank.ids < size] for column in bank)) if size else bank
 
 
 def vote(
@@ -128,24 +74,10 @@ def knn_accuracy(
     return {k: 100 * float(right / total) for k, (right, total) in zip(predictions, hits, strict=True)}
 
 
-def gather_rows(rows: Tensor, world_size: int) -> Tensor:
-    """The rows of all ranks, [sum of N, …]; ranks may hold different numbers."""
-    if world_size == 1:
-        return rows
-    count = torch.tensor([len(rows)], device=rows.device)
-    counts = [torch.zeros_like(count) for _ in range(world_size)]
-    dist.all_gather(counts, count)
-    longest = int(max(counts))
-    padded = torch.cat([rows, rows.new_zeros(longest - len(rows), *rows.shape[1:])])
-    parts = [torch.empty_like(padded) for _ in range(world_size)]
-    dist.all_gather(parts, padded)
-    return torch.cat([part[: int(n)] for part, n in zip(parts, counts, strict=True)])
-
-
-def evaluate(arguments: argparse.Namespace, weights: str, launch: engine.Launch) -> dict[int, dict[int, float]]:
+def evaluate(arguments: argparse.Namespace, weights: str, launch: ranks.Launch) -> dict[int, dict[int, float]]:
     """Accuracy per k of the model with these `weights` for every bank size, all ranks together."""
     sizes = arguments.bank_size
-    with engine.in_agreement():
+    with ranks.in_agreement():
         model, recipe = load_weights(arguments.run, weights)
         model = model.to(launch.device)
         arguments.pool = pool_of(model, arguments.pool)
@@ -156,7 +88,7 @@ def evaluate(arguments: argparse.Namespace, weights: str, launch: engine.Launch)
         _check_neighbours(arguments, info.num_samples)
         result.check_labels(queries.labels, arguments.val_path, len(info.classes), several=False)
     bank = Features(*(gather_rows(column, launch.world_size) for column in bank))
-    with engine.in_agreement():
+    with ranks.in_agreement():
         result.check_labels(bank.labels, arguments.train_path, len(info.classes))
     results = {}
     for size in sizes:
@@ -178,7 +110,7 @@ def _check_neighbours(arguments: argparse.Namespace, num_samples: int) -> None:
 
 
 def _side(
-    arguments: argparse.Namespace, path: str, model: HPMViT, recipe: Recipe, launch: engine.Launch, limit: int = 0
+    arguments: argparse.Namespace, path: str, model: HPMViT, recipe: Recipe, launch: ranks.Launch, limit: int = 0
 ) -> tuple[Features, DatasetInfo]:
     """Features of this rank's share of one data set, and what its sidecar says."""
     loader = build_loader(
@@ -251,11 +183,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"batch_size is {arguments.batch_size}, expected 1 or more; bank_size is {min(arguments.bank_size)}, "
             f"expected 0 or more"
         )
-    with engine.session() as launch:
+    with ranks.session() as launch:
         for weights in arguments.weights:
             begin = time.perf_counter()
             results = evaluate(arguments, weights, launch)
-            with engine.in_agreement():
+            with ranks.in_agreement():
                 if launch.rank == 0:
                     origin = result.provenance(arguments.run, launch)
                     for size, accuracy in results.items():

@@ -35,18 +35,19 @@ from timm.optim import Lars
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fasthpm import engine
-from fasthpm.checkpoint import checkpoint_of, file_hash, load_weights
+from fasthpm import ranks
+from fasthpm.checkpoint.weights import checkpoint_of, load_weights
 from fasthpm.cli import Parser
 from fasthpm.data import Loader, build_loader, read_info
 from fasthpm.data.sampling import sample_order
 from fasthpm.errors import UserError
+from fasthpm.files import file_hash
 from fasthpm.model import HPMViT
+from fasthpm.patches import NormalizedPatches
 from fasthpm.probes import result
-from fasthpm.probes.knn import gather_rows, pool_of
+from fasthpm.probes.features import gather_rows, pool_of
+from fasthpm.ranks.signals import StopSignals
 from fasthpm.recipe import Recipe
-from fasthpm.signals import StopSignals
-from fasthpm.step import Step
 
 EPS = 1e-6  # of the BatchNorm (MAE)
 HEAD = "head.safetensors"
@@ -135,14 +136,14 @@ class Encoder:
 
     def __init__(self, model: HPMViT, recipe: Recipe, loader: Loader, pool: str, device: torch.device) -> None:
         self.model, self.pool, self.device = model.to(device).eval().requires_grad_(False), pool, device
-        self.step = Step(self.model, recipe, loader.info)
+        self.patches_of = NormalizedPatches(recipe, loader.info)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """uint8 [B, (T,) H, W, C] -> float32 [B, D]."""
         bf16 = torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda")
         with bf16:
-            tokens = self.model.encode(self.step.normalized_patches(images.to(self.device)))
+            tokens = self.model.encode(self.patches_of(images.to(self.device)))
         return (tokens[:, 0] if self.pool == "cls" else tokens[:, self.model.num_prefix_tokens :].mean(dim=1)).float()
 
     def whole(self, loader: Loader, world_size: int, quiet: bool) -> tuple[Tensor, Tensor]:
@@ -160,7 +161,7 @@ class Encoder:
 class CachedBatches:
     """Batches of features that are in memory already, in the order that a loader of this seed would take."""
 
-    def __init__(self, rows: Tensor, labels: Tensor, batch: int, seed: int, launch: engine.Launch) -> None:
+    def __init__(self, rows: Tensor, labels: Tensor, batch: int, seed: int, launch: ranks.Launch) -> None:
         self.rows, self.labels, self.batch, self.seed, self.launch = rows, labels, batch, seed, launch
 
     def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -192,7 +193,7 @@ class Probe:
     """A linear probe between two updates."""
 
     arguments: argparse.Namespace
-    launch: engine.Launch
+    launch: ranks.Launch
     head: LinearHead
     optimizer: torch.optim.Optimizer
     train: CachedBatches | LoadedBatches
@@ -213,9 +214,9 @@ class Probe:
         return Path(self.arguments.output_dir)
 
 
-def build(arguments: argparse.Namespace, launch: engine.Launch) -> Probe:
+def build(arguments: argparse.Namespace, launch: ranks.Launch) -> Probe:
     """Encoder, data and head, new or as the last interrupted command left them."""
-    with engine.in_agreement():
+    with ranks.in_agreement():
         model, recipe = load_weights(arguments.run, arguments.weights)
         arguments.pool = pool_of(model, arguments.pool)
         fit_batch(arguments, read_info(arguments.train_path).num_samples, launch.world_size)
@@ -256,7 +257,7 @@ def build(arguments: argparse.Namespace, launch: engine.Launch) -> Probe:
     if arguments.cache_features:
         rows, labels = encoder.whole(train, launch.world_size, launch.rank != 0)
         cached_val = encoder.whole(val, launch.world_size, launch.rank != 0)
-        with engine.in_agreement():
+        with ranks.in_agreement():
             result.check_labels(labels, arguments.train_path, len(train.info.classes))
         batches = CachedBatches(rows, labels, arguments.batch_size, arguments.seed, launch)
     dim = model.embed_dim
@@ -276,7 +277,7 @@ def build(arguments: argparse.Namespace, launch: engine.Launch) -> Probe:
         identity_of(arguments, dim, train.info.classes),
         origin,
     )
-    with engine.in_agreement():
+    with ranks.in_agreement():
         resume(probe)
     return probe
 
@@ -442,7 +443,7 @@ def run(probe: Probe) -> bool:
             if not finished:
                 break
             if probe.epoch == last or probe.epoch % arguments.save_every == 0:
-                with engine.in_agreement():
+                with ranks.in_agreement():
                     save(probe)
             if probe.epoch % arguments.eval_every == 0:
                 figures = evaluate(probe)
@@ -536,7 +537,7 @@ def fit_batch(arguments: argparse.Namespace, num_samples: int, world_size: int) 
 def main(argv: Sequence[str] | None = None) -> None:
     """`fasthpm linear`, once per rank."""
     arguments = parse_arguments(argv)
-    with engine.session() as launch:
+    with ranks.session() as launch:
         probe = build(arguments, launch)
         try:
             interrupted = run(probe)

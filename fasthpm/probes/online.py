@@ -19,11 +19,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fasthpm import engine
+from fasthpm import ranks
 from fasthpm.data import Batch, DatasetInfo, build_loader
 from fasthpm.errors import UserError
 from fasthpm.probes import result
-from fasthpm.probes.knn import gather_rows, knn_accuracy
+from fasthpm.probes.features import gather_rows
+from fasthpm.probes.knn import knn_accuracy
 from fasthpm.probes.linear import LinearHead
 from fasthpm.recipe import Recipe
 from fasthpm.step import Step
@@ -60,7 +61,7 @@ class OnlineProbe:
     - `step`: the module that DeepSpeed wraps
     """
 
-    def __init__(self, recipe: Recipe, step: Step, info: DatasetInfo, launch: engine.Launch) -> None:
+    def __init__(self, recipe: Recipe, step: Step, info: DatasetInfo, launch: ranks.Launch) -> None:
         self.recipe, self.step, self.launch, self.classes = recipe, step, launch, len(info.classes)
         with torch.random.fork_rng(devices=[]):
             head = LinearHead(step.student.embed_dim, self.classes, recipe.seed)
@@ -86,7 +87,16 @@ class OnlineProbe:
                 dist.all_reduce(parameter.grad)  # type: ignore[arg-type]
         self.optimizer.step()
 
-    def read(self) -> dict[str, float]:
+    def due(self, done: int) -> bool:
+        """Whether the k-NN test is to be made after update `done`: at the end of every so many epochs."""
+        epoch, rest = divmod(done, self.recipe.steps_per_epoch)
+        return self.recipe.online_knn_every > 0 and rest == 0 and epoch % self.recipe.online_knn_every == 0
+
+    def read(self, done: int) -> dict[str, float]:
+        """What the head has learned, and the k-NN test if it is due. Collective."""
+        return self.learned() | (self.knn() if self.due(done) else {})
+
+    def learned(self) -> dict[str, float]:
         """{"probe_accuracy", "probe_loss"} since the last reading, over all ranks; {} without a step. Collective."""
         sums = result.share(self._sums.clone(), self.launch.world_size)
         hits, loss, count = sums.tolist()

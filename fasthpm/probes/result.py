@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasthpm import checkpoint, engine
+from fasthpm import checkpoint, ranks
+from fasthpm.checkpoint.foreign import IMPORT_NOTE
 from fasthpm.data import DatasetInfo, read_info
 from fasthpm.errors import UserError
-from fasthpm.foreign import IMPORT_NOTE
+from fasthpm.files import file_hash
 from fasthpm.recipe import Recipe, load_recipe
-from fasthpm.versions import versions
+from fasthpm.run.versions import versions
 
 SHOWN = ("recipe", "protocol", "accuracy", "effective_epochs", "pretraining_gpu_hours", "gpu_hours", "checkpoint_hash")
 
@@ -60,7 +61,7 @@ def check_labels(labels: Tensor, path: str, num_classes: int, *, several: bool =
 
 
 # -------------------------------------------------------------------------------------------------- provenance
-def provenance(run: Path, launch: engine.Launch) -> dict[str, Any]:
+def provenance(run: Path, launch: ranks.Launch) -> dict[str, Any]:
     """Where an evaluated encoder comes from: recipe, checkpoint and its hash, what it cost, software.
 
     - `checkpoint_hash`: sha256 of the checkpoint's manifest, which holds the hashes of all its files
@@ -74,7 +75,7 @@ def provenance(run: Path, launch: engine.Launch) -> dict[str, Any]:
         "run": str(run),
         "recipe": recipe.recipe,
         "checkpoint": str(folder),
-        "checkpoint_hash": checkpoint.file_hash(manifest) if manifest.is_file() else "",
+        "checkpoint_hash": file_hash(manifest) if manifest.is_file() else "",
         "effective_epochs": round(effective_epochs(recipe, step), 3),
         "pretraining_gpu_hours": round(pretraining_gpu_hours(folder.parent.parent, recipe, step), 4),
         "versions": versions(launch.device, launch.world_size),

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fasthpm.checkpoint import load_weights
+from fasthpm.checkpoint.weights import load_weights
 from fasthpm.errors import UserError
 
 POLICIES = ("random", "easiest", "hardest")

@@ -1,0 +1,93 @@
+"""Weights of a run, by name: its checkpoints, imported ones, and what a run starts from."""
+
+import sys
+from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fasthpm.checkpoint import shards
+from fasthpm.checkpoint.folder import CLASSIFIER, RECIPE, newest_valid
+from fasthpm.checkpoint.foreign import load_reference
+from fasthpm.errors import UserError, about
+from fasthpm.model import HPMViT
+from fasthpm.patches import model_of
+from fasthpm.ranks import zero
+from fasthpm.recipe import Recipe, load_recipe
+
+
+# -------------------------------------------------------------------------------------------------- weights in and out
+def checkpoint_of(source: Path) -> Path:
+    """The checkpoint that `source` means: the newest valid one of a run, or itself.
+
+    **Raises:** `UserError` if there is none, or it is a fine-tuned classifier's.
+    """
+    run = (source / "checkpoints").is_dir()
+    folder = newest_valid(source, lambda line: print(f"warning: {line}", file=sys.stderr)) if run else source
+    if folder is None or not (folder / RECIPE).is_file():
+        raise UserError(
+            f"{source} holds no valid checkpoint; expected the output_dir of a run or one of its "
+            f"checkpoints/step-… folders"
+        )
+    if (folder / CLASSIFIER).is_file():
+        raise UserError(
+            f"{source} holds a fine-tuned classifier; give the pretraining run that it came from, or evaluate it with "
+            f"fasthpm finetune --evaluate"
+        )
+    return folder
+
+
+def load_weights(source: Path, which: str = "student") -> tuple[HPMViT, Recipe]:
+    """The float32 model of a run (its newest valid checkpoint) or of one checkpoint, in eval mode.
+
+    - `which`: "student" or "teacher" (the EMA); "untrained" gives the run's weights before the first update
+
+    **Raises:** `UserError` if there is no such checkpoint or it has no teacher.
+    """
+    folder = checkpoint_of(source)
+    recipe = load_recipe(folder / RECIPE)
+    model = (initial_model(recipe) if which == "untrained" else model_of(recipe)).eval()
+    if which != "untrained":
+        model.load_state_dict({**dict(model.named_buffers()), **_read_weights(folder, which)}, strict=True)
+    return model, recipe
+
+
+def _read_weights(folder: Path, which: str) -> dict[str, Tensor]:
+    path = folder / f"{which}.safetensors"
+    if path.is_file():
+        return load_file(path)
+    kinds: dict[str, zero.State] = {"student": "master", "teacher": "ema"}
+    saved = shards.SavedState(folder) if (folder / shards.FOLDER).is_dir() else None
+    if saved is None or not saved.has(kinds[which]):
+        other = "student" if which == "teacher" else "teacher"
+        raise UserError(f"{folder} has no {which} weights; use --weights {other}")
+    return {name.removeprefix("student."): saved.whole(kinds[which], name) for name in saved.names}
+
+
+POSITION_TOLERANCE = 1e-3  # half-precision files round the fixed table
+
+
+def initial_model(recipe: Recipe) -> HPMViT:
+    """The model that a run starts from: drawn from its seed, or with the student's weights of `recipe.init_from`.
+
+    A loss predictor that the source lacks (MAE) keeps its fresh weights.
+
+    **Raises:** `UserError` if the weights do not fit the recipe's model, or were trained with other positions.
+    """
+    model = model_of(recipe)
+    if not recipe.init_from:
+        return model
+    donor, _ = load_weights(Path(recipe.init_from))
+    given = donor.state_dict()
+    tables = {name: table for name, table in model.named_buffers() if name in given}
+    for name, table in tables.items():
+        if given[name].shape == table.shape and (given[name] - table).abs().max() > POSITION_TOLERANCE:
+            raise UserError(
+                f"init_from {recipe.init_from} has a learned {name}, and pretraining keeps the fixed sine-cosine one; "
+                f"use it for knn and export, or start from weights before fine-tuning"
+            )
+    predictor = any("losspred" in key for key in given)
+    with about(Path(recipe.init_from)):
+        load_reference(model, given, "hpm" if predictor else "mae")
+    model.load_state_dict({**model.state_dict(), **tables})
+    return model

@@ -1,0 +1,316 @@
+"""The part that every loader shares: order, ranks, position, decoding threads and a bounded look-ahead.
+
+A loader decodes with `num_workers` threads of its own (they live until `close`), fed by one thread per running
+iteration, which ends with that iteration: at its end, on `break`, on an exception, on Ctrl-C and on `close`.
+"""
+
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fasthpm.data.background import Background
+from fasthpm.data.bad import BadSample, Quarantine
+from fasthpm.data.options import LoaderOptions, count_workers
+from fasthpm.data.sampling import (
+    Array,
+    block_order,
+    centre_crops,
+    colour_factors,
+    random_crops,
+    replacements,
+    sample_order,
+    whole_crops,
+)
+from fasthpm.data.types import Batch, DatasetInfo
+from fasthpm.errors import UserError
+
+AHEAD = 3  # batches that are decoded, or being decoded, before the consumer asks for them
+DEFAULT_CROP_PCT = 0.875
+REPLACEMENTS = 20  # tried in turn where replacements do not decode either
+BLOCK_BYTES, WINDOW_BLOCKS = 4 * 2**20, 256  # of sample_order "blocks": what is read together, and shuffled together
+BLOCK_SAMPLES = 64  # the same where nothing is stored side by side
+
+
+class PrefetchLoader(ABC):
+    """A `Loader` (see there) whose subclass knows the sizes of stored images and how to fill rows with pixels."""
+
+    crop_columns = 5  # of what `_crops` gives; a batch has the first five
+
+    def __init__(self, info: DatasetInfo, options: LoaderOptions, source: str) -> None:
+        self.info, self.options, self.source = info, options, source
+        self.batch_size = options.batch_size
+        self.num_workers = count_workers(options.num_workers)
+        self._epoch = self._batch = 0
+        self._order: tuple[int, Array] = (-1, np.empty(0, np.int64))
+        self._announced = (0, 0)  # the first epoch and batch of which the storage has not heard
+        self._pool: ThreadPoolExecutor | None = None
+        self._current: weakref.ref[Prefetcher] | None = None
+        self._closed = False
+        self._quarantine = Quarantine(source, info.num_samples, options.bad_share, self._describe)
+        self._check_info()
+        self._crop_pct = 1.0 if options.train else self._choose_crop_pct()
+
+    # ---------------------------------------------------------------------------------------------- for subclasses
+    @abstractmethod
+    def _sizes(self, ids: Array) -> Array:
+        """Height and width of the stored images `ids` [B]: int64 [B, 2]; 0 where an image cannot be read."""
+
+    @abstractmethod
+    def _labels(self, ids: Array) -> Array:
+        """Labels of the samples `ids` [B]: int64 [B]."""
+
+    @abstractmethod
+    def _fill(self, images: Array, ids: Array, crops: Array, factors: Array) -> Array:
+        """Write crops [b, 5] of the samples `ids` [b] into `images`, uint8 [b, H, W, C] or of clips [b, T, H, W, C].
+
+        Called from many threads.
+
+        `factors`, float32 [b, 3], are of brightness, contrast and saturation. Returns which samples do not decode:
+        bool [b].
+        """
+
+    def _describe(self, sample: int) -> BadSample:
+        """What to say of a sample that does not decode."""
+        return BadSample(sample, f"{self.source}: sample {sample}", "does not decode")
+
+    def _read_ahead(self, ids: Array) -> None:  # noqa: B027
+        """Have the storage begin to read the samples `ids`, without waiting for it; nothing where it cannot."""
+
+    def _samples_per_block(self) -> int:
+        """How many samples `sample_order` "blocks" keeps together."""
+        return BLOCK_SAMPLES
+
+    @abstractmethod
+    def _all_sized(self, size: tuple[int, int]) -> bool:
+        """Whether every stored image has this height and width."""
+
+    # ---------------------------------------------------------------------------------------------- the protocol
+    def __len__(self) -> int:
+        samples, batch, accum_iter = self.info.num_samples, self.options.global_batch, self.options.accum_iter
+        return samples // (batch * accum_iter) * accum_iter if self.options.train else -(-samples // batch)
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self._closed:
+            raise RuntimeError(f"the loader of {self.source} is closed")
+        self._stop_current()
+        current = Prefetcher(self, self._epoch, self._batch)
+        self._current = weakref.ref(current)  # weak: a loop that breaks drops its iterator, and with it the thread
+        return current
+
+    def set_epoch(self, epoch: int) -> None:
+        self._go_to(epoch, 0)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self._epoch, "batch": self._batch}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._go_to(int(state["epoch"]), int(state["batch"]))
+
+    def bad_samples(self) -> list[BadSample]:
+        return self._quarantine.met()
+
+    def close(self) -> None:
+        self._closed = True
+        self._stop_current()
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
+
+    # ---------------------------------------------------------------------------------------------- single samples
+    def stored(self, sample: int) -> Array | None:
+        """The stored image, uncropped: uint8 [h, w, C]; None where it does not decode."""
+        ids = np.array([sample])
+        size = self._sizes(ids)
+        if not size.all():
+            return None
+        image = np.empty((1, *size[0], self.options.channels), np.uint8)
+        crop = np.concatenate([np.zeros((1, 2)), size, np.zeros((1, 1))], 1).astype(np.int64)
+        bad = self._fill(image, ids, crop, np.ones((1, 3), np.float32))
+        return None if bad[0] else image[0]
+
+    def drawn(self, epoch: int, sample: int) -> Array | None:
+        """The sample as `epoch` crops it: uint8 [(T,) H, W, C]; None where it does not decode."""
+        ids = np.array([sample])
+        sizes = self._sizes(ids)
+        if not sizes.all():
+            return None
+        image = np.empty((1, *self.options.sample_shape), np.uint8)
+        bad = self._fill(image, ids, self._crops(epoch, ids, sizes, np.zeros(1, np.int64)), self._factors(epoch, ids))
+        return None if bad[0] else image[0]
+
+    def labels_of(self, samples: Array) -> Array:
+        """Labels of `samples` [B]: int64 [B]."""
+        return np.ascontiguousarray(self._labels(samples), np.int64)
+
+    # ---------------------------------------------------------------------------------------------- position
+    def _go_to(self, epoch: int, batch: int) -> None:
+        if epoch < 0 or not 0 <= batch <= len(self):
+            raise UserError(
+                f"position epoch {epoch}, batch {batch} is outside {self.source}, which has {len(self)} "
+                f"batches per epoch; the checkpoint is of another data set or batch size"
+            )
+        self._stop_current()
+        self._epoch, self._batch = (epoch + 1, 0) if batch == len(self) else (epoch, batch)
+
+    def _given(self, epoch: int, batch: int) -> None:
+        """The consumer now has `batch` of `epoch`."""
+        self._epoch, self._batch = (epoch, batch + 1) if batch + 1 < len(self) else (epoch + 1, 0)
+
+    def _stop_current(self) -> None:
+        current = self._current() if self._current else None
+        if current is not None:
+            current.close()
+        self._current = None
+
+    # ---------------------------------------------------------------------------------------------- batches
+    def _check_info(self) -> None:
+        options, info = self.options, self.info
+        if info.channels != options.channels:
+            raise UserError(
+                f"{self.source} has {info.channels} channel{'s' if info.channels > 1 else ''}, not "
+                f"{options.channels}; use --channels {info.channels}"
+            )
+        if options.train and info.num_samples < options.global_batch:
+            raise UserError(
+                f"{self.source} has {info.num_samples} samples, fewer than one global batch of "
+                f"{options.global_batch}; use a smaller --batch_size"
+            )
+
+    def _choose_crop_pct(self) -> float:
+        if self.options.crop_pct is not None:
+            return self.options.crop_pct
+        if self.options.whole:
+            return 1.0
+        return 1.0 if self._all_sized(self.options.image_size) else DEFAULT_CROP_PCT
+
+    def _ids(self, epoch: int, batch: int) -> Array:
+        """This rank's rows of global batch `batch`: int64, `batch_size` of them or, in a ragged last one, fewer."""
+        start = batch * self.options.global_batch + self.options.rank * self.batch_size
+        return self._epoch_order(epoch)[start : start + self.batch_size].astype(np.int64)
+
+    def _epoch_order(self, epoch: int) -> Array:
+        """The samples of all ranks in the order of `epoch`: int64 [N]."""
+        if self._order[0] != epoch:
+            self._order = (epoch, self._draw_order(epoch))
+        return self._order[1]
+
+    def _draw_order(self, epoch: int) -> Array:
+        seed, samples = self.options.seed, self.info.num_samples
+        if not self.options.train:
+            return np.arange(samples)
+        if self.options.sample_order == "blocks":
+            return block_order(seed, epoch, samples, self._samples_per_block(), WINDOW_BLOCKS)
+        return sample_order(seed, epoch, samples)
+
+    def _crops(self, epoch: int, ids: Array, sizes: Array, rows: Array) -> Array:
+        """Crops of the samples `ids` [b], which are the rows `rows` [b] of a batch: int64 [b, 5 or more]."""
+        options = self.options
+        if options.train:
+            return random_crops(options.seed, epoch, ids, sizes, options.crop_min, options.flip)
+        if options.whole:
+            return whole_crops(sizes)
+        return centre_crops(sizes, options.image_size, self._crop_pct)
+
+    def _factors(self, epoch: int, ids: Array) -> Array:
+        options = self.options
+        if not options.train or options.color_jitter == 0:
+            return np.ones((len(ids), 3), np.float32)
+        return colour_factors(options.seed, epoch, ids, options.color_jitter, options.channels)
+
+    def _announce(self, epoch: int, batch: int) -> None:
+        """Tell the storage of this batch and the next, and, of blocks, piece by piece of the next pool."""
+        first = self._announced[1] if self._announced[0] == epoch else 0
+        for coming in range(max(first, batch), min(batch + 2, len(self))):
+            self._read_ahead(self._ids(epoch, coming))
+        self._announced = (epoch, batch + 2)
+        if self.options.train and self.options.sample_order == "blocks":
+            self._read_ahead(self._next_pool(epoch, batch))
+
+    def _next_pool(self, epoch: int, batch: int) -> Array:
+        """This rank's samples of the pool after the batch's own, in storage order: as large a part as the batch is."""
+        pool, global_batch = WINDOW_BLOCKS * self._samples_per_block(), self.options.global_batch
+        begin = batch * global_batch % pool
+        places = np.arange(pool) + batch * global_batch - begin + pool
+        mine = places[places % global_batch // self.batch_size == self.options.rank]
+        ids = np.sort(self._epoch_order(epoch)[mine[mine < self.info.num_samples]])
+        end = min(begin + global_batch, pool)
+        return ids[len(ids) * begin // pool : len(ids) * end // pool]
+
+    def _make(self, epoch: int, batch: int) -> Batch:
+        """Decode one batch of `epoch`."""
+        self._announce(epoch, batch)
+        return self.take(epoch, np.repeat(self._ids(epoch, batch), self.options.num_views))
+
+    def take(self, epoch: int, asked: Array) -> Batch:
+        """Decode the samples `asked` [B] as `epoch` crops them, into fresh memory (pinned if there is CUDA)."""
+        pin = torch.cuda.is_available()
+        images = self._empty(len(asked), pin)
+        ids, crops, sizes = self._read(images, epoch, asked)
+        columns = self._labels(ids), ids, crops[:, :5], sizes
+        rest = [torch.from_numpy(np.ascontiguousarray(column, np.int64)) for column in columns]
+        rest.append(torch.from_numpy(ids != asked))
+        return Batch(images, *(tensor.pin_memory() if pin else tensor for tensor in rest))
+
+    def _empty(self, count: int, pin: bool = False) -> Tensor:
+        """Memory for the pixels of `count` samples, where they are decoded to."""
+        return torch.empty((count, *self.options.sample_shape), dtype=torch.uint8, pin_memory=pin)
+
+    def _read(self, images: Tensor, epoch: int, asked: Array) -> tuple[Array, Array, Array]:
+        """Fill `images` [B, H, W, C] with `asked` [B] or what replaces them; which samples, crops and sizes these are.
+
+        A replacement is a function of (seed, epoch, sample id) and of which samples are bad, nothing else.
+        """
+        ids, rows = asked.copy(), np.arange(len(asked))
+        crops, sizes = np.zeros((len(ids), self.crop_columns), np.int64), np.zeros((len(ids), 2), np.int64)
+        for attempt in range(1 + REPLACEMENTS):
+            if attempt:
+                ids[rows] = replacements(self.options.seed, epoch, asked[rows], attempt, self.info.num_samples)
+            pixels = self._empty(len(rows)) if attempt else images
+            sizes[rows] = self._sizes(ids[rows])
+            crops[rows] = self._crops(epoch, ids[rows], np.maximum(sizes[rows], 1), rows)
+            bad = self._fill_in_parallel(pixels, ids[rows], crops[rows], self._factors(epoch, ids[rows]))
+            bad |= (sizes[rows] == 0).any(1)
+            if attempt:
+                images[torch.from_numpy(rows)] = pixels
+            rows = rows[bad]
+            if not len(rows):
+                return ids, crops, sizes
+            self._quarantine.add(ids[rows])
+        raise UserError(
+            f"{self._describe(int(asked[rows[0]])).name} does not decode, nor do {REPLACEMENTS} samples drawn in its "
+            f"place; {self.source} is damaged: copy or prepare it again"
+        )
+
+    def _fill_in_parallel(self, images: Tensor, ids: Array, crops: Array, factors: Array) -> Array:
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self.num_workers, thread_name_prefix="fasthpm-decode")
+        share = max(-(-len(ids) // (2 * self.num_workers)), 1)  # two shares per thread even out large images
+        parts = [slice(start, start + share) for start in range(0, len(ids), share)]
+        pixels = images.numpy()
+        fill = self._pool.map(lambda part: self._fill(pixels[part], ids[part], crops[part], factors[part]), parts)
+        return np.concatenate([np.zeros(0, np.bool_), *fill])
+
+
+class Prefetcher:
+    """The iterator of one epoch. Dropping it, or `close`, ends its thread."""
+
+    def __init__(self, loader: PrefetchLoader, epoch: int, start: int) -> None:
+        self._loader, self._epoch, self._next = loader, epoch, start
+        batches = (loader._make(epoch, batch) for batch in range(start, len(loader)))
+        self._ahead = Background(batches, AHEAD, "fasthpm-prefetch")
+        self.close = self._ahead.close
+
+    def __iter__(self) -> "Prefetcher":
+        return self
+
+    def __next__(self) -> Batch:
+        batch = next(self._ahead)
+        self._loader._given(self._epoch, self._next)
+        self._next += 1
+        return batch

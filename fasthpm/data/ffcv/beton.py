@@ -1,0 +1,193 @@
+"""Prepared sets on disk: FFCV's `.beton` file format, read with numpy alone, and the JSON sidecar beside it.
+
+The format (ffcv 1.0.2, version 2, little endian): header | field descriptors | one metadata row per sample | pages of
+pixels | allocation table (sample, position, bytes). Ours has two fields, `image` (RGB) and `label` (integer).
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fasthpm.data.sampling import Array
+from fasthpm.data.types import DatasetInfo
+from fasthpm.errors import UserError
+
+VERSION, JPEG, RAW = 2, 0, 1
+FIELDS = (("image", 2), ("label", 1))  # name and FFCV's type id
+HEADER = np.dtype(
+    [
+        ("version", "<u2"),
+        ("num_fields", "<u2"),
+        ("page_size", "<u4"),
+        ("num_samples", "<u8"),
+        ("alloc_table_ptr", "<u8"),
+    ],
+    align=True,
+)
+DESCRIPTOR = np.dtype([("type_id", "<u1"), ("name", ("<u1", 16)), ("arguments", ("<u1", (1024,)))], align=True)
+IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
+ROW = np.dtype([("image", IMAGE), ("label", "<i8")], align=True)
+ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
+INFO_TYPES = {"num_samples": int, "channels": int, "mean": list, "std": list, "classes": list}
+SIDECAR_TYPES = INFO_TYPES | {"bytes": int, "sha256": str}
+INDEX_TYPES = INFO_TYPES | {"shards": list}
+INDEX_FORMAT = "ffcv-shards"  # of the JSON that stands for a set in several files
+AGAIN = "prepare it again with python -m data_prep.images"
+
+
+@dataclass(frozen=True)
+class Beton:
+    """The table of a prepared set. N samples."""
+
+    path: Path
+    info: DatasetInfo
+    sidecar: dict[str, Any]
+    positions: Array  # uint64 [N], where a sample's pixels start in the file
+    lengths: Array  # uint64 [N], how many bytes they take
+    modes: Array  # uint8 [N], JPEG or RAW
+    heights: Array  # uint16 [N]
+    widths: Array  # uint16 [N]
+    labels: Array  # int64 [N]
+
+
+def sidecar_path(path: Path) -> Path:
+    """`OUT.json` of `OUT.beton`."""
+    return path.with_suffix(".json")
+
+
+def files_path(path: Path) -> Path:
+    """`OUT.files.csv` of `OUT.beton`: the source file of every sample."""
+    return path.with_suffix(".files.csv")
+
+
+def read_sidecar(path: Path) -> dict[str, Any]:
+    """The JSON beside a `.beton`.
+
+    **Raises:** `UserError` if it is missing, is not JSON, or lacks what training needs.
+    """
+    return _read_json(path, SIDECAR_TYPES)
+
+
+def read_index(path: Path) -> dict[str, Any] | None:
+    """The JSON that lists the shards of `OUT.beton`, or None where there is none (or `OUT.beton` itself is there).
+
+    **Raises:** `UserError` if it lacks what training needs.
+    """
+    if path.exists() or not sidecar_path(path).is_file():
+        return None
+    try:
+        values = json.loads(sidecar_path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(values, dict) or values.get("format") != INDEX_FORMAT:
+        return None
+    values = _read_json(path, INDEX_TYPES)
+    if not values["shards"] or not all(isinstance(name, str) and name for name in values["shards"]):
+        raise UserError(f"{sidecar_path(path)} lists no shards: {AGAIN}")
+    strange = [name for name in values["shards"] if Path(name).name != name or name == ".."]
+    if strange:  # an index comes with the data: it must not lead to other files of this machine
+        raise UserError(f"{sidecar_path(path)} lists {strange[0]!r}, expected names of files beside it: {AGAIN}")
+    return values
+
+
+def _read_json(path: Path, types: dict[str, type]) -> dict[str, Any]:
+    sidecar = sidecar_path(path)
+    try:
+        values = json.loads(sidecar.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{sidecar} cannot be read ({_reason(error)}); it belongs beside {path}: {AGAIN}") from error
+    values = values if isinstance(values, dict) else {}
+    for name, kind in types.items():
+        if not isinstance(values.get(name), kind):
+            raise UserError(
+                f"{sidecar} has no {kind.__name__} named {name!r}; it is not the sidecar of {path}: {AGAIN}"
+            )
+    if values["num_samples"] < 1 or not len(values["mean"]) == len(values["std"]) == values["channels"]:
+        raise UserError(
+            f"{sidecar} contradicts itself (num_samples {values['num_samples']}, channels "
+            f"{values['channels']}, {len(values['mean'])} means, {len(values['std'])} stds): {AGAIN}"
+        )
+    return values
+
+
+def info_of(sidecar: dict[str, Any]) -> DatasetInfo:
+    """What loaders and models need of a sidecar."""
+    return DatasetInfo(
+        num_samples=sidecar["num_samples"],
+        channels=sidecar["channels"],
+        mean=tuple(sidecar["mean"]),
+        std=tuple(sidecar["std"]),
+        classes=tuple(sidecar["classes"]),
+    )
+
+
+def open_beton(path: Path) -> Beton:
+    """Read and check the table of a prepared set: sizes, header, bounds. Pixels are not read (`data_prep.verify` does).
+
+    **Raises:** `UserError` for a file that is missing, truncated, foreign or does not belong to its sidecar.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; give --data_path a prepared .beton, an image folder, or synthetic:N")
+    sidecar = read_sidecar(path)
+    size = os.path.getsize(path)
+    if size != sidecar["bytes"]:
+        raise UserError(
+            f"{path} has {size} bytes, its sidecar says {sidecar['bytes']}; it is truncated or belongs to "
+            f"another sidecar: copy it again or {AGAIN}"
+        )
+    header = _read_header(path, size, sidecar["num_samples"])
+    rows_at = HEADER.itemsize + len(FIELDS) * DESCRIPTOR.itemsize
+    rows = np.fromfile(path, ROW, sidecar["num_samples"], offset=rows_at)
+    table = np.fromfile(path, ALLOCATION, offset=int(header["alloc_table_ptr"]))
+    lengths = _check_table(path, rows, table, rows_at + rows.nbytes, int(header["alloc_table_ptr"]))
+    image = rows["image"]
+    columns = (image["data_ptr"], lengths, image["mode"], image["height"], image["width"], rows["label"])
+    return Beton(path, info_of(sidecar), sidecar, *(np.ascontiguousarray(column) for column in columns))
+
+
+def _read_header(path: Path, size: int, num_samples: int) -> Any:
+    rows_at = HEADER.itemsize + len(FIELDS) * DESCRIPTOR.itemsize
+    smallest = rows_at + num_samples * (ROW.itemsize + ALLOCATION.itemsize)
+    header = np.fromfile(path, HEADER, 1)[0] if size >= smallest else None
+    if header is None or header["version"] != VERSION or header["num_fields"] != len(FIELDS):
+        raise UserError(f"{path} is not an FFCV file of version {VERSION} with fields image and label: {AGAIN}")
+    fields = np.fromfile(path, DESCRIPTOR, len(FIELDS), offset=HEADER.itemsize)
+    names = [bytes(field["name"]).rstrip(b"\0").decode("ascii", "replace") for field in fields]
+    if list(zip(names, fields["type_id"].tolist(), strict=True)) != list(FIELDS):
+        raise UserError(f"{path} has the fields {', '.join(names)}; expected image (RGB) and label (integer): {AGAIN}")
+    if header["num_samples"] != num_samples:
+        raise UserError(f"{path} holds {header['num_samples']} samples, its sidecar says {num_samples}: {AGAIN}")
+    if int(header["alloc_table_ptr"]) + num_samples * ALLOCATION.itemsize != size:
+        raise UserError(f"{path} is incomplete: its allocation table should end the file: copy it again or {AGAIN}")
+    return header
+
+
+def _check_table(path: Path, rows: Array, table: Array, data_start: int, data_end: int) -> Array:
+    """Bytes of each sample, after checking that every sample lies inside the file: uint64 [N]."""
+    order = np.argsort(table["sample_id"], kind="stable")
+    table, image = table[order], rows["image"]
+    ends = table["ptr"] + table["size"]
+    raw_bytes = image["height"].astype(np.uint64) * image["width"] * np.uint64(3)
+    good = (
+        (table["sample_id"] == np.arange(len(rows), dtype=np.uint64))
+        & (table["ptr"] == image["data_ptr"])
+        & (table["ptr"] >= data_start)
+        & (ends > table["ptr"])
+        & (ends <= data_end)
+        & ((image["mode"] == JPEG) | ((image["mode"] == RAW) & (table["size"] == raw_bytes)))
+        & (raw_bytes > 0)
+    )
+    if not good.all():
+        raise UserError(
+            f"{path} is damaged: {int((~good).sum())} of {len(rows)} samples, the first of them "
+            f"{int(good.argmin())}, lie outside the file or disagree with the table: copy it again or {AGAIN}"
+        )
+    return table["size"]
+
+
+def _reason(error: Exception) -> str:
+    return error.strerror or str(error) if isinstance(error, OSError) else str(error)

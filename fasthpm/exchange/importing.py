@@ -1,0 +1,362 @@
+"""Make a FastHPM run of somebody else's checkpoint: HPM's, MAE's, AMT's or VideoMAE's, or of an encoder from one.
+
+    fasthpm import CKPT -o OUT_DIR [--source hpm|mae|amt|videomae] [--weights student|teacher] [--recipe NAME] [flags]
+
+Then OUT_DIR is what a run is: `fasthpm knn|visualize|export OUT_DIR`, and `fasthpm pretrain --init_from OUT_DIR …`.
+The file is never trusted with code: safetensors, or torch files that load with `weights_only`. Every weight of the
+model must be in it, in its shape; what is converted or left aside is listed, and kept in import.json.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fasthpm import checkpoint, recipes
+from fasthpm.checkpoint.foreign import (
+    EMBEDDED_RECIPE,
+    IMPORT_NOTE,
+    SOURCES,
+    Architecture,
+    KeyReport,
+    check_source,
+    detect_source,
+    find_weights,
+    infer_architecture,
+    load_reference,
+    our_names,
+    stored_arguments,
+)
+from fasthpm.cli import Parser
+from fasthpm.errors import UserError, about
+from fasthpm.files import file_hash, read_file
+from fasthpm.model import SIZES, VIDEO_FRAMES, is_video, model_names, width_of
+from fasthpm.patches import model_of
+from fasthpm.recipe import Recipe, build_recipe
+
+PUBLISHED_DECODER_HEADS = {512: 16}  # by width: MAE's and HPM's at every size
+VIDEO_DECODER_HEADS = {192: 3, 384: 6, 512: 8, 640: 8}  # VideoMAE's
+VIDEO_SIDE, VIDEO_MASK_RATIO = 224, 0.9
+
+
+@dataclasses.dataclass(frozen=True)
+class Imported:
+    """Weights on their way into a run folder."""
+
+    recipe: Recipe
+    states: dict[str, dict[str, Tensor]]  # "student", and "teacher" where there is one: float32, our form
+    reports: dict[str, KeyReport]  # of the same
+    source: str
+    encoder_only: bool
+    assumed: list[str]  # what the shapes do not tell and nobody said
+
+
+def import_weights(
+    path: Path,
+    *,
+    source: str = "",
+    weights: str = "",
+    base: Recipe | None = None,
+    given: dict[str, Any] | None = None,
+    encoder_only: bool = False,
+    ignore: Sequence[str] = (),
+) -> Imported:
+    """Read, recognise and convert a checkpoint; nothing is written.
+
+    - `source`: see `foreign.SOURCES`; empty = recognised by its keys
+    - `weights`: "student", "teacher" (the EMA, which becomes the student), or empty: both that there are
+    - `base`: the recipe of the run, instead of one made from the file's shapes
+    - `given`: recipe fields that shapes do not tell: input_size, decoder_heads, norm_pix_loss
+    - `encoder_only`, `ignore`: see `foreign.load_reference`
+
+    **Raises:** `UserError` for anything that is not a whole checkpoint of a model that we have.
+    """
+    content, metadata = read_file(path)
+    with about(path):
+        found = choose(content, weights)
+        source = source or detect_source(found["student"])
+        check_source(source)
+        fields = {k: v for k, v in (given or {}).items() if v is not None}
+        assumed: list[str] = []
+        if base is None and EMBEDDED_RECIPE in metadata and not encoder_only:
+            own = build_recipe(json.loads(metadata[EMBEDDED_RECIPE]), source="the recipe in it")
+            recipe = dataclasses.replace(own, **fields)
+        elif base:
+            recipe = dataclasses.replace(base, **fields)
+            features = width_of(recipe.model) if recipe.target == "ema" else recipe.frozen_dim
+            check_recipe(recipe, measured(found["student"], encoder_only, source, features))
+        else:
+            shape = measured(found["student"], encoder_only, source)
+            recipe, assumed = recipe_for(shape, source, fields, stored_arguments(content))
+        states, reports = {}, {}
+        for name, state in found.items():
+            model = model_of(recipe)
+            reports[name] = load_reference(model, state, source, encoder_only=encoder_only, ignore=ignore)
+            states[name] = checkpoint.cpu_state(model)
+    return Imported(recipe, states, reports, source, encoder_only, assumed)
+
+
+def choose(content: dict[str, Any], weights: str) -> dict[str, dict[str, Tensor]]:
+    """The state dicts to import, {"student": …} and perhaps {"teacher": …}.
+
+    **Raises:** `UserError` if the file has no such weights.
+    """
+    found = {name: state for name in ("student", "teacher") if (state := find_weights(content, name))}
+    if not found:
+        raise UserError(_nothing_found(content))
+    if weights and weights not in found:
+        raise UserError(f"holds no {weights} weights, only {' and '.join(found)}; leave --weights out")
+    if weights or "student" not in found:
+        return {"student": found[weights or "teacher"]}
+    return found
+
+
+def _nothing_found(content: dict[str, Any]) -> str:
+    if "optimizer_state_dict" in content or "ds_config" in content:
+        return (
+            "holds DeepSpeed's optimizer state, not weights; give mp_rank_00_model_states.pt, which lies beside it, "
+            "or what DeepSpeed's zero_to_fp32.py makes of the folder"
+        )
+    keys = ", ".join(str(key) for key in list(content)[:8])
+    return f"holds no weights of a vision transformer (its keys: {keys}); expected patch_embed.proj.weight and the like"
+
+
+# -------------------------------------------------------------------------------------------------- which model
+def measured(state: dict[str, Tensor], encoder_only: bool, source: str, features: int = 0) -> Architecture:
+    """The sizes in `state`, with what can't be imported refused.
+
+    - `features`: width of what the decoder predicts, by the user's recipe; 0 = pixels
+    """
+    state = our_names(state, source)
+    shape = infer_architecture(state, source)
+    if encoder_only:
+        return dataclasses.replace(shape, decoder_dim=0, decoder_depth=0, predictor_depth=0)
+    if not shape.decoder_dim:
+        kind = "a classifier" if any(key.startswith("head.") for key in state) else "an encoder alone"
+        raise UserError(f"is {kind}, without the decoder that pretraining has; take its encoder with --encoder_only")
+    values = len(state.get("decoder_pred.weight", ()))
+    pixels = max(shape.tubelet_size, 1) * shape.patch_size**2 * shape.in_chans
+    if values not in (0, features or pixels):
+        what = f"the {features} features of the recipe's target" if features else f"the {pixels} pixels"
+        raise UserError(
+            f"its decoder predicts {values} values per patch, not {what}: the file does not say whose features they "
+            f"are; name a --recipe with that target, or take its encoder with --encoder_only"
+        )
+    return shape
+
+
+def recipe_for(
+    shape: Architecture, source: str, fields: dict[str, Any], stored: dict[str, Any]
+) -> tuple[Recipe, list[str]]:
+    """A recipe for a model with these shapes, and what had to be assumed beyond them.
+
+    - `fields`: what the user says; `stored`: the training arguments in the file
+
+    **Raises:** `UserError` if no registered model has these shapes, or they leave a choice.
+    """
+    known: dict[str, Any] = {"model": _model_name(shape), "patch_size": shape.patch_size, "channels": shape.in_chans}
+    guessed: dict[str, Any] = {}
+    if shape.tubelet_size:
+        known["tubelet_size"] = shape.tubelet_size
+        clip = _clip(shape, {**stored, **fields})
+        known, guessed = {**known, **clip[0]}, clip[1]
+    else:
+        known["input_size"] = fields.get("input_size") or _square(shape, 1)
+    if shape.decoder_dim:
+        known |= {"decoder_dim": shape.decoder_dim, "decoder_depth": shape.decoder_depth}
+        if shape.predictor_depth not in (0, shape.decoder_depth):
+            known["predictor_depth"] = shape.predictor_depth
+    if not shape.predictor_depth:
+        policy = "tube" if shape.tubelet_size and _slots({**known, **guessed}) > 1 else "random"
+        known |= {"mask_policy": policy, "predict_loss": "none", "clip_grad": 0.0}
+    for name in ("norm_pix_loss", "normlize_target"):  # MAE's and VideoMAE's spelling
+        if isinstance(stored.get(name), bool):
+            known["norm_pix_loss"] = stored[name]
+    conventions = {**guessed, **_conventions(shape, source)}
+    assumed = {name: value for name, value in conventions.items() if name not in {**known, **fields}}
+    if shape.decoder_dim and "decoder_heads" not in {**assumed, **fields}:
+        raise UserError(
+            f"its decoders are {shape.decoder_dim} wide, and shapes do not tell their number of heads; give "
+            f"--decoder_heads"
+        )
+    name = f"imported_{source}" if shape.decoder_dim else "imported_encoder"
+    recipe = Recipe(**{"recipe": name, **known, **assumed, **fields})
+    check_recipe(recipe, shape)
+    heads = SIZES[_size(shape)]["num_heads"]
+    return recipe, [f"{heads} heads", *(f"{name} {value}" for name, value in assumed.items())]
+
+
+def check_recipe(recipe: Recipe, shape: Architecture) -> None:
+    """**Raises:** `UserError` listing every size in which the recipe's model differs from the file's."""
+    pairs = {
+        "model size": (recipe.model.split("_")[2], _size(shape)),
+        "patch_size": (recipe.patch_size, shape.patch_size),
+        "channels": (recipe.channels, shape.in_chans),
+        "tubelet_size (0 = images)": (recipe.tubelet_size if is_video(recipe.model) else 0, shape.tubelet_size),
+    }
+    if shape.num_patches:
+        pairs[f"patches of input_size {recipe.input_size}"] = (recipe.num_patches, shape.num_patches)
+    if shape.decoder_dim:
+        pairs["decoder_dim"] = (recipe.decoder_dim, shape.decoder_dim)
+        pairs["decoder_depth"] = (recipe.decoder_depth, shape.decoder_depth)
+        if shape.predictor_depth:
+            pairs["predictor_depth"] = (recipe.predictor_depth or recipe.decoder_depth, shape.predictor_depth)
+    wrong = [f"{name} {asked} (file: {has})" for name, (asked, has) in pairs.items() if asked != has]
+    if wrong:
+        raise UserError(f"the recipe {recipe.recipe} is of another model: {', '.join(wrong)}; name a recipe that fits")
+
+
+def _size(shape: Architecture) -> str:
+    for name, size in SIZES.items():
+        if (size["embed_dim"], size["depth"]) == (shape.embed_dim, shape.depth):
+            return name
+    sizes = ", ".join(f"{size['embed_dim']} x {size['depth']} ({name})" for name, size in SIZES.items())
+    raise UserError(f"its encoder is {shape.embed_dim} wide with {shape.depth} blocks; expected one of {sizes}")
+
+
+def _model_name(shape: Architecture) -> str:
+    """The registered name of this size; patch and image size are the recipe's to change."""
+    method = "hpm" if shape.predictor_depth else "videomae" if shape.tubelet_size else "mae"
+    stem = f"{method}_vit_{_size(shape)}_patch"
+    names = [n for n in model_names() if n.startswith(stem) and is_video(n) == bool(shape.tubelet_size)]
+    if not names:
+        raise UserError(
+            f"its encoder is a ViT-{_size(shape)}, which has no {'video' if shape.tubelet_size else 'image'} model"
+        )
+    return next((name for name in names if name.startswith(f"{stem}{shape.patch_size}_")), names[0])
+
+
+def _square(shape: Architecture, slots: int) -> str:
+    side = math.isqrt(shape.num_patches // slots)
+    if side * side * slots != shape.num_patches:
+        raise UserError(f"its {shape.num_patches} patches make no square; give --input_size HEIGHTxWIDTH in pixels")
+    return str(side * shape.patch_size)
+
+
+def _slots(fields: dict[str, Any]) -> int:
+    return int(fields["num_frames"]) // int(fields["tubelet_size"])
+
+
+def _clip(shape: Architecture, said: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Length, size and mask ratio of a video model's clips: what file or user say, and what is guessed (VideoMAE's)."""
+    known: dict[str, Any] = {"num_frames": int(said["num_frames"])} if said.get("num_frames") else {}
+    guessed: dict[str, Any] = {} if known else {"num_frames": VIDEO_FRAMES}
+    slots = _slots({"tubelet_size": shape.tubelet_size, **known, **guessed})
+    if shape.num_patches and slots and not said.get("input_size"):
+        known["input_size"] = _square(shape, slots)
+    elif said.get("input_size"):
+        known["input_size"] = str(said["input_size"])
+    else:
+        guessed["input_size"] = str(VIDEO_SIDE)
+    return known, {**guessed, "mask_ratio": VIDEO_MASK_RATIO}
+
+
+def _conventions(shape: Architecture, source: str) -> dict[str, Any]:
+    """What neither shapes nor, often, the file tell, as the published scripts have it."""
+    if not shape.decoder_dim:
+        return {}
+    video = bool(shape.tubelet_size)
+    heads = (VIDEO_DECODER_HEADS if video else PUBLISHED_DECODER_HEADS).get(shape.decoder_dim)
+    return {**({"decoder_heads": heads} if heads else {}), "norm_pix_loss": video or source != "hpm"}
+
+
+# -------------------------------------------------------------------------------------------------- out
+def write_run(output_dir: Path, imported: Imported, made_of: dict[str, Any]) -> Path:
+    """A run folder with one checkpoint, of update 0. **Returns:** the checkpoint.
+
+    - `made_of`: what import.json says about the file
+
+    **Raises:** `UserError` if there are checkpoints already, or the folder cannot be written.
+    """
+    if any((output_dir / "checkpoints").glob("step-*")):
+        raise UserError(f"output {output_dir} holds checkpoints already; choose another --output")
+    try:
+        aside = checkpoint.begin(output_dir, 0)
+        for name, state in imported.states.items():
+            save_file(state, aside / f"{name}.safetensors")
+        (aside / IMPORT_NOTE).write_text(json.dumps(_note(imported, made_of), indent=2) + "\n")
+        return checkpoint.commit(aside, imported.recipe, checkpoint.RunState(0, {}, 0, 1))
+    except OSError as error:
+        raise UserError(f"output {output_dir} cannot be written ({error.strerror}); choose another --output") from error
+
+
+def _note(imported: Imported, made_of: dict[str, Any]) -> dict[str, Any]:
+    return {
+        **made_of,
+        "source": imported.source,
+        "encoder_only": imported.encoder_only,
+        "assumed": imported.assumed,
+        "keys": {name: dataclasses.asdict(report) for name, report in imported.reports.items()},
+    }
+
+
+def summary(imported: Imported) -> list[str]:
+    """What the user is told: the model, what was assumed, and what became of the keys."""
+    recipe = imported.recipe
+    height, width = recipe.image_size
+    what = f"{imported.source} checkpoint: {recipe.model.split('_')[2]}, patches of {recipe.patch_size}"
+    decoder = "" if imported.encoder_only else f", decoder {recipe.decoder_dim} x {recipe.decoder_depth}"
+    frames = f"{recipe.num_frames} frames of " if is_video(recipe.model) else ""
+    lines = [f"{what}, {frames or 'images '}{height}x{width}x{recipe.channels}{decoder}"]
+    if imported.assumed:
+        lines.append(f"  assumed    {', '.join(imported.assumed)}: not told by the shapes")
+    for name, report in imported.reports.items():
+        lines += [f"  {name}:", *(f"    {line}" for line in report.lines())]
+    if imported.encoder_only:
+        lines.append("  the decoder is untrained: knn and export are meaningful, visualize is not")
+    return lines
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="fasthpm import", description=__doc__)
+    parser.add_argument("checkpoint", type=Path, help="file of torch.save, or .safetensors")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="run folder to write")
+    parser.add_argument("--source", choices=SOURCES, default="", help="whose checkpoint (default: by its keys)")
+    parser.add_argument(
+        "--weights",
+        choices=("student", "teacher"),
+        default="",
+        help="import these alone, as the student; teacher = the file's EMA (default: both, where the file has both)",
+    )
+    parser.add_argument("--recipe", default="", help="the run's recipe, or a recipe.json (default: made from the file)")
+    parser.add_argument("--encoder_only", action="store_true", help="take the encoder and leave decoders and heads")
+    parser.add_argument(
+        "--ignore", nargs="+", default=(), metavar="PREFIX", help="leave keys aside that begin with one of these"
+    )
+    parser.add_argument("--input_size", help="image side or HEIGHTxWIDTH, where the patches make no square")
+    parser.add_argument(
+        "--num_frames", type=int, help="frames of a video model's clips (default: as the file says, or 16)"
+    )
+    parser.add_argument("--decoder_heads", type=int, help="heads of the decoders, where they are not 512 wide")
+    parser.add_argument(
+        "--norm_pix_loss",
+        action=argparse.BooleanOptionalAction,
+        help="whether targets were normalised per patch (default: as the file says, else MAE and videos yes, HPM no)",
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`fasthpm import`."""
+    arguments = _parser().parse_args(argv)
+    imported = import_weights(
+        arguments.checkpoint,
+        source=arguments.source,
+        weights=arguments.weights,
+        base=recipes.from_name(arguments.recipe) if arguments.recipe else None,
+        given={
+            name: getattr(arguments, name) for name in ("input_size", "num_frames", "decoder_heads", "norm_pix_loss")
+        },
+        encoder_only=arguments.encoder_only,
+        ignore=arguments.ignore,
+    )
+    made_of = {"file": arguments.checkpoint.name, "sha256": file_hash(arguments.checkpoint)}
+    write_run(arguments.output, imported, made_of)
+    print("\n".join(summary(imported)))
+    print(f"written to {arguments.output}; e.g. fasthpm knn {arguments.output} --train_path … --val_path …")

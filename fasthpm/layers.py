@@ -1,0 +1,233 @@
+"""The parts a masked autoencoder is made of: patch embedding, attention, blocks, positions, and how blocks are run."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fasthpm import loss as losses
+
+LAYER_NORM_EPS = 1e-6
+
+
+class PatchEmbed(nn.Module):
+    """Linear patch embedding; a module of its own because checkpoints call its weight `patch_embed.proj`."""
+
+    def __init__(self, patch_size: int, in_chans: int, embed_dim: int, tubelet_size: int = 0) -> None:
+        super().__init__()
+        self.proj = PatchProjection(patch_size, in_chans, embed_dim, tubelet_size)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """[B, N, t*P*P*C] -> [B, N, D]."""
+        return self.proj(patches)
+
+
+class PatchProjection(nn.Module):
+    """A P x P convolution of stride P, applied to patches that are already cut out; t x P x P with `tubelet_size` t."""
+
+    def __init__(self, patch_size: int, in_chans: int, embed_dim: int, tubelet_size: int = 0) -> None:
+        super().__init__()
+        kernel = (tubelet_size, patch_size, patch_size) if tubelet_size else (patch_size, patch_size)
+        self.weight = nn.Parameter(torch.empty(embed_dim, in_chans, *kernel))
+        bound = 1 / math.sqrt(self.weight[0].numel())
+        self.bias = nn.Parameter(torch.empty(embed_dim).uniform_(-bound, bound))
+        nn.init.xavier_uniform_(self.weight.view(embed_dim, -1))
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """[B, N, t*P*P*C] -> [B, N, D]; the weight is reordered to the patches' (frame, row, column, channel)."""
+        return F.linear(patches, self.weight.movedim(1, -1).flatten(1), self.bias)
+
+
+class ScalarHead(nn.Module):
+    """D -> 1 in float32, so that difficulties can be ranked.
+
+    The published head has `rows` outputs and averages them; that is this head with the averaged rows, and is
+    initialised so.
+    """
+
+    def __init__(self, dim: int, rows: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(nn.init.xavier_uniform_(torch.empty(rows, dim)).mean(0, keepdim=True))
+        self.bias = nn.Parameter(torch.zeros(1))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[B, N, D] -> float32 [B, N]."""
+        values = (losses.full_precision(x) for x in (tokens, self.weight, self.bias))
+        return F.linear(*values).squeeze(-1)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with biased qkv."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, tokens: Tensor, last: int) -> Tensor:
+        """[B, N, D] -> [B, last, D]: the outputs of the last `last` tokens, which attend to all N."""
+        batch, length, dim = tokens.shape
+        qkv = self.qkv(tokens).reshape(batch, length, 3, self.num_heads, dim // self.num_heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        out = attend(query[:, :, length - last :], key, value)
+        return self.proj(out.transpose(1, 2).reshape(batch, last, dim))
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of some tokens to others, with the parameters of `Attention`."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = CrossProjection(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, tokens: Tensor, context: Tensor) -> Tensor:
+        """[B, N, D] and [B, K, D] -> [B, N, D]."""
+        batch, length, dim = tokens.shape
+        query, pairs = self.qkv(tokens, context)
+        shape = (self.num_heads, dim // self.num_heads)
+        key, value = pairs.unflatten(2, (2, *shape)).permute(2, 0, 3, 1, 4).unbind(0)
+        out = attend(query.unflatten(2, shape).transpose(1, 2), key, value)
+        return self.proj(out.transpose(1, 2).reshape(batch, length, dim))
+
+
+class CrossProjection(nn.Linear):
+    """The first third of its outputs, queries, of some tokens; the rest, keys and values, of others."""
+
+    def forward(self, tokens: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """[B, N, D] and [B, K, D] -> [B, N, D] and [B, K, 2 D]."""
+        dim = self.in_features
+        queries = F.linear(tokens, self.weight[:dim], self.bias[:dim])
+        return queries, F.linear(context, self.weight[dim:], self.bias[dim:])
+
+
+class CrossBlock(nn.Module):
+    """Pre-norm block whose tokens attend to a context alone: `Block`'s parameters, `norm1` for both."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, LAYER_NORM_EPS)
+        self.attn = CrossAttention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, LAYER_NORM_EPS)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+    def forward(self, tokens: Tensor, context: Tensor) -> Tensor:
+        """[B, N, D] and [B, K, D] -> [B, N, D]."""
+        # One module, one call: ZeRO-3 gathers the norm's weights once.
+        count = tokens.shape[1]
+        asking, known = self.norm1(torch.cat([tokens, context], dim=1)).split([count, context.shape[1]], dim=1)
+        tokens = tokens + self.attn(asking, known)
+        return tokens + self.mlp(self.norm2(tokens))
+
+
+class Mlp(nn.Module):
+    """Linear, GELU, Linear."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[B, N, D] -> [B, N, D]."""
+        return self.fc2(F.gelu(self.fc1(tokens)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, LAYER_NORM_EPS)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, LAYER_NORM_EPS)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+    def forward(self, tokens: Tensor, last: int = 0) -> Tensor:
+        """[B, N, D] -> [B, last or N, D]; `last` computes only that many tokens at the end (exactly)."""
+        last = last or tokens.shape[1]
+        kept = tokens[:, tokens.shape[1] - last :] + self.attn(self.norm1(tokens), last)
+        return kept + self.mlp(self.norm2(kept))
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Softmax attention of [B, heads, N, d]: torch's fused kernel, or `attend_plain` where that is faster.
+
+    In bfloat16 on a CPU plain matmuls are 2-4 times faster, forward and backward, at these token counts
+    (bench/LOG.md).
+    """
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16:
+        return attend_plain(query, key, value)
+    return F.scaled_dot_product_attention(query, key, value)
+
+
+def attend_plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v, as written."""
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
+    return scores.softmax(dim=-1) @ value
+
+
+def shrink(patches: Tensor, grid_size: tuple[int, int], side: int, scale: int) -> Tensor:
+    """The patches of images made `scale` times smaller by averaging: [B, L, P*P*C] -> [B, L / scale^2, P*P*C]."""
+    rows, columns = grid_size[0] // scale, grid_size[1] // scale
+    cut = patches.reshape(len(patches), rows, scale, columns, scale, side, side, -1).permute(0, 1, 3, 2, 5, 4, 6, 7)
+    pixels = cut.reshape(len(patches), rows * columns, side, scale, side, scale, -1).mean(dim=(3, 5))
+    return pixels.flatten(2)
+
+
+def sincos_positions(dim: int, grid_size: tuple[int, int]) -> Tensor:
+    """Fixed 2-D sine-cosine positions (MAE): float32 [1 + rows*columns, dim]; the first row, for cls, is zero.
+
+    The first half of the channels encodes the column, the second the row; each half is all sines, then all cosines,
+    of index / 10000^(k/(dim/4)).
+    """
+    frequency = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
+    row, column = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid_size), indexing="ij")
+    angles = [axis.reshape(-1, 1) * frequency for axis in (column, row)]
+    table = torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1)
+    return torch.cat([torch.zeros(1, dim, dtype=torch.float64), table]).float()
+
+
+def sinusoid_positions(dim: int, count: int) -> Tensor:
+    """Fixed 1-D sine-cosine positions (VideoMAE): float32 [count, dim].
+
+    Channel 2k holds the sine and channel 2k + 1 the cosine of index / 10000^(2k/dim).
+    """
+    frequency = 10000.0 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    angle = torch.arange(count, dtype=torch.float64)[:, None] * frequency
+    return torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1)[:, :dim].float()
+
+
+def block_stack(depth: int, dim: int, num_heads: int, mlp_ratio: float, attention: str = "self") -> nn.ModuleList:
+    kind = CrossBlock if attention == "cross" else Block
+    return nn.ModuleList(kind(dim, num_heads, mlp_ratio) for _ in range(depth))
+
+
+def run_blocks(blocks: nn.ModuleList, tokens: Tensor, last: int = 0, again: bool = False) -> Tensor:
+    """All blocks; the last one only for the `last` tokens at the end (0 = all).
+
+    `again`: activation checkpointing, each block is computed again in the backward pass.
+    """
+    for number, block in enumerate(blocks, 1):
+        kept = last if number == len(blocks) else 0
+        tokens = checkpoint(block, tokens, kept, use_reentrant=False) if again else block(tokens, kept)
+    return tokens if len(blocks) else tokens[:, -last:]
+
+
+def run_cross_blocks(blocks: nn.ModuleList, tokens: Tensor, last: int, again: bool = False) -> Tensor:
+    """All cross-attention blocks: the `last` tokens at the end attend to those before them."""
+    context, tokens = tokens.split([tokens.shape[1] - last, last], dim=1)
+    for block in blocks:
+        tokens = checkpoint(block, tokens, context, use_reentrant=False) if again else block(tokens, context)
+    return tokens
+
+
+def init_linear(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

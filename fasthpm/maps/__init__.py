@@ -1,0 +1,6 @@
+"""Maps: one small picture per sample, kept in a file, cropped with the image, made anew every so many epochs."""
+
+from fasthpm.maps.run import for_recipe, with_maps
+from fasthpm.maps.store import KINDS
+
+__all__ = ["KINDS", "for_recipe", "with_maps"]

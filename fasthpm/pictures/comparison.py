@@ -1,0 +1,146 @@
+"""Several runs side by side, as `fasthpm report A B …` writes them: accuracies against epochs and GPU-hours, losses.
+
+Reads what runs left (recipe.json, metrics.jsonl) and every evaluation beside them: knn_*.json and *result*.json, dicts
+with at least "accuracy" (a number, or {k: number}); whatever else is missing stays empty.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fasthpm.errors import UserError
+from fasthpm.recipe import Recipe, load_recipe
+from fasthpm.run.records import read_metrics
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What is known of one run."""
+
+    name: str
+    recipe: Recipe
+    records: list[dict[str, float]]
+    gpu_hours: list[float]  # pretraining, up to each record; pauses do not count
+    results: dict[str, float]  # {evaluation: best top-1, percent}
+
+    @property
+    def epochs(self) -> float:
+        """Pretrained so far."""
+        return self.records[-1]["epoch"]
+
+
+def read_run(run: Path) -> RunSummary:
+    """**Raises:** `UserError` if `run` is no output_dir of a run that has logged something."""
+    records, recipe = read_metrics(run), load_recipe(run / "recipe.json")
+    world_size = _read_json(run / "versions.json").get("world_size", 1)
+    name = run.name or run.resolve().name
+    return RunSummary(name, recipe, records, hours(records, recipe, int(world_size)), read_results(run))
+
+
+def hours(records: Sequence[dict[str, float]], recipe: Recipe, world_size: int) -> list[float]:
+    """GPU-hours (devices x hours) of the updates up to each record, from the rates that were logged."""
+    total, step, out = 0.0, 0.0, []
+    for record in records:
+        samples = (record["step"] - step) * recipe.global_batch_size
+        rate = record.get("images_per_second", 0.0)
+        total += world_size * samples / rate / 3600 if rate > 0 else 0.0
+        step = record["step"]
+        out.append(total)
+    return out
+
+
+def read_results(run: Path) -> dict[str, float]:
+    """{evaluation: top-1 in percent} of the evaluations in `run` and in its folders; of several k the best."""
+    found: dict[str, float] = {}
+    patterns = [folder + name for folder in ("", "*/") for name in ("*result*.json", "knn_*.json")]
+    for path in sorted({path for pattern in patterns for path in run.glob(pattern)}):
+        result = _read_json(path)
+        accuracy = result.get("accuracy")
+        values = accuracy.values() if isinstance(accuracy, dict) else [accuracy]
+        numbers = [float(value) for value in values if isinstance(value, int | float)]
+        if numbers:
+            found[label_of(result, path)] = max(numbers)
+    return found
+
+
+def label_of(result: dict[str, Any], path: Path) -> str:
+    """A short name of an evaluation: its protocol, and what else tells it from others of the same protocol."""
+    protocol = str(result.get("protocol") or path.stem).split(",")[0]
+    voters = f"{result['bank_size']:,} voters" if result.get("bank_size") else ""
+    return ", ".join(str(part) for part in (protocol, result.get("weights"), result.get("pool"), voters) if part)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def markdown(runs: Sequence[RunSummary]) -> str:
+    """One row per run."""
+    evaluations = list(dict.fromkeys(name for run in runs for name in run.results))
+    heads = ["run", "recipe", "mask", "epochs", "GPU-hours", "reconstruction loss", "teacher_spearman", *evaluations]
+    rows = [" | ".join(heads), "|".join(["---"] * len(heads)), *(" | ".join(row_of(run, evaluations)) for run in runs)]
+    table = "\n".join(f"| {row} |" for row in rows)
+    return (
+        f"# {len(runs)} runs\n\n{table}\n\nGPU-hours are of pretraining, from the logged rates; accuracies are top-1 "
+        f"in percent, of several k the best. Losses compare only between runs with the same target.\n\n"
+        f"![curves](comparison.png)\n"
+    )
+
+
+def row_of(run: RunSummary, evaluations: Sequence[str]) -> list[str]:
+    """The cells of one run."""
+    last = run.records[-1]
+    figures = [f"{last[name]:.4g}" if name in last else "" for name in ("reconstruction_loss", "teacher_spearman")]
+    scores = [f"{run.results[name]:.2f}" if name in run.results else "" for name in evaluations]
+    mask = f"{run.recipe.mask_policy} {run.recipe.mask_ratio:.0%}"
+    return [run.name, run.recipe.recipe, mask, f"{run.epochs:.2f}", f"{run.gpu_hours[-1]:.3g}", *figures, *scores]
+
+
+def draw(runs: Sequence[RunSummary], path: Path) -> None:
+    """Losses and accuracies, against epochs (left) and GPU-hours (right)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 8), layout="constrained")
+    axes = figure.subplots(2, 2)
+    for column, unit in enumerate(("epochs", "GPU-hours")):
+        loss, accuracy = axes[0][column], axes[1][column]
+        for number, run in enumerate(runs):
+            places = [record["epoch"] for record in run.records] if unit == "epochs" else run.gpu_hours
+            losses = [record["reconstruction_loss"] for record in run.records]
+            loss.plot(places, losses, label=run.name, color=f"C{number}", linewidth=1.2)
+            for marker, (name, value) in zip("osD^v<>pP*X" * len(run.results), run.results.items(), strict=False):
+                accuracy.scatter(places[-1], value, color=f"C{number}", marker=marker, label=f"{run.name}: {name}")
+        for axis, what in ((loss, "reconstruction loss"), (accuracy, "top-1, percent")):
+            axis.set_xlabel(unit)
+            axis.set_ylabel(what)
+            axis.grid(alpha=0.3)
+            if axis.get_legend_handles_labels()[0]:
+                axis.legend(fontsize=6)
+    figure.savefig(path, dpi=100, format="png")
+
+
+def write(folders: Sequence[Path], output: Path) -> Path:
+    """Write comparison.md and comparison.png into `output`. **Returns:** the path of the former."""
+    runs = [read_run(folder) for folder in folders]
+    if len({run.name for run in runs}) < len(runs):  # runs of the same name in different folders
+        runs = [
+            RunSummary(str(f), r.recipe, r.records, r.gpu_hours, r.results) for f, r in zip(folders, runs, strict=True)
+        ]
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        for name, make in (
+            ("comparison.png", lambda path: draw(runs, path)),
+            ("comparison.md", lambda path: path.write_text(markdown(runs))),
+        ):
+            aside = output / f".writing-{name}"
+            make(aside)
+            aside.rename(output / name)
+    except OSError as error:
+        raise UserError(f"output {output} cannot be written ({error.strerror}); choose another -o") from error
+    return output / "comparison.md"

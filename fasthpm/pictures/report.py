@@ -1,0 +1,147 @@
+"""`report.md` and `curves.png` of a run, from what the run wrote; of several runs, a comparison.
+
+fasthpm report RUN
+fasthpm report RUN RUN … [-o FOLDER]      # comparison.md, comparison.png: accuracy against epochs and GPU-hours
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fasthpm.cli import Parser
+from fasthpm.recipe import load_recipe
+from fasthpm.run.records import read_metrics
+
+CURVES = (
+    ("loss", ("reconstruction_loss", "difficulty_loss")),
+    ("predictor health", ("spearman", "pair_accuracy", "teacher_spearman")),
+    ("images per second", ("images_per_second",)),
+    ("learning rate", ("lr",)),
+    ("schedules", ("alpha", "ema_momentum")),
+    ("percent", ("data_wait_percent", "teacher_percent", "mfu_percent")),
+)
+TABLE = (
+    "loss",
+    "reconstruction_loss",
+    "difficulty_loss",
+    "spearman",
+    "pair_accuracy",
+    "teacher_spearman",
+    "grad_norm",
+    "images_per_second",
+    "data_wait_percent",
+    "teacher_percent",
+    "mfu_percent",
+    "memory_gib",
+)
+
+
+def write(run: Path) -> Path:
+    """Write RUN/report.md and RUN/curves.png. **Returns:** the report's path."""
+    records = read_metrics(run)
+    draw_curves(records, run / "curves.png")
+    panels = sorted((run / "panels").glob("*.png"))
+    sections = [_head(run, records), _figures(records), _probes(run), "## Curves\n\n![curves](curves.png)\n"]
+    if panels:
+        sections.append(f"## What the model sees\n\n![panel](panels/{panels[-1].name})\n")
+    path = run / "report.md"
+    aside = path.with_suffix(".writing")
+    aside.write_text("\n".join(section for section in sections if section))
+    aside.rename(path)
+    return path
+
+
+def draw_curves(records: list[dict[str, float]], path: Path) -> None:
+    """One small plot per group in `CURVES`, against epochs."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 6), layout="constrained")
+    axes = figure.subplots(2, 3)
+    epochs = [record["epoch"] for record in records]
+    for axis, (title, names) in zip(axes.flat, CURVES, strict=True):
+        for name in names:
+            axis.plot(epochs, [record[name] for record in records], label=name, linewidth=1.2)
+        axis.set_title(title)
+        axis.set_xlabel("epoch")
+        axis.grid(alpha=0.3)
+        if len(names) > 1:
+            axis.legend(fontsize=8)
+    figure.savefig(path, dpi=100)
+
+
+def _head(run: Path, records: list[dict[str, float]]) -> str:
+    recipe = load_recipe(run / "recipe.json")
+    versions = json.loads((run / "versions.json").read_text())
+    last = records[-1]
+    return (
+        f"# {recipe.recipe}\n\n"
+        f"{recipe.model}, {recipe.input_size} px, patch {recipe.patch_size}, mask {recipe.mask_policy} "
+        f"{recipe.mask_ratio:.0%}, predict_loss {recipe.predict_loss}; global batch {recipe.global_batch_size}, "
+        f"lr {recipe.lr:.2e}; update {last['step']:.0f} of {recipe.total_steps} (epoch {last['epoch']:.2f}).\n\n"
+        f"Data {recipe.data_path}; {versions['world_size']} x {versions['device']}; torch {versions['torch']}, "
+        f"deepspeed {versions['deepspeed']}, fasthpm {versions['fasthpm']} ({versions['commit'][:12]}).\n"
+    )
+
+
+def _figures(records: list[dict[str, float]]) -> str:
+    first, last = records[0], records[-1]
+    rows = "\n".join(f"| {name} | {first[name]:.4g} | {last[name]:.4g} |" for name in TABLE)
+    return (
+        f"## Figures\n\n| | update {first['step']:.0f} | update {last['step']:.0f} |\n|---|---|---|\n{rows}\n\n"
+        "Spearman and pair accuracy compare the student's predicted with its real loss of the masked patches; "
+        "teacher_spearman compares the teacher's prediction, the one that makes the masks, with the same. MFU counts "
+        "the matrix products that the method needs, teacher included, over the matmul rate measured on this machine.\n"
+    )
+
+
+def _probes(run: Path) -> str:
+    results: list[dict[str, Any]] = [json.loads(path.read_text()) for path in sorted(run.glob("knn_*.json"))]
+    if not results:
+        return ""
+    results.sort(key=lambda result: (result["bank_size"], result["pool"], result["weights"]))
+    neighbours = list(results[0]["accuracy"])
+    head = " | ".join(f"k = {k}" for k in neighbours)
+    rows = "\n".join(_probe_row(result, neighbours) for result in results)
+    table = f"| voters | weights | pool | {head} |\n|---|---|---|{'---|' * len(neighbours)}\n{rows}\n"
+    return f"## k-NN top-1, percent\n\n{table}" + _gains(results)
+
+
+def _voters(result: dict[str, Any]) -> str:
+    return f"{result['bank_size']:,}" if result["bank_size"] else "all"
+
+
+def _probe_row(result: dict[str, Any], neighbours: list[str]) -> str:
+    figures = " | ".join(f"{result['accuracy'].get(k, float('nan')):.2f}" for k in neighbours)
+    return f"| {_voters(result)} | {result['weights']} | {result['pool']} | {figures} |"
+
+
+def _gains(results: list[dict[str, Any]]) -> str:
+    """Best accuracy of the student over that of the untrained encoder, wherever both were probed alike."""
+    best: dict[tuple[str, str], dict[str, float]] = {}
+    for result in results:
+        best.setdefault((_voters(result), result["pool"]), {})[result["weights"]] = max(result["accuracy"].values())
+    return "".join(
+        f"\nPretraining gains {found['student'] - found['untrained']:+.2f} points over the untrained encoder with "
+        f"{voters} labelled training images voting ({pool}, best k of each).\n"
+        for (voters, pool), found in best.items()
+        if {"student", "untrained"} <= found.keys()
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`fasthpm report`."""
+    parser = Parser(prog="fasthpm report", description=__doc__)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="output_dir of a run; several are compared")
+    parser.add_argument("-o", "--output", type=Path, default=Path(), help="folder for a comparison (default: here)")
+    arguments = parser.parse_args(argv)
+    if len(arguments.runs) > 1:
+        from fasthpm.pictures import comparison
+
+        path = comparison.write(arguments.runs, arguments.output)
+        print(f"{path.read_text()}\nwritten to {path} and {path.with_suffix('.png')}")
+        return
+    run = arguments.runs[0]
+    write(run)
+    print((run / "report.md").read_text())
+    print(f"written to {run / 'report.md'} and {run / 'curves.png'}")

@@ -1,0 +1,280 @@
+"""Network, engine and loaders of a fine-tuning."""
+
+import argparse
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from timm.loss import SoftTargetCrossEntropy
+from torch import Tensor, nn
+
+from fasthpm import checkpoint, ranks
+from fasthpm.checkpoint.saver import Saver
+from fasthpm.data import DatasetInfo, Loader, build_loader
+from fasthpm.data.augmented import Augmentation, AugmentedLoader
+from fasthpm.errors import UserError
+from fasthpm.model import HPMViT
+from fasthpm.patches import model_of
+from fasthpm.probes import result
+from fasthpm.probes.classifier import architecture, build_classifier, layer_decay_groups
+from fasthpm.probes.finetune.settings import FineTune, complete, image_size_of, preset
+from fasthpm.probes.tokens import TokenChooser
+from fasthpm.ranks import zero
+from fasthpm.recipe import Recipe
+from fasthpm.run import state
+from fasthpm.teacher import EMATeacher
+
+
+# -------------------------------------------------------------------------------------------------- what is wrapped
+class ClassifierStep(nn.Module):
+    """Images and targets in, loss out; without targets, logits."""
+
+    def __init__(self, vit: nn.Module, chooser: TokenChooser | None = None) -> None:
+        super().__init__()
+        self.vit = vit
+        self.loss = SoftTargetCrossEntropy()
+        self._chooser = [chooser]  # in a list: not a part of what is trained
+
+    def forward(self, images: Tensor, targets: Tensor | None = None) -> Tensor:
+        """float [B, C, (T,) H, W], normalised, and [B, K] -> scalar; or -> float32 [B, K]."""
+        chooser = self._chooser[0]
+        if chooser:
+            chooser.choose(images)
+        logits = self.vit(images.to(self.vit.head.weight.dtype)).float()  # type: ignore[union-attr, arg-type]
+        return logits if targets is None else self.loss(logits, targets)
+
+
+@dataclass
+class FineTuning(state.Run[ClassifierStep]):
+    """A fine-tuning between two updates; saves and resumes as pretraining does."""
+
+    settings: FineTune = dataclasses.field(kw_only=True)
+    val_loader: Loader = dataclasses.field(kw_only=True)
+    last_loader: Loader = dataclasses.field(kw_only=True)  # of the last test, all views
+    origin: dict[str, Any] = dataclasses.field(kw_only=True)  # where the encoder comes from
+    best: float = 0.0  # accuracy in percent
+
+    @property
+    def info(self) -> DatasetInfo:
+        """Of the data."""
+        return self.loader.info
+
+
+# -------------------------------------------------------------------------------------------------- building
+def build(arguments: argparse.Namespace, given: dict[str, Any], launch: ranks.Launch) -> FineTuning:
+    """Data, network and engine, at the first update or at the checkpoint."""
+    with ranks.in_agreement():
+        model, recipe = load_encoder(arguments.run, given)
+        chosen = preset(arguments.preset, model, bool(given.get("from_scratch")), recipe.flip)
+        settings = complete(FineTune(**{**chosen, **given}), arguments.run)
+        image_size = image_size_of(settings, model)
+        plan, loader, val_loader, last_loader = open_data(settings, recipe, image_size, launch)
+        notes = describe(settings, arguments.run, model, loader.info)
+        refuse_other(Path(settings.output_dir), notes)
+        config = ranks.merge_config(plan.deepspeed_config, plan, launch.world_size)
+        vit = network(model, settings, image_size, len(loader.info.classes))
+        chooser = choose_tokens(vit, settings, launch.device)
+        origin = result.provenance(arguments.run, launch)
+    step = ClassifierStep(vit, chooser)
+    groups = layer_decay_groups(vit, settings.layer_decay, settings.weight_decay)
+    deepspeed_engine = ranks.build_engine(step, plan, config, launch, groups)
+    ema = None
+    if settings.ema_decay:
+        copy = network(model, settings, image_size, len(loader.info.classes))
+        ema = EMATeacher(deepspeed_engine, step.vit, "vit.", copy, settings.ema_decay)
+        choose_tokens(copy, settings, launch.device, chooser)
+    saver = Saver(launch.rank, launch.world_size, timeout=ranks.timeout().total_seconds())
+    run = FineTuning(
+        plan,
+        launch,
+        loader,
+        deepspeed_engine,
+        step,
+        ema,
+        zero.MasterLayout(deepspeed_engine),
+        saver,
+        settings=settings,
+        maps=None,
+        val_loader=val_loader,
+        last_loader=last_loader,
+        origin=origin,
+        notes={checkpoint.CLASSIFIER: notes},
+    )
+    state.resume(run)
+    return run
+
+
+def load_encoder(run: Path, given: dict[str, Any]) -> tuple[HPMViT, Recipe]:
+    """The run's model with the weights that fine-tuning starts from, and its recipe."""
+    model, recipe = checkpoint.load_weights(run, given.get("weights", "student"))
+    if given.get("from_scratch"):
+        model = model_of(dataclasses.replace(recipe, seed=given.get("seed", 0)))
+    if model.video and given.get("token_policy"):
+        raise UserError(f"{run} was trained on video, and --token_policy takes image models; leave it out")
+    if not model.video and given.get("test_views", "1x1") != "1x1":
+        raise UserError(f"test_views is {given['test_views']!r}, but {run} was trained on images; leave it out")
+    return model, recipe
+
+
+def open_data(
+    settings: FineTune, recipe: Recipe, image_size: tuple[int, int], launch: ranks.Launch
+) -> tuple[Recipe, AugmentedLoader, Loader, Loader]:
+    """The resolved plan (a recipe, for schedule and engine), both sets, checked, and the second with all views."""
+    plan = dataclasses.replace(
+        recipe,
+        data_path=settings.train_path,
+        crop_min=settings.crop_min,
+        beta1=0.9,
+        beta2=0.999,
+        steps_per_epoch=0,
+        **{
+            name: getattr(settings, name)
+            for name in (
+                "batch_size",
+                "accum_iter",
+                "global_batch_size",
+                "epochs",
+                "warmup_epochs",
+                "blr",
+                "lr",
+                "min_lr",
+                "weight_decay",
+                "clip_grad",
+                "seed",
+                "num_workers",
+                "output_dir",
+                "deepspeed_config",
+                "resume",
+                "log_every",
+                "save_every",
+                "keep_checkpoints",
+                "stop_after",
+            )
+        },
+    )
+    plan = checkpoint.continued(plan, launch.world_size)
+    plan = dataclasses.replace(plan, accum_iter=plan.accumulation(launch.world_size))
+    shared = loader_options(settings, recipe, image_size, launch)
+    augmentation = Augmentation(settings.aa, settings.reprob, settings.crop_min, settings.flip, settings.color_jitter)
+    val = build_loader(settings.val_path, train=False, **shared)
+    last = thorough_loader(settings, shared) if settings.views != (1, 1) else val
+    loader = AugmentedLoader(
+        settings.train_path,
+        augmentation,
+        repeats=settings.num_sample,
+        seed=settings.seed,
+        accum_iter=plan.accum_iter,
+        **shared,
+    )
+    result.check_sets((settings.train_path, loader.info), (settings.val_path, val.info))
+    labels = torch.from_numpy(loader.base.labels_of(np.arange(loader.info.num_samples)))
+    result.check_labels(labels, settings.train_path, len(loader.info.classes))
+    return plan.resolve(loader.info.num_samples, launch.world_size), loader, val, last
+
+
+def loader_options(
+    settings: FineTune, recipe: Recipe, image_size: tuple[int, int], launch: ranks.Launch
+) -> dict[str, Any]:
+    """What all loaders of a fine-tuning are built with."""
+    return {
+        "image_size": image_size,
+        "channels": recipe.channels,
+        "rank": launch.rank,
+        "world_size": launch.world_size,
+        "num_workers": settings.num_workers,
+        "batch_size": settings.batch_size,
+        "num_frames": recipe.num_frames,
+        "sampling_rate": settings.sampling_rate or recipe.sampling_rate,
+        "frame_sampling": settings.frame_sampling,
+    }
+
+
+def thorough_loader(settings: FineTune, shared: dict[str, Any]) -> Loader:
+    """The test set with all views of every video, as many rows in a batch as without."""
+    clips, crops = settings.views
+    options = {**shared, "views": settings.views, "batch_size": max(settings.batch_size // (clips * crops), 1)}
+    return build_loader(settings.val_path, train=False, **options)
+
+
+def describe(settings: FineTune, run: Path, model: HPMViT, info: DatasetInfo) -> str:
+    """What tells one fine-tuning from another, and rebuilds its classifier: JSON."""
+    return (
+        json.dumps(
+            {
+                "run": str(run),
+                "settings": settings.science,
+                "model": architecture(model),
+                "classes": list(info.classes),
+                "mean": list(info.mean),
+                "std": list(info.std),
+            },
+            indent=2,
+        )
+        + "\n"
+    )
+
+
+def refuse_other(output_dir: Path, notes: str) -> None:
+    """Refuse an output folder that belongs to another fine-tuning, or to a pretraining run.
+
+    **Raises:** `UserError` naming the first thing that differs.
+    """
+    path = output_dir / checkpoint.CLASSIFIER
+    if not path.is_file():
+        if (output_dir / "checkpoints").is_dir():
+            raise UserError(f"output_dir {output_dir} holds checkpoints of another kind; choose another --output_dir")
+        return
+    theirs, ours = json.loads(path.read_text()), json.loads(notes)
+    theirs["settings"] = FineTune().science | theirs["settings"]  # of an earlier version, with fewer
+    if theirs["model"] != ours["model"]:
+        raise UserError(
+            f"output_dir {output_dir} holds the classifier of another architecture ({differences(theirs['model'], ours['model'])}); "  # noqa: E501
+            f"choose another --output_dir"
+        )
+    if theirs["classes"] != ours["classes"]:
+        raise UserError(
+            f"the classifier in {output_dir} has {len(theirs['classes'])} classes, the data has {len(ours['classes'])} "
+            f"or others; use the data that it was trained for, or another --output_dir"
+        )
+    if theirs["settings"] != ours["settings"]:
+        raise UserError(
+            f"output_dir {output_dir} belongs to a fine-tuning with other settings "
+            f"({differences(theirs['settings'], ours['settings'])}); choose another --output_dir"
+        )
+
+
+def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
+    return ", ".join(f"{k} {theirs.get(k)!r}, here {ours[k]!r}" for k in ours if theirs.get(k) != ours[k])
+
+
+def network(model: HPMViT, settings: FineTune, image_size: tuple[int, int], num_classes: int) -> Any:
+    """timm's ViT as these settings want it."""
+    vit = build_classifier(
+        model,
+        num_classes,
+        image_size=image_size,
+        global_pool=settings.global_pool,
+        drop_path=settings.drop_path,
+        seed=settings.seed,
+    )
+    if not torch.cuda.is_available():  # the fused kernel is the slower one there in bf16 (see `model.attend`)
+        for block in vit.blocks:
+            block.attn.fused_attn = False
+    return vit
+
+
+def choose_tokens(
+    vit: Any, settings: FineTune, device: torch.device, chosen: TokenChooser | None = None
+) -> TokenChooser | None:
+    """What decides which patches `vit` sees, if not all; a second ViT shares the first one's choice."""
+    if chosen is not None:
+        vit.patch_drop = chosen.kept
+        return chosen
+    if not settings.token_policy:
+        return None
+    run = Path(settings.difficulty_run) if settings.difficulty_run else None
+    return TokenChooser(vit, settings.token_policy, settings.keep_tokens, run, device)

@@ -1,0 +1,218 @@
+"""Fine-tuning by MAE's or VideoMAE's recipe: all weights of the encoder and a fresh head, on labelled images or videos.
+
+    fasthpm finetune RUN --train_path train.beton --val_path val.beton
+    fasthpm finetune RUN --train_path k400_train --val_path k400_val  # a video run, sets by data_prep.videos
+    deepspeed --module fasthpm.probes.finetune RUN …  # the same flags; torchrun too
+    fasthpm finetune RUN … --from_scratch             # the same network without pretraining
+    fasthpm finetune RUN … --evaluate                 # only test what is in the output folder
+    fasthpm finetune RUN … --evaluate --test_views 5x3  # videos: mean over 5 clips x 3 crops
+
+The network is timm's ViT, mixup, cutmix and the augmentations are timm's, the engine is DeepSpeed. --preset mae is the
+published recipe, for ImageNet and larger images; k400 and ssv2 are VideoMAE's for Kinetics-400 and Something-Something
+v2; small is ours, minutes for small images (up to 96 pixels) from a short pretraining: plain crops and flips, 5 epochs
+(videos: 12). auto (the default) takes the one that fits, of videos by the run's size and whether it mirrored clips.
+Every number can be given. The same command continues where a killed or interrupted one stopped.
+
+RUN/finetune/ receives result.json, result.md, classifier.safetensors (timm), metrics.jsonl and the checkpoints.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fasthpm import checkpoint, ranks
+from fasthpm.checkpoint import shards
+from fasthpm.cli import Parser
+from fasthpm.errors import UserError
+from fasthpm.options import add_recipe_arguments
+from fasthpm.probes import result
+from fasthpm.probes.classifier import architecture
+from fasthpm.probes.finetune.building import (
+    ClassifierStep,
+    FineTuning,
+    build,
+    choose_tokens,
+    differences,
+    load_encoder,
+    loader_options,
+    network,
+    thorough_loader,
+)
+from fasthpm.probes.finetune.settings import PRESETS, FineTune, complete, image_size_of, preset
+from fasthpm.probes.finetune.testing import test
+from fasthpm.probes.finetune.training import CLASSIFIER_FILE, Log, read_log, train
+from fasthpm.ranks import zero
+from fasthpm.ranks.signals import StopSignals
+from fasthpm.recipe import save_recipe
+from fasthpm.run import state
+
+
+# -------------------------------------------------------------------------------------------------- results
+def prepare_output(run: FineTuning) -> None:
+    """Create output_dir and write what the fine-tuning is (rank 0). **Raises:** `UserError` if it cannot be written."""
+    folder = Path(run.settings.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.require_space(folder, run.num_parameters)
+        save_recipe(run.recipe, folder / checkpoint.RECIPE)
+    except OSError as error:
+        raise UserError(f"output_dir {folder} cannot be written ({error.strerror}); choose another") from error
+    result.write_text(folder / checkpoint.CLASSIFIER, run.notes[checkpoint.CLASSIFIER])
+
+
+def finish(run: FineTuning) -> None:
+    """Write classifier and result, say where they are. Collective."""
+    folder = Path(run.settings.output_dir)
+    weights = zero.full_state(run.layout, "ema" if run.teacher else "master")
+    if weights is None:
+        return
+    if run.done < run.recipe.total_steps:
+        why = "preempted" if run.preempted else "stopped"
+        print(
+            f"{why} at update {run.done} of {run.recipe.total_steps}; run the same command to continue", file=sys.stderr
+        )
+        return
+    records = read_log(folder, run.done)
+    tested = [record for record in records if "accuracy" in record]
+    write_classifier(run, weights, folder / CLASSIFIER_FILE)
+    hours = sum(record["seconds"] for record in records) * run.launch.world_size / 3600
+    final = {name: tested[-1][name] for name in ("accuracy", "accuracy_top5", "val_loss")}
+    best = max(record["accuracy"] for record in tested)
+    report(run.settings, run.origin, folder, {**final, "best_accuracy": best, "gpu_hours": round(hours, 4)})
+
+
+def write_classifier(run: FineTuning, weights: dict[str, Tensor], path: Path) -> None:
+    """timm's ViT as safetensors; the metadata holds what builds it, the classes, mean and std."""
+    vit: Any = run.step.vit
+    embed = vit.patch_embed
+    settings = {
+        **json.loads(run.notes[checkpoint.CLASSIFIER])["model"],
+        "num_classes": len(run.info.classes),
+        "global_pool": run.settings.global_pool,
+        "img_size": list(embed.img_size),
+    }
+    if "num_frames" in settings:  # not trained, and interpolated to img_size
+        weights = {**weights, "pos_embed": vit.pos_embed.float().cpu()}
+    metadata = {"timm": settings, "classes": run.info.classes, "mean": run.info.mean, "std": run.info.std}
+    aside = path.with_name(f".writing-{path.name}")
+    tensors = {name.removeprefix("vit."): value.contiguous() for name, value in weights.items()}
+    try:
+        save_file(tensors, aside, metadata={name: json.dumps(value) for name, value in metadata.items()})
+        os.replace(aside, path)
+    except Exception as error:  # safetensors has its own for a full disk
+        raise UserError(f"{path} cannot be written ({error}); make room and start again") from error
+
+
+def report(settings: FineTune, origin: dict[str, Any], folder: Path, figures: dict[str, Any]) -> None:
+    """Write result.json and result.md, and print the accuracy."""
+    name = "from scratch" if settings.from_scratch else "fine-tune"
+    tokens = f", {settings.keep_tokens:.0%} {settings.token_policy} tokens" if settings.token_policy else ""
+    views = f", {settings.test_views} views" if settings.views != (1, 1) else ""
+    made = {
+        "protocol": f"{name}, {settings.epochs} epochs{tokens}{views}",
+        **figures,
+        **origin,
+        "settings": dataclasses.asdict(settings),
+    }
+    row = result.write_result(folder, made)
+    print(f"{made['protocol']}: top-1 {figures['accuracy']:.2f} %, top-5 {figures['accuracy_top5']:.2f} %\n{row}")
+    print(f"written to {folder / 'result.json'}", file=sys.stderr)
+
+
+# -------------------------------------------------------------------------------------------------- command
+def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """(run, preset), and the settings that were given."""
+    parser = Parser(prog="fasthpm finetune", description=__doc__)
+    parser.add_argument("run", type=Path, help="output_dir of a pretraining run, or one of its checkpoints")
+    parser.add_argument("--preset", choices=PRESETS, default="auto", help="see above")
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+    add_recipe_arguments(parser, FineTune)
+    arguments = parser.parse_args(argv)
+    known = {field.name for field in dataclasses.fields(FineTune)}
+    given = {name: value for name, value in vars(arguments).items() if name in known}
+    for name in ("val_path",) if given.get("evaluate") else ("train_path", "val_path"):
+        if not given.get(name):
+            raise UserError(f"--{name} is missing; see fasthpm finetune --help")
+    return arguments, given
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`fasthpm finetune`, once per rank."""
+    arguments, given = parse_arguments(argv)
+    with ranks.session() as launch:
+        if given.get("evaluate"):
+            evaluate_only(arguments, given, launch)
+            return
+        run = build(arguments, given, launch)
+        with ranks.in_agreement():
+            if launch.rank == 0:
+                prepare_output(run)
+        plan = run.recipe
+        if launch.rank == 0:
+            effective = f"{plan.global_batch_size} = {plan.batch_size} x {launch.world_size} x {plan.accum_iter}"
+            print(
+                f"lr {plan.lr:.3e}, global batch {effective}, "
+                f"{plan.total_steps} updates, {len(run.info.classes)} classes",
+                file=sys.stderr,
+            )
+        log = Log(run, Path(run.settings.output_dir))
+        try:
+            with StopSignals() as stop:
+                train(run, log, stop)
+                stop.drain()
+                state.finish_last_save(run)
+        finally:
+            log.close()
+            run.loader.close()
+            run.val_loader.close()
+            run.last_loader.close()
+        finish(run)
+        if stop.interrupted:
+            raise KeyboardInterrupt
+
+
+def evaluate_only(arguments: argparse.Namespace, given: dict[str, Any], launch: ranks.Launch) -> None:
+    """Test the newest checkpoint of a fine-tuning on `val_path`."""
+    with ranks.in_agreement():
+        model, recipe = load_encoder(arguments.run, given)
+        views = preset(arguments.preset, model, False, recipe.flip).get("test_views", "")
+        settings = complete(FineTune(**{"test_views": views, **given}), arguments.run)
+        folder = checkpoint.newest_valid(Path(settings.output_dir), lambda line: print(line, file=sys.stderr))
+        if folder is None or not (folder / checkpoint.CLASSIFIER).is_file():
+            raise UserError(f"{settings.output_dir} holds no fine-tuned classifier; fine-tune first, or --output_dir")
+        notes = json.loads((folder / checkpoint.CLASSIFIER).read_text())
+        if notes["model"] != architecture(model):
+            raise UserError(
+                f"{folder} is of another architecture than {arguments.run} "
+                f"({differences(notes['model'], architecture(model))}); give the run that it came from"
+            )
+        settings = dataclasses.replace(settings, **notes["settings"])
+        image_size = image_size_of(settings, model)
+        loader = thorough_loader(settings, loader_options(settings, recipe, image_size, launch))
+        if list(loader.info.classes) != notes["classes"]:
+            raise UserError(
+                f"the classifier in {folder} has {len(notes['classes'])} classes, {settings.val_path} has "
+                f"{len(loader.info.classes)} or others; give the data that it was trained for"
+            )
+        vit = network(model, settings, image_size, len(notes["classes"]))
+        saved = shards.SavedState(folder)
+        kind: zero.State = "ema" if saved.has("ema") else "master"
+        vit.load_state_dict({name.removeprefix("vit."): saved.whole(kind, name) for name in saved.names})
+        origin = result.provenance(arguments.run, launch)
+    begin = time.perf_counter()
+    step = ClassifierStep(vit.to(launch.device), choose_tokens(vit, settings, launch.device)).eval()
+    info = dataclasses.replace(loader.info, mean=tuple(notes["mean"]), std=tuple(notes["std"]))
+    figures = test(step, loader, info, launch, settings.seed, settings.views)
+    loader.close()
+    if launch.rank == 0:
+        hours = (time.perf_counter() - begin) * launch.world_size / 3600
+        report(settings, origin, Path(settings.output_dir) / "evaluate", {**figures, "gpu_hours": round(hours, 4)})

@@ -1,0 +1,24 @@
+"""The ranks of a run: launch environment, agreement on errors, DeepSpeed's JSON and engine."""
+
+from fasthpm.ranks.agreement import agree, in_agreement, naming_lost_ranks
+from fasthpm.ranks.deepspeed_json import merge_config
+from fasthpm.ranks.engine import build_engine, grad_norm, hush, set_lr, update_applied
+from fasthpm.ranks.launch import Launch, finish, session, start, threads, timeout
+
+__all__ = [
+    "Launch",
+    "agree",
+    "build_engine",
+    "finish",
+    "grad_norm",
+    "hush",
+    "in_agreement",
+    "merge_config",
+    "naming_lost_ranks",
+    "session",
+    "set_lr",
+    "start",
+    "threads",
+    "timeout",
+    "update_applied",
+]

@@ -1,0 +1,123 @@
+"""Starting ranks, agreeing on errors, and building the DeepSpeed engine from a recipe and a DeepSpeed JSON.
+
+The recipe owns what is learnt (batch, accumulation, clipping, learning rate); the JSON owns how it runs (ZeRO stage,
+dtypes, buckets) and says "auto" for the rest. A contradiction is an error that names both.
+"""
+
+import copy
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fasthpm.ranks.launch import Launch
+from fasthpm.ranks.zero import MasterLayout
+from fasthpm.recipe import Recipe
+
+
+# ------------------------------------------------------------------------------------------------------ engine
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW's parameter groups, in the order of the parameters' names; frozen parameters are left out.
+
+    No weight decay on biases, norms (every 1-D tensor) and tokens.
+    """
+    groups: dict[str, list[nn.Parameter]] = {"no_decay": [], "decay": []}
+    for name, parameter in sorted(model.named_parameters()):
+        if parameter.requires_grad:
+            exempt = parameter.ndim <= 1 or name.rpartition(".")[2] in ("bias", "cls_token", "mask_token")
+            groups["no_decay" if exempt else "decay"].append(parameter)
+    return [
+        {"name": name, "params": params, "weight_decay": weight_decay if name == "decay" else 0.0}
+        for name, params in groups.items()
+        if params
+    ]
+
+
+def build_engine(
+    step_module: nn.Module,
+    recipe: Recipe,
+    config: dict[str, Any],
+    launch: Launch,
+    groups: list[dict[str, Any]] | None = None,
+) -> Any:
+    """Wrap `step_module` in DeepSpeed with AdamW (fused), its state allocated and its step count at 0.
+
+    - `config`: from `merge_config`
+    - `groups`: AdamW's parameter groups; None = `parameter_groups`. A group's `lr_scale` multiplies its learning rate
+
+    **Returns:** a `deepspeed.DeepSpeedEngine`.
+    """
+    import deepspeed
+
+    step_module.to(launch.device)
+    optimizer = torch.optim.AdamW(
+        groups or parameter_groups(step_module, recipe.weight_decay),
+        lr=0.0,  # ZeRO 0 takes an empty step while it starts, which must not decay the weights
+        betas=(recipe.beta1, recipe.beta2),
+        eps=1e-8,
+        fused=True,
+    )
+    with hush():
+        engine, *_ = deepspeed.initialize(
+            model=step_module, optimizer=optimizer, config=copy.deepcopy(config), dist_init_required=False
+        )
+    MasterLayout(engine).create_optimizer_state()
+    if engine.optimizer is optimizer:
+        _clip_by_ourselves(engine, recipe.clip_grad)
+    if launch.world_size == 1:
+        _do_not_reduce(engine)
+    set_lr(engine, recipe.lr)
+    return engine
+
+
+def _clip_by_ourselves(engine: Any, limit: float) -> None:
+    """Clip the gradients of ZeRO 0 in float32 as the other stages do, and keep their norm, which DeepSpeed forgets."""
+
+    def clip(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        norm = nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
+        if limit and (norm.device.type != "cpu" or norm > limit):  # a GPU would have to be waited for
+            nn.utils.clip_grads_with_norm_(weights, limit, norm)
+        optimizer._global_grad_norm = norm  # type: ignore[attr-defined]  # where the engine looks for it
+
+    engine.optimizer.register_step_pre_hook(clip)
+    engine.clip_fp32_gradients = lambda: None
+
+
+def _do_not_reduce(engine: Any) -> None:
+    """One rank alone has nothing to reduce, but DeepSpeed would copy all gradients into a bucket and back.
+
+    Only ZeRO 2, 3 and the float32 form of ZeRO 1 gather the gradients for their optimizer on that way.
+    """
+    if engine.zero_optimization_stage() < 2 and not hasattr(engine.optimizer, "reduce_gradients"):
+        engine.enable_backward_allreduce = False
+
+
+@contextmanager
+def hush() -> Iterator[None]:
+    """Swallow what DeepSpeed prints: while it starts or loads a checkpoint, some of its optimizers do."""
+    with redirect_stdout(io.StringIO()):
+        yield
+
+
+def set_lr(engine: Any, lr: float) -> None:
+    """Learning rate of every parameter group, times its `lr_scale` if it has one, from the next update on."""
+    for group in engine.basic_optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
+def grad_norm(engine: Any) -> Tensor | float:
+    """Global gradient norm of the last update, before clipping; infinite if the update was skipped."""
+    norm = engine.get_global_grad_norm()
+    return 0.0 if norm is None else norm
+
+
+def update_applied(engine: Any) -> bool:
+    """Whether the last update changed the weights: DeepSpeed leaves out those whose gradient is not finite.
+
+    The same on all ranks. Stages 1 and 2 in bf16 look at the gradient only if bf16.check_grad_overflow is set.
+    """
+    return bool(engine.was_step_applied())

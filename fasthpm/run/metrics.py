@@ -1,0 +1,326 @@
+"""Metrics: summed on the device, read every N updates, written to TensorBoard, metrics.jsonl and a progress bar.
+
+MFU is model FLOPs per second (the rule is in `fasthpm.speed.flops`, teacher included) over the matmul rate that this
+device reaches on 2048 x 2048 squares in the run's dtype, measured when the run starts.
+"""
+
+import collections
+import contextlib
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from fasthpm.data import Batch
+from fasthpm.run.health import NotFinite, SpikeDetector, first_not_finite
+from fasthpm.step import METRICS, StepOutput
+
+FORENSICS = "nonfinite"
+TENSORBOARD_GROUPS = {
+    "loss": ("loss", "reconstruction_loss", "difficulty_loss"),
+    "predictor": ("spearman", "pair_accuracy", "teacher_spearman", "map_spearman"),
+    "schedule": ("lr", "alpha", "ema_momentum", "grad_norm"),
+    "health": ("loss_spikes", "skipped_updates"),
+    "data": ("bad_samples",),
+    "probe": ("probe_accuracy", "probe_loss", "knn_accuracy"),
+    "speed": ("images_per_second", "data_wait_percent", "teacher_percent", "mfu_percent", "memory_gib"),
+}
+
+
+class Metrics:
+    """Everything a run measures, between two readings.
+
+    - `flops_per_sample`: of a whole step; `matmul_rate`: FLOP/s of this rank's device
+    """
+
+    def __init__(
+        self,
+        output_dir: Path,
+        *,
+        rank: int,
+        world_size: int,
+        total_steps: int,
+        first_step: int,
+        flops_per_sample: float,
+        matmul_rate: float,
+        device: torch.device,
+    ) -> None:
+        self.output_dir, self.rank, self.world_size, self.device = output_dir, rank, world_size, device
+        self.flops_per_sample, self.matmul_rate = flops_per_sample, matmul_rate
+        self._recent: collections.deque[tuple[int, Tensor, Tensor, Tensor]] = collections.deque()
+        self._norms: dict[int, Tensor | float] = {}
+        self._last_norm = 0.0
+        self._spikes = SpikeDetector()
+        self._sum = torch.zeros(len(METRICS), device=device)
+        self._count = self._samples = 0
+        self.restart()
+        self._writer: Any = None
+        self.progress = tqdm(
+            total=total_steps,
+            initial=first_step,
+            disable=rank != 0,
+            unit="step",
+            mininterval=1.0,
+            smoothing=0.1,
+            dynamic_ncols=True,
+            desc="pretrain",
+        )
+        self._first_step, self._disk_failed = first_step, False
+        self._open_writer()
+
+    def add(self, step: int, batch: Batch, output: StepOutput) -> None:
+        """Take in one micro-step, without waiting for it."""
+        self._sum = self._sum + output.metrics
+        self._count += 1
+        self._samples += len(batch.ids)
+        self._recent.append((step, batch.ids, output.mask, output.metrics))
+
+    def updated(self, step: int, grad_norm: Tensor | float) -> None:
+        """Take in the gradient norm of an update, without waiting for it."""
+        self._norms[step] = grad_norm
+
+    def discard(self, step: int) -> None:
+        """Leave an update out of the averages."""
+        self._norms.pop(step, None)
+        kept = [entry for entry in self._recent if entry[0] != step]
+        for _, ids, _, _ in (entry for entry in self._recent if entry[0] == step):
+            self._count -= 1
+            self._samples -= len(ids)
+        self._recent = collections.deque(kept)
+        self._sum = torch.zeros(len(METRICS), device=self.device)
+        for *_, values in kept:
+            self._sum = self._sum + values
+
+    @contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Measure the time that this host waits for its loader."""
+        begin = time.perf_counter()
+        yield
+        self._data_wait += time.perf_counter() - begin
+
+    def read(self, step: int, epoch: float, teacher_seconds: float, **values: float) -> dict[str, float]:
+        """Average over ranks and micro-steps since the last reading, write it everywhere, start afresh.
+
+        Every rank calls this after the same update. An interval without any update leaves no record.
+
+        **Raises:** `NotFinite` on every rank if any loss or gradient was not finite, after saving what there is to
+        know about the first such update under `nonfinite/`.
+        """
+        sums = torch.cat([self._sum.double(), self._sum.new_tensor([self._count, self._samples]).double()])
+        together = torch.cat([sums, *self._checks()])
+        dist.all_reduce(together)
+        values_read = together.tolist()  # the host waits for the device here, and only here
+        *means, count, samples = values_read[: len(sums)]
+        seconds = time.perf_counter() - self._begin
+        spikes = self._check(step, values_read[len(sums) :], all(map(math.isfinite, means)))
+        if not count:
+            self.restart()
+            return {}
+        rate = samples / seconds
+        record = (
+            {name: value / count for name, value in zip(METRICS, means, strict=True)}
+            | values
+            | {
+                "grad_norm": self._last_norm,
+                "loss_spikes": spikes,
+                "images_per_second": rate,
+                "data_wait_percent": 100 * self._data_wait / seconds,
+                "teacher_percent": 100 * teacher_seconds / seconds,
+                "mfu_percent": 100 * rate * self.flops_per_sample / (self.matmul_rate * self.world_size),
+                "memory_gib": memory_gib(self.device),
+            }
+        )
+        self._write(step, epoch, record)
+        self.restart()
+        return record
+
+    def image(self, tag: str, picture: Any, step: int) -> None:
+        """Add a picture [H, W, 3] uint8 to TensorBoard (rank 0)."""
+        if self.rank == 0:
+            with self.surviving_the_disk(step):
+                self._open_writer()
+                self._writer.add_image(tag, picture, step, dataformats="HWC")
+
+    def animation(self, tag: str, gif: bytes, step: int) -> None:
+        """Add a GIF to TensorBoard's images (rank 0), which shows it moving."""
+        if self.rank == 0:
+            from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
+
+            image = Summary.Image(encoded_image_string=gif)
+            with self.surviving_the_disk(step):
+                self._open_writer()
+                self._writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
+
+    def close(self) -> None:
+        """Flush and close all files."""
+        self.progress.close()
+        if self._writer:
+            with self.surviving_the_disk(self.progress.n):
+                self._writer.close()
+
+    @contextmanager
+    def surviving_the_disk(self, step: int) -> Iterator[None]:
+        """Log what a disk did not take, once until it takes something again, and let training go on."""
+        try:
+            yield
+        except OSError as error:
+            self._writer = None  # TensorBoard's has ended with its error; the next writing opens another
+            if not self._disk_failed:
+                self.progress.write(
+                    f"warning: metrics of update {step} were not written ({error.strerror}); training goes on",
+                    file=sys.stderr,
+                )
+            self._disk_failed = True
+        else:
+            self._disk_failed = False
+
+    def _open_writer(self) -> None:
+        if self.rank == 0 and self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self.output_dir / "tensorboard"), purge_step=self._first_step)
+
+    def restart(self) -> None:
+        """Start the sums and the clock anew, so that time spent on pictures and checkpoints is not counted."""
+        self._sum = torch.zeros(len(METRICS), device=self.device)
+        self._count = self._samples = 0
+        self._data_wait = 0.0
+        self._begin = time.perf_counter()
+        self._recent.clear()
+        self._norms.clear()
+
+    def rewind(self, step: int) -> None:
+        """Go back to update `step`: what was written of later ones will be written anew."""
+        self.restart()
+        self.progress.n = self._first_step = step
+        self.progress.refresh()
+        if self._writer:
+            with self.surviving_the_disk(step):
+                self._writer.close()
+        self._writer = None
+        with self.surviving_the_disk(step):
+            self._open_writer()
+
+    def _write(self, step: int, epoch: float, record: dict[str, float]) -> None:
+        if self.rank:
+            return
+        self._first_step = step
+        with self.surviving_the_disk(step):
+            with (self.output_dir / "metrics.jsonl").open("a") as log:
+                log.write(json.dumps({"step": step, "epoch": epoch, "time": time.time(), **record}) + "\n")
+            self._open_writer()
+            for group, names in TENSORBOARD_GROUPS.items():
+                for name in names:
+                    if name in record:
+                        self._writer.add_scalar(f"{group}/{name}", record[name], step)
+        self.progress.set_postfix(
+            loss=f"{record['loss']:.3f}",
+            img_s=f"{record['images_per_second']:.0f}",
+            wait=f"{record['data_wait_percent']:.0f}%",
+        )
+
+    def _checks(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What tells a bad update, to be summed over the ranks: float64, [n] losses and [n] sums of all metrics of the
+        micro-steps since the last reading, [k] gradient norms of the updates."""
+        recent = [values for *_, values in self._recent]
+        table = torch.stack(recent).double() if recent else torch.zeros(0, len(METRICS), device=self.device).double()
+        norms = [torch.as_tensor(norm, device=self.device).double().reshape(()) for norm in self._norms.values()]
+        return table[:, 0], table.sum(1), torch.stack(norms) if norms else table.new_zeros(0)
+
+    def _check(self, step: int, summed: list[float], finite: bool) -> int:
+        """Judge `_checks` of all ranks, summed; how many losses stand out."""
+        steps, count = [step for step, *_ in self._recent], len(self._recent)
+        norms = {update: norm / self.world_size for update, norm in zip(self._norms, summed[2 * count :], strict=True)}
+        values = summed[count : 2 * count]
+        first = first_not_finite(steps, values, norms)
+        if first is not None or not finite:
+            in_loss = any(when == first and not math.isfinite(value) for when, value in zip(steps, values, strict=True))
+            self._stop(step, step - 1 if first is None else first, "loss" if in_loss or first is None else "gradient")
+        if self._norms:
+            self._last_norm = float(list(self._norms.values())[-1])
+        losses: dict[int, float] = {}
+        shares = collections.Counter(steps)
+        for update, loss in zip(steps, summed[:count], strict=True):
+            losses[update] = losses.get(update, 0.0) + loss / (self.world_size * shares[update])
+        return self._report_spikes(losses)
+
+    def _report_spikes(self, losses: dict[int, float]) -> int:
+        found = self._spikes.spikes(list(losses.values()))
+        if found and self.rank == 0:
+            place, median = next(iter(found.items()))
+            update, loss = list(losses.items())[place]
+            more = f" (and of {len(found) - 1} more)" if len(found) > 1 else ""
+            self.say(f"warning: the loss of update {update + 1}{more} is {loss:.4g}, the median before it {median:.4g}")
+        return len(found)
+
+    def say(self, line: str) -> None:
+        """A line on stderr that leaves the progress bar whole."""
+        self.progress.write(line, file=sys.stderr)
+
+    def forensics(self, update: int) -> Path:
+        """Where `save_forensics` writes."""
+        return self.output_dir / FORENSICS / f"update-{update + 1:08d}"
+
+    def save_forensics(self, update: int) -> Path:
+        """Write what this rank knows about an update (from 0) that is not finite; the folder."""
+        folder = self.forensics(update)
+        micro_steps = [
+            {"step": when, "ids": ids.cpu(), "mask": mask.cpu(), "metrics": values.cpu()}
+            for when, ids, mask, values in self._recent
+            if when == update
+        ]
+        norms = {when: float(norm) for when, norm in self._norms.items()}
+        found = {"metrics": METRICS, "micro_steps": micro_steps, "grad_norms": norms}
+        with contextlib.suppress(OSError):  # a full disk must not end one rank alone
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.save(found, folder / f"rank{self.rank}.pt")
+        return folder
+
+    def _stop(self, step: int, first: int, what: str) -> NoReturn:
+        """Save what is needed to look at update `first`; all ranks come here together."""
+        folder = self.save_forensics(first)
+        dist.barrier()  # a launcher may kill the others as soon as one has left
+        raise NotFinite(
+            f"the {what} is not finite by update {step}, first at {first + 1}; its sample ids, masks and norms are in "
+            f"{folder}; look at these samples, lower --blr, or start again with --on_nonfinite skip or rollback to go "
+            f"on from the last checkpoint without them",
+            first,
+            printed_elsewhere=self.rank != 0,
+        )
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory: allocated on the GPU, or resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return psutil.Process().memory_info().rss / 2**30
+
+
+def measure_matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 2048) -> float:
+    """FLOP/s of square matrix products on this device, the best of a few (about half a second on a CPU)."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(5):
+        wait_for(device)
+        begin = time.perf_counter()
+        for _ in range(20 if device.type == "cuda" else 1):
+            a @ b
+        wait_for(device)
+        best = min(best, (time.perf_counter() - begin) / (20 if device.type == "cuda" else 1))
+    return 2 * size**3 / best
+
+
+def wait_for(device: torch.device) -> None:
+    """Let the device finish what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

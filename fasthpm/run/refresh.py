@@ -1,0 +1,46 @@
+"""Making a run's maps anew."""
+
+from pathlib import Path
+
+import torch
+
+from fasthpm import checkpoint, ranks
+from fasthpm.data import build_loader
+from fasthpm.maps.attention import attention_weights, cls_attention
+from fasthpm.ranks.watchdog import Watchdog
+from fasthpm.run.state import Run
+from fasthpm.step import Step
+
+
+def refresh_maps(run: Run[Step], watchdog: Watchdog) -> None:
+    """Make the maps of all samples anew, with the model as it is: the student's attention, or the teacher's difficulty,
+    standardised per image because float16 is to hold it. Collective."""
+    recipe, launch, step = run.recipe, run.launch, run.step
+    assert run.maps is not None
+    epoch = run.done // recipe.steps_per_epoch
+
+    def compute(images: torch.Tensor) -> torch.Tensor:
+        if recipe.teacher_maps:
+            difficulty = step.difficulty(images)
+            return (difficulty - difficulty.mean(1, keepdim=True)) / difficulty.std(1, keepdim=True).clamp_min(1e-6)
+        attention = cls_attention(step.student, step.normalized_patches(images))
+        return attention_weights(attention, per_head=recipe.map_per_head)
+
+    with ranks.in_agreement():
+        loader = build_loader(
+            recipe.data_path,
+            batch_size=recipe.batch_size,
+            image_size=recipe.image_size,
+            channels=recipe.channels,
+            rank=launch.rank,
+            world_size=launch.world_size,
+            num_workers=recipe.num_workers,
+            train=False,
+            whole=True,
+            interpolation=recipe.interpolation,
+            max_bad_samples=1.0,
+        )
+    with watchdog.doing("making maps"):
+        run.maps.refresh(epoch, loader, compute, launch, lambda: watchdog.progressed(run.done))
+    if launch.rank == 0:
+        run.maps.prune(checkpoint.oldest_step(Path(recipe.output_dir)) // recipe.steps_per_epoch)

@@ -1,0 +1,39 @@
+"""Commands of the probes, run and refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fasthpm.errors import UserError
+from fasthpm.ranks import launch
+
+FLOAT32 = ("--deepspeed_config", "ds_configs/zero1_fp32.json")
+
+
+def start(command: Any, *words: object) -> None:
+    """Run a command in this process."""
+    command.main([str(word) for word in words])
+
+
+def refused(command: Any, *words: object) -> str:
+    """The one line with which a command refuses its arguments."""
+    try:
+        with pytest.raises(UserError) as caught:
+            start(command, *words)
+    finally:
+        launch.finish()  # a process would end here
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    first, second = load_file(a), load_file(b)
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)

@@ -1,0 +1,203 @@
+"""Panels and reports: the right pixels in the right column, and figures from what a run wrote."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fasthpm import recipes
+from fasthpm.checkpoint.folder import require_space
+from fasthpm.data import DatasetInfo
+from fasthpm.errors import UserError
+from fasthpm.mask import random_mask
+from fasthpm.model import HPMViT
+from fasthpm.patches import model_of
+from fasthpm.pictures import comparison, panels, report
+from fasthpm.pictures.report import TABLE
+from fasthpm.recipe import Recipe, save_recipe
+from fasthpm.run import records as run_records
+from fasthpm.step import Step
+
+INFO = DatasetInfo(100, 1, (0.3,), (0.2,), ("a",))
+
+
+class Oracle(HPMViT):
+    """A model whose reconstruction is the target itself."""
+
+    def forward(self, images: torch.Tensor, mask: torch.Tensor, **options: Any) -> Any:
+        output = super().forward(images, mask, **options)
+        patches = images[mask].reshape(output.reconstruction.shape)
+        if self.norm_pix_loss:
+            variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+            patches = (patches - mean) * (variance + 1e-6).rsqrt()
+        return output._replace(reconstruction=patches)
+
+
+def oracle(recipe: Recipe) -> HPMViT:
+    """The recipe's model as an `Oracle`."""
+    model = model_of(recipe).eval()
+    model.__class__ = Oracle
+    return model
+
+
+@pytest.mark.parametrize("norm_pix", [False, True])
+def test_a_perfect_reconstruction_is_the_image(norm_pix: bool) -> None:
+    """Patches land where they belong, visible ones are pasted back, and normalised targets are undone."""
+    recipe = dataclasses.replace(recipes.debug(), norm_pix_loss=norm_pix)
+    model = oracle(recipe)
+    images = torch.randint(0, 256, (3, 28, 28, 1), dtype=torch.uint8)
+    patches = Step(model, recipe, INFO).normalized_patches(images)
+    with torch.no_grad():
+        rebuilt = panels.reconstruct(model, patches, random_mask(torch.rand(3, 49), 0.75))
+    torch.testing.assert_close(rebuilt, patches, atol=1e-4, rtol=1e-4)
+
+
+def test_visible_patches_stay_and_masked_ones_are_the_models() -> None:
+    recipe = recipes.debug()
+    model = model_of(recipe).eval()
+    patches = torch.randn(2, 49, 16)
+    mask = random_mask(torch.rand(2, 49), 0.75)
+    with torch.no_grad():
+        rebuilt, output = panels.reconstruct(model, patches, mask), model(patches, mask)
+    assert torch.equal(rebuilt[~mask], patches[~mask])
+    torch.testing.assert_close(rebuilt[mask].reshape(output.reconstruction.shape), output.reconstruction)
+
+
+def test_true_loss_is_averaged_over_the_masks_that_hide_a_patch() -> None:
+    recipe = recipes.debug()
+    model, patches = model_of(recipe).eval(), torch.randn(2, 49, 16)
+    with torch.no_grad():
+        got = panels.average_loss(model, patches, 0.75, seed=3)
+        generator = torch.Generator().manual_seed(3)
+        kept: list[list[list[float]]] = [[[] for _ in range(49)] for _ in range(2)]
+        for _ in range(panels.TRUE_LOSS_MASKS):
+            mask = random_mask(torch.rand(2, 49, generator=generator), 0.75)
+            losses = model(patches, mask).per_patch_loss
+            for row in range(2):
+                for position, value in zip(mask[row].nonzero().flatten().tolist(), losses[row].tolist(), strict=True):
+                    kept[row][position].append(value)
+    want = torch.tensor([[sum(v) / len(v) if v else 0.0 for v in row] for row in kept])
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"model": "mae_vit_nano_patch4_28", "mask_policy": "random", "predict_loss": "none"},
+        {"channels": 3, "input_size": "24x40"},
+        {"target": "ema"},
+    ],
+)
+def test_panel_has_a_row_per_image_and_a_column_per_name(changes: dict[str, Any]) -> None:
+    recipe = dataclasses.replace(recipes.debug(), **changes)
+    info = DatasetInfo(9, recipe.channels, (0.3,) * recipe.channels, (0.2,) * recipe.channels, ("a",))
+    height, width = recipe.image_size
+    images = torch.randint(0, 256, (2, height, width, recipe.channels), dtype=torch.uint8)
+    picture = panels.panel(model_of(recipe).eval(), recipe, info, images, 0.5)
+    scale = -(-panels.MIN_SIDE // width)
+    rows = 2 * (height * scale + panels.GAP) + panels.GAP + panels.HEADER
+    columns = 4 if recipe.target == "ema" else 5  # of features there is no picture
+    assert len(panels.columns_of(recipe)) == columns
+    assert picture.shape == (rows, columns * (width * scale + panels.GAP) + panels.GAP, 3)
+    top = panels.HEADER + panels.GAP
+    first = picture[top : top + height * scale : scale, panels.GAP : panels.GAP + width * scale : scale]
+    assert np.array_equal(first, np.broadcast_to(images[0].numpy(), (height, width, 3)))
+
+
+def test_png_is_written_whole(tmp_path: Path) -> None:
+    picture = np.arange(300, dtype=np.uint8).reshape(10, 10, 3)
+    panels.save_png(picture, tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as written:
+        assert np.array_equal(np.asarray(written), picture)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+def written_run(folder: Path) -> Path:
+    """What a run leaves: recipe, versions, and metrics with a repeated and an unfinished line."""
+    save_recipe(dataclasses.replace(recipes.debug(), steps_per_epoch=2), folder / "recipe.json")
+    versions = {"torch": "1", "deepspeed": "2", "fasthpm": "3", "commit": "abc", "world_size": 2, "device": "CPU"}
+    (folder / "versions.json").write_text(json.dumps(versions))
+    more = ("lr", "alpha", "ema_momentum")
+    lines = [
+        json.dumps({"step": s, "epoch": s / 2, **dict.fromkeys((*TABLE, *more), v)})
+        for s, v in ((1, 9.0), (2, 8.0), (2, 7.5), (3, 7.0))
+    ]
+    (folder / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 4, "los']))
+    return folder
+
+
+def test_report_tells_first_last_and_gain(tmp_path: Path) -> None:
+    run = written_run(tmp_path)
+    assert [record["loss"] for record in run_records.read_metrics(run)] == [9.0, 7.5, 7.0]
+    for weights, best in (("untrained", 60.0), ("student", 77.5)):
+        result = {"weights": weights, "pool": "mean", "bank_size": 1000, "accuracy": {"10": best, "20": 50.0}}
+        (run / f"knn_{weights}_mean.json").write_text(json.dumps(result))
+    text = report.write(run).read_text()
+    assert "| loss | 9 | 7 |" in text
+    assert "| 1,000 | student | mean | 77.50 | 50.00 |" in text
+    assert "+17.50 points over the untrained encoder with 1,000 labelled" in text
+    with Image.open(run / "curves.png") as curves:
+        assert curves.size == (1200, 600)
+
+
+def test_report_without_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"metrics\.jsonl is missing"):
+        report.write(tmp_path)
+
+
+def test_a_checkpoint_is_not_begun_without_space(tmp_path: Path) -> None:
+    require_space(tmp_path, 1000)
+    with pytest.raises(UserError, match="GiB left and a checkpoint needs about") as caught:
+        require_space(tmp_path, 10**13)
+    assert str(tmp_path) in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+# -------------------------------------------------------------------------------------------------- several runs
+def test_runs_are_compared_over_epochs_and_gpu_hours(tmp_path: Path) -> None:
+    for name, best in (("one", 70.0), ("two", 75.0)):
+        (tmp_path / name).mkdir()
+        run = written_run(tmp_path / name)
+        knn = {"protocol": "DINO weighted k-NN, t", "weights": "student", "accuracy": {"10": best, "20": 5.0}}
+        (run / "knn_student_cls.json").write_text(json.dumps(knn))
+    (tmp_path / "two" / "linear").mkdir()
+    (tmp_path / "two" / "linear" / "result.json").write_text(json.dumps({"protocol": "linear", "accuracy": 81.5}))
+    (tmp_path / "two" / "old_result.json").write_text("{broken")
+    report.main([str(tmp_path / "one"), str(tmp_path / "two"), "-o", str(tmp_path / "out")])
+    text = (tmp_path / "out" / "comparison.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    assert rows[0][-2:] == ["DINO weighted k-NN, student", "linear"]
+    assert rows[2][0] == "one"
+    assert rows[2][-2:] == ["70.00", ""]
+    assert rows[3][-2:] == ["75.00", "81.50"]
+    with Image.open(tmp_path / "out" / "comparison.png") as curves:
+        assert curves.size == (1200, 800)
+    with pytest.raises(UserError, match="is missing"):
+        report.main([str(tmp_path / "one"), str(tmp_path)])
+
+
+def test_gpu_hours_count_work_and_no_pauses() -> None:
+    recipe = dataclasses.replace(recipes.debug(), global_batch_size=36)
+    records = [{"step": 100.0, "images_per_second": 1.0}, {"step": 300.0, "images_per_second": 4.0}]
+    assert comparison.hours(records, recipe, 2) == pytest.approx([2.0, 3.0])
+
+
+# -------------------------------------------------------------------------------------------------- more columns
+def test_columns_are_what_was_asked_for() -> None:
+    recipe = recipes.debug()
+    model = model_of(recipe).eval()
+    images = torch.randint(0, 256, (2, 28, 28, 1), dtype=torch.uint8)
+    names = ("hardest", "attention", "image")
+    picture = panels.panel(model, recipe, INFO, images, 0.5, columns=names)
+    assert picture.shape[1] == 3 * (112 + panels.GAP) + panels.GAP
+    top, left = panels.HEADER + panels.GAP, panels.GAP
+    hidden = (picture[top : top + 112 : 4, left : left + 112 : 4, 0] == 127).reshape(7, 4, 7, 4).all((1, 3)).flatten()
+    with torch.no_grad():
+        predicted = model.predict_loss(Step(model, recipe, INFO).normalized_patches(images))[0]
+    assert set(hidden.nonzero()[0].tolist()) == set(predicted.argsort(descending=True)[:37].tolist())

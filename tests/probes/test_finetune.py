@@ -1,0 +1,358 @@
+"""Fine-tuning, linear and online probes as commands: real loaders and engine, resuming, and what they refuse."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import timm.models
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from fasthpm import pretrain
+from fasthpm.checkpoint.weights import load_weights
+from fasthpm.data import build_loader
+from fasthpm.probes import finetune, knn, linear
+from fasthpm.probes.finetune import training
+from fasthpm.run.records import read_metrics
+from tests.helpers.data_fixtures import image_folder, picture, prepare
+from tests.helpers.finetuning import FLOAT32, read, refused, same_weights, start
+from tests.helpers.launch import ROOT, check_ranks
+
+SHORT = (
+    "--recipe",
+    "debug",
+    "--data_path",
+    "synthetic:64",
+    "--epochs",
+    "1",
+    "--warmup_epochs",
+    "0",
+    "--panel_every",
+    "0",
+    "--batch_size",
+    "16",
+    "--deepspeed_config",
+    "ds_configs/zero1_fp32.json",
+    "--log_every",
+    "2",
+)
+DATA = ("--train_path", "synthetic:48", "--val_path", "synthetic:21")
+TUNE = (
+    *DATA,
+    "--epochs",
+    "2",
+    "--warmup_epochs",
+    "0.5",
+    "--batch_size",
+    "8",
+    "--global_batch_size",
+    "16",
+    "--num_workers",
+    "1",
+    "--log_every",
+    "1",
+    "--lr",
+    "1e-3",
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pretrained run of 4 updates."""
+    folder = tmp_path_factory.mktemp("probes") / "run"
+    start(pretrain, *SHORT, "--output_dir", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tuned(run: Path) -> Path:
+    """A fine-tuning of `run` with everything on: mixing, erasing, drop path, RandAugment, an EMA that is tested."""
+    start(finetune, run, *TUNE, *FLOAT32, "--preset", "mae", "--ema_decay", "0.5", "--crop_min", "0.5")
+    return run / "finetune"
+
+
+def test_a_signal_to_the_whole_group_saves_and_ends_well(run: Path, tmp_path: Path) -> None:
+    """SLURM signals every process of a job, those that augment too."""
+    out = tmp_path / "ft"
+    flags = ("--train_path", "synthetic:160", "--val_path", "synthetic:40", "--epochs", "100", "--num_workers", "2")
+    sizes = ("--batch_size", "16", "--global_batch_size", "16", "--output_dir", out, "--log_every", "1", *FLOAT32)
+    command = [sys.executable, "-m", "fasthpm", "finetune", *map(str, (run, *flags, *sizes))]
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "DS_ACCELERATOR": "cpu"},
+        start_new_session=True,
+    ) as process:
+        deadline = time.monotonic() + 120
+        while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").stat().st_size:
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGTERM)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert "preempted" in output
+    assert "Traceback" not in output
+    assert list((out / "checkpoints").glob("step-*"))
+
+
+# -------------------------------------------------------------------------------------------------- fine-tuning
+def test_fine_tuning_resumes_as_if_nothing_had_happened(run: Path, tuned: Path, tmp_path: Path) -> None:
+    broken = (
+        run,
+        *TUNE,
+        *FLOAT32,
+        "--preset",
+        "mae",
+        "--ema_decay",
+        "0.5",
+        "--crop_min",
+        "0.5",
+        "--output_dir",
+        tmp_path / "broken",
+    )
+    start(finetune, *broken, "--stop_after", "2")
+    assert not (tmp_path / "broken" / "result.json").exists()
+    start(finetune, *broken)
+    assert same_weights(tmp_path / "broken" / "classifier.safetensors", tuned / "classifier.safetensors")
+    straight, found = read(tuned / "result.json"), read(tmp_path / "broken" / "result.json")
+    assert found["accuracy"] == straight["accuracy"]
+    assert straight["effective_epochs"] == 1.0
+    assert straight["gpu_hours"] > 0
+    assert straight["pretraining_gpu_hours"] > 0
+    assert len(straight["checkpoint_hash"]) == 64
+    assert straight["versions"]["timm"] == timm.__version__
+    assert straight["protocol"] == "fine-tune, 2 epochs"
+    assert (tuned / "result.md").read_text().count("\n") == 3
+
+
+def test_the_classifier_loads_into_timm_and_is_what_was_tested(run: Path, tuned: Path) -> None:
+    """timm's model of the file, on the real loader's images, gives the accuracy of result.json; so does --evaluate."""
+    path = tuned / "classifier.safetensors"
+    with safe_open(path, "pt") as file:
+        notes = {name: json.loads(text) for name, text in file.metadata().items()}
+    vit = timm.models.VisionTransformer(**notes["timm"]).eval()
+    vit.load_state_dict(load_file(path))
+    loader = build_loader("synthetic:21", batch_size=21, image_size=(28, 28), channels=1, train=False)
+    batch = next(iter(loader))
+    loader.close()
+    images = (batch.images.permute(0, 3, 1, 2) / 255 - notes["mean"][0]) / notes["std"][0]
+    with torch.no_grad():
+        hits = (vit(images).argmax(1) == batch.labels).double()
+    expected = read(tuned / "result.json")["accuracy"]
+    assert 100 * float(hits.mean()) == pytest.approx(expected)
+    start(finetune, run, "--evaluate", "--val_path", "synthetic:21", *FLOAT32)
+    assert read(tuned / "evaluate" / "result.json")["accuracy"] == pytest.approx(expected)
+
+
+def test_fine_tuning_learns_and_layers_move_by_their_scale(run: Path, tmp_path: Path) -> None:
+    tune = (
+        run,
+        "--train_path",
+        "synthetic:32",
+        "--val_path",
+        "synthetic:32",
+        "--epochs",
+        "15",
+        "--warmup_epochs",
+        "1",
+        "--batch_size",
+        "16",
+        "--global_batch_size",
+        "16",
+        "--lr",
+        "3e-3",
+        "--num_workers",
+        "1",
+        "--crop_min",
+        "1",
+        "--no-flip",
+        "--smoothing",
+        "0",
+        "--weight_decay",
+        "0",
+        "--log_every",
+        "2",
+    )
+    start(finetune, *tune, "--output_dir", tmp_path / "ft", "--layer_decay", "0.5", "--eval_every", "15")
+    assert read(tmp_path / "ft" / "result.json")["accuracy"] > 12  # 10 by chance
+    losses = [record["loss"] for record in training.read_log(tmp_path / "ft", 99)]
+    assert losses[-1] < 0.98 * losses[0]
+    before, after = load_weights(run)[0].state_dict(), load_file(tmp_path / "ft" / "classifier.safetensors")
+    moved = [
+        float((after[name] - before[name]).abs().mean()) for name in (f"blocks.{i}.mlp.fc1.weight" for i in (0, 3))
+    ]
+    assert 0 < moved[0] < 0.3 * moved[1]  # 0.5^4 against 0.5
+
+
+def test_half_the_tokens_from_scratch_in_another_shape(run: Path, tmp_path: Path) -> None:
+    scratch = (run, *TUNE, "--from_scratch", "--epochs", "1", "--output_dir")
+    start(finetune, *scratch, tmp_path / "hard", "--token_policy", "hardest", "--keep_tokens", "0.5")
+    assert read(tmp_path / "hard" / "result.json")["protocol"] == "from scratch, 1 epochs, 50% hardest tokens"
+    start(
+        finetune,
+        *scratch,
+        tmp_path / "wide",
+        "--token_policy",
+        "random",
+        "--input_size",
+        "36x20",
+        "--global_pool",
+        "token",
+    )
+    shape = load_file(tmp_path / "wide" / "classifier.safetensors")["pos_embed"].shape
+    assert shape == (1, 1 + 9 * 5, 128)
+    line = refused(finetune, *scratch, tmp_path / "no", "--token_policy", "easiest", "--input_size", "36x20")
+    assert "is of images (28, 28), patch 4, 1 channels; the classifier has (36, 20)" in line
+
+
+def test_two_deepspeed_ranks_fine_tune_under_zero_3(run: Path, tmp_path: Path) -> None:
+    words = (run, *TUNE, "--epochs", "1", "--output_dir", tmp_path, "--deepspeed_config", "ds_configs/zero3_bf16.json")
+    check_ranks("fasthpm.probes.finetune", *words)
+    found = read(tmp_path / "result.json")
+    assert found["versions"]["world_size"] == 2
+    assert 0 <= found["accuracy"] <= 100
+    assert [record["step"] for record in training.read_log(tmp_path, 99)] == [1, 2, 3]
+
+
+def test_fine_tuning_refuses_what_does_not_fit(run: Path, tuned: Path, tmp_path: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in tuned.rglob("*") if path.is_file()}
+    same = (*TUNE, *FLOAT32, "--preset", "mae", "--ema_decay", "0.5", "--crop_min", "0.5")
+    two = prepare(image_folder(tmp_path / "two", 40, grey=True), tmp_path / "two.beton")
+    one = prepare(flat_folder(tmp_path / "one"), tmp_path / "one.beton")
+    other = tmp_path / "other"
+    start(pretrain, *SHORT, "--output_dir", other, "--stop_after", "1", "--model", "hpm_vit_tiny_patch4_28")
+    data = ("--train_path", two, "--val_path", two)
+    cases: list[tuple[str, Sequence[object]]] = [
+        ("the classifier in", (run, *same, *data)),
+        ("has 10 classes, the data has 2 or others", (run, *same, *data)),
+        ("other settings (epochs 2, here 3)", (run, *same, "--epochs", "3")),
+        ("another architecture (embed_dim 128, here 192", (other, *same, "--output_dir", tuned)),
+        ("holds a fine-tuned classifier; give the pretraining run", (tuned, *same)),
+        ("has 1 class (one), expected 2 or more; labels are missing", (run, *same, "--train_path", one)),
+        ("has 10 classes, ", (run, *same, "--val_path", two)),
+        ("--val_path is missing", (run, "--train_path", two)),
+        ("token_policy is 'hard', expected one of random", (run, *same, "--token_policy", "hard")),
+        ("did you mean '--mixup'", (run, *same, "--mixupp", "1")),
+        ("the classifier in", (run, "--evaluate", "--val_path", two)),
+        ("is of another architecture", (other, "--evaluate", "--val_path", "synthetic:21", "--output_dir", tuned)),
+        ("holds no fine-tuned classifier", (run, "--evaluate", *DATA, "--output_dir", tmp_path / "none")),
+        ("holds checkpoints of another kind", (run, *same, "--output_dir", run)),
+    ]
+    for message, words in cases:
+        assert message in refused(finetune, *words)
+    assert {path: path.stat().st_mtime_ns for path in tuned.rglob("*") if path.is_file()} == before
+    assert "fine-tuned classifier" in refused(knn, tuned, *DATA)
+
+
+def flat_folder(folder: Path) -> Path:
+    folder.mkdir()
+    for index in range(20):
+        picture(index, (28, 28), grey=True).save(folder / f"{index}.png")
+    return folder
+
+
+# -------------------------------------------------------------------------------------------------- linear
+LINEAR = (*DATA, "--epochs", "3", "--global_batch_size", "16", "--batch_size", "8", "--eval_every", "1")
+
+
+@pytest.mark.parametrize("protocol", ["moco", "mae"])
+@pytest.mark.parametrize("cached", [True, False])
+def test_linear_probe_resumes_as_if_nothing_had_happened(
+    run: Path, tmp_path: Path, protocol: str, cached: bool
+) -> None:
+    words = (
+        run,
+        *LINEAR,
+        "--protocol",
+        protocol,
+        "--lr",
+        "0.3",
+        *(["--cache_features"] if cached else []),
+        "--output_dir",
+    )
+    start(linear, *words, tmp_path / "straight")
+    start(linear, *words, tmp_path / "broken", "--stop_after_epoch", "1")
+    assert not (tmp_path / "broken" / "result.json").exists()
+    start(linear, *words, tmp_path / "broken")
+    assert same_weights(tmp_path / "straight" / linear.HEAD, tmp_path / "broken" / linear.HEAD)
+    found = read(tmp_path / "broken" / "result.json")
+    assert found["accuracy"] == read(tmp_path / "straight" / "result.json")["accuracy"]
+    assert found["protocol"].startswith(f"linear ({protocol}), 3 epochs")
+    assert len(found["checkpoint_hash"]) == 64
+
+
+def test_linear_probe_is_the_same_on_two_ranks(run: Path, tmp_path: Path) -> None:
+    words = (run, *LINEAR, "--protocol", "moco", "--lr", "0.3", "--output_dir")
+    check_ranks("fasthpm", "linear", *words, tmp_path / "two", launcher="torchrun")
+    single = [*words, tmp_path / "one"]
+    single[single.index("8")] = "16"
+    start(linear, *single)
+    one, two = (load_file(tmp_path / name / linear.HEAD) for name in ("one", "two"))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5)
+    results = [read(tmp_path / name / "result.json")["accuracy"] for name in ("one", "two")]
+    assert results[0] == results[1]
+
+
+def test_linear_probe_refuses_what_does_not_fit(run: Path, tmp_path: Path) -> None:
+    two = prepare(image_folder(tmp_path / "two", 40, grey=True, sizes=((28, 28),)), tmp_path / "two.beton")
+    one = prepare(flat_folder(tmp_path / "one"), tmp_path / "one.beton")
+    words = (run, *LINEAR, "--cache_features", "--output_dir", tmp_path / "out")
+    start(linear, *words)
+    saved = (tmp_path / "out" / linear.HEAD).read_bytes()
+    for message, more in {
+        "train_path synthetic:48, this probe has": ("--train_path", "synthetic:49"),
+        "is a head with epochs 3, this probe has 4": ("--epochs", "4"),
+        "labels are missing": ("--train_path", one),
+        "fewer than one global batch of 64": ("--global_batch_size", "64"),
+        "is not a multiple of batch_size 8": ("--global_batch_size", "12"),
+    }.items():
+        assert message in refused(linear, *words, *more)
+    both = ("--train_path", two, "--val_path", two)
+    assert "is a head with" in refused(linear, *words, *both)
+    assert (tmp_path / "out" / linear.HEAD).read_bytes() == saved
+    (tmp_path / "out" / linear.HEAD).write_bytes(b"{}")
+    assert "is no linear probe's head" in refused(linear, *words)
+
+
+# -------------------------------------------------------------------------------------------------- k-NN, online
+def test_knn_refuses_what_does_not_fit_and_says_where_it_comes_from(run: Path, tmp_path: Path) -> None:
+    one = prepare(flat_folder(tmp_path / "one"), tmp_path / "one.beton")
+    assert "k is 50, more than the 48 training images that vote" in refused(knn, run, *DATA, "--k", "5", "50")
+    assert "k is 9, more than the 8 training" in refused(knn, run, *DATA, "--k", "9", "--bank_size", "0", "8")
+    assert "labels are missing" in refused(knn, run, "--train_path", one, "--val_path", one)
+    start(knn, run, *DATA, "--k", "5", "7", "-o", tmp_path / "knn.json")
+    found = read(tmp_path / "knn.json")
+    assert list(found["accuracy"]) == ["5", "7"]
+    assert found["effective_epochs"] == 1.0
+    assert len(found["checkpoint_hash"]) == 64
+
+
+def test_online_probe_leaves_training_as_it_is(run: Path, tmp_path: Path) -> None:
+    online = ("--online_probe_every", "1", "--online_knn_every", "1", "--output_dir", tmp_path / "online")
+    start(pretrain, *SHORT, *online, "--stop_after", "2")
+    head = tmp_path / "online" / "online_probe.safetensors"
+    stopped = load_file(head)
+    start(pretrain, *SHORT, *online)
+    assert same_weights(run / "encoder.safetensors", tmp_path / "online" / "encoder.safetensors")
+    straight, probed = read_metrics(run), read_metrics(tmp_path / "online")
+    assert [record["loss"] for record in straight] == [record["loss"] for record in probed]
+    assert {"probe_accuracy", "probe_loss"} <= probed[0].keys()
+    assert "knn_accuracy" in probed[-1]
+    assert "probe_accuracy" not in straight[0]
+    assert not torch.equal(stopped["linear.weight"], load_file(head)["linear.weight"])
+    zero3 = ("--deepspeed_config", "ds_configs/zero3_bf16.json", "--output_dir", tmp_path / "zero3")
+    assert "use ZeRO 0, 1 or 2" in refused(pretrain, *SHORT, *online, *zero3)
+    shutil.rmtree(tmp_path / "online")

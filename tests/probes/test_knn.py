@@ -1,0 +1,78 @@
+"""The k-NN probe: DINO's vote against plain loops, and ranks that hold different shares of the data."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fasthpm import recipes
+from fasthpm.data import build_loader
+from fasthpm.patches import model_of
+from fasthpm.probes import features, knn
+
+
+def slow_vote(bank: Tensor, bank_labels: Tensor, query: Tensor, k: int, num_classes: int) -> int:
+    """One query: sort all similarities, weigh the first k votes."""
+    similarity = [float(query @ row) for row in bank]
+    nearest = sorted(range(len(bank)), key=lambda i: -similarity[i])[:k]
+    votes = [0.0] * num_classes
+    for i in nearest:
+        votes[int(bank_labels[i])] += math.exp(similarity[i] / 0.07)
+    return max(range(num_classes), key=lambda c: votes[c])
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 2**31), size=st.integers(10, 40), chunk=st.sampled_from([2, 1024]))
+def test_vote_is_dinos(seed: int, size: int, chunk: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    bank, queries = (F.normalize(torch.randn(n, 6, generator=generator, dtype=torch.float64)) for n in (size, 5))
+    labels = torch.randint(0, 3, (size,), generator=generator)
+    old, knn.CHUNK = knn.CHUNK, chunk
+    try:
+        predictions = knn.vote(bank, labels, queries, 3)
+    finally:
+        knn.CHUNK = old
+    assert list(predictions) == [k for k in knn.NEIGHBOURS if k <= size]
+    for k, predicted in predictions.items():
+        assert predicted.tolist() == [slow_vote(bank, labels, query, k, 3) for query in queries]
+
+
+def test_a_bank_smaller_than_every_k_votes_whole() -> None:
+    bank = F.normalize(torch.randn(4, 3))
+    assert list(knn.vote(bank, torch.tensor([0, 1, 0, 1]), bank, 2)) == [4]
+
+
+def test_accuracy_counts_queries() -> None:
+    bank = torch.eye(12)
+    labels = torch.arange(12) % 3
+    accuracy = knn.knn_accuracy(bank, labels, bank, labels, 3)
+    assert accuracy[10] == 100
+    wrong = knn.knn_accuracy(bank, labels, bank, (labels + 1) % 3, 3)
+    assert wrong[10] == 0
+
+
+def test_a_limited_bank_is_the_first_samples_of_any_rank_count() -> None:
+    recipe = recipes.debug()
+    model = model_of(recipe).eval()
+    whole, shares = [], []
+    for world in (1, 3):
+        for rank in range(world):
+            loader = build_loader(
+                "synthetic:100", batch_size=8, image_size=(28, 28), channels=1, rank=rank, world_size=world, train=False
+            )
+            try:
+                found = features.features(model, recipe, loader, "mean", torch.device("cpu"), 37, world, quiet=True)
+            finally:
+                loader.close()
+            (whole if world == 1 else shares).append(found)
+    assert whole[0].ids.tolist() == list(range(37))
+    own, split = (torch.cat([found.rows for found in parts]) for parts in (whole, shares))
+    ids = torch.cat([found.ids for found in shares])
+    torch.testing.assert_close(own, split[ids.argsort()])
+    fewer = features.first(whole[0], 5)
+    assert torch.equal(fewer.rows, own[:5])
+    assert torch.equal(fewer.labels, whole[0].labels[:5])
+    torch.testing.assert_close(own.norm(dim=1), torch.ones(37))

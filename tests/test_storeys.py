@@ -1,0 +1,91 @@
+"""The house in storeys: no room imports one that stands above it, late imports included, and no file a circle."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.launch import ROOT
+
+# From the ground up; a storey is one word or several that stand side by side.
+STOREYS = (
+    "errors", "files", "cli", "options", "data", "mask loss layers model recipe schedule patches", "recipes", "ranks",
+    "speed", "targets step teacher", "maps", "checkpoint", "exchange", "run", "probes", "pictures", "commands",
+    "pretrain",
+)  # fmt: skip
+HEIGHTS = {f"fasthpm.{room}": height for height, storey in enumerate(STOREYS) for room in storey.split()}
+FACES = ("fasthpm", "fasthpm.__main__")  # name everything, are named by nobody
+
+
+def files(package: str) -> dict[str, Path]:
+    """Every module of a package, by dotted name."""
+    found = {}
+    for path in sorted((ROOT / package).rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(path: Path, known: dict[str, Path]) -> Iterator[tuple[str, int]]:
+    """(module, line) of every import of `known` in a file, at whatever depth."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [full if (full := f"{node.module}.{alias.name}") in known else node.module for alias in node.names]
+        else:
+            continue
+        yield from ((name, node.lineno) for name in names if name in known)
+
+
+def room(module: str) -> str:
+    return ".".join(module.split(".")[:2])
+
+
+def upward(modules: dict[str, Path]) -> list[str]:
+    """Imports from a room to one above it."""
+    return [
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for module, path in modules.items()
+        if module not in FACES
+        for name, line in imports(path, modules)
+        if name in FACES or HEIGHTS[room(name)] > HEIGHTS[room(module)]
+    ]
+
+
+def circle(modules: dict[str, Path]) -> list[str]:
+    """The files of one circle of imports, or none. A package's face is of its rooms, and is left out."""
+    inner = {name: path for name, path in modules.items() if path.name != "__init__.py"}
+    arrows = {name: {to for to, _ in imports(path, modules)} & inner.keys() - {name} for name, path in inner.items()}
+    while free := [name for name, targets in arrows.items() if not targets & arrows.keys()]:
+        for name in free:
+            del arrows[name]
+    return sorted(arrows)
+
+
+def test_every_room_has_a_storey() -> None:
+    rooms = {room(module) for module in files("fasthpm")} - {*FACES}
+    assert rooms == HEIGHTS.keys()
+
+
+def test_no_room_imports_one_above_it() -> None:
+    assert upward(files("fasthpm")) == []
+
+
+@pytest.mark.parametrize("package", ["fasthpm", "data_prep", "bench"])
+def test_no_circles(package: str) -> None:
+    assert circle(files(package)) == []
+
+
+def test_packages_stand_in_line() -> None:
+    """fasthpm knows neither data_prep nor bench, and data_prep no bench."""
+    known = files("fasthpm") | files("data_prep") | files("bench")
+    above = {"fasthpm": ("data_prep", "bench"), "data_prep": ("bench",), "bench": ()}
+    wrong = [
+        f"{module} imports {name}"
+        for module, path in known.items()
+        for name, _ in imports(path, known)
+        if name.startswith(above[module.split(".")[0]] or ("\0",))
+    ]
+    assert wrong == []
