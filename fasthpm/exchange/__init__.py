@@ -1,0 +1,1 @@
+"""Other programs' forms: weights in, weights out, each checked by what it computes."""
