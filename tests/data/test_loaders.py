@@ -1093,6 +1093,28 @@ while True:
         time.sleep(0.01)
 """
 
+FORKED = """
+import gc, multiprocessing, sys
+from fasthpm.data import build_loader
+gc.disable()  # the loader is garbage, and still there when a process is forked
+decoder = "dali" if sys.argv[2] == "dali" else "auto"
+loader = build_loader(sys.argv[1], batch_size=4, image_size=(8, 8), channels=3, decoder=decoder, num_workers=2)
+next(iter(loader))
+loader.itself = loader
+del loader
+child = multiprocessing.get_context("fork").Process(target=gc.collect)
+child.start()
+child.join(30)
+sys.exit(child.exitcode)
+"""
+
+
+@pytest.mark.parametrize("kind", ["clips", "dali"])
+def test_a_forked_process_survives_the_loaders_that_its_parent_left_as_garbage(sources, kind):
+    command = [sys.executable, "-c", FORKED, sources[kind], kind]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
 
 def test_folders_and_synthetic_images_work_without_ffcv(sources):
     command = [sys.executable, "-c", WITHOUT_FFCV, sources["ffcv"], sources["plain"], sources["synthetic"]]

@@ -8,6 +8,8 @@ and cannot draw one per video and epoch from a seed.
 
 import contextlib
 import importlib
+import os
+import weakref
 from abc import abstractmethod
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,11 @@ from fasthpm.data.video.prepared import copied_file
 from fasthpm.errors import UserError
 
 CPU_CODECS = ("mjpeg", "vp8", "vp9")
+
+_ALIVE: weakref.WeakSet[Any] = weakref.WeakSet()
+# What a forked process got of its parent's pipelines: their threads are not there, and ending them would crash it.
+_INHERITED: list[Any] = []
+os.register_at_fork(after_in_child=lambda: _INHERITED.extend(_ALIVE))
 
 
 def _dali(module: str) -> Any:
@@ -92,6 +99,7 @@ class DaliLoader(ClipLoader):
         if self._pipeline is None:
             self._pipeline = self._define(torch.cuda.current_device() if self.gpu else None)
             self._pipeline.build()
+            _ALIVE.add(self._pipeline)
         try:
             for name, values in self._inputs(ids, crops).items():
                 self._pipeline.feed_input(name, values)
