@@ -19,12 +19,11 @@ from torch import Tensor
 
 from fasthpm.checkpoint.foreign import IMPORT_NOTE
 from fasthpm.errors import UserError
-from fasthpm.files import file_hash, fsync
+from fasthpm.files import ASIDE, aside_of, file_hash, fsync, remove, write_json
 from fasthpm.recipe import Recipe, load_recipe, save_recipe
 
 MANIFEST, STATE, RECIPE = "manifest.json", "state.json", "recipe.json"
 CLASSIFIER = "finetune.json"  # in checkpoints of fine-tuning, which hold a classifier and no decoder
-WRITING = ".writing-"
 BYTES_PER_PARAMETER = 17  # float32 master, two moments and EMA; a little for names and hashes
 
 
@@ -48,8 +47,8 @@ def checkpoint_path(output_dir: Path, step: int) -> Path:
 def begin(output_dir: Path, step: int) -> Path:
     """An empty folder beside the final one, to write a checkpoint into (one rank calls this)."""
     folder = checkpoint_path(output_dir, step)
-    aside = folder.with_name(f"{WRITING}{folder.name}")
-    shutil.rmtree(aside, ignore_errors=True)
+    aside = aside_of(folder)
+    remove(aside)
     aside.mkdir(parents=True)
     return aside
 
@@ -62,15 +61,15 @@ def commit(aside: Path, recipe: Recipe, state: RunState, written: dict[str, Any]
     **Returns:** the checkpoint's folder. A reader never sees it half-written.
     """
     save_recipe(recipe, aside / RECIPE)
-    (aside / STATE).write_text(json.dumps(dataclasses.asdict(state), indent=2) + "\n")
+    write_json(aside / STATE, dataclasses.asdict(state))
     manifest = dict(written or {})
     names = sorted(str(path.relative_to(aside)) for path in aside.rglob("*") if path.is_file())
     rest = [name for name in names if name not in manifest]
     manifest |= {name: [(aside / name).stat().st_size, file_hash(aside / name)] for name in rest}
-    (aside / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    write_json(aside / MANIFEST, manifest)
     for name in [*rest, MANIFEST]:
         fsync(aside / name)
-    final = aside.with_name(aside.name.removeprefix(WRITING))
+    final = aside.with_name(aside.name.removeprefix(ASIDE))
     if final.exists():  # only an invalid checkpoint of the same step can be here: resume would have started from it
         shutil.rmtree(final)
     aside.rename(final)
@@ -80,7 +79,7 @@ def commit(aside: Path, recipe: Recipe, state: RunState, written: dict[str, Any]
 
 def clear_unfinished(output_dir: Path) -> None:
     """Delete what killed runs left half-written."""
-    for folder in (output_dir / "checkpoints").glob(f"{WRITING}*"):
+    for folder in (output_dir / "checkpoints").glob(f"{ASIDE}*"):
         shutil.rmtree(folder)
 
 
@@ -120,7 +119,7 @@ def step_of(folder: Path) -> int:
 def oldest_step(output_dir: Path) -> int:
     """Updates of the oldest checkpoint that is kept; 0 without any."""
     folders = _checkpoints(output_dir)
-    return int(folders[-1].name.removeprefix("step-")) if folders else 0
+    return step_of(folders[-1]) if folders else 0
 
 
 # -------------------------------------------------------------------------------------------------- find and verify

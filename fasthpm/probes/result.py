@@ -4,18 +4,16 @@ An evaluation leaves `result.json` (protocol, accuracy, versions, checkpoint, co
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fasthpm import checkpoint, ranks
+from fasthpm import checkpoint, files, ranks
 from fasthpm.checkpoint.foreign import IMPORT_NOTE
 from fasthpm.data import DatasetInfo, read_info
 from fasthpm.errors import UserError
-from fasthpm.files import file_hash
 from fasthpm.recipe import Recipe, load_recipe
 from fasthpm.run.versions import versions
 
@@ -75,7 +73,7 @@ def provenance(run: Path, launch: ranks.Launch) -> dict[str, Any]:
         "run": str(run),
         "recipe": recipe.recipe,
         "checkpoint": str(folder),
-        "checkpoint_hash": file_hash(manifest) if manifest.is_file() else "",
+        "checkpoint_hash": files.file_hash(manifest) if manifest.is_file() else "",
         "effective_epochs": round(effective_epochs(recipe, step), 3),
         "pretraining_gpu_hours": round(pretraining_gpu_hours(folder.parent.parent, recipe, step), 4),
         "versions": versions(launch.device, launch.world_size),
@@ -118,13 +116,9 @@ def write_text(path: Path, text: str) -> None:
 
     **Raises:** `UserError` if the disk does not take it.
     """
-    aside = path.with_name(f".writing-{path.name}")
-    try:
+    with files.writing(path, "choose another output"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(text)
-        os.replace(aside, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}); choose another output") from error
+        files.write_text(path, text)
 
 
 def write_result(folder: Path, result: dict[str, Any]) -> str:
