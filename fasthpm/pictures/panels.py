@@ -215,7 +215,7 @@ def save_png(picture: np.ndarray, path: Path) -> None:
 @contextmanager
 def _output(path: Path) -> Iterator[None]:
     """For writing `path`, in a folder that is made if need be. **Raises:** `UserError` if that can't be."""
-    with writing(path, "choose another -o"):
+    with writing(path, "make room, or choose another -o"):
         path.parent.mkdir(parents=True, exist_ok=True)
         yield
 
