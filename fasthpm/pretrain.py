@@ -221,7 +221,7 @@ def after_update(run: Run[Step], metrics: Metrics, last: int) -> None:
     if saving:
         save(run)
         for observer in run.observers:
-            with metrics.surviving_the_disk(run.done):
+            with metrics.surviving_the_disk(run.done, "the online probe"):
                 observer.save(Path(recipe.output_dir), run.done)
     if drawing or saving or probing:
         metrics.restart()
@@ -249,13 +249,13 @@ def draw_panel(run: Run[Step], metrics: Metrics) -> None:
         picture = clips.sheet(frames, run.recipe.tubelet_size)
         animation = clips.animation(frames)
         metrics.animation("clips", animation, run.done)
-        with metrics.surviving_the_disk(run.done):
+        with metrics.surviving_the_disk(run.done, "the panel"):
             path.parent.mkdir(exist_ok=True)
             with files.replacing(path.with_suffix(".gif")) as aside:
                 aside.write_bytes(animation)
     else:
         picture = panels.panel(model, run.recipe, info, images, alpha, run.step.frozen)
-    with metrics.surviving_the_disk(run.done):
+    with metrics.surviving_the_disk(run.done, "the panel"):
         path.parent.mkdir(exist_ok=True)
         panels.save_png(picture, path)
     metrics.image("panel", picture, run.done)

@@ -11,7 +11,7 @@ from typing import Any
 
 from fasthpm import files
 from fasthpm.recipe import Recipe, load_recipe
-from fasthpm.run.records import read_metrics
+from fasthpm.run.records import gpu_hours, read_metrics
 
 
 @dataclass(frozen=True)
@@ -35,19 +35,8 @@ def read_run(run: Path) -> RunSummary:
     records, recipe = read_metrics(run), load_recipe(run / "recipe.json")
     world_size = files.read_json(run / "versions.json").get("world_size", 1)
     name = run.name or run.resolve().name
-    return RunSummary(name, recipe, records, hours(records, recipe, int(world_size)), read_results(run))
-
-
-def hours(records: Sequence[dict[str, float]], recipe: Recipe, world_size: int) -> list[float]:
-    """GPU-hours (devices x hours) of the updates up to each record, from the rates that were logged."""
-    total, step, out = 0.0, 0.0, []
-    for record in records:
-        samples = (record["step"] - step) * recipe.global_batch_size
-        rate = record.get("images_per_second", 0.0)
-        total += world_size * samples / rate / 3600 if rate > 0 else 0.0
-        step = record["step"]
-        out.append(total)
-    return out
+    hours = gpu_hours(records, recipe.global_batch_size, int(world_size))
+    return RunSummary(name, recipe, records, hours, read_results(run))
 
 
 def read_results(run: Path) -> dict[str, float]:

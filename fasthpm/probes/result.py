@@ -15,6 +15,7 @@ from fasthpm.checkpoint.foreign import IMPORT_NOTE
 from fasthpm.data import DatasetInfo, read_info
 from fasthpm.errors import UserError
 from fasthpm.recipe import Recipe, load_recipe
+from fasthpm.run.records import METRICS_FILE, gpu_hours, read_records
 from fasthpm.run.versions import versions
 
 SHOWN = ("recipe", "protocol", "accuracy", "effective_epochs", "pretraining_gpu_hours", "gpu_hours", "checkpoint_hash")
@@ -95,19 +96,9 @@ def effective_epochs(recipe: Recipe, step: int) -> float:
 
 def pretraining_gpu_hours(run: Path, recipe: Recipe, step: int) -> float:
     """Devices x hours of the updates up to `step`, from the throughput in metrics.jsonl; 0 if there is none."""
-    path, made_with = run / "metrics.jsonl", run / "versions.json"
-    if not (path.is_file() and made_with.is_file()):
-        return 0.0
-    records = {}
-    for line in path.read_text().splitlines():
-        if line.endswith("}"):  # a killed run may leave its last line unfinished
-            record = json.loads(line)
-            records[record["step"]] = record
-    seconds, before = 0.0, 0
-    for number in sorted(n for n in records if n <= step):
-        seconds += (number - before) * recipe.global_batch_size / records[number]["images_per_second"]
-        before = number
-    return seconds * json.loads(made_with.read_text())["world_size"] / 3600
+    records = [record for record in read_records(run / METRICS_FILE) if record["step"] <= step]
+    world_size = files.read_json(run / "versions.json").get("world_size", 0)
+    return gpu_hours(records, recipe.global_batch_size, world_size)[-1] if records else 0.0
 
 
 # -------------------------------------------------------------------------------------------------- files

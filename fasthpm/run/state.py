@@ -116,9 +116,10 @@ def save(run: Run[Any]) -> None:
     if run.launch.rank == 0:
         try:
             checkpoint.require_space(output_dir, run.num_parameters)
-            aside = [str(checkpoint.begin(output_dir, run.done))]
+            folder = checkpoint.begin(output_dir, run.done)
             for name, text in run.notes.items():
-                (Path(aside[0]) / name).write_text(text)
+                (folder / name).write_text(text)
+            aside = [str(folder)]
         except (UserError, OSError) as error:
             not_saved(run, str(error))
     dist.broadcast_object_list(aside)

@@ -47,11 +47,12 @@ from fasthpm.probes.finetune.building import (
 )
 from fasthpm.probes.finetune.settings import PRESETS, FineTune, complete, image_size_of, preset
 from fasthpm.probes.finetune.testing import test
-from fasthpm.probes.finetune.training import CLASSIFIER_FILE, Log, read_log, train
+from fasthpm.probes.finetune.training import CLASSIFIER_FILE, Log, train
 from fasthpm.ranks import zero
 from fasthpm.ranks.signals import StopSignals
 from fasthpm.recipe import save_recipe
 from fasthpm.run import state
+from fasthpm.run.records import METRICS_FILE, read_metrics
 
 
 # -------------------------------------------------------------------------------------------------- results
@@ -77,9 +78,11 @@ def finish(run: FineTuning) -> None:
             f"{why} at update {run.done} of {run.recipe.total_steps}; run the same command to continue", file=sys.stderr
         )
         return
-    records = read_log(folder, run.done)
+    records = [record for record in read_metrics(folder) if record["step"] <= run.done]
     tested = [record for record in records if "accuracy" in record]
     write_classifier(run, weights, folder / CLASSIFIER_FILE)
+    if not tested or tested[-1]["step"] != run.done:  # the disk was full
+        raise UserError(f"{folder / METRICS_FILE} lacks the last test; make room, and add --evaluate to test again")
     hours = sum(record["seconds"] for record in records) * run.launch.world_size / 3600
     final = {name: tested[-1][name] for name in ("accuracy", "accuracy_top5", "val_loss")}
     best = max(record["accuracy"] for record in tested)
