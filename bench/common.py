@@ -122,8 +122,9 @@ def use_device(arguments: argparse.Namespace) -> torch.device:
 def write_json(path: Path | None, result: dict[str, Any]) -> None:
     """Write `result` if a path is given."""
     if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        files.write_json(path, result)
+        with files.writing(path, "make room, or choose another --output"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            files.write_json(path, result)
 
 
 def say(line: str) -> None:

@@ -9,7 +9,7 @@ Instead of shards/ a folder may hold student.safetensors and teacher.safetensors
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,12 +44,21 @@ def checkpoint_path(output_dir: Path, step: int) -> Path:
     return output_dir / "checkpoints" / f"step-{step:08d}"
 
 
-def begin(output_dir: Path, step: int) -> Path:
-    """An empty folder beside the final one, to write a checkpoint into (one rank calls this)."""
+def begin(output_dir: Path, step: int, notes: Mapping[str, str] | None = None) -> Path:
+    """A folder beside the final one, to write a checkpoint into (one rank calls this).
+
+    - `notes`: what it holds already, name and text; without them all there is no folder
+    """
     folder = checkpoint_path(output_dir, step)
     aside = aside_of(folder)
     remove(aside)
     aside.mkdir(parents=True)
+    try:
+        for name, text in (notes or {}).items():
+            (aside / name).write_text(text)
+    except OSError:
+        remove(aside)
+        raise
     return aside
 
 

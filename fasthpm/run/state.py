@@ -116,10 +116,7 @@ def save(run: Run[Any]) -> None:
     if run.launch.rank == 0:
         try:
             checkpoint.require_space(output_dir, run.num_parameters)
-            folder = checkpoint.begin(output_dir, run.done)
-            for name, text in run.notes.items():
-                (folder / name).write_text(text)
-            aside = [str(folder)]
+            aside = [str(checkpoint.begin(output_dir, run.done, run.notes))]
         except (UserError, OSError) as error:
             not_saved(run, str(error))
     dist.broadcast_object_list(aside)
