@@ -31,6 +31,7 @@ from fasthpm.exchange import importing
 from fasthpm.files import file_hash
 from fasthpm.maps import run as maps_run
 from fasthpm.patches import model_of
+from fasthpm.pictures import report
 from fasthpm.probes import linear, online, result
 from fasthpm.probes.finetune import command
 from fasthpm.probes.finetune.settings import FineTune
@@ -78,11 +79,8 @@ def logged_run(folder: Path, name: str = "run") -> Path:
     save_recipe(dataclasses.replace(recipes.debug(), steps_per_epoch=2), run / "recipe.json")
     versions = {"torch": "1", "deepspeed": "2", "fasthpm": "3", "commit": "abc", "world_size": 2, "device": "CPU"}
     (run / "versions.json").write_text(json.dumps(versions))
-    figures = (
-        "loss reconstruction_loss difficulty_loss spearman pair_accuracy teacher_spearman images_per_second lr alpha "
-    )
-    figures += "ema_momentum data_wait_percent teacher_percent mfu_percent grad_norm memory_gib"
-    lines = [json.dumps({"step": step, "epoch": step / 2, **dict.fromkeys(figures.split(), 1.0)}) for step in (1, 2)]
+    names = {*report.TABLE, *(name for _, group in report.CURVES for name in group)}
+    lines = [json.dumps({"step": step, "epoch": step / 2, **dict.fromkeys(names, 1.0)}) for step in (1, 2)]
     (run / "metrics.jsonl").write_text("\n".join(lines))
     return run
 
@@ -163,7 +161,8 @@ def finetunes_folder(disk: Path, inputs: Path) -> Write:
 
 
 def pretrainings_folder(disk: Path, inputs: Path) -> Write:
-    recipe = dataclasses.replace(recipes.debug(), output_dir=str(disk / "run"))
+    resolved = {"accum_iter": 1, "global_batch_size": 8}
+    recipe = dataclasses.replace(recipes.debug(), output_dir=str(disk / "run"), **resolved)
     run: Any = SimpleNamespace(recipe=recipe, launch=LAUNCH, num_parameters=0)
     return lambda: pretrain.prepare_output(run)
 
