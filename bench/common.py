@@ -1,7 +1,6 @@
 """What the data benches share: processor time, spread, ratios within rounds, prepared sets, tables, the JSON."""
 
 import argparse
-import json
 import os
 import resource
 import statistics
@@ -17,9 +16,11 @@ from typing import Any
 import psutil
 import torch
 
+from fasthpm import files
 from fasthpm.data.ffcv.beton import read_sidecar
 from fasthpm.data.pixels import list_images
 from fasthpm.errors import UserError
+from fasthpm.machine import count_cores
 from fasthpm.run.versions import versions
 
 QUALITY = 90
@@ -72,7 +73,7 @@ def machine() -> dict[str, Any]:
     """What the figures were taken on, and how busy it was."""
     return {
         **versions(torch.device("cpu"), 1),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": count_cores(),
         "ram_gib": psutil.virtual_memory().total / 2**30,
         "load_average": os.getloadavg()[0],
     }
@@ -121,8 +122,9 @@ def use_device(arguments: argparse.Namespace) -> torch.device:
 def write_json(path: Path | None, result: dict[str, Any]) -> None:
     """Write `result` if a path is given."""
     if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=2) + "\n")
+        with files.writing(path, "make room, or choose another --output"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            files.write_json(path, result)
 
 
 def say(line: str) -> None:

@@ -34,7 +34,7 @@ from fasthpm.checkpoint.weights import load_weights
 from fasthpm.cli import Parser, run_command
 from fasthpm.data import build_loader
 from fasthpm.errors import UserError
-from fasthpm.files import file_hash
+from fasthpm.files import file_hash, write_text
 from fasthpm.patches import NormalizedPatches
 from fasthpm.probes import knn
 
@@ -132,9 +132,7 @@ def run_one(arguments: argparse.Namespace, method: str, seed: int, out: Path) ->
     if method == BASELINE:
         result["untrained"] = probe(arguments, out, "untrained")
     result["probe_seconds"] = time.perf_counter() - trained
-    aside = out / f".writing-{RESULT}"
-    write_json(aside, result)
-    aside.rename(out / RESULT)
+    write_json(out / RESULT, result)
 
 
 def check_complete(arguments: argparse.Namespace, out: Path) -> None:
@@ -359,11 +357,8 @@ def write_tables(arguments: argparse.Namespace, runs: Sequence[dict[str, Any]]) 
 
 def write_both(path: Path, result: dict[str, Any], text: str) -> None:
     """The JSON `path` and the Markdown beside it, each replaced as a whole."""
-    for target, content in ((path, json.dumps(result, indent=2) + "\n"), (path.with_suffix(".md"), text)):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        aside = target.with_name(f".writing-{target.name}")
-        aside.write_text(content)
-        aside.rename(target)
+    write_json(path, result)
+    write_text(path.with_suffix(".md"), text)
 
 
 def start(

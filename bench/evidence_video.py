@@ -92,9 +92,7 @@ def run_one(arguments: argparse.Namespace, method: str, seed: int, out: Path) ->
     }
     if method == BASELINE:
         result["untrained"] = probe(arguments, out, "untrained")
-    aside = out / f".writing-{RESULT}"
-    write_json(aside, result)
-    aside.rename(out / RESULT)
+    write_json(out / RESULT, result)
 
 
 def probe(arguments: argparse.Namespace, out: Path, weights: str) -> dict[str, float]:

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.partial import sync_path
-from data_prep.sets import HASH_BLOCK, byte_bar, files_path, hash_file, members, read_index, rejected_path
+from data_prep.sets import byte_bar, files_path, members, read_index, rejected_path
 from fasthpm.cli import Parser, run_command
 from fasthpm.data.ffcv.beton import read_sidecar, sidecar_path
 from fasthpm.errors import UserError
+from fasthpm.files import HASH_CHUNK, file_hash, fsync
 
 RESERVE = 1 << 20  # bytes that should stay free
 
@@ -71,7 +71,7 @@ def copy_sets(paths: Sequence[Path], folder: Path) -> tuple[int, int]:
         with byte_bar(sum(item.size for item in todo), "copy") as bar:
             for item in todo:
                 _copy(item, folder / item.source.name, bar)
-        sync_path(folder)
+        fsync(folder)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EEXIST, errno.ENOTDIR):
             raise
@@ -93,7 +93,7 @@ def _present(items: list[Item], folder: Path) -> set[str]:
     """Names of data files that need no copying: of the right size and hash."""
     there = [i for i in items if i.sha256 and _size(folder / i.source.name) == i.size]
     with byte_bar(sum(item.size for item in there), "check") as bar:
-        return {i.source.name for i in there if hash_file(folder / i.source.name, bar.update) == i.sha256}
+        return {i.source.name for i in there if file_hash(folder / i.source.name, bar.update) == i.sha256}
 
 
 def _size(path: Path) -> int:
@@ -111,7 +111,7 @@ def _copy(item: Item, target: Path, bar: Any) -> None:
     with _temporary(target) as (partial, file):
         digest = hashlib.sha256()
         with item.source.open("rb") as source:
-            while block := source.read(HASH_BLOCK):
+            while block := source.read(HASH_CHUNK):
                 file.write(block)
                 digest.update(block)
                 bar.update(len(block))

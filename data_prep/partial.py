@@ -27,10 +27,10 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from data_prep.encode import Stored
-from data_prep.sets import read_json
 from fasthpm.data.ffcv.beton import ALLOCATION, DESCRIPTOR, FIELDS, HEADER, IMAGE, ROW, VERSION
 from fasthpm.data.sampling import Array
 from fasthpm.errors import UserError
+from fasthpm.files import fsync, read_json, write_text
 
 SMALL_PAGE, PAGE, SMALL_FILE = 1 << 21, 1 << 23, 1 << 26  # bytes; FFCV's own smallest and usual page
 COMMIT_SECONDS = 3.0
@@ -281,9 +281,7 @@ class Job:
     def plan_publishing(self, names: list[str], remove: list[str]) -> None:
         """Write down that all is complete: the files `names` are to be moved, in this order, after removing others."""
         plan = self.folder / "publish.json"
-        plan.with_suffix(".tmp").write_text(json.dumps({"names": names, "remove": remove}))
-        sync_path(plan.with_suffix(".tmp"))
-        plan.with_suffix(".tmp").rename(plan)
+        write_text(plan, json.dumps({"names": names, "remove": remove}), durable=True)
 
     def publish(self) -> None:
         """Carry the plan out to its end, wherever it stopped, and leave nothing here."""
@@ -293,7 +291,7 @@ class Job:
             (self.folder.parent / name).unlink(missing_ok=True)
         for name in waiting:
             (self.folder / name).rename(self.folder.parent / name)
-        sync_path(self.folder.parent)
+        fsync(self.folder.parent)
         self.discard()
 
     def is_complete(self, description: dict[str, Any]) -> bool:
@@ -310,15 +308,6 @@ class Job:
         if not self._gone:
             self._gone = True
             shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def sync_path(path: Path) -> None:
-    """fsync a file or folder by its name."""
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
 
 
 @contextlib.contextmanager

@@ -1,9 +1,7 @@
 """What belongs to a prepared set on disk: its files' names, the index of a sharded one, hashes, progress bars."""
 
 import csv
-import hashlib
-import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +9,10 @@ from tqdm import tqdm
 
 from fasthpm.data.ffcv.beton import AGAIN, sidecar_path
 from fasthpm.errors import UserError
+from fasthpm.files import read_json
 
 SHARDED = "ffcv-shards"  # the "format" of an index
 INDEX_TYPES = {"shards": list, "num_samples": int, "channels": int, "mean": list, "std": list, "classes": list}
-HASH_BLOCK = 1 << 22
 
 
 def files_path(out: Path) -> Path:
@@ -35,15 +33,6 @@ def validation_path(out: Path) -> Path:
 def shard_path(out: Path, number: int, count: int) -> Path:
     """`OUT-00002-of-00008.beton` of `OUT.beton`."""
     return out.with_name(f"{out.stem}-{number:05d}-of-{count:05d}{out.suffix}")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, empty if there is none to be read."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}
 
 
 def read_index(path: Path) -> dict[str, Any] | None:
@@ -81,16 +70,6 @@ def read_csv(path: Path) -> Iterator[list[str]]:
     """The rows of such a table, header first."""
     with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
         yield from csv.reader(file)
-
-
-def hash_file(path: Path, advance: Callable[[int], Any] = lambda count: None) -> str:
-    """sha256 of a file, as hexadecimal digits; `advance` is told how many bytes were read."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(HASH_BLOCK):
-            digest.update(block)
-            advance(len(block))
-    return digest.hexdigest()
 
 
 def progress_bar(total: int, what: str, unit: str, **options: Any) -> Any:

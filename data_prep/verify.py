@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.sets import byte_bar, files_path, hash_file, members, progress_bar, read_csv, read_index
+from data_prep.sets import byte_bar, files_path, members, progress_bar, read_csv, read_index
 from data_prep.verify_pixels import decode_jpeg
 from data_prep.video_verify import verify_videos
 from fasthpm.cli import Parser, run_command
@@ -23,6 +23,7 @@ from fasthpm.data.options import count_workers
 from fasthpm.data.sampling import Array
 from fasthpm.data.sources import is_video_set
 from fasthpm.errors import UserError
+from fasthpm.files import file_hash
 
 CHUNK = 64
 SUMMED = ("num_samples", "counts", "pixels")  # entries of an index that the shards' must add up to
@@ -90,7 +91,7 @@ def _check_files(beton: Beton) -> None:
 
 def _check_hash(beton: Beton) -> None:
     with byte_bar(beton.sidecar["bytes"], "hash") as bar:
-        digest = hash_file(beton.path, bar.update)
+        digest = file_hash(beton.path, bar.update)
     if digest != beton.sidecar["sha256"]:
         raise UserError(
             f"{beton.path} has sha256 {digest}, its sidecar says {beton.sidecar['sha256']}: its content has "

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.sets import byte_bar, hash_file, progress_bar, read_csv
+from data_prep.sets import byte_bar, progress_bar, read_csv
 from data_prep.verify_pixels import decode_jpeg
 from fasthpm.data.options import count_workers
 from fasthpm.data.video.prepared import AGAIN, INFO, MANIFEST, MANIFEST_FILE, VideoSet, copied_file, open_videos
 from fasthpm.errors import UserError
+from fasthpm.files import file_hash
 
 
 def verify_videos(path: Path, num_workers: int = 0) -> VideoSet:
@@ -37,7 +38,7 @@ def _check_hashes(data: VideoSet) -> None:
         for name, expected in hashes.items():
             if Path(name).name != name or not (data.path / name).is_file():
                 raise UserError(f"{data.path / INFO} names {name!r}, which is not there: copy the set again or {AGAIN}")
-            if hash_file(data.path / name, bar.update) != expected:
+            if file_hash(data.path / name, bar.update) != expected:
                 raise UserError(f"{data.path / name} has another sha256 than info.json says: copy it again or {AGAIN}")
 
 

@@ -24,18 +24,11 @@ import numpy as np
 
 from data_prep.encode import Stored, WriteOptions, encode
 from data_prep.ffmpeg import Stream, check_tools, encode_h264, fits_nvdec, frames, probe, stored_size
-from data_prep.partial import Chunk, Job, PartFile, locked, sync_path
+from data_prep.partial import Chunk, Job, PartFile, locked
 from data_prep.pool import AHEAD, asked_to_stop, become_worker, fork, in_order, reason_of
-from data_prep.sets import hash_file, progress_bar, read_json, write_csv
+from data_prep.sets import progress_bar, write_csv
 from data_prep.sources import Files
-from data_prep.writer import (
-    count_allowed,
-    package_versions,
-    readable_write_errors,
-    statistics,
-    stored_order,
-    write_json,
-)
+from data_prep.writer import count_allowed, package_versions, readable_write_errors, statistics, stored_order
 from fasthpm import __version__
 from fasthpm.data.options import count_workers
 from fasthpm.data.sampling import Array
@@ -43,6 +36,7 @@ from fasthpm.data.sources import is_video_set
 from fasthpm.data.video import prepared
 from fasthpm.data.video.prepared import FORMAT, LAYOUT, MANIFEST, VIDEO
 from fasthpm.errors import UserError
+from fasthpm.files import file_hash, fsync, read_json, write_json
 
 FEWEST_FRAMES = 2
 COMPLETE = 0.9  # share of the frames that the file promises, below which it counts as cut off
@@ -119,7 +113,7 @@ def read_video(path: str, options: VideoOptions, copy_to: Path | None) -> tuple[
         "height": size[0],
         "width": size[1],
         "codec": stream.codec,
-        "sha256": hash_file(Path(path)),
+        "sha256": file_hash(Path(path)),
         "copy": _copy(path, stream, fps, size, options, copy_to) if copy_to else "",
     }
     return stored, fact
@@ -351,12 +345,12 @@ def _finish(task: _Task, job: Job) -> None:
     if job.rejected:
         _write_rejected(task, job, folder / "rejected.csv")
     names = (prepared.FRAMES, prepared.POSITIONS, prepared.VIDEOS, prepared.MANIFEST_FILE)
-    hashes = {name: hash_file(folder / name) for name in names}
+    hashes = {name: file_hash(folder / name) for name in names}
     for name in names:
-        sync_path(folder / name)
-    write_json(folder / prepared.INFO, _info(task, job, table, records) | {"sha256": hashes})
-    sync_path(folder)
-    sync_path(job.folder)
+        fsync(folder / name)
+    write_json(folder / prepared.INFO, _info(task, job, table, records) | {"sha256": hashes}, durable=True)
+    fsync(folder)
+    fsync(job.folder)
     job.plan_publishing([task.out.name], [])
 
 
@@ -410,5 +404,5 @@ def _publish(task: _Task, job: Job) -> None:
             shutil.rmtree(task.folder / "old", ignore_errors=True)
             task.out.rename(task.folder / "old")
         made.rename(task.out)
-    sync_path(task.out.parent)
+    fsync(task.out.parent)
     job.discard()

@@ -25,16 +25,14 @@ import numpy as np
 from PIL import Image
 
 from data_prep.encode import Stored, WriteOptions, encode
-from data_prep.partial import Chunk, Job, PartFile, Totals, locked, sync_path
+from data_prep.partial import Chunk, Job, PartFile, Totals, locked
 from data_prep.pool import AHEAD, asked_to_stop, become_worker, fork, in_order, reason_of
 from data_prep.sets import (
     SHARDED,
     byte_bar,
     files_path,
-    hash_file,
     progress_bar,
     read_index,
-    read_json,
     rejected_path,
     shard_path,
     validation_path,
@@ -46,6 +44,7 @@ from fasthpm.data.ffcv.beton import sidecar_path
 from fasthpm.data.options import count_workers
 from fasthpm.data.sampling import Array, key_of, sample_order, uniforms
 from fasthpm.errors import UserError
+from fasthpm.files import file_hash, fsync, read_json, write_json
 
 CHUNK, SMALL_CHUNK, LARGE_SIDE = 32, 4, 1024  # samples handed to a process at a time; fewer where they may be large
 LAYOUT = 1  # raised when the same options give other bytes
@@ -425,7 +424,7 @@ def _finish(task: _Task, job: Job, num_workers: int) -> None:
     for part, output, rows, digest in zip(job.parts, task.outputs, records, digests, strict=True):
         sidecar = _sidecar(task, part, rows, grey) | {"sha256": digest, "num_rejected": _count_rejected(job, output)}
         write_csv(files_path(part.path), ("path",), ((task.source.name(i),) for i in rows["index"].tolist()))
-        write_json(sidecar_path(part.path), sidecar)
+        write_json(sidecar_path(part.path), sidecar, durable=True)
         names += [part.path.name, files_path(part.path).name]
         sidecars.append(sidecar_path(part.path).name)
         if output.shard:
@@ -433,9 +432,9 @@ def _finish(task: _Task, job: Job, num_workers: int) -> None:
             shards.append(sidecar)
     if shards:
         index = sidecar_path(job.folder / task.out.name)
-        write_json(index, _index(task, shards, merged, grey))
+        write_json(index, _index(task, shards, merged, grey), durable=True)
         sidecars.append(index.name)
-    sync_path(job.folder)
+    fsync(job.folder)
     job.plan_publishing(names + sidecars, [path.name for path in _old_files(task)])
 
 
@@ -446,12 +445,7 @@ def _count_rejected(job: Job, output: Output) -> int:
 def _hash_all(paths: Sequence[Path], num_workers: int) -> list[str]:
     with byte_bar(sum(path.stat().st_size for path in paths), "hash") as bar:
         with ThreadPoolExecutor(min(count_workers(num_workers), len(paths))) as pool:
-            return list(pool.map(lambda path: hash_file(path, bar.update), paths))
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    sync_path(path)
+            return list(pool.map(lambda path: file_hash(path, bar.update), paths))
 
 
 def statistics(totals: Totals, grey: bool) -> dict[str, Any]:

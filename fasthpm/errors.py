@@ -1,9 +1,12 @@
-"""The one exception that means "the input is wrong", as opposed to "the code is wrong"."""
+"""The one exception that means "the input is wrong", as opposed to "the code is wrong"; and warnings."""
 
 import contextlib
 import difflib
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+from tqdm import tqdm
 
 
 class UserError(Exception):
@@ -27,6 +30,11 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the known word closest to `word`, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def warn(line: str) -> None:
+    """A warning on stderr; a progress bar there stays whole."""
+    tqdm.write(f"warning: {line}", file=sys.stderr)
 
 
 @contextlib.contextmanager

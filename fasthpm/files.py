@@ -1,31 +1,96 @@
-"""Files, the one place that knows how: hashed, waited for, and read without running what is in them."""
+"""Files, the one place that knows how: written as a whole or not at all, hashed, and read without running what is in
+them."""
 
 import argparse
+import contextlib
 import hashlib
+import json
 import os
 import pathlib
 import re
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from fasthpm.errors import UserError
 
-HASH_CHUNK = 1 << 22
+HASH_CHUNK = 1 << 22  # bytes
+ASIDE = ".writing-"  # begins the name of what is not whole yet
 LISTED = 6  # names that one message tells
 
 
-def file_hash(path: Path) -> str:
-    """sha256 of a file, in bounded memory."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(HASH_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+# -------------------------------------------------------------------------------------------------- write
+def aside_of(path: Path) -> Path:
+    """Where a file or folder waits, beside its place, until it is whole."""
+    return path.with_name(f"{ASIDE}{path.name}")
+
+
+@contextlib.contextmanager
+def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
+    """A free name beside `path` to write a file or folder to, which takes the place of `path` if all goes well.
+
+    - `durable`: wait until it is on the disk before that
+
+    After an error nothing is left of it, and what was at `path` before is there still.
+    """
+    aside = aside_of(path)
+    remove(aside)  # of a process that was killed
+    try:
+        yield aside
+        if durable:
+            fsync(aside)
+        os.replace(aside, path)
+    finally:
+        remove(aside)
+
+
+@contextlib.contextmanager
+def writing(path: Path, remedy: str) -> Iterator[None]:
+    """**Raises:** `UserError` with the one line that a user needs for every `OSError` inside.
+
+    - `remedy`: what to do about it
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror or error}); {remedy}") from error
+
+
+def write_text(path: Path, text: str, *, durable: bool = False) -> None:
+    """Write `path` as a whole or not at all; see `replacing`."""
+    with replacing(path, durable=durable) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any, *, durable: bool = False) -> None:
+    """The same of a JSON value, for people to read."""
+    write_text(path, json.dumps(value, indent=2) + "\n", durable=durable)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file. **Raises:** `OSError`, as other writers do, if the disk does not take it."""
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        code = re.search(r"os error (\d+)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def fsync(path: Path) -> None:
@@ -35,6 +100,26 @@ def fsync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+# -------------------------------------------------------------------------------------------------- read
+def file_hash(path: Path, advance: Callable[[int], Any] = lambda count: None) -> str:
+    """sha256 of a file, as hexadecimal digits, in bounded memory; `advance` is told how many bytes were read."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(HASH_CHUNK):
+            digest.update(chunk)
+            advance(len(chunk))
+    return digest.hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, empty if there is none to be read."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
 # Beyond tensors and plain containers: what trainers store beside weights, none of which runs code when rebuilt.

@@ -10,7 +10,6 @@ checkpoint in its output_dir.
 
 import argparse
 import dataclasses
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from fasthpm import checkpoint, maps, ranks, recipes, schedule, targets
+from fasthpm import checkpoint, files, maps, ranks, recipes, schedule, targets
 from fasthpm.checkpoint.saver import Saver
 from fasthpm.cli import Parser
 from fasthpm.data import build_loader
@@ -222,7 +221,7 @@ def after_update(run: Run[Step], metrics: Metrics, last: int) -> None:
     if saving:
         save(run)
         for observer in run.observers:
-            with metrics.surviving_the_disk(run.done):
+            with metrics.surviving_the_disk(run.done, "the online probe"):
                 observer.save(Path(recipe.output_dir), run.done)
     if drawing or saving or probing:
         metrics.restart()
@@ -250,12 +249,13 @@ def draw_panel(run: Run[Step], metrics: Metrics) -> None:
         picture = clips.sheet(frames, run.recipe.tubelet_size)
         animation = clips.animation(frames)
         metrics.animation("clips", animation, run.done)
-        with metrics.surviving_the_disk(run.done):
+        with metrics.surviving_the_disk(run.done, "the panel"):
             path.parent.mkdir(exist_ok=True)
-            path.with_suffix(".gif").write_bytes(animation)
+            with files.replacing(path.with_suffix(".gif")) as aside:
+                aside.write_bytes(animation)
     else:
         picture = panels.panel(model, run.recipe, info, images, alpha, run.step.frozen)
-    with metrics.surviving_the_disk(run.done):
+    with metrics.surviving_the_disk(run.done, "the panel"):
         path.parent.mkdir(exist_ok=True)
         panels.save_png(picture, path)
     metrics.image("panel", picture, run.done)
@@ -269,16 +269,12 @@ def prepare_output(run: Run[Step]) -> None:
     output_dir = Path(run.recipe.output_dir)
     config = ranks.merge_config(run.recipe.deepspeed_config, run.recipe, run.launch.world_size)
     made_with = versions(run.launch.device, run.launch.world_size)
-    try:
+    with files.writing(output_dir, "choose another --output_dir"):
         output_dir.mkdir(parents=True, exist_ok=True)
         checkpoint.require_space(output_dir, run.num_parameters)
         save_recipe(run.recipe, output_dir / checkpoint.RECIPE)
-        (output_dir / "deepspeed.json").write_text(json.dumps(config, indent=2) + "\n")
-        (output_dir / "versions.json").write_text(json.dumps(made_with, indent=2) + "\n")
-    except OSError as error:
-        raise UserError(
-            f"output_dir {output_dir} cannot be written ({error.strerror}); choose another --output_dir"
-        ) from error
+        files.write_json(output_dir / "deepspeed.json", config)
+        files.write_json(output_dir / "versions.json", made_with)
 
 
 def finish(run: Run[Step]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from fasthpm.data.sampling import INTERPOLATIONS, SAMPLE_ORDERS
 from fasthpm.data.video.sampling import DECODERS
 from fasthpm.errors import UserError, nearest
+from fasthpm.files import write_text
 from fasthpm.mask import BY_DIFFICULTY, MAP_CROPS, POLICIES, MaskPlan
 from fasthpm.options import option
 
@@ -536,7 +537,7 @@ class Recipe:
 # -------------------------------------------------------------------------------------------------- to and from text
 def save_recipe(recipe: Recipe, path: Path) -> None:
     """Write `recipe` as JSON that `--recipe PATH` replays."""
-    path.write_text(recipe_text(recipe))
+    write_text(path, recipe_text(recipe))
 
 
 def recipe_text(recipe: Recipe) -> str:

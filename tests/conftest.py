@@ -1,6 +1,19 @@
-"""Settings that every test process and whatever it starts share."""
+"""Settings and fixtures that every test process and whatever it starts share."""
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.disk import mounted
 
 # Idle OpenMP threads that spin would take the cores from the tests that run beside them. Set before torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 48 MiB."""
+    with mounted(tmp_path / "disk", 48) as folder:
+        yield folder

@@ -9,7 +9,7 @@ Instead of shards/ a folder may hold student.safetensors and teacher.safetensors
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,11 @@ from torch import Tensor
 
 from fasthpm.checkpoint.foreign import IMPORT_NOTE
 from fasthpm.errors import UserError
-from fasthpm.files import file_hash, fsync
+from fasthpm.files import ASIDE, aside_of, file_hash, fsync, remove, write_json
 from fasthpm.recipe import Recipe, load_recipe, save_recipe
 
 MANIFEST, STATE, RECIPE = "manifest.json", "state.json", "recipe.json"
 CLASSIFIER = "finetune.json"  # in checkpoints of fine-tuning, which hold a classifier and no decoder
-WRITING = ".writing-"
 BYTES_PER_PARAMETER = 17  # float32 master, two moments and EMA; a little for names and hashes
 
 
@@ -45,12 +44,21 @@ def checkpoint_path(output_dir: Path, step: int) -> Path:
     return output_dir / "checkpoints" / f"step-{step:08d}"
 
 
-def begin(output_dir: Path, step: int) -> Path:
-    """An empty folder beside the final one, to write a checkpoint into (one rank calls this)."""
+def begin(output_dir: Path, step: int, notes: Mapping[str, str] | None = None) -> Path:
+    """A folder beside the final one, to write a checkpoint into (one rank calls this).
+
+    - `notes`: what it holds already, name and text; without them all there is no folder
+    """
     folder = checkpoint_path(output_dir, step)
-    aside = folder.with_name(f"{WRITING}{folder.name}")
-    shutil.rmtree(aside, ignore_errors=True)
+    aside = aside_of(folder)
+    remove(aside)
     aside.mkdir(parents=True)
+    try:
+        for name, text in (notes or {}).items():
+            (aside / name).write_text(text)
+    except OSError:
+        remove(aside)
+        raise
     return aside
 
 
@@ -62,15 +70,15 @@ def commit(aside: Path, recipe: Recipe, state: RunState, written: dict[str, Any]
     **Returns:** the checkpoint's folder. A reader never sees it half-written.
     """
     save_recipe(recipe, aside / RECIPE)
-    (aside / STATE).write_text(json.dumps(dataclasses.asdict(state), indent=2) + "\n")
+    write_json(aside / STATE, dataclasses.asdict(state))
     manifest = dict(written or {})
     names = sorted(str(path.relative_to(aside)) for path in aside.rglob("*") if path.is_file())
     rest = [name for name in names if name not in manifest]
     manifest |= {name: [(aside / name).stat().st_size, file_hash(aside / name)] for name in rest}
-    (aside / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    write_json(aside / MANIFEST, manifest)
     for name in [*rest, MANIFEST]:
         fsync(aside / name)
-    final = aside.with_name(aside.name.removeprefix(WRITING))
+    final = aside.with_name(aside.name.removeprefix(ASIDE))
     if final.exists():  # only an invalid checkpoint of the same step can be here: resume would have started from it
         shutil.rmtree(final)
     aside.rename(final)
@@ -80,7 +88,7 @@ def commit(aside: Path, recipe: Recipe, state: RunState, written: dict[str, Any]
 
 def clear_unfinished(output_dir: Path) -> None:
     """Delete what killed runs left half-written."""
-    for folder in (output_dir / "checkpoints").glob(f"{WRITING}*"):
+    for folder in (output_dir / "checkpoints").glob(f"{ASIDE}*"):
         shutil.rmtree(folder)
 
 
@@ -120,7 +128,7 @@ def step_of(folder: Path) -> int:
 def oldest_step(output_dir: Path) -> int:
     """Updates of the oldest checkpoint that is kept; 0 without any."""
     folders = _checkpoints(output_dir)
-    return int(folders[-1].name.removeprefix("step-")) if folders else 0
+    return step_of(folders[-1]) if folders else 0
 
 
 # -------------------------------------------------------------------------------------------------- find and verify

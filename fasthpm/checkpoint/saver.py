@@ -6,7 +6,6 @@ checkpoint, not through collectives, so that a save never mixes with the communi
 
 import contextlib
 import json
-import os
 import shutil
 import threading
 import time
@@ -16,7 +15,7 @@ from typing import Any
 
 from fasthpm import checkpoint
 from fasthpm.checkpoint import shards
-from fasthpm.files import file_hash, fsync
+from fasthpm.files import file_hash, fsync, write_text
 from fasthpm.ranks.zero import MasterLayout
 from fasthpm.recipe import Recipe
 
@@ -136,9 +135,7 @@ def _marker(aside: Path, rank: int) -> Path:
 
 def _report(aside: Path, rank: int, files: dict[str, Any]) -> None:
     """Tell rank 0 which files (size, sha256) this rank has written, or its error."""
-    half = aside / f".rank-{rank:05d}.half"
-    half.write_text(json.dumps({"files": files}))
-    os.replace(half, _marker(aside, rank))
+    write_text(_marker(aside, rank), json.dumps({"files": files}))
 
 
 def _reported(aside: Path, rank: int) -> dict[str, Any]:

@@ -8,8 +8,6 @@ another ZeRO stage. safetensors only: nothing in a checkpoint is unpickled.
 """
 
 import json
-import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +15,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fasthpm.errors import UserError
+from fasthpm.files import save_tensors
 from fasthpm.ranks.zero import Group, MasterLayout, State
 
 FOLDER = "shards"
@@ -89,13 +87,7 @@ def write(taken: Snapshot, path: Path) -> None:
     **Raises:** `OSError` if the disk does not take it.
     """
     path.parent.mkdir(exist_ok=True)
-    try:
-        save_file(taken.tensors, path, metadata={"layout": json.dumps(taken.layout)})
-    except SafetensorError as error:
-        code = re.search(r"os error (\d+)", str(error))
-        if code is None:
-            raise
-        raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
+    save_tensors(taken.tensors, path, {"layout": json.dumps(taken.layout)})
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """Weights of a run, by name: its checkpoints, imported ones, and what a run starts from."""
 
-import sys
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -9,7 +8,7 @@ from torch import Tensor
 from fasthpm.checkpoint import shards
 from fasthpm.checkpoint.folder import CLASSIFIER, RECIPE, newest_valid
 from fasthpm.checkpoint.foreign import load_reference
-from fasthpm.errors import UserError, about
+from fasthpm.errors import UserError, about, warn
 from fasthpm.model import HPMViT
 from fasthpm.patches import model_of
 from fasthpm.ranks import zero
@@ -23,7 +22,7 @@ def checkpoint_of(source: Path) -> Path:
     **Raises:** `UserError` if there is none, or it is a fine-tuned classifier's.
     """
     run = (source / "checkpoints").is_dir()
-    folder = newest_valid(source, lambda line: print(f"warning: {line}", file=sys.stderr)) if run else source
+    folder = newest_valid(source, warn) if run else source
     if folder is None or not (folder / RECIPE).is_file():
         raise UserError(
             f"{source} holds no valid checkpoint; expected the output_dir of a run or one of its "

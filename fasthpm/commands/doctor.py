@@ -29,6 +29,7 @@ import psutil
 
 from fasthpm import recipes
 from fasthpm.cli import Parser
+from fasthpm.machine import count_cores, processor_name
 from fasthpm.options import add_recipe_arguments
 from fasthpm.recipe import Recipe, build_recipe
 
@@ -231,8 +232,6 @@ def describe_machine(folder: Path) -> list[str]:
     """GPUs, processor, memory, disk."""
     import torch
 
-    from fasthpm.run.versions import device_name
-
     lines = []
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
@@ -241,15 +240,10 @@ def describe_machine(folder: Path) -> list[str]:
     memory, disk = psutil.virtual_memory(), shutil.disk_usage(folder)
     return [
         *(lines or ["  GPU        none: this runs on the CPU"]),
-        f"  cores      {count_cores()} ({device_name(torch.device('cpu'))})",
+        f"  cores      {count_cores()} ({processor_name()})",
         f"  memory     {memory.total / GIB:.0f} GiB, {memory.available / GIB:.0f} free",
         f"  disk       {disk.free / GIB:.0f} GiB free in {folder}",
     ]
-
-
-def count_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def look_at_data(data_path: str) -> Data:

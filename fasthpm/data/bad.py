@@ -1,13 +1,10 @@
 """Samples that do not decode: remembered, named once, and counted against a limit."""
 
-import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 from fasthpm.data.sampling import Array
-from fasthpm.errors import UserError
+from fasthpm.errors import UserError, warn
 
 FEWEST, NAMED = 10, 10  # bad samples that are always put up with, and that an error names
 
@@ -63,7 +60,7 @@ class Quarantine:
             if self._share is None:
                 raise UserError(f"{bad.name} {bad.why}; repair or remove it, copy the set again, or prepare it again")
             self._met[sample] = bad
-            tqdm.write(f"warning: {bad.name} {bad.why}; another sample takes its place", file=sys.stderr)
+            warn(f"{bad.name} {bad.why}; another sample takes its place")
         error = self._share is not None and too_many(
             self._source, self.met(), self._share, self._num_samples, "all are named in the warnings above"
         )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from fasthpm.data.sampling import INTERPOLATIONS, SAMPLE_ORDERS
 from fasthpm.data.video.sampling import CROPS, DECODERS, FRAME_SAMPLINGS
 from fasthpm.errors import UserError
+from fasthpm.machine import count_cores
 
 MAX_BAD_SAMPLES = 0.001  # in training, unless asked otherwise
 
@@ -89,6 +90,6 @@ class LoaderOptions:
 
 def count_workers(asked: int) -> int:
     """Decoding threads: `asked`, at most the cores this process may use; 0 shares them among the local ranks."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = count_cores()
     local_ranks = max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
     return max(min(asked or cores // local_ranks, cores), 1)

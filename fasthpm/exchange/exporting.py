@@ -8,17 +8,16 @@ that agree within 1e-8 of their largest value make a success; otherwise nothing 
 hf_vitmae (without the loss predictor) and safetensors (everything, under our names).
 """
 
-import contextlib
 import copy
 import json
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 
+from fasthpm import files
 from fasthpm.checkpoint.foreign import IMPORT_NOTE
 from fasthpm.checkpoint.weights import load_weights
 from fasthpm.cli import Parser
@@ -53,22 +52,16 @@ def export_weights(
     target = TARGETS[form]
     _check(target, form, model, path)
     metadata = {"recipe": recipe.recipe, "model": recipe.model, **{k: json.dumps(v) for k, v in (info or {}).items()}}
-    aside = path.with_name(f".writing-{path.name}")
-    try:
-        with _writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _remove(aside)
+    with files.writing(path, "choose another --output"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with files.replacing(path) as aside:
             target.write(model, recipe, metadata, aside)
-        difference = compare(target, model, recipe, aside)
-        if not difference <= TOLERANCE:
-            raise RuntimeError(
-                f"{target.library}'s outputs differ from ours by {difference:.1e} (allowed: "
-                f"{TOLERANCE}); {path} was not written"
-            )
-        with _writing(path):
-            aside.rename(path)
-    finally:
-        _remove(aside)
+            difference = compare(target, model, recipe, aside)
+            if not difference <= TOLERANCE:
+                raise RuntimeError(
+                    f"{target.library}'s outputs differ from ours by {difference:.1e} (allowed: "
+                    f"{TOLERANCE}); {path} was not written"
+                )
     return difference
 
 
@@ -82,7 +75,10 @@ def compare(target: Target, model: HPMViT, recipe: Recipe, path: Path) -> float:
     masked = model.num_patches - int(model.num_patches * (1 - recipe.mask_ratio))
     mask = torch.rand(IMAGES, model.num_patches, generator=generator).argsort(1) < masked
     ours = target.ours(copy.deepcopy(model).double().eval(), images, mask)
-    theirs = target.theirs(path, images, mask)
+    try:
+        theirs = target.theirs(path, images, mask)
+    except OSError as error:
+        raise RuntimeError(f"{target.library} cannot read what was written for it ({error})") from error
     return float((theirs - ours).abs().max() / ours.abs().max())
 
 
@@ -101,21 +97,6 @@ def _check(target: Target, form: str, model: HPMViT, path: Path) -> None:
     broken = [key for key, value in model.state_dict().items() if not bool(torch.isfinite(value).all())]
     if broken:
         raise UserError(f"weights {broken[:3]} are not finite; export an earlier checkpoint")
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror or error}); choose another --output") from error
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _statistics(run: Path) -> dict[str, Any]:

@@ -12,11 +12,12 @@ from typing import Any, cast
 import timm.models
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fasthpm.checkpoint.foreign import EMBEDDED_RECIPE, ENCODER_PREFIXES
 from fasthpm.errors import UserError
+from fasthpm.files import save_tensors, write_json
 from fasthpm.layers import LAYER_NORM_EPS, Block
 from fasthpm.model import SIZES, HPMViT
 from fasthpm.patches import model_of
@@ -97,7 +98,7 @@ class Timm(Target):
     library, summary = "timm", "encoder for timm (the default)"
 
     def write(self, model: HPMViT, recipe: Recipe, metadata: dict[str, str], path: Path) -> None:
-        save_file(encoder_of(model), path, metadata={"timm": json.dumps(timm_arguments(model)), **metadata})
+        save_tensors(encoder_of(model), path, {"timm": json.dumps(timm_arguments(model)), **metadata})
 
     def theirs(self, path: Path, images: Tensor, mask: Tensor) -> Tensor:
         vit = timm.models.VisionTransformer(**metadata_of(path, "timm"))
@@ -130,7 +131,7 @@ class Torchvision(Target):
 
     def write(self, model: HPMViT, recipe: Recipe, metadata: dict[str, str], path: Path) -> None:
         tensors = {torchvision_name(key): value for key, value in encoder_of(model).items()}
-        save_file(tensors, path, metadata={"torchvision": json.dumps(torchvision_arguments(model)), **metadata})
+        save_tensors(tensors, path, {"torchvision": json.dumps(torchvision_arguments(model)), **metadata})
 
     def theirs(self, path: Path, images: Tensor, mask: Tensor) -> Tensor:
         models = library("torchvision.models", "torchvision")
@@ -183,9 +184,9 @@ class HuggingFaceViT(Target):
     def write(self, model: HPMViT, recipe: Recipe, metadata: dict[str, str], path: Path) -> None:
         path.mkdir()
         self.configuration(model, recipe).to_json_file(path / "config.json", use_diff=False)
-        save_file(self.tensors(model), path / "model.safetensors", metadata={"format": "pt", **metadata})
+        save_tensors(self.tensors(model), path / "model.safetensors", {"format": "pt", **metadata})
         if "mean" in metadata:
-            (path / "preprocessor_config.json").write_text(json.dumps(preprocessor(model, metadata), indent=2) + "\n")
+            write_json(path / "preprocessor_config.json", preprocessor(model, metadata))
 
     def configuration(self, model: HPMViT, recipe: Recipe) -> Any:
         """The `transformers` configuration of this model."""
@@ -361,7 +362,7 @@ class Plain(Target):
 
     def write(self, model: HPMViT, recipe: Recipe, metadata: dict[str, str], path: Path) -> None:
         tensors = {key: value.clone() for key, value in model.state_dict().items()}
-        save_file(tensors, path, metadata={EMBEDDED_RECIPE: recipe_text(recipe), **metadata})
+        save_tensors(tensors, path, {EMBEDDED_RECIPE: recipe_text(recipe), **metadata})
 
     def theirs(self, path: Path, images: Tensor, mask: Tensor) -> Tensor:
         model = model_of(build_recipe(metadata_of(path, EMBEDDED_RECIPE), source=str(path)))

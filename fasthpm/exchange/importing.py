@@ -15,10 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
-from fasthpm import checkpoint, recipes
+from fasthpm import checkpoint, files, recipes
 from fasthpm.checkpoint.foreign import (
     EMBEDDED_RECIPE,
     IMPORT_NOTE,
@@ -35,7 +34,6 @@ from fasthpm.checkpoint.foreign import (
 )
 from fasthpm.cli import Parser
 from fasthpm.errors import UserError, about
-from fasthpm.files import file_hash, read_file
 from fasthpm.model import SIZES, VIDEO_FRAMES, is_video, model_names, width_of
 from fasthpm.patches import model_of
 from fasthpm.recipe import Recipe, build_recipe
@@ -77,7 +75,7 @@ def import_weights(
 
     **Raises:** `UserError` for anything that is not a whole checkpoint of a model that we have.
     """
-    content, metadata = read_file(path)
+    content, metadata = files.read_file(path)
     with about(path):
         found = choose(content, weights)
         source = source or detect_source(found["student"])
@@ -276,14 +274,15 @@ def write_run(output_dir: Path, imported: Imported, made_of: dict[str, Any]) -> 
     """
     if any((output_dir / "checkpoints").glob("step-*")):
         raise UserError(f"output {output_dir} holds checkpoints already; choose another --output")
-    try:
+    with files.writing(output_dir, "choose another --output"):
         aside = checkpoint.begin(output_dir, 0)
-        for name, state in imported.states.items():
-            save_file(state, aside / f"{name}.safetensors")
-        (aside / IMPORT_NOTE).write_text(json.dumps(_note(imported, made_of), indent=2) + "\n")
-        return checkpoint.commit(aside, imported.recipe, checkpoint.RunState(0, {}, 0, 1))
-    except OSError as error:
-        raise UserError(f"output {output_dir} cannot be written ({error.strerror}); choose another --output") from error
+        try:
+            for name, state in imported.states.items():
+                files.save_tensors(state, aside / f"{name}.safetensors")
+            files.write_json(aside / IMPORT_NOTE, _note(imported, made_of))
+            return checkpoint.commit(aside, imported.recipe, checkpoint.RunState(0, {}, 0, 1))
+        finally:
+            files.remove(aside)
 
 
 def _note(imported: Imported, made_of: dict[str, Any]) -> dict[str, Any]:
@@ -356,7 +355,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         encoder_only=arguments.encoder_only,
         ignore=arguments.ignore,
     )
-    made_of = {"file": arguments.checkpoint.name, "sha256": file_hash(arguments.checkpoint)}
+    made_of = {"file": arguments.checkpoint.name, "sha256": files.file_hash(arguments.checkpoint)}
     write_run(arguments.output, imported, made_of)
     print("\n".join(summary(imported)))
     print(f"written to {arguments.output}; e.g. fasthpm knn {arguments.output} --train_path … --val_path …")

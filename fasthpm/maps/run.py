@@ -21,6 +21,7 @@ from tqdm import tqdm
 from fasthpm import ranks
 from fasthpm.data import Batch, DatasetInfo, Loader
 from fasthpm.data.bad import BadSample
+from fasthpm.files import ASIDE, aside_of
 from fasthpm.maps.crop import crop_maps
 from fasthpm.maps.store import MapHeader, MapStore, data_identity, naming_the_disk, open_file, reserve, write_rows
 from fasthpm.recipe import Recipe
@@ -96,7 +97,7 @@ class RunMaps:
         maps before stay.
         """
         header = dataclasses.replace(self._header, epoch=epoch)
-        aside = self.folder / f".writing-{self.path(epoch).name}"
+        aside = aside_of(self.path(epoch))
         with ranks.in_agreement(), naming_the_disk(aside):
             if launch.rank == 0:
                 reserve(aside, header)
@@ -148,7 +149,7 @@ class RunMaps:
         - `oldest_epoch`: of the oldest checkpoint that is kept
         """
         needed = self.refreshed_at(oldest_epoch)
-        for path in self.folder.glob(".writing-*"):  # of a run that was killed
+        for path in self.folder.glob(f"{ASIDE}*"):  # of a run that was killed
             path.unlink(missing_ok=True)
         for path in self.folder.glob(f"{self._header.kind}-*.maps"):
             if needed is not None and path.name < self.path(needed).name:

@@ -16,6 +16,7 @@ from torch import Tensor
 from fasthpm.data import DatasetInfo
 from fasthpm.data.sampling import Array
 from fasthpm.errors import UserError
+from fasthpm.files import writing
 
 KINDS = ("attention", "difficulty")
 MAGIC = b"FHPMMAP1"
@@ -123,14 +124,14 @@ def write_all(file: int, data: bytes, offset: int) -> None:
 
 @contextmanager
 def naming_the_disk(path: Path) -> Iterator[None]:
+    """**Raises:** `UserError` for every `OSError` inside; then `path` is deleted."""
     try:
-        yield
-    except OSError as error:
+        with writing(path, "make room in the output_dir and start again to resume"):
+            yield
+    except UserError:
         with suppress(OSError):
             path.unlink(missing_ok=True)
-        raise UserError(
-            f"maps {path} cannot be written ({error.strerror}); make room in the output_dir and start again to resume"
-        ) from error
+        raise
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fasthpm import mask as masks
 from fasthpm.data import DatasetInfo
+from fasthpm.files import replacing
 from fasthpm.model import VIDEO_EPS, HPMViT
 from fasthpm.recipe import Recipe
 from fasthpm.step import Step
@@ -114,12 +115,11 @@ def save(pictures: np.ndarray, tubelet_size: int, path: Path) -> None:
     """Write the animation to a .gif, the contact sheet to a .png, atomically."""
     from PIL import Image
 
-    aside = path.with_name(f".writing-{path.name}")
-    if path.suffix.lower() == ".gif":
-        aside.write_bytes(animation(pictures))
-    else:
-        Image.fromarray(sheet(pictures, tubelet_size)).save(aside, format="png")
-    aside.rename(path)
+    with replacing(path) as aside:
+        if path.suffix.lower() == ".gif":
+            aside.write_bytes(animation(pictures))
+        else:
+            Image.fromarray(sheet(pictures, tubelet_size)).save(aside, format="png")
 
 
 def spread(model: HPMViT, values: Tensor) -> np.ndarray:

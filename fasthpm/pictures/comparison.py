@@ -4,15 +4,14 @@ Reads what runs left (recipe.json, metrics.jsonl) and every evaluation beside th
 with at least "accuracy" (a number, or {k: number}); whatever else is missing stays empty.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fasthpm.errors import UserError
+from fasthpm import files
 from fasthpm.recipe import Recipe, load_recipe
-from fasthpm.run.records import read_metrics
+from fasthpm.run.records import gpu_hours, read_metrics
 
 
 @dataclass(frozen=True)
@@ -34,21 +33,10 @@ class RunSummary:
 def read_run(run: Path) -> RunSummary:
     """**Raises:** `UserError` if `run` is no output_dir of a run that has logged something."""
     records, recipe = read_metrics(run), load_recipe(run / "recipe.json")
-    world_size = _read_json(run / "versions.json").get("world_size", 1)
+    world_size = files.read_json(run / "versions.json").get("world_size", 1)
     name = run.name or run.resolve().name
-    return RunSummary(name, recipe, records, hours(records, recipe, int(world_size)), read_results(run))
-
-
-def hours(records: Sequence[dict[str, float]], recipe: Recipe, world_size: int) -> list[float]:
-    """GPU-hours (devices x hours) of the updates up to each record, from the rates that were logged."""
-    total, step, out = 0.0, 0.0, []
-    for record in records:
-        samples = (record["step"] - step) * recipe.global_batch_size
-        rate = record.get("images_per_second", 0.0)
-        total += world_size * samples / rate / 3600 if rate > 0 else 0.0
-        step = record["step"]
-        out.append(total)
-    return out
+    hours = gpu_hours(records, recipe.global_batch_size, int(world_size))
+    return RunSummary(name, recipe, records, hours, read_results(run))
 
 
 def read_results(run: Path) -> dict[str, float]:
@@ -56,7 +44,7 @@ def read_results(run: Path) -> dict[str, float]:
     found: dict[str, float] = {}
     patterns = [folder + name for folder in ("", "*/") for name in ("*result*.json", "knn_*.json")]
     for path in sorted({path for pattern in patterns for path in run.glob(pattern)}):
-        result = _read_json(path)
+        result = files.read_json(path)
         accuracy = result.get("accuracy")
         values = accuracy.values() if isinstance(accuracy, dict) else [accuracy]
         numbers = [float(value) for value in values if isinstance(value, int | float)]
@@ -70,14 +58,6 @@ def label_of(result: dict[str, Any], path: Path) -> str:
     protocol = str(result.get("protocol") or path.stem).split(",")[0]
     voters = f"{result['bank_size']:,} voters" if result.get("bank_size") else ""
     return ", ".join(str(part) for part in (protocol, result.get("weights"), result.get("pool"), voters) if part)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}
 
 
 def markdown(runs: Sequence[RunSummary]) -> str:
@@ -132,15 +112,9 @@ def write(folders: Sequence[Path], output: Path) -> Path:
         runs = [
             RunSummary(str(f), r.recipe, r.records, r.gpu_hours, r.results) for f, r in zip(folders, runs, strict=True)
         ]
-    try:
+    with files.writing(output, "choose another -o"):
         output.mkdir(parents=True, exist_ok=True)
-        for name, make in (
-            ("comparison.png", lambda path: draw(runs, path)),
-            ("comparison.md", lambda path: path.write_text(markdown(runs))),
-        ):
-            aside = output / f".writing-{name}"
-            make(aside)
-            aside.rename(output / name)
-    except OSError as error:
-        raise UserError(f"output {output} cannot be written ({error.strerror}); choose another -o") from error
+        with files.replacing(output / "comparison.png") as aside:
+            draw(runs, aside)
+        files.write_text(output / "comparison.md", markdown(runs))
     return output / "comparison.md"

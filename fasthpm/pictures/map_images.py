@@ -13,10 +13,8 @@ gives it. OUT appears whole or not at all.
 
 import argparse
 import csv
-import json
-import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fasthpm import files
 from fasthpm.checkpoint.weights import load_weights
 from fasthpm.cli import Parser
 from fasthpm.data import DatasetInfo, build_loader, read_info
@@ -220,7 +219,8 @@ def write_maps(model: HPMViT, recipe: Recipe, arguments: argparse.Namespace, out
     """Everything that belongs into the folder `out`. **Returns:** the number of images."""
     predicts, wants_true = recipe.predict_loss != "none", arguments.true_loss > 0
     saliency = Saliency(arguments.masks, recipe.image_size) if arguments.masks else None
-    (out / "overlays").mkdir(parents=True)
+    with _output(arguments):
+        (out / "overlays").mkdir(parents=True)
     parts: list[ImageMaps] = []
     names: list[str] = []
     for part in map_batches(model, recipe, arguments):
@@ -233,7 +233,8 @@ def write_maps(model: HPMViT, recipe: Recipe, arguments: argparse.Namespace, out
                 saliency.add(names[sample], kinds)
             if arguments.overlays < 0 or sample < arguments.overlays:
                 picture = overlay(part.images[row], list(kinds.values()))
-                panels.save_png(picture, out / "overlays" / f"{sample:08d}-{Path(names[sample]).stem}.png")
+                with _output(arguments):
+                    panels.save_png(picture, out / "overlays" / f"{sample:08d}-{Path(names[sample]).stem}.png")
         parts.append(part._replace(images=part.images[:0]))
     whole = ImageMaps(*(np.concatenate(column) for column in zip(*parts, strict=True)))
     if not len(whole.ids):
@@ -241,7 +242,6 @@ def write_maps(model: HPMViT, recipe: Recipe, arguments: argparse.Namespace, out
     kept = [names[sample] for sample in whole.ids.tolist()]
     kinds = {"predicted": whole.predicted} if predicts else {}
     kinds |= {"true_loss": whole.true_loss} if wants_true else {}
-    np.savez_compressed(out / "maps.npz", names=np.array(kept), ids=whole.ids, **kinds)
     columns = {
         "difficulty": whole.predicted.mean((1, 2)),
         "difficulty_spread": whole.predicted.std((1, 2)),
@@ -249,10 +249,17 @@ def write_maps(model: HPMViT, recipe: Recipe, arguments: argparse.Namespace, out
         "empty_patches": whole.empty,
         "deviation": whole.deviation,
     }
-    write_ranking(out / "images.csv", kept, columns, wants_true)
-    if saliency:
-        (out / "saliency.json").write_text(json.dumps(saliency.scores(), indent=2) + "\n")
+    scores = saliency.scores() if saliency else None
+    with _output(arguments):
+        np.savez_compressed(out / "maps.npz", names=np.array(kept), ids=whole.ids, **kinds)
+        write_ranking(out / "images.csv", kept, columns, wants_true)
+        if scores:
+            files.write_json(out / "saliency.json", scores)
     return len(kept)
+
+
+def _output(arguments: argparse.Namespace) -> AbstractContextManager[None]:
+    return files.writing(arguments.output, "make room, or choose another -o")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -285,13 +292,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if recipe.predict_loss == "none" and not arguments.true_loss:
         raise UserError(f"{arguments.run} has no loss predictor ({recipe.model}); add --true_loss 10")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    aside = arguments.output.with_name(f".writing-{arguments.output.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
+    with files.replacing(arguments.output) as aside:
         count = write_maps(model, recipe, arguments, aside)
-        aside.rename(arguments.output)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     print(f"maps of {count} images written to {arguments.output}: maps.npz, images.csv, overlays/")
     if arguments.masks:
         print((arguments.output / "saliency.json").read_text())

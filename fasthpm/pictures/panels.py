@@ -5,7 +5,8 @@ fasthpm visualize RUN --images a.jpg b.png --columns image true_loss predicted_l
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from fasthpm.data import DatasetInfo, build_loader, read_info
 from fasthpm.data.pixels import render
 from fasthpm.data.plain import read_pixels
 from fasthpm.errors import UserError
+from fasthpm.files import replacing, writing
 from fasthpm.loss import EPS
 from fasthpm.maps.attention import attention_weights, cls_attention
 from fasthpm.model import HPMViT
@@ -206,9 +208,16 @@ def _sheet(named: dict[str, np.ndarray]) -> np.ndarray:
 
 def save_png(picture: np.ndarray, path: Path) -> None:
     """Write uint8 [H, W, 3] as PNG, atomically."""
-    aside = path.with_name(f".writing-{path.name}")
-    Image.fromarray(picture).save(aside, format="png")
-    aside.rename(path)
+    with replacing(path) as aside:
+        Image.fromarray(picture).save(aside, format="png")
+
+
+@contextmanager
+def _output(path: Path) -> Iterator[None]:
+    """For writing `path`, in a folder that is made if need be. **Raises:** `UserError` if that can't be."""
+    with writing(path, "make room, or choose another -o"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -240,11 +249,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("--images are pictures, and this model takes videos; give a prepared set with --data_path")
     images, info = chosen_images(recipe, arguments)
     alpha = recipe.alpha_end if arguments.alpha < 0 else arguments.alpha
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
     columns = [*(arguments.columns or columns_of(recipe)), *(["attention"] if arguments.attention else [])]
     if model.video:
         pictures = clips.frames(model, recipe, info, images, alpha)
-        clips.save(pictures, recipe.tubelet_size, arguments.output)
+        with _output(arguments.output):
+            clips.save(pictures, recipe.tubelet_size, arguments.output)
         print(f"{len(images)} clips written to {arguments.output}")
         return
     if recipe.target != "pixels" and "reconstruction" in columns:
@@ -253,5 +262,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"column reconstruction"
         )
     frozen = build_frozen(recipe, torch.device("cpu"), torch.float32)
-    save_png(panel(model, recipe, info, images, alpha, frozen, columns), arguments.output)
+    picture = panel(model, recipe, info, images, alpha, frozen, columns)
+    with _output(arguments.output):
+        save_png(picture, arguments.output)
     print(f"{len(images)} images ({', '.join(columns)}) written to {arguments.output}")

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fasthpm import files
 from fasthpm.cli import Parser
 from fasthpm.recipe import load_recipe
 from fasthpm.run.records import read_metrics
@@ -38,17 +39,20 @@ TABLE = (
 
 
 def write(run: Path) -> Path:
-    """Write RUN/report.md and RUN/curves.png. **Returns:** the report's path."""
+    """Write RUN/report.md and RUN/curves.png. **Returns:** the report's path.
+
+    **Raises:** `UserError` if the disk does not take them.
+    """
     records = read_metrics(run)
-    draw_curves(records, run / "curves.png")
     panels = sorted((run / "panels").glob("*.png"))
     sections = [_head(run, records), _figures(records), _probes(run), "## Curves\n\n![curves](curves.png)\n"]
     if panels:
         sections.append(f"## What the model sees\n\n![panel](panels/{panels[-1].name})\n")
     path = run / "report.md"
-    aside = path.with_suffix(".writing")
-    aside.write_text("\n".join(section for section in sections if section))
-    aside.rename(path)
+    with files.writing(path, "make room and try again"):
+        with files.replacing(run / "curves.png") as aside:
+            draw_curves(records, aside)
+        files.write_text(path, "\n".join(section for section in sections if section))
     return path
 
 
@@ -67,7 +71,7 @@ def draw_curves(records: list[dict[str, float]], path: Path) -> None:
         axis.grid(alpha=0.3)
         if len(names) > 1:
             axis.legend(fontsize=8)
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=100, format="png")
 
 
 def _head(run: Path, records: list[dict[str, float]]) -> str:

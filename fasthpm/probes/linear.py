@@ -18,7 +18,6 @@ RUN/linear_PROTOCOL/ receives result.json, result.md and head.safetensors.
 import argparse
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -30,18 +29,16 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from timm.optim import Lars
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fasthpm import ranks
+from fasthpm import files, ranks
 from fasthpm.checkpoint.weights import checkpoint_of, load_weights
 from fasthpm.cli import Parser
 from fasthpm.data import Loader, build_loader, read_info
 from fasthpm.data.sampling import sample_order
 from fasthpm.errors import UserError
-from fasthpm.files import file_hash
 from fasthpm.model import HPMViT
 from fasthpm.patches import NormalizedPatches
 from fasthpm.probes import result
@@ -312,7 +309,7 @@ def identity_of(arguments: argparse.Namespace, dim: int, classes: Sequence[str])
         "train_path",
     )
     manifest = checkpoint_of(arguments.run) / "manifest.json"
-    encoder = file_hash(manifest) if manifest.is_file() else str(arguments.run)
+    encoder = files.file_hash(manifest) if manifest.is_file() else str(arguments.run)
     return {
         **{name: getattr(arguments, name) for name in names},
         "encoder": encoder,
@@ -379,14 +376,12 @@ def save(probe: Probe) -> None:
         if "momentum_buffer" in probe.optimizer.state.get(parameter, {}):
             tensors[f"momentum.{name}"] = probe.optimizer.state[parameter]["momentum_buffer"]
     metadata = {"identity": probe.identity, "epoch": probe.epoch, "seconds": probe.seconds}
-    aside = probe.folder / f".writing-{HEAD}"
-    try:
+    path = probe.folder / HEAD
+    with files.writing(path, "choose another --output_dir"):
         probe.folder.mkdir(parents=True, exist_ok=True)
-        cpu = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        save_file(cpu, aside, metadata={name: json.dumps(value) for name, value in metadata.items()})
-        os.replace(aside, probe.folder / HEAD)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{probe.folder / HEAD} cannot be written ({error}); choose another --output_dir") from error
+        with files.replacing(path) as aside:
+            cpu = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+            files.save_tensors(cpu, aside, {name: json.dumps(value) for name, value in metadata.items()})
 
 
 def resume(probe: Probe) -> None:

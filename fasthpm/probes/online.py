@@ -7,7 +7,6 @@ of the training set, spread evenly over it, is classified by the nearest of the 
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from fasthpm import ranks
+from fasthpm import files, ranks
 from fasthpm.data import Batch, DatasetInfo, build_loader
 from fasthpm.errors import UserError
 from fasthpm.probes import result
@@ -144,10 +142,9 @@ class OnlineProbe:
     def save(self, folder: Path, done: int) -> None:
         """Write the head as it is after update `done` (rank 0); its moments start afresh when it is read."""
         if self.launch.rank == 0:
-            aside = folder / f".writing-{HEAD}"
             tensors = {name: value.detach().cpu().contiguous() for name, value in self.head.state_dict().items()}
-            save_file(tensors, aside, metadata={"step": json.dumps(done)})
-            os.replace(aside, folder / HEAD)
+            with files.replacing(folder / HEAD) as aside:
+                files.save_tensors(tensors, aside, {"step": json.dumps(done)})
 
     def load(self, folder: Path, done: int) -> None:
         """Take up the head that was saved after update `done`, if it is there."""

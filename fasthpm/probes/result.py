@@ -4,19 +4,18 @@ An evaluation leaves `result.json` (protocol, accuracy, versions, checkpoint, co
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fasthpm import checkpoint, ranks
+from fasthpm import checkpoint, files, ranks
 from fasthpm.checkpoint.foreign import IMPORT_NOTE
 from fasthpm.data import DatasetInfo, read_info
 from fasthpm.errors import UserError
-from fasthpm.files import file_hash
 from fasthpm.recipe import Recipe, load_recipe
+from fasthpm.run.records import METRICS_FILE, gpu_hours, read_records
 from fasthpm.run.versions import versions
 
 SHOWN = ("recipe", "protocol", "accuracy", "effective_epochs", "pretraining_gpu_hours", "gpu_hours", "checkpoint_hash")
@@ -75,7 +74,7 @@ def provenance(run: Path, launch: ranks.Launch) -> dict[str, Any]:
         "run": str(run),
         "recipe": recipe.recipe,
         "checkpoint": str(folder),
-        "checkpoint_hash": file_hash(manifest) if manifest.is_file() else "",
+        "checkpoint_hash": files.file_hash(manifest) if manifest.is_file() else "",
         "effective_epochs": round(effective_epochs(recipe, step), 3),
         "pretraining_gpu_hours": round(pretraining_gpu_hours(folder.parent.parent, recipe, step), 4),
         "versions": versions(launch.device, launch.world_size),
@@ -97,19 +96,9 @@ def effective_epochs(recipe: Recipe, step: int) -> float:
 
 def pretraining_gpu_hours(run: Path, recipe: Recipe, step: int) -> float:
     """Devices x hours of the updates up to `step`, from the throughput in metrics.jsonl; 0 if there is none."""
-    path, made_with = run / "metrics.jsonl", run / "versions.json"
-    if not (path.is_file() and made_with.is_file()):
-        return 0.0
-    records = {}
-    for line in path.read_text().splitlines():
-        if line.endswith("}"):  # a killed run may leave its last line unfinished
-            record = json.loads(line)
-            records[record["step"]] = record
-    seconds, before = 0.0, 0
-    for number in sorted(n for n in records if n <= step):
-        seconds += (number - before) * recipe.global_batch_size / records[number]["images_per_second"]
-        before = number
-    return seconds * json.loads(made_with.read_text())["world_size"] / 3600
+    records = [record for record in read_records(run / METRICS_FILE) if record["step"] <= step]
+    world_size = files.read_json(run / "versions.json").get("world_size", 0)
+    return gpu_hours(records, recipe.global_batch_size, world_size)[-1] if records else 0.0
 
 
 # -------------------------------------------------------------------------------------------------- files
@@ -118,13 +107,9 @@ def write_text(path: Path, text: str) -> None:
 
     **Raises:** `UserError` if the disk does not take it.
     """
-    aside = path.with_name(f".writing-{path.name}")
-    try:
+    with files.writing(path, "choose another output"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(text)
-        os.replace(aside, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}); choose another output") from error
+        files.write_text(path, text)
 
 
 def write_result(folder: Path, result: dict[str, Any]) -> str:

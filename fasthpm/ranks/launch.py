@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from fasthpm.errors import AgreedError, UserError
+from fasthpm.machine import count_cores
 from fasthpm.ranks.zero import prepare_deepspeed
 
 TIMEOUT = "FASTHPM_TIMEOUT_MINUTES"
@@ -146,7 +147,7 @@ def threads(local_world_size: int, cores: int, env: Mapping[str, str] = os.envir
 def _device(accelerator: str, local_rank: int, local_world_size: int) -> torch.device:
     """This rank's GPU; or the CPU, whose cores the ranks of this machine share."""
     if accelerator == "cpu":
-        torch.set_num_threads(threads(local_world_size, len(os.sched_getaffinity(0))))
+        torch.set_num_threads(threads(local_world_size, count_cores()))
         return torch.device("cpu")
     if accelerator != "cuda":
         raise UserError(

@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+from fasthpm.files import read_json, write_text
+
 EXIT_STUCK = 3
 FOLDER = ".heartbeats"
 WAITING = "step"  # the phase in which a rank waits for others
@@ -68,15 +70,13 @@ class Watchdog:
     def _write(self) -> None:
         with contextlib.suppress(OSError):  # a full disk must not end the run
             self.folder.mkdir(parents=True, exist_ok=True)
-            half = self._path(self.rank).with_suffix(".half")
-            half.write_text(json.dumps({**self._note, "time": time.time()}))
-            half.replace(self._path(self.rank))
+            write_text(self._path(self.rank), json.dumps({**self._note, "time": time.time()}))
 
     def _path(self, rank: int) -> Path:
         return self.folder / f"rank-{rank:05d}.json"
 
     def _give_up(self) -> NoReturn:
-        notes = {rank: _read(self._path(rank)) for rank in range(self.world_size)}
+        notes = {rank: read_json(self._path(rank)) for rank in range(self.world_size)}
         culprit = blame(notes, time.time(), 3 * self._interval)
         print(
             f"fasthpm: error: no update for {self.timeout:g} s after update {self._note['update']}: {culprit}; "
@@ -109,9 +109,3 @@ def blame(notes: dict[int, dict[str, Any]], now: float, silent_after: float) -> 
 def _name(ranks: dict[int, dict[str, Any]], what: str) -> str:
     listed = ", ".join(f"{rank} (update {note.get('update', '?')})" for rank, note in sorted(ranks.items())[:8])
     return f"rank{'s' if len(ranks) > 1 else ''} {listed} {what}"
-
-
-def _read(path: Path) -> dict[str, Any]:
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads(path.read_text())
-    return {}

@@ -8,6 +8,8 @@ import torch.distributed as dist
 from fasthpm import ranks
 from fasthpm.data import Loader
 from fasthpm.data.bad import BadSample, too_many
+from fasthpm.errors import warn
+from fasthpm.files import replacing
 
 FILE = "bad_samples.csv"
 
@@ -47,11 +49,21 @@ class BadSampleLog:
         error = None
         if self._rank == 0:
             self._known |= fresh
-            _append(self.path, list(fresh.values()))
             met = list(self._known.values())
+            self._write(met)
             error = too_many(self._source, met, self._share, loader.info.num_samples, f"all are listed in {self.path}")
         ranks.agree(error)
         return self.count
+
+    def _write(self, met: list[BadSample]) -> None:
+        try:
+            with (
+                replacing(self.path) as aside,
+                aside.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file,
+            ):
+                csv.writer(file).writerows([BadSample._fields, *met])
+        except OSError as error:
+            warn(f"{self.path} could not be written ({error.strerror}); training goes on")
 
 
 def _read(path: Path) -> dict[int, BadSample]:
@@ -60,11 +72,3 @@ def _read(path: Path) -> dict[int, BadSample]:
     with path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.reader(file))[1:]
     return {int(row[0]): BadSample(int(row[0]), row[1], row[2]) for row in rows if len(row) == 3}
-
-
-def _append(path: Path, bad: list[BadSample]) -> None:
-    with path.open("a", encoding="utf-8", errors="backslashreplace", newline="") as file:
-        writer = csv.writer(file)
-        if file.tell() == 0:
-            writer.writerow(BadSample._fields)
-        writer.writerows(bad)

@@ -1,4 +1,4 @@
-"""Metrics: summed on the device, read every N updates, written to TensorBoard, metrics.jsonl and a progress bar.
+"""Metrics: summed on the device, read every N updates, written to the run's journal.
 
 MFU is model FLOPs per second (the rule is in `fasthpm.speed.flops`, teacher included) over the matmul rate that this
 device reaches on 2048 x 2048 squares in the run's dtype, measured when the run starts.
@@ -6,23 +6,23 @@ device reaches on 2048 x 2048 squares in the run's dtype, measured when the run 
 
 import collections
 import contextlib
-import json
 import math
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from tqdm import tqdm
 
 from fasthpm.data import Batch
+from fasthpm.errors import warn
+from fasthpm.files import replacing
 from fasthpm.run.health import NotFinite, SpikeDetector, first_not_finite
+from fasthpm.run.journal import Journal
 from fasthpm.step import METRICS, StepOutput
 
 FORENSICS = "nonfinite"
@@ -37,7 +37,7 @@ TENSORBOARD_GROUPS = {
 }
 
 
-class Metrics:
+class Metrics(Journal):
     """Everything a run measures, between two readings.
 
     - `flops_per_sample`: of a whole step; `matmul_rate`: FLOP/s of this rank's device
@@ -55,7 +55,8 @@ class Metrics:
         matmul_rate: float,
         device: torch.device,
     ) -> None:
-        self.output_dir, self.rank, self.world_size, self.device = output_dir, rank, world_size, device
+        super().__init__(output_dir, "pretrain", rank=rank, total_steps=total_steps, first_step=first_step)
+        self.world_size, self.device = world_size, device
         self.flops_per_sample, self.matmul_rate = flops_per_sample, matmul_rate
         self._recent: collections.deque[tuple[int, Tensor, Tensor, Tensor]] = collections.deque()
         self._norms: dict[int, Tensor | float] = {}
@@ -64,19 +65,6 @@ class Metrics:
         self._sum = torch.zeros(len(METRICS), device=device)
         self._count = self._samples = 0
         self.restart()
-        self._writer: Any = None
-        self.progress = tqdm(
-            total=total_steps,
-            initial=first_step,
-            disable=rank != 0,
-            unit="step",
-            mininterval=1.0,
-            smoothing=0.1,
-            dynamic_ncols=True,
-            desc="pretrain",
-        )
-        self._first_step, self._disk_failed = first_step, False
-        self._open_writer()
 
     def add(self, step: int, batch: Batch, output: StepOutput) -> None:
         """Take in one micro-step, without waiting for it."""
@@ -140,55 +128,9 @@ class Metrics:
                 "memory_gib": memory_gib(self.device),
             }
         )
-        self._write(step, epoch, record)
+        self._tell(step, epoch, record)
         self.restart()
         return record
-
-    def image(self, tag: str, picture: Any, step: int) -> None:
-        """Add a picture [H, W, 3] uint8 to TensorBoard (rank 0)."""
-        if self.rank == 0:
-            with self.surviving_the_disk(step):
-                self._open_writer()
-                self._writer.add_image(tag, picture, step, dataformats="HWC")
-
-    def animation(self, tag: str, gif: bytes, step: int) -> None:
-        """Add a GIF to TensorBoard's images (rank 0), which shows it moving."""
-        if self.rank == 0:
-            from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
-
-            image = Summary.Image(encoded_image_string=gif)
-            with self.surviving_the_disk(step):
-                self._open_writer()
-                self._writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
-
-    def close(self) -> None:
-        """Flush and close all files."""
-        self.progress.close()
-        if self._writer:
-            with self.surviving_the_disk(self.progress.n):
-                self._writer.close()
-
-    @contextmanager
-    def surviving_the_disk(self, step: int) -> Iterator[None]:
-        """Log what a disk did not take, once until it takes something again, and let training go on."""
-        try:
-            yield
-        except OSError as error:
-            self._writer = None  # TensorBoard's has ended with its error; the next writing opens another
-            if not self._disk_failed:
-                self.progress.write(
-                    f"warning: metrics of update {step} were not written ({error.strerror}); training goes on",
-                    file=sys.stderr,
-                )
-            self._disk_failed = True
-        else:
-            self._disk_failed = False
-
-    def _open_writer(self) -> None:
-        if self.rank == 0 and self._writer is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(self.output_dir / "tensorboard"), purge_step=self._first_step)
 
     def restart(self) -> None:
         """Start the sums and the clock anew, so that time spent on pictures and checkpoints is not counted."""
@@ -202,27 +144,12 @@ class Metrics:
     def rewind(self, step: int) -> None:
         """Go back to update `step`: what was written of later ones will be written anew."""
         self.restart()
-        self.progress.n = self._first_step = step
-        self.progress.refresh()
-        if self._writer:
-            with self.surviving_the_disk(step):
-                self._writer.close()
-        self._writer = None
-        with self.surviving_the_disk(step):
-            self._open_writer()
+        super().rewind(step)
 
-    def _write(self, step: int, epoch: float, record: dict[str, float]) -> None:
-        if self.rank:
-            return
-        self._first_step = step
-        with self.surviving_the_disk(step):
-            with (self.output_dir / "metrics.jsonl").open("a") as log:
-                log.write(json.dumps({"step": step, "epoch": epoch, "time": time.time(), **record}) + "\n")
-            self._open_writer()
-            for group, names in TENSORBOARD_GROUPS.items():
-                for name in names:
-                    if name in record:
-                        self._writer.add_scalar(f"{group}/{name}", record[name], step)
+    def _tell(self, step: int, epoch: float, record: dict[str, float]) -> None:
+        groups = TENSORBOARD_GROUPS.items()
+        tags = {f"{group}/{name}": record[name] for group, names in groups for name in names if name in record}
+        self.write(step, epoch, record, tags)
         self.progress.set_postfix(
             loss=f"{record['loss']:.3f}",
             img_s=f"{record['images_per_second']:.0f}",
@@ -260,12 +187,8 @@ class Metrics:
             place, median = next(iter(found.items()))
             update, loss = list(losses.items())[place]
             more = f" (and of {len(found) - 1} more)" if len(found) > 1 else ""
-            self.say(f"warning: the loss of update {update + 1}{more} is {loss:.4g}, the median before it {median:.4g}")
+            warn(f"the loss of update {update + 1}{more} is {loss:.4g}, the median before it {median:.4g}")
         return len(found)
-
-    def say(self, line: str) -> None:
-        """A line on stderr that leaves the progress bar whole."""
-        self.progress.write(line, file=sys.stderr)
 
     def forensics(self, update: int) -> Path:
         """Where `save_forensics` writes."""
@@ -281,9 +204,11 @@ class Metrics:
         ]
         norms = {when: float(norm) for when, norm in self._norms.items()}
         found = {"metrics": METRICS, "micro_steps": micro_steps, "grad_norms": norms}
-        with contextlib.suppress(OSError):  # a full disk must not end one rank alone
+        # A full disk must not end one rank alone; torch.save has its own error for it.
+        with contextlib.suppress(OSError, RuntimeError):
             folder.mkdir(parents=True, exist_ok=True)
-            torch.save(found, folder / f"rank{self.rank}.pt")
+            with replacing(folder / f"rank{self.rank}.pt") as aside:
+                torch.save(found, aside)
         return folder
 
     def _stop(self, step: int, first: int, what: str) -> NoReturn:

@@ -1,12 +1,11 @@
 """What happens to an update whose loss or gradient is not finite: halt, skip or rollback."""
 
-import sys
 from pathlib import Path
 
 import torch.distributed as dist
 
 from fasthpm import checkpoint, ranks
-from fasthpm.errors import UserError
+from fasthpm.errors import UserError, warn
 from fasthpm.run.health import NotFinite
 from fasthpm.run.metrics import Metrics
 from fasthpm.run.state import Run, finish_saving, load, save
@@ -27,7 +26,7 @@ def leave_out(run: Run[Step], metrics: Metrics, bad: int, folder: Path) -> None:
             )
         )
     if run.launch.rank == 0:
-        metrics.say(f"warning: update {bad + 1} is left out: its loss or gradient is not finite; see {folder}")
+        warn(f"update {bad + 1} is left out: its loss or gradient is not finite; see {folder}")
 
 
 def save_first(run: Run[Step]) -> None:
@@ -51,7 +50,7 @@ def roll_back(run: Run[Step], metrics: Metrics, found: NotFinite) -> None:
     finish_saving(run)
     newest: list[Path | None] = [None]
     if run.launch.rank == 0:
-        newest[0] = checkpoint.newest_valid(Path(run.recipe.output_dir), lambda line: print(line, file=sys.stderr))
+        newest[0] = checkpoint.newest_valid(Path(run.recipe.output_dir), warn)
     dist.broadcast_object_list(newest)
     if newest[0] is None:
         raise found

@@ -1,26 +1,66 @@
-"""Reading what a run has written about itself."""
+"""metrics.jsonl: what a training has measured, a line of JSON per reading."""
 
 import json
+import os
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from fasthpm.errors import UserError
 
+METRICS_FILE = "metrics.jsonl"
 
-def read_metrics(run: Path) -> list[dict[str, float]]:
-    """The records of metrics.jsonl, one per update number (a resumed run overwrites what it repeats), in order.
 
-    **Raises:** `UserError` if there is none.
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a file; what a killed process left unfinished at its end stays a line of its own.
+
+    **Raises:** `OSError` if the disk does not take all of it; then the file is as before.
     """
-    path = run / "metrics.jsonl"
+    with path.open("a+b", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - 1, 0))
+        unfinished = file.read(1) not in (b"", b"\n")
+        rest = f"{chr(10) * unfinished}{line}\n".encode()
+        try:
+            while rest:
+                rest = rest[file.write(rest) :]
+        except OSError:
+            with suppress(OSError):
+                file.truncate(size)
+            raise
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl in order, the last of each update number: a resumed run repeats some.
+
+    Lines that a killed run left unfinished are passed over; without a file there are no records.
+    """
+    records = {}
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        with suppress(ValueError):
+            record = json.loads(line)
+            records[record["step"]] = record
+    return [records[step] for step in sorted(records)]
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The records of a run, at least one. **Raises:** `UserError` if there are none."""
+    path = run / METRICS_FILE
     if not path.is_file():
         raise UserError(f"{path} is missing; expected the output_dir of a run that has logged something")
-    records = {}
-    for line in path.read_text().splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:  # a killed run may leave its last line unfinished
-            continue
-        records[record["step"]] = record
+    records = read_records(path)
     if not records:
         raise UserError(f"{path} is empty; expected at least one record")
-    return [records[step] for step in sorted(records)]
+    return records
+
+
+def gpu_hours(records: Sequence[dict[str, Any]], global_batch_size: int, world_size: int) -> list[float]:
+    """GPU-hours (devices x hours) of the updates up to each record, from the rates that were logged."""
+    seconds, step, out = 0.0, 0.0, []
+    for record in records:
+        rate = record.get("images_per_second", 0.0)
+        seconds += (record["step"] - step) * global_batch_size / rate if rate > 0 else 0.0
+        step = record["step"]
+        out.append(seconds * world_size / 3600)
+    return out

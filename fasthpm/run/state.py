@@ -13,7 +13,7 @@ from fasthpm import checkpoint, ranks
 from fasthpm.checkpoint import shards
 from fasthpm.checkpoint.saver import Job, Saver
 from fasthpm.data import Batch, Loader
-from fasthpm.errors import UserError
+from fasthpm.errors import UserError, warn
 from fasthpm.maps.run import RunMaps
 from fasthpm.patches import model_of
 from fasthpm.ranks import zero
@@ -75,7 +75,7 @@ def resume(run: Run[Any]) -> None:
     with ranks.in_agreement():
         if run.launch.rank == 0:
             checkpoint.clear_unfinished(Path(run.recipe.output_dir))
-            found[0] = checkpoint.find_resume(run.recipe, lambda line: print(f"warning: {line}", file=sys.stderr))
+            found[0] = checkpoint.find_resume(run.recipe, warn)
     dist.broadcast_object_list(found)
     if found[0] is not None:
         load(run, found[0])
@@ -116,9 +116,7 @@ def save(run: Run[Any]) -> None:
     if run.launch.rank == 0:
         try:
             checkpoint.require_space(output_dir, run.num_parameters)
-            aside = [str(checkpoint.begin(output_dir, run.done))]
-            for name, text in run.notes.items():
-                (Path(aside[0]) / name).write_text(text)
+            aside = [str(checkpoint.begin(output_dir, run.done, run.notes))]
         except (UserError, OSError) as error:
             not_saved(run, str(error))
     dist.broadcast_object_list(aside)
@@ -139,10 +137,7 @@ def finish_saving(run: Run[Any]) -> None:
 def not_saved(run: Run[Any], problem: str) -> None:
     """Note and print that the checkpoint begun last is lost."""
     run.unsaved = problem
-    print(
-        f"warning: the checkpoint of update {run.saving} was not written ({problem}); earlier ones are intact",
-        file=sys.stderr,
-    )
+    warn(f"the checkpoint of update {run.saving} was not written ({problem}); earlier ones are intact")
 
 
 def finish_last_save(run: Run[Any]) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from fasthpm.machine import processor_name
+
 PACKAGES = ("fasthpm", "torch", "deepspeed", "timm", "ffcv", "numba", "numpy")
 
 
@@ -24,12 +26,7 @@ def versions(device: torch.device, world_size: int) -> dict[str, Any]:
 
 def device_name(device: torch.device) -> str:
     """The GPU's or the processor's model name."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
 
 
 def _version(package: str) -> str:

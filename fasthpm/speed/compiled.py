@@ -1,10 +1,11 @@
 """torch.compile with a way back: where it fails, the same function runs eagerly, after one warning."""
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from fasthpm.errors import warn
 
 LONGEST = 160  # characters of a reason
 
@@ -35,7 +36,7 @@ class Compiled:
     def give_up(self, error: Exception) -> None:
         """Run eagerly from now on, and say why."""
         self.failure = reason(error)
-        print(f"warning: torch.compile of {self.name} failed ({self.failure}); it runs eagerly", file=sys.stderr)
+        warn(f"torch.compile of {self.name} failed ({self.failure}); it runs eagerly")
 
 
 def reason(error: BaseException) -> str:

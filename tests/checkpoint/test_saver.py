@@ -1,6 +1,5 @@
 """Checkpoints written in the background: complete or not there, whatever a rank or a disk does."""
 
-import contextlib
 import dataclasses
 import errno
 import os
@@ -8,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +20,7 @@ from fasthpm.checkpoint import shards
 from fasthpm.checkpoint.folder import RunState, damage, newest_valid
 from fasthpm.checkpoint.saver import Job, Saver
 from fasthpm.ranks.zero import Group, Slot
+from tests.helpers.disk import fill
 from tests.helpers.launch import ROOT, check_ranks
 
 SLOTS = {"slots": {"student.w": [[5], 0, 0]}, "shards": 2}
@@ -203,25 +202,6 @@ def test_a_file_that_the_disk_cannot_hold_is_an_os_error(small_disk: Path) -> No
         shards.write(taken, small_disk / "shards" / "rank-00000.safetensors")
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 48 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", str(folder)]
-    if subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("mounting a small file system is not allowed here")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
-def fill(path: Path) -> None:
-    """Write until the disk is full."""
-    with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
-        while True:
-            file.write(bytes(1 << 16))
-
-
 def test_a_full_disk_costs_checkpoints_and_not_the_run(small_disk: Path, tmp_path: Path) -> None:
     run = small_disk / "run"
     arguments = [
@@ -249,7 +229,7 @@ def test_a_full_disk_costs_checkpoints_and_not_the_run(small_disk: Path, tmp_pat
     try:
         while not list(run.glob("checkpoints/step-*")) and process.poll() is None:
             time.sleep(0.05)
-        fill(small_disk / "filler")
+        fill(small_disk)
         _, errors = process.communicate(timeout=300)
     finally:
         process.kill()

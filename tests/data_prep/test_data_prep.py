@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep import fashion_mnist, images, sets, verify
+from data_prep import fashion_mnist, images, verify
 from data_prep.encode import WriteOptions
 from data_prep.writer import write_beton
 from fasthpm.data import build_loader, read_info
 from fasthpm.data.ffcv.beton import JPEG, RAW, open_beton
 from fasthpm.data.pixels import list_images
 from fasthpm.errors import UserError
+from fasthpm.files import file_hash
 from tests.helpers.data_fixtures import image_folder, jpeg_bytes, picture, prepare
 
 RAW_FLAGS = ("--write_mode", "raw")
@@ -372,7 +373,7 @@ def test_verify_decodes_every_image(tmp_path):
         start, length = int(beton.positions[index]), int(beton.lengths[index])
         data[start : start + length] = bytes(length)
     out.write_bytes(data)
-    sidecar = beton.sidecar | {"sha256": sets.hash_file(out)}
+    sidecar = beton.sidecar | {"sha256": file_hash(out)}
     out.with_suffix(".json").write_text(json.dumps(sidecar))
     with pytest.raises(UserError, match=r"2 of 6 images do not decode, the first is sample 2 \((ant|bee)/00\d.png\)"):
         verify.main([str(out)])

@@ -17,7 +17,7 @@ from fasthpm.errors import UserError
 from fasthpm.mask import random_mask
 from fasthpm.model import HPMViT
 from fasthpm.patches import model_of
-from fasthpm.pictures import comparison, panels, report
+from fasthpm.pictures import panels, report
 from fasthpm.pictures.report import TABLE
 from fasthpm.recipe import Recipe, save_recipe
 from fasthpm.run import records as run_records
@@ -180,12 +180,6 @@ def test_runs_are_compared_over_epochs_and_gpu_hours(tmp_path: Path) -> None:
         assert curves.size == (1200, 800)
     with pytest.raises(UserError, match="is missing"):
         report.main([str(tmp_path / "one"), str(tmp_path)])
-
-
-def test_gpu_hours_count_work_and_no_pauses() -> None:
-    recipe = dataclasses.replace(recipes.debug(), global_batch_size=36)
-    records = [{"step": 100.0, "images_per_second": 1.0}, {"step": 300.0, "images_per_second": 4.0}]
-    assert comparison.hours(records, recipe, 2) == pytest.approx([2.0, 3.0])
 
 
 # -------------------------------------------------------------------------------------------------- more columns

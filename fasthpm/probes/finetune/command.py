@@ -19,20 +19,18 @@ RUN/finetune/ receives result.json, result.md, classifier.safetensors (timm), me
 import argparse
 import dataclasses
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
-from fasthpm import checkpoint, ranks
+from fasthpm import checkpoint, files, ranks
 from fasthpm.checkpoint import shards
 from fasthpm.cli import Parser
-from fasthpm.errors import UserError
+from fasthpm.errors import UserError, warn
 from fasthpm.options import add_recipe_arguments
 from fasthpm.probes import result
 from fasthpm.probes.classifier import architecture
@@ -49,24 +47,23 @@ from fasthpm.probes.finetune.building import (
 )
 from fasthpm.probes.finetune.settings import PRESETS, FineTune, complete, image_size_of, preset
 from fasthpm.probes.finetune.testing import test
-from fasthpm.probes.finetune.training import CLASSIFIER_FILE, Log, read_log, train
+from fasthpm.probes.finetune.training import CLASSIFIER_FILE, Log, train
 from fasthpm.ranks import zero
 from fasthpm.ranks.signals import StopSignals
 from fasthpm.recipe import save_recipe
 from fasthpm.run import state
+from fasthpm.run.records import METRICS_FILE, read_metrics
 
 
 # -------------------------------------------------------------------------------------------------- results
 def prepare_output(run: FineTuning) -> None:
     """Create output_dir and write what the fine-tuning is (rank 0). **Raises:** `UserError` if it cannot be written."""
     folder = Path(run.settings.output_dir)
-    try:
+    with files.writing(folder, "choose another --output_dir"):
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint.require_space(folder, run.num_parameters)
         save_recipe(run.recipe, folder / checkpoint.RECIPE)
-    except OSError as error:
-        raise UserError(f"output_dir {folder} cannot be written ({error.strerror}); choose another") from error
-    result.write_text(folder / checkpoint.CLASSIFIER, run.notes[checkpoint.CLASSIFIER])
+        files.write_text(folder / checkpoint.CLASSIFIER, run.notes[checkpoint.CLASSIFIER])
 
 
 def finish(run: FineTuning) -> None:
@@ -81,9 +78,11 @@ def finish(run: FineTuning) -> None:
             f"{why} at update {run.done} of {run.recipe.total_steps}; run the same command to continue", file=sys.stderr
         )
         return
-    records = read_log(folder, run.done)
+    records = [record for record in read_metrics(folder) if record["step"] <= run.done]
     tested = [record for record in records if "accuracy" in record]
     write_classifier(run, weights, folder / CLASSIFIER_FILE)
+    if not tested or tested[-1]["step"] != run.done:  # the disk was full
+        raise UserError(f"{folder / METRICS_FILE} lacks the last test; make room, and add --evaluate to test again")
     hours = sum(record["seconds"] for record in records) * run.launch.world_size / 3600
     final = {name: tested[-1][name] for name in ("accuracy", "accuracy_top5", "val_loss")}
     best = max(record["accuracy"] for record in tested)
@@ -103,13 +102,9 @@ def write_classifier(run: FineTuning, weights: dict[str, Tensor], path: Path) ->
     if "num_frames" in settings:  # not trained, and interpolated to img_size
         weights = {**weights, "pos_embed": vit.pos_embed.float().cpu()}
     metadata = {"timm": settings, "classes": run.info.classes, "mean": run.info.mean, "std": run.info.std}
-    aside = path.with_name(f".writing-{path.name}")
     tensors = {name.removeprefix("vit."): value.contiguous() for name, value in weights.items()}
-    try:
-        save_file(tensors, aside, metadata={name: json.dumps(value) for name, value in metadata.items()})
-        os.replace(aside, path)
-    except Exception as error:  # safetensors has its own for a full disk
-        raise UserError(f"{path} cannot be written ({error}); make room and start again") from error
+    with files.writing(path, "make room and start again"), files.replacing(path) as aside:
+        files.save_tensors(tensors, aside, {name: json.dumps(value) for name, value in metadata.items()})
 
 
 def report(settings: FineTune, origin: dict[str, Any], folder: Path, figures: dict[str, Any]) -> None:
@@ -186,7 +181,7 @@ def evaluate_only(arguments: argparse.Namespace, given: dict[str, Any], launch: 
         model, recipe = load_encoder(arguments.run, given)
         views = preset(arguments.preset, model, False, recipe.flip).get("test_views", "")
         settings = complete(FineTune(**{"test_views": views, **given}), arguments.run)
-        folder = checkpoint.newest_valid(Path(settings.output_dir), lambda line: print(line, file=sys.stderr))
+        folder = checkpoint.newest_valid(Path(settings.output_dir), warn)
         if folder is None or not (folder / checkpoint.CLASSIFIER).is_file():
             raise UserError(f"{settings.output_dir} holds no fine-tuned classifier; fine-tune first, or --output_dir")
         notes = json.loads((folder / checkpoint.CLASSIFIER).read_text())

@@ -10,6 +10,7 @@ import torch
 
 from fasthpm.data.video.sampling import FRAME_SAMPLINGS
 from fasthpm.errors import UserError
+from fasthpm.machine import cpuinfo
 from fasthpm.model import HPMViT
 from fasthpm.options import option
 from fasthpm.probes.classifier import POOLS
@@ -200,10 +201,7 @@ def complete(settings: FineTune, run: Path) -> FineTune:
 
 def has_bf16() -> bool:
     """Whether the device computes in bfloat16; a CPU without such instructions is faster in float32."""
-    if torch.cuda.is_available():
-        return True
-    info = Path("/proc/cpuinfo")
-    return info.is_file() and "bf16" in info.read_text()
+    return torch.cuda.is_available() or "bf16" in cpuinfo()
 
 
 def image_size_of(settings: FineTune, model: HPMViT) -> tuple[int, int]:

@@ -1,16 +1,12 @@
 """The training loop of a fine-tuning, and its log."""
 
-import json
-import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from timm.data import Mixup
 from torch import Tensor
-from tqdm import tqdm
 
 from fasthpm import ranks, schedule
 from fasthpm.errors import UserError
@@ -19,9 +15,10 @@ from fasthpm.probes.finetune.building import FineTuning
 from fasthpm.probes.finetune.testing import evaluate, seed_all
 from fasthpm.ranks.signals import StopSignals
 from fasthpm.run import state
+from fasthpm.run.journal import Journal
 from fasthpm.run.metrics import wait_for
 
-LOG, CLASSIFIER_FILE = "metrics.jsonl", "classifier.safetensors"
+CLASSIFIER_FILE = "classifier.safetensors"
 
 
 # -------------------------------------------------------------------------------------------------- training
@@ -73,27 +70,14 @@ def after_update(run: FineTuning, log: "Log", last: int) -> None:
 
 
 # -------------------------------------------------------------------------------------------------- logging
-class Log:
-    """Loss and accuracy: summed on the device, written to metrics.jsonl, TensorBoard and the progress bar."""
+class Log(Journal):
+    """Loss and accuracy: summed on the device, written to the fine-tuning's journal."""
 
     def __init__(self, run: FineTuning, folder: Path) -> None:
-        self.rank, self.world_size, self.device = run.launch.rank, run.launch.world_size, run.launch.device
-        self.path = folder / LOG
-        self.progress = tqdm(
-            total=run.recipe.total_steps,
-            initial=run.done,
-            disable=self.rank != 0,
-            unit="step",
-            mininterval=1.0,
-            dynamic_ncols=True,
-            desc="finetune",
-        )
-        self._writer: Any = None
+        rank, total = run.launch.rank, run.recipe.total_steps
+        super().__init__(folder, "finetune", rank=rank, total_steps=total, first_step=run.done)
+        self.world_size, self.device = run.launch.world_size, run.launch.device
         self._sum, self._count, self._samples, self._begin = torch.zeros(()), 0, 0, 0.0
-        if self.rank == 0:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=run.done)
         self._restart()
 
     def add(self, loss: Tensor, samples: int) -> None:
@@ -120,41 +104,19 @@ class Log:
             **tested,
         }
         run.best = max(run.best, tested.get("accuracy", 0.0))
-        self._write(run.done, run.done / run.recipe.steps_per_epoch, record)
+        self._tell(run.done, run.done / run.recipe.steps_per_epoch, record)
         self._restart()
-
-    def close(self) -> None:
-        """Flush and close."""
-        self.progress.close()
-        if self._writer:
-            self._writer.close()
 
     def _restart(self) -> None:
         self._sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self._count = self._samples = 0
         self._begin = time.perf_counter()
 
-    def _write(self, step: int, epoch: float, record: dict[str, float]) -> None:
-        if self.rank:
-            return
-        with self.path.open("a") as log:
-            log.write(json.dumps({"step": step, "epoch": epoch, "time": time.time(), **record}) + "\n")
-        for name, value in record.items():
-            self._writer.add_scalar(f"finetune/{name}", value, step)
+    def _tell(self, step: int, epoch: float, record: dict[str, float]) -> None:
+        self.write(step, epoch, record, {f"finetune/{name}": value for name, value in record.items()})
         shown = {"loss": f"{record['loss']:.3f}", "img_s": f"{record['images_per_second']:.0f}"}
         if "accuracy" in record:
             shown["accuracy"] = f"{record['accuracy']:.2f}"
-            self.progress.write(
-                f"epoch {epoch:g}: top-1 {record['accuracy']:.2f} %, loss {record['loss']:.3f}", file=sys.stderr
-            )
+            if self.rank == 0:
+                self.say(f"epoch {epoch:g}: top-1 {record['accuracy']:.2f} %, loss {record['loss']:.3f}")
         self.progress.set_postfix(shown)
-
-
-def read_log(folder: Path, until: int) -> list[dict[str, float]]:
-    """The records of metrics.jsonl up to update `until`, one per update number, in order."""
-    records = {}
-    for line in (folder / LOG).read_text().splitlines():
-        if line.endswith("}"):  # a killed run may leave its last line unfinished
-            record = json.loads(line)
-            records[record["step"]] = record
-    return [records[step] for step in sorted(records) if step <= until]
