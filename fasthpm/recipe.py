@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fasthpm import rules
+from fasthpm.data.options import LoaderOptions
 from fasthpm.data.sampling import INTERPOLATIONS, SAMPLE_ORDERS
 from fasthpm.data.video.sampling import DECODERS
 from fasthpm.errors import UserError, nearest
@@ -384,6 +385,18 @@ class Recipe:
             lr=self.lr or self.blr * asked / 256,
             steps_per_epoch=self.steps_per_epoch or available,
         )
+
+    def loader_options(self, **changes: Any) -> LoaderOptions:
+        """What a loader of samples for this recipe's model is asked for, but for `changes`.
+
+        With `train=False` only what the model needs (sizes, frames): how training draws its crops is not asked for.
+        """
+        names = ["batch_size", "image_size", "channels", "num_workers", "num_frames", "sampling_rate"]
+        asked: dict[str, Any] = {}
+        if changes.get("train", True):
+            names += ["seed", "crop_min", "flip", "interpolation", "color_jitter", "sample_order", "max_bad_samples"]
+            asked["decoder"] = self.video_decoder
+        return LoaderOptions(**{name: getattr(self, name) for name in names} | asked | changes)
 
     # ---------------------------------------------------------------------------------------------- checks
     def _check_schedule(self) -> None:
