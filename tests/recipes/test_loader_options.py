@@ -73,7 +73,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Callable[..., LoaderOptions]:
 
 def test_training_asks_for_all_that_the_recipe_says() -> None:
     assert RECIPE.loader_options() == LoaderOptions(batch_size=8, num_workers=3, **SIZES, **DRAWN)
-    clips = dataclasses.replace(recipes.from_name("video_debug"), sampling_rate=3)
+    clips = dataclasses.replace(recipes.from_name("hpm_video_demo"), sampling_rate=3)
     options = clips.loader_options(train=False)
     assert (options.num_frames, options.sampling_rate) == (clips.num_frames, 3)
 
