@@ -288,7 +288,7 @@ def _sum_columns(turned: Any, step: Any, channel: Any, columns: Any, out: Any) -
 def _resize_rows(plane: Any, step: Any, channel: Any, rows: Any, columns: Any, start: Any, work: Any, out: Any) -> None:
     """LANES rows of the output, from row `start` on, of one channel: out [x, LANES], not yet rounded.
 
-    `step`: bytes of `plane` from one pixel to the next. `channel` 0 fills `turned`, which the other channels then share.
+    `step`: bytes of `plane` from one pixel to the next. `channel` 0 fills `turned`, which the other channels share.
     """
     width = (columns.high - columns.low) * step
     totals, turned = work.totals[: LANES * width], work.turned[: LANES * width]
