@@ -169,14 +169,8 @@ def encode(
     model, recipe = load_weights(out, weights)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
-    loader = build_loader(
-        arguments.data / f"{split}.beton",
-        batch_size=ENCODE_BATCH,
-        image_size=recipe.image_size,
-        channels=recipe.channels,
-        train=False,
-        num_workers=1,
-    )
+    options = recipe.loader_options(batch_size=ENCODE_BATCH, train=False, num_workers=1)
+    loader = build_loader(arguments.data / f"{split}.beton", options)
     patches_of = NormalizedPatches(recipe, loader.info)
     means, tokens, labels, seen = [], [], [], 0
     try:

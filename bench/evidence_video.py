@@ -110,16 +110,7 @@ def encode(path: Path, out: Path, weights: str) -> tuple[Tensor, Tensor]:
     model, recipe = load_weights(out, weights)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
-    loader = build_loader(
-        path,
-        batch_size=ENCODE_BATCH,
-        image_size=recipe.image_size,
-        channels=recipe.channels,
-        train=False,
-        num_workers=1,
-        num_frames=recipe.num_frames,
-        sampling_rate=recipe.sampling_rate,
-    )
+    loader = build_loader(path, recipe.loader_options(batch_size=ENCODE_BATCH, train=False, num_workers=1))
     patches_of = NormalizedPatches(recipe, loader.info)
     rows, labels = [], []
     try:

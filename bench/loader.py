@@ -31,7 +31,7 @@ from bench.common import (
     write_json,
 )
 from bench.pixels import compare_pixels
-from bench.variants import Spec, Taken, Variant, has_interpolation, started
+from bench.variants import Spec, Taken, Variant, started
 from bench.waiting import RECIPE, data_waits, first_batches, seeding_microseconds
 from fasthpm import recipes
 from fasthpm.cli import Parser, run_command
@@ -52,15 +52,15 @@ def specs(photos: Path, few: Path, sets: dict[str, str], arguments: argparse.Nam
     def spec(name: str, kind: str, data: str | Path, **more: Any) -> Spec:
         return Spec(name, kind, str(data), arguments.workers, arguments.batch_size, **more)
 
-    offered = INTERPOLATIONS if has_interpolation() else INTERPOLATIONS[:1]
-    mine = [spec(f"{name}, {how}", "ours", path, interpolation=how) for name, path in sets.items() for how in offered]
+    choices = [(name, path, how) for name, path in sets.items() for how in INTERPOLATIONS]
+    mine = [spec(f"{name}, {how}", "ours", path, interpolation=how) for name, path, how in choices]
     quick = [
         spec(BASELINE, "torchvision_mae", photos),
         *mine,
         *(spec(f"{name}, FFCV's own loader", "ffcv_own", sets[name]) for name in FFCV_TWINS if name in sets),
     ]
     if arguments.quick:
-        return [one for one in quick if one.interpolation == offered[0]]
+        return [one for one in quick if one.interpolation == INTERPOLATIONS[0]]
     return [
         *quick,
         spec("torchvision, uint8, not normalised", "torchvision_uint8", photos),
@@ -173,8 +173,6 @@ def report(result: dict[str, Any]) -> str:
             [[name, f"{row['mean']:.2f}", str(row["max"])] for name, row in result["pixels"].items()],
         ),
     ]
-    if not has_interpolation():
-        parts.append("bicubic was left out: build_loader has no option `interpolation`")
     return "\n\n".join(parts)
 
 

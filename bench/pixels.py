@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from bench.variants import SIDE, Spec, has_interpolation, our_loader
+from bench.variants import SIDE, Spec, our_loader
 from fasthpm.data import Batch
 from fasthpm.data.ffcv.beton import RAW, open_beton
 from fasthpm.data.sampling import Array
@@ -45,7 +45,7 @@ def references(path: Path, batch: Batch, resize: Resize) -> Array:
 def compare_pixels(path: Path, images: int) -> dict[str, Any]:
     """Differences between our interpolations and the references on the first batch of a raw set."""
     batches = {}
-    for how in ("area", "bicubic") if has_interpolation() else ("area",):
+    for how in ("area", "bicubic"):
         loader = our_loader(Spec(how, "ours", str(path), 1, images, how))
         batches[how] = next(iter(loader))
         loader.close()

@@ -1,7 +1,6 @@
 """The loaders that `bench.loader` compares, each in a process of its own, so that none meets another's threads."""
 
 import importlib
-import inspect
 import multiprocessing
 import time
 import traceback
@@ -39,14 +38,8 @@ class Taken:
     cpu_seconds: float
 
 
-def has_interpolation() -> bool:
-    """Whether `build_loader` can be asked for an interpolation."""
-    return "interpolation" in inspect.signature(build_loader).parameters
-
-
 def our_loader(spec: Spec) -> Loader:
     """This project's loader of `spec`."""
-    choice: dict[str, Any] = {"interpolation": spec.interpolation} if has_interpolation() else {}
     return build_loader(
         spec.data,
         batch_size=spec.batch_size,
@@ -54,7 +47,7 @@ def our_loader(spec: Spec) -> Loader:
         channels=3,
         num_workers=spec.workers,
         crop_min=CROP_MIN,
-        **choice,
+        interpolation=spec.interpolation,
     )
 
 

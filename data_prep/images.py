@@ -44,6 +44,7 @@ from data_prep.sources import Source, open_source
 from data_prep.writer import check_output, plan_outputs, prepare, stored_order
 from fasthpm.cli import Parser, run_command
 from fasthpm.data.ffcv.beton import sidecar_path
+from fasthpm.data.keys import Stream
 from fasthpm.data.sampling import Array, sample_order
 from fasthpm.errors import UserError
 
@@ -54,7 +55,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "imagenet_256": {"max_resolution": 256, "jpeg_quality": 90, "write_mode": "jpg"},
     "imagenet_raw256": {"max_resolution": 256, "jpeg_quality": 90, "write_mode": "raw"},
 }
-SPLIT = 1 << 33  # "epoch" of the hash that draws validation samples
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -220,7 +220,7 @@ def draw_validation(source: Source, fraction: float | None, count: int | None, s
     drawn = np.zeros(len(source), bool)
     if fraction is None and count is None:
         return drawn
-    order = sample_order(seed, SPLIT, len(source))
+    order = sample_order(seed, Stream.SPLIT, len(source))
     order = order[source.chosen[order] & (source.labels[order] >= 0)]
     total = round(fraction * len(order)) if fraction is not None else int(count or 0)
     if not 0 < total < len(order):

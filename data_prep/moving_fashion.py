@@ -19,6 +19,7 @@ from data_prep.fashion_mnist import IMAGES_MAGIC, SPLITS, find_source, read_idx
 from data_prep.ffmpeg import check_tools
 from data_prep.sets import progress_bar
 from fasthpm.cli import Parser, run_command
+from fasthpm.data.keys import Stream
 from fasthpm.data.sampling import Array, key_of, uniforms
 from fasthpm.data.video.prepared import INFO
 from fasthpm.errors import UserError
@@ -28,7 +29,7 @@ FPS = 16
 DIRECTIONS = ("right", "down", "left", "up")
 DIAGONALS = ("right-down", "left-down", "left-up", "right-up")
 STEPS = {"right": (0, 1), "down": (1, 0), "left": (0, -1), "up": (-1, 0)}
-STREAMS = {"train": 1, "val": 2}  # keys of what is drawn
+STREAMS = {"train": 1, "val": 2}  # in the place of an epoch in the keys of what is drawn
 CRF = "12"
 
 
@@ -56,7 +57,7 @@ def draw_clip(garment: Array, start: tuple[int, int], motion: tuple[int, int], f
 def draw_class(images: Array, label: int, name: str, args: argparse.Namespace, split: str, count: int) -> Array:
     """Clips of one class one after the other: uint8 [count * frames, size, size]."""
     ids = np.arange(count) + (label << 32)
-    draws = uniforms(key_of(args.seed, STREAMS[split], 0), ids, 3)
+    draws = uniforms(key_of(args.seed, STREAMS[split], Stream.PREPARATION), ids, 3)
     chosen = (draws[:, 0] * len(images)).astype(int)
     starts = (draws[:, 1:] * args.size).astype(int)
     pairs = zip(chosen, starts.tolist(), strict=True)

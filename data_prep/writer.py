@@ -41,6 +41,7 @@ from data_prep.sets import (
 from data_prep.sources import Samples
 from fasthpm import __version__
 from fasthpm.data.ffcv.beton import sidecar_path
+from fasthpm.data.keys import Stream
 from fasthpm.data.options import count_workers
 from fasthpm.data.sampling import Array, key_of, sample_order, uniforms
 from fasthpm.errors import UserError
@@ -48,7 +49,6 @@ from fasthpm.files import file_hash, fsync, read_json, write_json
 
 CHUNK, SMALL_CHUNK, LARGE_SIDE = 32, 4, 1024  # samples handed to a process at a time; fewer where they may be large
 LAYOUT = 1  # raised when the same options give other bytes
-GROUPS, DRAWS = 1 << 32, (1 << 32) + 1  # "epochs" of the hash that no training epoch uses
 LONGEST_NAME = 255
 
 
@@ -68,7 +68,7 @@ def stored_order(source: Samples, seed: int) -> Array:
     groups = getattr(source, "groups", None)
     if groups is None:
         return order
-    rank = np.argsort(sample_order(seed, GROUPS, int(groups.max()) + 1))
+    rank = np.argsort(sample_order(seed, Stream.GROUPS, int(groups.max()) + 1))
     return order[np.argsort(rank[groups[order]], kind="stable")]
 
 
@@ -374,7 +374,7 @@ def _enter_worker(source: Samples, options: WriteOptions, lock: int) -> None:
 def _encode_chunk(indices: Array) -> Chunk:
     import cv2
 
-    draws = uniforms(key_of(_options.seed, DRAWS, 0), indices, 1)[:, 0]
+    draws = uniforms(key_of(_options.seed, Stream.PROPORTION, Stream.PREPARATION), indices, 1)[:, 0]
     accepted: list[tuple[int, int, Stored]] = []
     rejected = []
     for index, draw in zip(indices.tolist(), draws.tolist(), strict=True):

@@ -1,14 +1,107 @@
-"""A field that is a flag: its default, help and choices stand together; argparse is made from them."""
+"""A field that is a flag: its default, help, choices, range and origin stand together.
+
+`validate` checks a dataclass of such fields, and argparse is made from them.
+"""
 
 import argparse
 import dataclasses
+import types
 import typing
+from collections.abc import Callable
 from typing import Any
 
+from fasthpm.errors import UserError, nearest
 
-def option(default: Any, help: str, *, choices: tuple[str, ...] | None = None, run_only: bool = False) -> Any:
-    """A recipe field. `run_only` fields say where and how a run happens and may change when it is resumed."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "run_only": run_only})
+PAPER, RELEASED, OURS = "paper", "released code", "ours"  # how an `origin` begins; a remark may follow, after a comma
+REQUIRED: Any = dataclasses.MISSING  # the default of a field that has none
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Which numbers a field takes: `low` or more, or more than `above`; at most `high`, or less than `below`."""
+
+    low: float | None = None
+    high: float | None = None
+    above: float | None = None
+    below: float | None = None
+
+    def __contains__(self, value: float) -> bool:
+        """Whether `value` lies within; nan never does, unless there is no limit."""
+        return (
+            (self.low is None or value >= self.low)
+            and (self.high is None or value <= self.high)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
+
+    def __str__(self) -> str:
+        if self.low is not None and self.high is not None:
+            return f"{self.low:g} to {self.high:g}"
+        limits = {"{:g} or more": self.low, "more than {:g}": self.above, "at most {:g}": self.high}
+        limits["less than {:g}"] = self.below
+        return ", ".join(text.format(limit) for text, limit in limits.items() if limit is not None)
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    origin: str | None = None,
+    run_only: bool = False,
+) -> Any:
+    """A field of a dataclass.
+
+    - `choices`, or `low`, `high`, `above`, `below` (see `Range`): what `validate` accepts
+    - `origin`: where the default comes from: PAPER, RELEASED or OURS, with a remark after a comma
+    - `run_only`: the field says where and how a run happens, and may change when the run is resumed
+    """
+    limits = Range(low, high, above, below)
+    return dataclasses.field(
+        default=default,
+        metadata={"help": help, "choices": choices, "range": limits, "origin": origin, "run_only": run_only},
+    )
+
+
+def validate(settings: Any, *, show: Callable[[Any], str] = repr) -> None:
+    """Check type, choices and range of every field of a dataclass; whole numbers for a float become floats.
+
+    None is accepted where a field's type names it. `show`: how messages write a value.
+
+    **Raises:** `UserError` naming the field, its value and what was expected.
+    """
+    for field in dataclasses.fields(settings):
+        _coerce(settings, field)
+        value = getattr(settings, field.name)
+        expected = _expected(field, value)
+        if expected:
+            raise UserError(f"{field.name} is {show(value)}, expected {expected}")
+
+
+def _coerce(settings: Any, field: dataclasses.Field[Any]) -> None:
+    value = getattr(settings, field.name)
+    if type(value) is int and float in _types(field):
+        object.__setattr__(settings, field.name, float(value))
+
+
+def _expected(field: dataclasses.Field[Any], value: Any) -> str:
+    """What the field takes instead of `value`; empty if it takes it."""
+    kinds, choices, limits = _types(field), field.metadata["choices"], field.metadata["range"]
+    if type(value) not in kinds:
+        return " or ".join(kind.__name__.removesuffix("Type") for kind in kinds)
+    if choices and value not in choices:
+        return f"one of {', '.join(filter(None, choices))}{nearest(str(value), choices)}"
+    return str(limits) if isinstance(value, int | float) and value not in limits else ""
+
+
+def _types(field: dataclasses.Field[Any]) -> tuple[type, ...]:
+    """`int` -> int; `float | None` -> float, NoneType; `tuple[int, int]` -> tuple."""
+    parts = typing.get_args(field.type) if isinstance(field.type, types.UnionType) else (field.type,)
+    return tuple(typing.cast(type, typing.get_origin(part) or part) for part in parts)
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser, kind: Any) -> None:
@@ -17,7 +110,7 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, kind: Any) -> None:
         if field.name == "recipe":
             continue
         choices = field.metadata["choices"]
-        help_text = field.metadata["help"] + (f": {', '.join(choices)}" if choices else "")
+        help_text = field.metadata["help"] + (f": {', '.join(filter(None, choices))}" if choices else "")
         options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": f"{help_text} (base: {field.default})"}
         if field.type is bool:
             parser.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction, **options)

@@ -72,26 +72,8 @@ def build(recipe: Recipe, launch: ranks.Launch) -> Run[Step]:
     with ranks.in_agreement():
         recipe = checkpoint.continued(recipe, launch.world_size)
         accum_iter = recipe.accumulation(launch.world_size)
-        loader = build_loader(
-            recipe.data_path,
-            batch_size=recipe.batch_size,
-            image_size=recipe.image_size,
-            channels=recipe.channels,
-            seed=recipe.seed,
-            rank=launch.rank,
-            world_size=launch.world_size,
-            num_workers=recipe.num_workers,
-            accum_iter=accum_iter,
-            num_frames=recipe.num_frames,
-            sampling_rate=recipe.sampling_rate,
-            crop_min=recipe.crop_min,
-            flip=recipe.flip,
-            interpolation=recipe.interpolation,
-            color_jitter=recipe.color_jitter,
-            sample_order=recipe.sample_order,
-            max_bad_samples=recipe.max_bad_samples,
-            decoder=recipe.video_decoder,
-        )
+        options = recipe.loader_options(rank=launch.rank, world_size=launch.world_size, accum_iter=accum_iter)
+        loader = build_loader(recipe.data_path, options)
         recipe = recipe.resolve(loader.info.num_samples, launch.world_size)
         checkpoint.compare_recipes(recipe, science_of)
         config = ranks.merge_config(recipe.deepspeed_config, recipe, launch.world_size)

@@ -1,8 +1,9 @@
 """`Recipe`: every number of a run in one frozen, flat dataclass, and the command line generated from it.
 
-A field, its type, its default and its help sit together; there is no second configuration language. The recipe owns
-*what* is trained (batch, accumulation, learning rate, clipping, epochs …); the DeepSpeed JSON owns *how* (ZeRO stage,
-dtype, buckets). `recipes.py` holds one short function per published run.
+A field, its type, default, help, range and origin sit together; there is no second configuration language. What must
+hold between fields stands in `rules`. The recipe owns *what* is trained (batch, accumulation, learning rate, clipping,
+epochs …); the DeepSpeed JSON owns *how* (ZeRO stage, dtype, buckets). `recipes` holds a short function for each
+published run.
 """
 
 import dataclasses
@@ -11,12 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fasthpm import rules
+from fasthpm.data.options import LoaderOptions
 from fasthpm.data.sampling import INTERPOLATIONS, SAMPLE_ORDERS
 from fasthpm.data.video.sampling import DECODERS
 from fasthpm.errors import UserError, nearest
 from fasthpm.files import write_text
 from fasthpm.mask import BY_DIFFICULTY, MAP_CROPS, POLICIES, MaskPlan
-from fasthpm.options import option
+from fasthpm.options import OURS, PAPER, RELEASED, option, validate
 
 PREDICT_LOSSES = ("relative", "absolute", "none")
 PIXEL_LOSSES = ("mse", "l1")
@@ -36,18 +39,27 @@ class Recipe:
     recipe: str = option("debug", "name of the recipe that the other flags start from")
     # model
     model: str = option(
-        "hpm_vit_base_patch16_224", "registered model name: hpm_…, mae_… (no loss predictor) or simmim_…"
+        "hpm_vit_base_patch16_224",
+        "registered model name: hpm_…, mae_… (no loss predictor) or simmim_…",
+        origin=f"{PAPER}, ViT-B/16",
     )
-    input_size: str = option("224", "side of the training crop, or HEIGHTxWIDTH")
-    patch_size: int = option(16, "side of a patch")
-    channels: int = option(3, "image channels, as the prepared set has them")
-    num_frames: int = option(1, "frames of a clip; 1 = images")
-    sampling_rate: int = option(1, "a clip takes every how many-th frame of its video (VideoMAE: SSv2 2, Kinetics 4)")
-    tubelet_size: int = option(1, "frames that a patch spans (VideoMAE: 2)")
-    decoder_dim: int = option(512, "width of the reconstructor and of the loss predictor")
-    decoder_depth: int = option(8, "blocks of the reconstructor (SimMIM's is a linear head) and of the loss predictor")
-    predictor_dim: int = option(0, "width of the loss predictor alone; 0 = decoder_dim")
-    predictor_depth: int = option(0, "blocks of the loss predictor alone; 0 = decoder_depth")
+    input_size: str = option("224", "side of the training crop, or HEIGHTxWIDTH", origin=PAPER)
+    patch_size: int = option(16, "side of a patch", above=0, origin=PAPER)
+    channels: int = option(3, "image channels, as the prepared set has them", above=0, origin=PAPER)
+    num_frames: int = option(1, "frames of a clip; 1 = images", above=0)
+    sampling_rate: int = option(
+        1, "a clip takes every how many-th frame of its video (VideoMAE: SSv2 2, Kinetics 4)", above=0
+    )
+    tubelet_size: int = option(1, "frames that a patch spans (VideoMAE: 2)", above=0)
+    decoder_dim: int = option(512, "width of the reconstructor and of the loss predictor", above=0, origin=RELEASED)
+    decoder_depth: int = option(
+        8,
+        "blocks of the reconstructor (SimMIM's is a linear head) and of the loss predictor",
+        above=0,
+        origin=f"{PAPER}, which ablates 1 to 12",
+    )
+    predictor_dim: int = option(0, "width of the loss predictor alone; 0 = decoder_dim", low=0)
+    predictor_depth: int = option(0, "blocks of the loss predictor alone; 0 = decoder_depth", low=0)
     predictor: str = option(
         "separate",
         "loss predictor: blocks of its own, or shared: a small head on the reconstructor's (fast mode)",
@@ -58,35 +70,55 @@ class Recipe:
         "decoders: self attention over all tokens, or cross: only masked ones, attending to visible (fast mode)",
         choices=DECODER_ATTENTIONS,
     )
-    decoder_heads: int = option(16, "attention heads of both decoders")
+    decoder_heads: int = option(16, "attention heads of both decoders", above=0, origin=RELEASED)
     # method
-    mask_ratio: float = option(0.75, "share of patches that are masked")
-    mask_policy: str = option("hpm", "which patches are masked", choices=POLICIES)
-    mask_unit: int = option(0, "side in pixels of the squares that are masked as a whole (SimMIM: 32); 0 = patch_size")
-    throw_ratio: float = option(0.0, "attention masks (AMT): share of patches that neither encoder nor loss sees")
-    warmup_mask_ratio: float = option(0.75, "attention masks: ratio of the random masks before the first maps")
-    map_refresh_epochs: int = option(40, "attention masks: epochs between two passes that make the maps anew")
+    mask_ratio: float = option(0.75, "share of patches that are masked", origin=PAPER)
+    mask_policy: str = option("hpm", "which patches are masked", choices=POLICIES, origin=f"{PAPER}, Alg. 1")
+    mask_unit: int = option(
+        0, "side in pixels of the squares that are masked as a whole (SimMIM: 32); 0 = patch_size", low=0
+    )
+    throw_ratio: float = option(
+        0.0, "attention masks (AMT): share of patches that neither encoder nor loss sees", low=0, high=1
+    )
+    warmup_mask_ratio: float = option(
+        0.75, "attention masks: ratio of the random masks before the first maps", low=0, high=1
+    )
+    map_refresh_epochs: int = option(40, "attention masks: epochs between two passes that make the maps anew", above=0)
     map_crop: str = option(
         "image",
         "attention masks: the map is cropped with its image, or its top left cells read, as released code does",
         choices=MAP_CROPS,
     )
     map_per_head: bool = option(False, "attention masks: scale each head's map and then average, as released code does")
-    alpha_start: float = option(0.0, "share of the mask that the teacher chooses, at the start")
-    alpha_end: float = option(0.5, "the same at the end; linear in between (Eq. 8)")
+    alpha_start: float = option(
+        0.0, "share of the mask that the teacher chooses, at the start", low=0, high=1, origin=f"{PAPER}, Eq. 8"
+    )
+    alpha_end: float = option(
+        0.5,
+        "the same at the end; linear in between (Eq. 8)",
+        low=0,
+        high=1,
+        origin=f"{PAPER}, Eq. 8; the released code counts (epoch+1)/T",
+    )
     alpha_schedule: str = option(
         "released",
         "how far between them: (epoch+1)/epochs as in the released code, epoch/epochs as in the paper, or per step",
         choices=ALPHA_SCHEDULES,
+        origin=f"{RELEASED}, the paper counts epoch/T",
     )
-    predict_loss: str = option("relative", "objective of the loss predictor (Eq. 4-7)", choices=PREDICT_LOSSES)
+    predict_loss: str = option(
+        "relative", "objective of the loss predictor (Eq. 4-7)", choices=PREDICT_LOSSES, origin=f"{PAPER}, Eq. 5-7"
+    )
     absolute_standardize: bool = option(
-        True, "absolute objective: of losses standardised per image (released code), not raw ones (Eq. 4)"
+        True,
+        "absolute objective: of losses standardised per image (released code), not raw ones (Eq. 4)",
+        origin=f"{RELEASED}, Eq. 4 has raw losses",
     )
     target: str = option(
         "pixels",
         "what masked patches are compared with: their pixels, or features by the EMA teacher, DINO or CLIP",
         choices=TARGETS,
+        origin=f"{PAPER}, which ablates features of the EMA teacher, DINO and CLIP",
     )
     target_weights: str = option(
         "",
@@ -94,14 +126,31 @@ class Recipe:
         "timm's of the published ViT-B/16",
     )
     target_model: str = option("", "timm architecture of these weights; empty = the published ViT-B/16, or timm:NAME's")
-    target_dim: int = option(0, "width of their features; 0 = 768 for dino, 512 for clip")
-    pixel_loss: str = option("mse", "reconstruction loss: mse (MAE, HPM) or l1 (SimMIM)", choices=PIXEL_LOSSES)
-    norm_pix_loss: bool = option(False, "normalise each target patch to zero mean and unit variance")
-    ema_momentum: float = option(0.999, "teacher momentum at the start (Eq. 1)")
-    ema_momentum_end: float = option(0.9999, "teacher momentum after the ramp")
-    ema_ramp_epochs: int = option(100, "epochs over which the momentum ramps up linearly")
+    target_dim: int = option(0, "width of their features; 0 = 768 for dino, 512 for clip", low=0)
+    pixel_loss: str = option(
+        "mse", "reconstruction loss: mse (MAE, HPM) or l1 (SimMIM)", choices=PIXEL_LOSSES, origin=PAPER
+    )
+    norm_pix_loss: bool = option(
+        False,
+        "normalise each target patch to zero mean and unit variance",
+        origin=f"{RELEASED}, its scripts; MAE's have --norm_pix_loss",
+    )
+    ema_momentum: float = option(
+        0.999,
+        "teacher momentum at the start (Eq. 1)",
+        low=0,
+        high=1,
+        origin=f"{RELEASED}, a ramp; the papers name one momentum: --ema_ramp_epochs 0 with both momenta alike",
+    )
+    ema_momentum_end: float = option(0.9999, "teacher momentum after the ramp", low=0, high=1, origin=RELEASED)
+    ema_ramp_epochs: int = option(
+        100,
+        "epochs over which the momentum ramps up linearly",
+        low=0,
+        origin=f"{RELEASED}, not scaled to the run's length",
+    )
     teacher_scale: int = option(
-        1, "the teacher sees images this many times smaller, its map is enlarged; 1 = full size (fast mode)"
+        1, "the teacher sees images this many times smaller, its map is enlarged; 1 = full size (fast mode)", above=0
     )
     teacher_precision: str = option(
         "model",
@@ -114,30 +163,46 @@ class Recipe:
         "(fast mode)",
     )
     # optimisation
-    batch_size: int = option(64, "samples per device and micro-step", run_only=True)
+    batch_size: int = option(64, "samples per device and micro-step", above=0, run_only=True)
     accum_iter: int = option(
-        0, "micro-steps per update; 0 = global_batch_size / (batch_size x devices), or 1", run_only=True
+        0, "micro-steps per update; 0 = global_batch_size / (batch_size x devices), or 1", low=0, run_only=True
     )
-    global_batch_size: int = option(0, "samples per update over all devices; 0 = batch_size x devices x accum_iter")
-    epochs: int = option(200, "epochs of the whole schedule")
-    warmup_epochs: float = option(40.0, "epochs of linear learning-rate warm-up")
-    blr: float = option(1.5e-4, "base learning rate: lr = blr x global batch / 256")
-    lr: float = option(0.0, "absolute learning rate; 0 = from blr")
-    min_lr: float = option(0.0, "learning rate at the end of the cosine")
-    weight_decay: float = option(0.05, "AdamW weight decay (none on biases, norms and tokens)")
-    beta1: float = option(0.9, "AdamW beta1")
-    beta2: float = option(0.95, "AdamW beta2")
-    clip_grad: float = option(5.0, "clip the gradient norm to this; 0 = off")
+    global_batch_size: int = option(
+        0,
+        "samples per update over all devices; 0 = batch_size x devices x accum_iter",
+        low=0,
+        origin=f"{OURS}, PRETRAIN.md: 2048, the released scripts: 256",
+    )
+    epochs: int = option(200, "epochs of the whole schedule", above=0, origin=f"{PAPER}, of the ablations")
+    warmup_epochs: float = option(40.0, "epochs of linear learning-rate warm-up", low=0, origin=RELEASED)
+    blr: float = option(1.5e-4, "base learning rate: lr = blr x global batch / 256", low=0, origin=RELEASED)
+    lr: float = option(0.0, "absolute learning rate; 0 = from blr", low=0, origin=f"{RELEASED}, blr x batch / 256")
+    min_lr: float = option(0.0, "learning rate at the end of the cosine", low=0, origin=RELEASED)
+    weight_decay: float = option(
+        0.05,
+        "AdamW weight decay (none on biases, norms and tokens)",
+        low=0,
+        origin=f"{RELEASED}, which decays cls and mask token too",
+    )
+    beta1: float = option(0.9, "AdamW beta1", low=0, high=1, origin=RELEASED)
+    beta2: float = option(0.95, "AdamW beta2", low=0, high=1, origin=RELEASED)
+    clip_grad: float = option(
+        5.0, "clip the gradient norm to this; 0 = off", low=0, origin=f"{RELEASED}, not in the papers: --clip_grad 0"
+    )
     init_from: str = option("", "start from the weights of this run, checkpoint or import; empty = from the seed")
-    seed: int = option(0, "seed of the weights, the sample order, the crops and the masks")
+    seed: int = option(0, "seed of the weights, the sample order, the crops and the masks", low=0)
     # data
     data_path: str = option("", "prepared set (.beton), several joined by commas, image folder, or synthetic:N")
-    crop_min: float = option(0.2, "smallest share of the image area that a random crop covers")
-    flip: bool = option(True, "flip training images at random")
+    crop_min: float = option(
+        0.2, "smallest share of the image area that a random crop covers", low=0, high=1, origin=RELEASED
+    )
+    flip: bool = option(True, "flip training images at random", origin=RELEASED)
     interpolation: str = option(
         "bicubic", "how crops are resized; area is a little faster and softer", choices=INTERPOLATIONS
     )
-    color_jitter: float = option(0.0, "brightness, contrast and saturation vary by up to this share; 0 = off")
+    color_jitter: float = option(
+        0.0, "brightness, contrast and saturation vary by up to this share; 0 = off", low=0, high=1
+    )
     sample_order: str = option(
         "random",
         "order of an epoch; blocks: for sets larger than memory, neighbours on disk are read together and shuffled "
@@ -150,25 +215,29 @@ class Recipe:
         "with --copy",
         choices=DECODERS,
     )
-    steps_per_epoch: int = option(0, "updates per epoch; 0 = all full global batches of the data set")
+    steps_per_epoch: int = option(0, "updates per epoch; 0 = all full global batches of the data set", low=0)
     # the run itself: none of these changes what is learnt
     activation_checkpointing: bool = option(
         False, "save memory: keep the blocks' inputs only, compute the rest again in the backward pass", run_only=True
     )
-    num_workers: int = option(0, "decoding threads per device; 0 = cores / devices on this machine", run_only=True)
+    num_workers: int = option(
+        0, "decoding threads per device; 0 = cores / devices on this machine", low=0, run_only=True
+    )
     max_bad_samples: float = option(
         0.001,
         "share of the samples that may turn out not to decode (others take their places) before the run stops; 10 are "
         "always put up with, 0 = none",
+        low=0,
+        high=1,
         run_only=True,
     )
     output_dir: str = option("", "folder for checkpoints, logs, pictures and the report", run_only=True)
     deepspeed_config: str = option("ds_configs/zero1_bf16.json", "DeepSpeed JSON: how to run", run_only=True)
     resume: str = option("auto", "auto = newest valid checkpoint in output_dir, none, or a checkpoint", run_only=True)
-    log_every: int = option(20, "updates between two readings of the metrics", run_only=True)
-    save_every: int = option(10, "epochs between two checkpoints", run_only=True)
-    keep_checkpoints: int = option(3, "checkpoints kept; the newest valid one is never deleted", run_only=True)
-    keep_every: int = option(0, "epochs between two checkpoints that are kept for ever; 0 = none", run_only=True)
+    log_every: int = option(20, "updates between two readings of the metrics", above=0, run_only=True)
+    save_every: int = option(10, "epochs between two checkpoints", above=0, run_only=True)
+    keep_checkpoints: int = option(3, "checkpoints kept; the newest valid one is never deleted", above=0, run_only=True)
+    keep_every: int = option(0, "epochs between two checkpoints that are kept for ever; 0 = none", low=0, run_only=True)
     on_nonfinite: str = option(
         "halt",
         "what an update does whose loss or gradient is not finite: end the run, be left out, or go back to the last "
@@ -176,31 +245,35 @@ class Recipe:
         choices=ON_NONFINITE,
         run_only=True,
     )
-    max_nonfinite: int = option(10, "updates that on_nonfinite may leave out before the run ends", run_only=True)
-    panel_every: int = option(10, "epochs between two picture panels; 0 = off", run_only=True)
+    max_nonfinite: int = option(10, "updates that on_nonfinite may leave out before the run ends", low=0, run_only=True)
+    panel_every: int = option(10, "epochs between two picture panels; 0 = off", low=0, run_only=True)
     compile: bool = option(
         False, "compile the step with torch.compile: minutes at the start, then faster on GPUs", run_only=True
     )
     online_probe_every: int = option(
-        0, "updates between two steps of a linear probe on the encoder's detached features; 0 = off", run_only=True
+        0,
+        "updates between two steps of a linear probe on the encoder's detached features; 0 = off",
+        run_only=True,
+        low=0,
     )
     online_knn_every: int = option(
-        0, "epochs between two k-NN tests on a fixed part of the training set; 0 = off", run_only=True
+        0, "epochs between two k-NN tests on a fixed part of the training set; 0 = off", low=0, run_only=True
     )
-    stop_after: int = option(0, "stop after this many updates, keeping the schedule; 0 = never", run_only=True)
+    stop_after: int = option(0, "stop after this many updates, keeping the schedule; 0 = never", low=0, run_only=True)
 
     def __post_init__(self) -> None:
-        self._check_types()
-        self._check_ranges()
+        validate(self)
+        self._check_schedule()
+        self._check_predictor()
         self._check_target()
         self._check_patches()
+        self._check_masks()
 
     # ---------------------------------------------------------------------------------------------- derived
     @property
     def image_size(self) -> tuple[int, int]:
         """(height, width) of the training crop."""
-        height, _, width = self.input_size.partition("x")
-        return int(height), int(width or height)
+        return rules.sides_of(self.input_size)
 
     @property
     def grid_size(self) -> tuple[int, int]:
@@ -293,19 +366,9 @@ class Recipe:
         """
         per_micro_step = self.batch_size * world_size
         asked = self.global_batch_size or per_micro_step * max(self.accum_iter, 1)
-        if asked % per_micro_step:
-            raise UserError(
-                f"global_batch_size {asked} is not a multiple of batch_size {self.batch_size} x {world_size} devices "
-                f"= {per_micro_step}; choose a batch_size that divides {asked}/{world_size}, another number of "
-                f"devices, or --global_batch_size {max(1, asked // per_micro_step) * per_micro_step}"
-            )
-        accum_iter = asked // per_micro_step
-        if self.accum_iter not in (0, accum_iter):
-            raise UserError(
-                f"accum_iter {self.accum_iter} contradicts global_batch_size {asked} (batch_size {self.batch_size} x "
-                f"{world_size} devices needs accum_iter {accum_iter}); leave one of them out"
-            )
-        return accum_iter
+        rules.devices_share_batch(asked, self.batch_size, world_size)
+        rules.accumulation_fits(self.accum_iter, asked, self.batch_size, world_size)
+        return asked // per_micro_step
 
     def resolve(self, num_samples: int, world_size: int) -> "Recipe":
         """Fill what depends on the data and the machines: accum_iter, global_batch_size, lr, steps_per_epoch.
@@ -315,16 +378,7 @@ class Recipe:
         accum_iter = self.accumulation(world_size)
         asked = accum_iter * self.batch_size * world_size
         available = num_samples // asked
-        if available < 1:
-            raise UserError(
-                f"the data set has {num_samples} samples, fewer than one global batch of {asked}; "
-                f"use a smaller --batch_size or --global_batch_size"
-            )
-        if self.steps_per_epoch > available:
-            raise UserError(
-                f"steps_per_epoch {self.steps_per_epoch} is more than the {available} full global batches "
-                f"of {asked} that the data set has; use 0 for all of them"
-            )
+        rules.data_fill_epoch(num_samples, asked, self.steps_per_epoch)
         return dataclasses.replace(
             self,
             accum_iter=accum_iter,
@@ -333,205 +387,59 @@ class Recipe:
             steps_per_epoch=self.steps_per_epoch or available,
         )
 
-    # ---------------------------------------------------------------------------------------------- checks
-    def _check_types(self) -> None:
-        for field in dataclasses.fields(self):
-            value, want = getattr(self, field.name), field.type
-            if want is float and type(value) is int:
-                object.__setattr__(self, field.name, float(value))
-            elif type(value) is not want:
-                raise UserError(f"{field.name} is {value!r}, expected {getattr(want, '__name__', want)}")
-            choices = field.metadata["choices"]
-            if choices and value not in choices:
-                raise UserError(
-                    f"{field.name} is {value!r}, expected one of {', '.join(choices)}{nearest(str(value), choices)}"
-                )
+    def loader_options(self, **changes: Any) -> LoaderOptions:
+        """What a loader of samples for this recipe's model is asked for, but for `changes`.
 
-    def _check_ranges(self) -> None:
-        positive = (
-            "patch_size",
-            "channels",
-            "num_frames",
-            "sampling_rate",
-            "tubelet_size",
-            "decoder_dim",
-            "decoder_depth",
-            "decoder_heads",
-            "batch_size",
-            "epochs",
-            "log_every",
-            "save_every",
-            "keep_checkpoints",
-            "teacher_scale",
-            "map_refresh_epochs",
-        )
-        not_negative = (
-            "accum_iter",
-            "online_probe_every",
-            "online_knn_every",
-            "global_batch_size",
-            "warmup_epochs",
-            "blr",
-            "lr",
-            "min_lr",
-            "weight_decay",
-            "clip_grad",
-            "steps_per_epoch",
-            "num_workers",
-            "panel_every",
-            "stop_after",
-            "keep_every",
-            "max_nonfinite",
-            "ema_ramp_epochs",
-            "seed",
-            "mask_unit",
-            "target_dim",
-            "predictor_dim",
-            "predictor_depth",
-        )
-        shares = (
-            *("alpha_start", "alpha_end", "ema_momentum", "ema_momentum_end", "crop_min", "beta1", "beta2"),
-            *("color_jitter", "max_bad_samples", "throw_ratio", "warmup_mask_ratio"),
-        )
-        for name in positive:
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name} is {getattr(self, name)}, expected more than 0")
-        for name in not_negative:
-            if not getattr(self, name) >= 0:
-                raise UserError(f"{name} is {getattr(self, name)}, expected 0 or more")
-        for name in shares:
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name} is {getattr(self, name)}, expected 0 to 1")
-        if self.keep_every % self.save_every:
-            raise UserError(
-                f"keep_every {self.keep_every} is not a multiple of save_every {self.save_every}: nothing would be "
-                f"there to keep; use e.g. --keep_every {-(-self.keep_every // self.save_every) * self.save_every}"
-            )
-        if self.warmup_epochs > self.epochs:
-            raise UserError(
-                f"warmup_epochs {self.warmup_epochs:g} is more than epochs {self.epochs}; lower --warmup_epochs"
-            )
-        for name in ("decoder_dim", "predictor_dim"):
-            if getattr(self, name) % self.decoder_heads or getattr(self, name) % 4:
-                raise UserError(
-                    f"{name} {getattr(self, name)} must be a multiple of 4 and of decoder_heads {self.decoder_heads}"
-                )
-        if self.predict_loss != "none" and self.model.startswith(("mae_", "videomae_")):
-            other = f"hpm_{self.model.partition('_')[2]}{'_video' if self.model.startswith('video') else ''}"
-            raise UserError(f"model {self.model} has no loss predictor; use --predict_loss none, or the model {other}")
-        if self.masks_by_difficulty and self.predict_loss == "none":
-            raise UserError(
-                f"mask_policy {self.mask_policy} follows predicted losses, but predict_loss is none; use "
-                f"--predict_loss relative, or --mask_policy random"
-            )
-        if self.predict_loss == "none" and (self.predictor_dim or self.predictor_depth):
-            raise UserError(
-                f"predictor_dim {self.predictor_dim} and predictor_depth {self.predictor_depth} shape the loss "
-                f"predictor, but predict_loss is none; use 0 for both, or --predict_loss relative"
-            )
+        With `train=False` only what the model needs (sizes, frames): how training draws its crops is not asked for.
+        """
+        names = ["batch_size", "image_size", "channels", "num_workers", "num_frames", "sampling_rate"]
+        asked: dict[str, Any] = {}
+        if changes.get("train", True):
+            names += ["seed", "crop_min", "flip", "interpolation", "color_jitter", "sample_order", "max_bad_samples"]
+            asked["decoder"] = self.video_decoder
+        return LoaderOptions(**{name: getattr(self, name) for name in names} | asked | changes)
+
+    # ---------------------------------------------------------------------------------------------- checks
+    def _check_schedule(self) -> None:
+        rules.kept_checkpoints_are_saved(self.keep_every, self.save_every)
+        rules.warmup_ends(self.warmup_epochs, self.epochs)
+
+    def _check_predictor(self) -> None:
+        rules.width_fits_heads("decoder_dim", self.decoder_dim, self.decoder_heads)
+        rules.width_fits_heads("predictor_dim", self.predictor_dim, self.decoder_heads)
+        rules.model_has_predictor(self.model, self.predict_loss)
+        rules.difficulty_is_learnt(self.mask_policy, self.masks_by_difficulty, self.predict_loss)
+        rules.predictor_is_used(self.predict_loss, self.predictor_dim, self.predictor_depth)
         self._check_fast_modes()
-        if not self.absolute_standardize and self.predict_loss != "absolute":
-            raise UserError(
-                f"absolute_standardize is off, but predict_loss is {self.predict_loss}; it belongs to "
-                f"--predict_loss absolute"
-            )
+        rules.losses_are_standardized(self.absolute_standardize, self.predict_loss)
 
     def _check_fast_modes(self) -> None:
-        shared, cross = self.predictor == "shared", self.decoder_attention == "cross"
-        if shared and self.predict_loss == "none":
-            raise UserError("predictor is shared, but predict_loss is none; use --predict_loss relative")
-        if shared and (self.predictor_dim or self.predictor_depth):
-            raise UserError(
-                f"predictor_dim {self.predictor_dim} and predictor_depth {self.predictor_depth} shape a loss predictor "
-                f"of its own, but predictor is shared; use 0 for both, or --predictor separate"
-            )
-        if (shared or cross) and self.model.startswith("simmim_"):
-            raise UserError(
-                f"model {self.model} has no decoder blocks to share or to attend in; use --predictor separate "
-                f"--decoder_attention self"
-            )
-        if self.teacher_maps and (not self.masks_by_difficulty or self.num_frames > 1):
-            raise UserError(
-                f"teacher_maps keeps a teacher's maps of images, but mask_policy is {self.mask_policy} and num_frames "
-                f"{self.num_frames}; use --mask_policy hpm on images, or --no-teacher_maps"
-            )
-        if not self.masks_by_difficulty and (self.teacher_scale != 1 or self.teacher_precision != "model"):
-            raise UserError(
-                f"teacher_scale {self.teacher_scale} and teacher_precision {self.teacher_precision} change the "
-                f"teacher, but mask_policy {self.mask_policy} uses none; use --mask_policy hpm"
-            )
+        follows = self.masks_by_difficulty
+        rules.shared_predictor_is_used(self.predictor, self.predict_loss)
+        rules.shared_predictor_has_no_shape(self.predictor, self.predictor_dim, self.predictor_depth)
+        rules.decoder_has_blocks(self.model, self.predictor, self.decoder_attention)
+        rules.teacher_maps_are_of_images(self.teacher_maps, self.mask_policy, follows, self.num_frames)
+        rules.teacher_is_asked(self.mask_policy, follows, self.teacher_scale, self.teacher_precision)
 
     def _check_target(self) -> None:
-        if self.target not in FROZEN_DIMS and (self.target_weights or self.target_model or self.target_dim):
-            raise UserError(
-                f"target_weights, target_model and target_dim describe a dino or clip teacher, but target is "
-                f"{self.target}; leave them out, or use --target dino"
-            )
-        if self.target == "pixels":
-            return
-        if self.num_frames > 1 or "video" in self.model:
-            raise UserError(
-                f"target {self.target} is for images, and {self.model} is a video model; use --target pixels"
-            )
-        if self.target == "ema" and (self.teacher_scale != 1 or self.teacher_maps):
-            raise UserError(
-                f"target ema takes features of every patch from the teacher in every step, and teacher_scale is "
-                f"{self.teacher_scale}, teacher_maps {self.teacher_maps}; use --teacher_scale 1 --no-teacher_maps"
-            )
-        if self.pixel_loss != "mse" or self.norm_pix_loss:
-            raise UserError(
-                f"target {self.target} compares directions of features, and pixel_loss {self.pixel_loss} with "
-                f"norm_pix_loss {self.norm_pix_loss} is for pixels; use --pixel_loss mse --no-norm_pix_loss, or "
-                f"--target pixels"
-            )
+        frozen = self.target in FROZEN_DIMS
+        rules.target_has_weights(self.target, frozen, self.target_weights, self.target_model, self.target_dim)
+        rules.features_are_of_images(self.target, self.model, self.num_frames)
+        rules.ema_features_are_whole(self.target, self.teacher_scale, self.teacher_maps)
+        rules.loss_is_of_pixels(self.target, self.pixel_loss, self.norm_pix_loss)
 
     def _check_patches(self) -> None:
-        parts = self.input_size.split("x")
-        if len(parts) > 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
-            raise UserError(f"input_size is {self.input_size!r}, expected a side like 224 or HEIGHTxWIDTH like 96x160")
-        for side in self.image_size:
-            if side % self.patch_size:
-                near = max(1, round(side / self.patch_size)) * self.patch_size
-                raise UserError(
-                    f"input_size {self.input_size} is not a multiple of patch_size {self.patch_size}; "
-                    f"use e.g. --input_size {near}"
-                )
-        if self.num_frames % self.tubelet_size:
-            near = max(1, round(self.num_frames / self.tubelet_size)) * self.tubelet_size
-            raise UserError(
-                f"num_frames {self.num_frames} is not a multiple of tubelet_size {self.tubelet_size}; use e.g. "
-                f"--num_frames {near}"
-            )
-        if self.mask_unit % self.patch_size:
-            near = max(1, round(self.mask_unit / self.patch_size)) * self.patch_size
-            raise UserError(
-                f"mask_unit {self.mask_unit} is not a multiple of patch_size {self.patch_size}; use e.g. "
-                f"--mask_unit {near}"
-            )
-        if self.teacher_scale > 1 and self.num_frames > 1:
-            raise UserError(f"teacher_scale {self.teacher_scale} is for images; use 1 with {self.num_frames} frames")
-        if any(side % self.teacher_scale for side in self.grid_size):
-            raise UserError(
-                f"teacher_scale {self.teacher_scale} does not divide the grid of {self.grid_size[0]} x "
-                f"{self.grid_size[1]} patches; use 1, or another --input_size"
-            )
-        masked, thrown = self.num_masked, self.mask_plan.num_thrown
-        if masked and thrown and masked + thrown >= self.num_patches:
-            raise UserError(
-                f"mask_ratio {self.mask_ratio} and throw_ratio {self.throw_ratio} of {self.num_patches} patches leave "
-                f"no visible patch; choose ratios whose sum is below 1"
-            )
-        if not 0 < masked < self.num_patches:
-            raise UserError(
-                f"mask_ratio {self.mask_ratio} of {self.num_patches} patches leaves no "
-                f"{'masked' if masked == 0 else 'visible'} patch; choose one strictly between 0 and 1 that "
-                f"masks 1 to {self.num_patches - 1} patches"
-            )
-        if self.uses_maps and not 0 < self.warmup_plan.num_masked < self.num_patches:
-            raise UserError(
-                f"warmup_mask_ratio {self.warmup_mask_ratio} of {self.num_patches} patches leaves no masked or no "
-                f"visible patch; choose one strictly between 0 and 1, e.g. --warmup_mask_ratio 0.75"
-            )
+        rules.patches_fill_image(self.input_size, self.image_size, self.patch_size)
+        rules.is_multiple("num_frames", self.num_frames, "tubelet_size", self.tubelet_size)
+        rules.is_multiple("mask_unit", self.mask_unit, "patch_size", self.patch_size)
+        rules.small_teacher_sees_images(self.teacher_scale, self.num_frames, self.grid_size)
+
+    def _check_masks(self) -> None:
+        patches, plan = self.num_patches, self.mask_plan
+        rules.some_stay_visible(self.mask_ratio, plan.num_masked, self.throw_ratio, plan.num_thrown, patches)
+        rules.some_are_masked(self.mask_ratio, plan.num_masked, patches)
+        if self.uses_maps:
+            rules.some_are_masked_before_maps(self.warmup_mask_ratio, self.warmup_plan.num_masked, patches)
 
 
 # -------------------------------------------------------------------------------------------------- to and from text

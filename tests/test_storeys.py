@@ -10,7 +10,7 @@ from tests.helpers.launch import ROOT
 
 # From the ground up; a storey is one word or several that stand side by side.
 STOREYS = (
-    "errors machine", "files", "cli", "options", "data", "mask loss layers model recipe schedule patches", "recipes",
+    "errors machine", "files", "cli", "options", "data", "mask loss layers model rules recipe schedule patches", "recipes",
     "ranks", "speed", "targets step teacher", "maps", "checkpoint", "exchange", "run", "probes", "pictures", "commands",
     "pretrain",
 )  # fmt: skip

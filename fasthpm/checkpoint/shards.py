@@ -135,6 +135,11 @@ class SavedState:
         return list(self._places)
 
     @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the parameters."""
+        return {name: place.shape for name, place in self._places.items()}
+
+    @property
     def optimizer_step(self) -> int:
         """Updates that the moments have seen."""
         return int(self.layouts[0]["optimizer_step"])
@@ -195,8 +200,7 @@ def restore(layout: MasterLayout, saved: SavedState) -> None:
 
 def _check_names(layout: MasterLayout, saved: SavedState) -> None:
     wanted = {slot.name: tuple(slot.shape) for group in layout.groups for slot in group.slots}
-    there = {name: saved._places[name].shape for name in saved.names}
-    wrong = sorted({*wanted.items()} ^ {*there.items()})
+    wrong = sorted({*wanted.items()} ^ {*saved.shapes.items()})
     if wrong or not all(saved.has(state) for state in _states(layout)):
         what = ", ".join(f"{name} {list(shape)}" for name, shape in wrong[:6]) or "no EMA"
         raise UserError(f"the checkpoint is of another model: {what}; resume with the recipe that wrote it")

@@ -36,23 +36,8 @@ FILLED = AHEAD + 1  # batches that may be decoded before anybody asks
 def measure_decode(recipe: Recipe, seconds: float) -> dict[str, float]:
     """The recipe's crops from its data set, with all its threads: {"images_per_second", "workers"}."""
     samples = read_info(recipe.data_path).num_samples
-    options = {
-        name: getattr(recipe, name)
-        for name in ("interpolation", "color_jitter", "sample_order", "max_bad_samples", "num_frames", "sampling_rate")
-        if hasattr(recipe, name)
-    }
-    loader = build_loader(
-        recipe.data_path,
-        batch_size=min(recipe.batch_size, samples, DECODE_BATCH),
-        image_size=recipe.image_size,
-        channels=recipe.channels,
-        seed=recipe.seed,
-        num_workers=recipe.num_workers,
-        crop_min=recipe.crop_min,
-        flip=recipe.flip,
-        decoder=recipe.video_decoder,
-        **options,
-    )
+    options = recipe.loader_options(batch_size=min(recipe.batch_size, samples, DECODE_BATCH))
+    loader = build_loader(recipe.data_path, options)
     try:
         rate = decode_rate(loader, seconds)
     finally:

@@ -8,7 +8,7 @@ most of the time, and each of torch's worker processes does both.
 import random
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -22,13 +22,12 @@ from torch.utils.data import DataLoader, Dataset
 from fasthpm.data.bad import BadSample
 from fasthpm.data.base import REPLACEMENTS, PrefetchLoader
 from fasthpm.data.build import build_loader
-from fasthpm.data.options import count_workers
+from fasthpm.data.keys import Stream
+from fasthpm.data.options import LoaderOptions, count_workers
 from fasthpm.data.sampling import Array, key_of, mix, replacements
 from fasthpm.data.types import Batch
 from fasthpm.data.video.sampling import REPEATS
 from fasthpm.errors import UserError
-
-AUGMENT = 6  # purpose of a key, beside those of `sampling`
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class AugmentedImages(Dataset[Sample]):
         epoch, asked, repeat = key
         drawn = epoch + (repeat << REPEATS)  # draw 0 is that of an epoch without repeats
         pixels, sample = self._read(epoch, asked, drawn)
-        seed = int(mix(key_of(self.base.options.seed, drawn, AUGMENT) ^ mix(np.array([asked], np.uint64)))[0])
+        seed = int(mix(key_of(self.base.options.seed, drawn, Stream.AUGMENT) ^ mix(np.array([asked], np.uint64)))[0])
         return self._augment(pixels, seed), int(self.base.labels_of(np.array([sample]))[0]), sample, sample != asked
 
     def _stored(self, drawn: int, sample: int) -> Array | None:
@@ -146,16 +145,22 @@ class AugmentedLoader:
     """A `Loader` whose batches hold float32 [B, C, H, W] or clips [B, C, T, H, W], augmented and normalised over the
     data set.
 
-    - `options`: of `build_loader`; `augmentation`: what happens to a sample. `num_workers` processes, 0 = cores / ranks
+    - `augmentation`: what happens to a sample; `options`: the rest, with or without `train`, which is on. `num_workers`
+      processes, 0 = cores / ranks
     - `repeats`: draws of every sample per epoch, side by side in a batch of batch_size * repeats rows (repeated
       augmentation, Hoffer et al. 2020)
     """
 
-    def __init__(self, data_path: str, augmentation: Augmentation, *, repeats: int = 1, **options: Any) -> None:
-        given = {"train": True, "crop": "random_resized", "crop_min": augmentation.crop_min, "flip": augmentation.flip}
-        self.base = cast(PrefetchLoader, build_loader(data_path, **{**given, **options, "num_workers": 1}))
+    def __init__(self, data_path: str, augmentation: Augmentation, options: LoaderOptions, *, repeats: int = 1) -> None:
+        own: dict[str, Any] = {
+            "train": True,
+            "crop": "random_resized",
+            "crop_min": augmentation.crop_min,
+            "flip": augmentation.flip,
+        }
+        self.base = cast(PrefetchLoader, build_loader(data_path, replace(options, num_workers=1, **own)))
         self.info, self.batch_size, self.repeats = self.base.info, self.base.batch_size, repeats
-        self.num_workers = count_workers(options.get("num_workers", 0))
+        self.num_workers = count_workers(options.num_workers)
         kind = AugmentedClips if self.base.options.num_frames > 1 else AugmentedImages
         self.images = kind(self.base, augmentation)
         self._position = (0, 0)
@@ -202,7 +207,7 @@ class AugmentedLoader:
     def _keys(self, epoch: int, batch: int) -> Iterator[list[Key]]:
         while True:
             for number in range(batch, len(self)):
-                ids = self.base._ids(epoch, number).tolist()
+                ids = self.base.ids_of(epoch, number).tolist()
                 yield [(epoch, sample, repeat) for sample in ids for repeat in range(self.repeats)]
             epoch, batch = epoch + 1, 0
 

@@ -189,7 +189,7 @@ class PrefetchLoader(ABC):
             return 1.0
         return 1.0 if self._all_sized(self.options.image_size) else DEFAULT_CROP_PCT
 
-    def _ids(self, epoch: int, batch: int) -> Array:
+    def ids_of(self, epoch: int, batch: int) -> Array:
         """This rank's rows of global batch `batch`: int64, `batch_size` of them or, in a ragged last one, fewer."""
         start = batch * self.options.global_batch + self.options.rank * self.batch_size
         return self._epoch_order(epoch)[start : start + self.batch_size].astype(np.int64)
@@ -227,7 +227,7 @@ class PrefetchLoader(ABC):
         """Tell the storage of this batch and the next, and, of blocks, piece by piece of the next pool."""
         first = self._announced[1] if self._announced[0] == epoch else 0
         for coming in range(max(first, batch), min(batch + 2, len(self))):
-            self._read_ahead(self._ids(epoch, coming))
+            self._read_ahead(self.ids_of(epoch, coming))
         self._announced = (epoch, batch + 2)
         if self.options.train and self.options.sample_order == "blocks":
             self._read_ahead(self._next_pool(epoch, batch))
@@ -245,7 +245,7 @@ class PrefetchLoader(ABC):
     def _make(self, epoch: int, batch: int) -> Batch:
         """Decode one batch of `epoch`."""
         self._announce(epoch, batch)
-        return self.take(epoch, np.repeat(self._ids(epoch, batch), self.options.num_views))
+        return self.take(epoch, np.repeat(self.ids_of(epoch, batch), self.options.num_views))
 
     def take(self, epoch: int, asked: Array) -> Batch:
         """Decode the samples `asked` [B] as `epoch` crops them, into fresh memory (pinned if there is CUDA)."""

@@ -1,7 +1,7 @@
 """Batches on the device, one ahead: while a step works on one batch, the next one is decoded and copied."""
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -12,6 +12,7 @@ from fasthpm.data.bad import BadSample
 from fasthpm.data.types import Batch, Loader
 
 Arrival = torch.cuda.Event | None  # fires when a batch is on the device; None where copies do not run by themselves
+Copied = tuple[Batch, dict[str, Any], Arrival]  # and the loader's position after it
 
 
 def on_device(loader: Loader, device: torch.device) -> Loader:
@@ -39,7 +40,8 @@ class DeviceLoader:
         self._stop_current()
         if self._loader.state_dict() != self._state:  # the last iteration ended with a batch asked for, not given
             self._loader.load_state_dict(self._state)
-        current = _OnDevice(self, iter(self._loader))
+        copies = _copied(iter(self._loader), self._loader, self._device)
+        current = _OnDevice(Background(copies, 1, "fasthpm-device"), self._device, self._given)
         self._current = weakref.ref(current)
         return current
 
@@ -63,6 +65,10 @@ class DeviceLoader:
         self._stop_current()
         self._loader.close()
 
+    def _given(self, state: dict[str, Any]) -> None:
+        """The consumer has the batch before `state`."""
+        self._state = state
+
     def _stop_current(self) -> None:
         current = self._current() if self._current else None
         if current is not None:
@@ -73,9 +79,10 @@ class DeviceLoader:
 class _OnDevice:
     """The iterator of one epoch."""
 
-    def __init__(self, owner: DeviceLoader, batches: Iterator[Batch]) -> None:
-        self._owner = owner
-        self.ahead = Background(_copied(batches, owner._loader, owner._device), 1, "fasthpm-device")
+    def __init__(
+        self, ahead: Background[Copied], device: torch.device, given: Callable[[dict[str, Any]], None]
+    ) -> None:
+        self.ahead, self._device, self._given = ahead, device, given
 
     def __iter__(self) -> "_OnDevice":
         return self
@@ -83,14 +90,12 @@ class _OnDevice:
     def __next__(self) -> Batch:
         batch, state, arrival = next(self.ahead)
         if arrival is not None:
-            _hand_over(batch, arrival, torch.cuda.current_stream(self._owner._device))
-        self._owner._state = state
+            _hand_over(batch, arrival, torch.cuda.current_stream(self._device))
+        self._given(state)
         return batch
 
 
-def _copied(
-    batches: Iterator[Batch], loader: Loader, device: torch.device
-) -> Iterator[tuple[Batch, dict[str, Any], Arrival]]:
+def _copied(batches: Iterator[Batch], loader: Loader, device: torch.device) -> Iterator[Copied]:
     """Each batch on `device`, the loader's position after it, and when it arrives. Runs in the thread."""
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     for batch in batches:

@@ -7,60 +7,109 @@ from fasthpm.data.sampling import INTERPOLATIONS, SAMPLE_ORDERS
 from fasthpm.data.video.sampling import CROPS, DECODERS, FRAME_SAMPLINGS
 from fasthpm.errors import UserError
 from fasthpm.machine import count_cores
+from fasthpm.options import REQUIRED, option, validate
 
 MAX_BAD_SAMPLES = 0.001  # in training, unless asked otherwise
 
 
 @dataclass(frozen=True)
 class LoaderOptions:
-    """What `build_loader` was asked for; see there."""
+    """What `build_loader` is asked for, beside the path.
 
-    batch_size: int
-    image_size: tuple[int, int]
-    channels: int
-    seed: int = 0
-    rank: int = 0
-    world_size: int = 1
-    num_workers: int = 0
-    train: bool = True
-    crop_min: float = 0.2
-    flip: bool = True
-    crop_pct: float | None = None
-    accum_iter: int = 1
-    interpolation: str = "bicubic"
-    color_jitter: float = 0.0
-    sample_order: str = "random"
-    max_bad_samples: float | None = None
-    num_frames: int = 1
-    sampling_rate: int = 1
-    crop: str = "auto"
-    views: tuple[int, int] = (1, 1)
-    decoder: str = "auto"
-    whole: bool = False
-    frame_sampling: str = "dense"
+    **Raises:** `UserError` for values out of range.
+    """
+
+    batch_size: int = option(REQUIRED, "samples per rank and batch", low=1)
+    image_size: tuple[int, int] = option(REQUIRED, "(height, width) of what comes out, in pixels")
+    channels: int = option(REQUIRED, "1 or 3, as the set has them; synthetic images have as many as asked for")
+    seed: int = option(0, "of the order of the samples and of all that is drawn for them")
+    rank: int = option(0, "which share of the samples this process loads", low=0)
+    world_size: int = option(1, "how many processes share them", low=1)
+    num_workers: int = option(
+        0, "decoding threads of this rank, at most the cores there are; 0 = cores / LOCAL_WORLD_SIZE", low=0
+    )
+    train: bool = option(
+        True,
+        "shuffled by (seed, epoch), random crops and flips, only full global batches. Otherwise in order, the centre, "
+        "each sample once over all ranks, in batches of which the last may be smaller, on some ranks empty",
+    )
+    crop_min: float = option(0.2, "in training, a random resized crop covers this to 1 of the area", above=0, high=1)
+    flip: bool = option(True, "in training, mirror at random")
+    crop_pct: float | None = option(
+        None,
+        "without train, share of the largest centred box that is cut out; None = 0.875, or 1 when all stored images "
+        "have image_size already",
+        above=0,
+        high=1,
+    )
+    accum_iter: int = option(
+        1,
+        "batches per update: a training epoch holds whole updates only, so that it has the same samples however an "
+        "update is cut into batches",
+        low=1,
+    )
+    interpolation: str = option(
+        "bicubic",
+        "how crops are resized: bicubic (PIL's, antialiased) or area (pixel areas averaged)",
+        choices=INTERPOLATIONS,
+    )
+    color_jitter: float = option(
+        0.0, "in training, brightness, contrast and saturation are multiplied by 1 ± up to this; 0 = not", low=0, high=1
+    )
+    sample_order: str = option(
+        "random",
+        "blocks, for sets larger than memory: neighbours in storage are read together, and shuffled within a pool of "
+        "about 1 GiB (`sampling.block_order`)",
+        choices=SAMPLE_ORDERS,
+    )
+    max_bad_samples: float | None = option(
+        None,
+        "a sample that does not decode is replaced by another, which (seed, epoch, sample id) decide; once more "
+        "distinct ones than this share of the set are met (10 are always put up with; 0 = none), loading fails. None = "
+        "0.001 in training; without train the first one is an error, and none is replaced",
+        low=0,
+        high=1,
+    )
+    num_frames: int = option(
+        1,
+        "frames of a clip, 1 = images. In training a clip begins anywhere, drawn from (seed, epoch, sample id), else "
+        "in the middle; short videos are looped",
+        low=1,
+    )
+    sampling_rate: int = option(1, "a clip takes every how many-th frame of its video", low=1)
+    crop: str = option(
+        "auto",
+        "of training: random_resized, or multi_scale as VideoMAE pretrains; auto = that for videos",
+        choices=CROPS,
+    )
+    views: tuple[int, int] = option(
+        (1, 1),
+        "of videos, (clips, crops): every sample gives clips * crops rows one after the other, with the same id. In "
+        "evaluation evenly spaced clips of the video times crops along its longer side, to average predictions over "
+        "(VideoMAE: 5, 3 for Kinetics, 2, 3 for SSv2); in training (r, 1), r draws (repeated augmentation)",
+    )
+    decoder: str = option(
+        "auto",
+        "of videos: turbojpeg (libturbojpeg and our kernel) is auto; dali, DALI on the CPU; dali_gpu, DALI and nvJPEG: "
+        "batches are on the GPU; dali_video, DALI on the video files of a set prepared with --copy, by NVDEC where "
+        "there is a GPU",
+        choices=DECODERS,
+    )
+    whole: bool = option(False, "without train, the whole image instead of its centre, squeezed into image_size")
+    frame_sampling: str = option(
+        "dense",
+        "of prepared videos: dense, frames sampling_rate apart; segments, one frame of each of num_frames equal "
+        "stretches of the whole video, drawn in training, otherwise their middles (VideoMAE's fine-tuning on SSv2)",
+        choices=FRAME_SAMPLINGS,
+    )
 
     def __post_init__(self) -> None:
-        self._check("batch_size", self.batch_size >= 1, "1 or more")
+        validate(self, show=str)
         self._check("image_size", min(self.image_size) >= 1, "a height and a width of 1 or more")
         self._check("channels", self.channels in (1, 3), "1 (grey) or 3 (RGB)")
-        self._check("num_frames", self.num_frames >= 1, "1 (images) or more")
-        self._check("sampling_rate", self.sampling_rate >= 1, "1 (every frame) or more")
-        self._check("accum_iter", self.accum_iter >= 1, "1 or more")
-        self._check("num_workers", self.num_workers >= 0, "0 (share the cores) or more")
-        self._check("rank", 0 <= self.rank < self.world_size, f"0 to {self.world_size - 1}")
-        self._check("crop_min", 0 < self.crop_min <= 1, "more than 0, at most 1")
-        self._check("crop_pct", self.crop_pct is None or 0 < self.crop_pct <= 1, "more than 0, at most 1")
-        self._check("interpolation", self.interpolation in INTERPOLATIONS, f"one of {', '.join(INTERPOLATIONS)}")
-        self._check("color_jitter", 0 <= self.color_jitter <= 1, "0 (off) to 1")
-        self._check("sample_order", self.sample_order in SAMPLE_ORDERS, f"one of {', '.join(SAMPLE_ORDERS)}")
-        self._check("crop", self.crop in CROPS, f"one of {', '.join(CROPS)}")
-        self._check("decoder", self.decoder in DECODERS, f"one of {', '.join(DECODERS)}")
-        sampling = self.frame_sampling
-        self._check("frame_sampling", sampling in FRAME_SAMPLINGS, f"one of {', '.join(FRAME_SAMPLINGS)}")
+        self._check("rank", self.rank < self.world_size, f"0 to {self.world_size - 1}")
         good = len(self.views) == 2 and min(self.views) >= 1 and not (self.train and self.views[1] > 1)
         self._check("views", good, "clips and crops, 1 or more each (in training 1 crop)")
-        share = self.max_bad_samples
-        self._check("max_bad_samples", share is None or 0 <= share <= 1, "a share, 0 to 1")
 
     def _check(self, name: str, good: bool, expected: str) -> None:
         if not good:

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fasthpm.data.keys import Stream
+
 Array = NDArray[Any]
 
 GOLDEN = 0x9E3779B97F4A7C15
-ORDER, CROP, COLOUR, SPARE, BLOCKS = 1, 2, 3, 4, 5  # what a key is for: the streams must not be correlated
 TRIES = 10  # as torchvision's RandomResizedCrop
 RATIO = (3 / 4, 4 / 3)
 INTERPOLATIONS = ("area", "bicubic")  # their positions are the kernel's codes
@@ -27,10 +28,10 @@ def mix(values: Array) -> Array:
     return x ^ (x >> np.uint64(31))
 
 
-def key_of(seed: int, epoch: int, purpose: int) -> Array:
-    """A uint64 [1] that stands for (seed, epoch, purpose); an array, because numpy warns when scalars wrap around."""
+def key_of(seed: int, epoch: int, stream: Stream) -> Array:
+    """A uint64 [1] that stands for (seed, epoch, stream); an array, because numpy warns when scalars wrap around."""
     key = np.zeros(1, np.uint64)
-    for part in (seed, epoch, purpose):
+    for part in (seed, epoch, stream):
         key = mix(key ^ np.array([part % 2**64], np.uint64))
     return key
 
@@ -38,7 +39,7 @@ def key_of(seed: int, epoch: int, purpose: int) -> Array:
 def sample_order(seed: int, epoch: int, num_samples: int) -> Array:
     """The order of an epoch: int64 [N], a permutation. Distinct hashes, so the sort has no ties to break."""
     ids = np.arange(num_samples, dtype=np.uint64)
-    return np.argsort(mix(key_of(seed, epoch, ORDER) ^ mix(ids)))
+    return np.argsort(mix(key_of(seed, epoch, Stream.ORDER) ^ mix(ids)))
 
 
 def block_order(seed: int, epoch: int, num_samples: int, block: int, window: int) -> Array:
@@ -51,13 +52,15 @@ def block_order(seed: int, epoch: int, num_samples: int, block: int, window: int
     ids = np.arange(num_samples)
     blocks = np.arange(-(-num_samples // block), dtype=np.uint64)
     place = np.empty(len(blocks), np.int64)
-    place[np.argsort(mix(key_of(seed, epoch, BLOCKS) ^ mix(blocks)))] = np.arange(len(blocks))
-    return np.lexsort((mix(key_of(seed, epoch, ORDER) ^ mix(ids.astype(np.uint64))), place[ids // block] // window))
+    place[np.argsort(mix(key_of(seed, epoch, Stream.BLOCKS) ^ mix(blocks)))] = np.arange(len(blocks))
+    return np.lexsort(
+        (mix(key_of(seed, epoch, Stream.ORDER) ^ mix(ids.astype(np.uint64))), place[ids // block] // window)
+    )
 
 
 def replacements(seed: int, epoch: int, ids: Array, attempt: int, num_samples: int) -> Array:
     """Which samples stand in for `ids` [B] that do not decode, attempt by attempt: int64 [B]."""
-    state = mix(key_of(seed, epoch, SPARE) ^ mix(np.asarray(ids).astype(np.uint64)))
+    state = mix(key_of(seed, epoch, Stream.SPARE) ^ mix(np.asarray(ids).astype(np.uint64)))
     step = np.array([attempt], np.uint64) * np.uint64(GOLDEN)
     return (mix(state + step) % np.uint64(num_samples)).astype(np.int64)
 
@@ -67,7 +70,7 @@ def colour_factors(seed: int, epoch: int, ids: Array, strength: float, channels:
 
     From a key of their own: crops are the same with and without them. Grey images keep their (lack of) saturation.
     """
-    factors = 1 + strength * (2 * uniforms(key_of(seed, epoch, COLOUR), ids, 3) - 1)
+    factors = 1 + strength * (2 * uniforms(key_of(seed, epoch, Stream.COLOUR), ids, 3) - 1)
     if channels == 1:
         factors[:, 2] = 1
     return factors.astype(np.float32)
@@ -86,7 +89,7 @@ def random_crops(seed: int, epoch: int, ids: Array, sizes: Array, crop_min: floa
     `sizes` is int64 [B, 2], height and width of the stored images. Area uniform in [crop_min, 1] of the image, aspect
     ratio log-uniform in [3/4, 4/3], ten tries, then the largest centred box within those ratios.
     """
-    draws = uniforms(key_of(seed, epoch, CROP), ids, 2 * TRIES + 3)
+    draws = uniforms(key_of(seed, epoch, Stream.CROP), ids, 2 * TRIES + 3)
     height, width = sizes[:, 0].astype(np.float64)[:, None], sizes[:, 1].astype(np.float64)[:, None]
     area = height * width * (crop_min + draws[:, :TRIES] * (1 - crop_min))
     low, high = np.log(RATIO)

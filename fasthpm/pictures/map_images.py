@@ -67,16 +67,16 @@ def difficulty(model: HPMViT, recipe: Recipe, info: DatasetInfo, images: Tensor,
 
 def map_batches(model: HPMViT, recipe: Recipe, arguments: argparse.Namespace) -> Iterator[ImageMaps]:
     """The maps of every image of `arguments.data_path`, batch by batch, with a progress bar."""
-    loader = build_loader(
-        arguments.data_path,
+    options = recipe.loader_options(
         batch_size=arguments.batch_size,
-        image_size=recipe.image_size,
-        channels=recipe.channels,
+        num_frames=1,
+        sampling_rate=1,
         train=False,
         whole=True,
         num_workers=arguments.num_workers,
         max_bad_samples=1.0,
     )
+    loader = build_loader(arguments.data_path, options)
     info, grid, device = training_info(recipe, loader.info), recipe.grid_size, model.cls_token.device
     try:
         for batch in tqdm(loader, desc="maps", unit="batch"):

@@ -40,17 +40,13 @@ GAP, HEADER = 4, 18
 
 def fixed_images(recipe: Recipe, count: int) -> tuple[Tensor, DatasetInfo]:
     """The first `count` images or clips of the recipe's data, as in evaluation: uint8 [count, (T,) H, W, C]."""
-    loader = build_loader(
-        recipe.data_path,
+    options = recipe.loader_options(
         batch_size=count,
-        image_size=recipe.image_size,
-        channels=recipe.channels,
         train=False,
         num_workers=1,
         max_bad_samples=1.0,  # a picture needs some images, not these
-        num_frames=recipe.num_frames,
-        sampling_rate=recipe.sampling_rate,
     )
+    loader = build_loader(recipe.data_path, options)
     try:
         return next(iter(loader)).images, loader.info
     finally:

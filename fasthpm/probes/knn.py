@@ -113,18 +113,14 @@ def _side(
     arguments: argparse.Namespace, path: str, model: HPMViT, recipe: Recipe, launch: ranks.Launch, limit: int = 0
 ) -> tuple[Features, DatasetInfo]:
     """Features of this rank's share of one data set, and what its sidecar says."""
-    loader = build_loader(
-        path,
+    options = recipe.loader_options(
         batch_size=arguments.batch_size,
-        image_size=recipe.image_size,
-        channels=recipe.channels,
         rank=launch.rank,
         world_size=launch.world_size,
         num_workers=arguments.num_workers,
         train=False,
-        num_frames=recipe.num_frames,
-        sampling_rate=recipe.sampling_rate,
     )
+    loader = build_loader(path, options)
     try:
         quiet = launch.rank != 0
         return features(

@@ -16,6 +16,7 @@ RUN/linear_PROTOCOL/ receives result.json, result.md and head.safetensors.
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import sys
@@ -218,28 +219,24 @@ def build(arguments: argparse.Namespace, launch: ranks.Launch) -> Probe:
         arguments.pool = pool_of(model, arguments.pool)
         fit_batch(arguments, read_info(arguments.train_path).num_samples, launch.world_size)
         accum_iter = accumulation(arguments, launch.world_size)
-        shared: dict[str, Any] = {
-            "image_size": recipe.image_size,
-            "channels": recipe.channels,
-            "batch_size": arguments.batch_size,
-            "rank": launch.rank,
-            "world_size": launch.world_size,
-            "num_workers": arguments.num_workers,
-            "num_frames": recipe.num_frames,
-            "sampling_rate": recipe.sampling_rate,
-        }
-        augmented = {
-            "train": True,
-            "seed": arguments.seed,
-            "crop_min": arguments.crop_min,
-            "accum_iter": accum_iter,
-            "crop": "random_resized",
-            "flip": recipe.flip or not model.video,
-        }
-        train = build_loader(
-            arguments.train_path, **shared, **({"train": False} if arguments.cache_features else augmented)
+        options = recipe.loader_options(
+            batch_size=arguments.batch_size,
+            rank=launch.rank,
+            world_size=launch.world_size,
+            num_workers=arguments.num_workers,
+            train=False,
         )
-        val = build_loader(arguments.val_path, train=False, **shared)
+        augmented = dataclasses.replace(
+            options,
+            train=True,
+            seed=arguments.seed,
+            crop_min=arguments.crop_min,
+            accum_iter=accum_iter,
+            crop="random_resized",
+            flip=recipe.flip or not model.video,
+        )
+        train = build_loader(arguments.train_path, options if arguments.cache_features else augmented)
+        val = build_loader(arguments.val_path, options)
         result.check_sets((arguments.train_path, train.info), (arguments.val_path, val.info))
         steps = train.info.num_samples // arguments.global_batch_size
         if not steps:

@@ -119,15 +119,8 @@ class OnlineProbe:
 
     def _knn_rows(self) -> tuple[Tensor, Tensor, Tensor]:
         recipe, launch = self.recipe, self.launch
-        loader: Any = build_loader(
-            recipe.data_path,
-            batch_size=KNN_BATCH,
-            image_size=recipe.image_size,
-            channels=recipe.channels,
-            num_workers=recipe.num_workers,
-            train=False,
-            max_bad_samples=1.0,
-        )
+        options = recipe.loader_options(batch_size=KNN_BATCH, train=False, max_bad_samples=1.0)
+        loader: Any = build_loader(recipe.data_path, options)
         try:
             chosen = np.unique(np.linspace(0, loader.info.num_samples - 1, KNN_IMAGES).astype(np.int64))
             places = np.arange(launch.rank, len(chosen), launch.world_size)

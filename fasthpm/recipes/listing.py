@@ -16,44 +16,10 @@ from collections.abc import Sequence
 from fasthpm import recipes
 from fasthpm.cli import Parser
 from fasthpm.errors import UserError
+from fasthpm.options import OURS, PAPER, RELEASED
 from fasthpm.recipe import Recipe, science_of
 
-PAPER, RELEASED, OURS = "paper", "released code", "ours"
-# Where the base values come from, and which flag gives what the other source has.
-ORIGINS: dict[str, tuple[str, str]] = {
-    "model": (PAPER, "ViT-B/16"),
-    "input_size": (PAPER, ""),
-    "patch_size": (PAPER, ""),
-    "channels": (PAPER, ""),
-    "decoder_dim": (RELEASED, ""),
-    "decoder_depth": (PAPER, "which ablates 1 to 12"),
-    "decoder_heads": (RELEASED, ""),
-    "mask_ratio": (PAPER, ""),
-    "mask_policy": (PAPER, "Alg. 1"),
-    "alpha_start": (PAPER, "Eq. 8"),
-    "alpha_end": (PAPER, "Eq. 8; the released code counts (epoch+1)/T"),
-    "predict_loss": (PAPER, "Eq. 5-7"),
-    "alpha_schedule": (RELEASED, "the paper counts epoch/T"),
-    "absolute_standardize": (RELEASED, "Eq. 4 has raw losses"),
-    "target": (PAPER, "which ablates features of the EMA teacher, DINO and CLIP"),
-    "pixel_loss": (PAPER, ""),
-    "norm_pix_loss": (RELEASED, "its scripts; MAE's have --norm_pix_loss"),
-    "ema_momentum": (RELEASED, "a ramp; the papers name one momentum: --ema_ramp_epochs 0 with both momenta alike"),
-    "ema_momentum_end": (RELEASED, ""),
-    "ema_ramp_epochs": (RELEASED, "not scaled to the run's length"),
-    "global_batch_size": (OURS, "PRETRAIN.md: 2048, the released scripts: 256"),
-    "epochs": (PAPER, "of the ablations"),
-    "warmup_epochs": (RELEASED, ""),
-    "blr": (RELEASED, ""),
-    "lr": (RELEASED, "blr x batch / 256"),
-    "min_lr": (RELEASED, ""),
-    "weight_decay": (RELEASED, "which decays cls and mask token too"),
-    "beta1": (RELEASED, ""),
-    "beta2": (RELEASED, ""),
-    "clip_grad": (RELEASED, "not in the papers: --clip_grad 0"),
-    "crop_min": (RELEASED, ""),
-    "flip": (RELEASED, ""),
-}
+FIELDS = {field.name: field for field in dataclasses.fields(Recipe)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,8 +78,7 @@ def origin(recipe: Recipe, field: str) -> str:
         return tag(entry(recipe.recipe).text, field) or "set by this recipe"
     if field not in science_of(recipe):
         return "how it is run, not what"
-    source, remark = ORIGINS.get(field, (OURS, ""))
-    return f"{source}, {remark}" if remark else source
+    return FIELDS[field].metadata["origin"] or OURS
 
 
 def tag(text: str, field: str) -> str:

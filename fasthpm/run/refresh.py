@@ -27,19 +27,17 @@ def refresh_maps(run: Run[Step], watchdog: Watchdog) -> None:
         return attention_weights(attention, per_head=recipe.map_per_head)
 
     with ranks.in_agreement():
-        loader = build_loader(
-            recipe.data_path,
-            batch_size=recipe.batch_size,
-            image_size=recipe.image_size,
-            channels=recipe.channels,
+        options = recipe.loader_options(
             rank=launch.rank,
             world_size=launch.world_size,
-            num_workers=recipe.num_workers,
+            num_frames=1,
+            sampling_rate=1,
             train=False,
             whole=True,
             interpolation=recipe.interpolation,
             max_bad_samples=1.0,
         )
+        loader = build_loader(recipe.data_path, options)
     with watchdog.doing("making maps"):
         run.maps.refresh(epoch, loader, compute, launch, lambda: watchdog.progressed(run.done))
     if launch.rank == 0:

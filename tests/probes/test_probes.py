@@ -14,7 +14,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor, nn
 
 from fasthpm import recipes, schedule
-from fasthpm.data import DatasetInfo
+from fasthpm.data import DatasetInfo, LoaderOptions
 from fasthpm.data.augmented import Augmentation, AugmentedLoader
 from fasthpm.errors import UserError
 from fasthpm.layers import sincos_positions
@@ -197,7 +197,8 @@ def test_augmented_images_do_not_depend_on_ranks_or_workers(tmp_path: Path) -> N
     shared: dict[str, Any] = {"image_size": (16, 16), "channels": 1, "seed": 3}
 
     def first(batch_size: int, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
-        loader = AugmentedLoader(path, Augmentation(), batch_size=batch_size, **shared, **options)
+        asked = LoaderOptions(batch_size=batch_size, **shared, **options)
+        loader = AugmentedLoader(path, Augmentation(), asked)
         try:
             batch = next(iter(loader))
         finally:
@@ -209,7 +210,7 @@ def test_augmented_images_do_not_depend_on_ranks_or_workers(tmp_path: Path) -> N
     for column, pieces in zip(whole, zip(*parts, strict=True), strict=True):
         assert torch.equal(column, torch.cat(pieces))
     assert whole[0].shape == (8, 1, 16, 16)
-    loader = AugmentedLoader(path, Augmentation("", 0, flip=False, crop_min=1.0), batch_size=8, **shared)
+    loader = AugmentedLoader(path, Augmentation("", 0, flip=False, crop_min=1.0), LoaderOptions(8, **shared))
     plain = [loader.images[(epoch, 5, 0)][0] for epoch in (0, 1, 0)]
     assert torch.equal(plain[0], plain[2])
     assert loader.base.stored(5).shape == (40, 48, 1)  # type: ignore[union-attr]

@@ -9,7 +9,7 @@ import torch
 from timm.data import Mixup, create_transform
 from torch import Tensor, nn
 
-from fasthpm.data import build_loader
+from fasthpm.data import LoaderOptions, build_loader
 from fasthpm.data.augmented import Augmentation, AugmentedLoader, _picture, _seed_all
 from fasthpm.errors import UserError
 from fasthpm.model import create_model
@@ -116,9 +116,9 @@ def test_positions_of_clips_are_resized_slot_by_slot() -> None:
 
 
 # -------------------------------------------------------------------------------------------------- the data
-def clips_of(augmentation: Augmentation, **options: Any) -> AugmentedLoader:
+def clips_of(augmentation: Augmentation, repeats: int = 1, **options: Any) -> AugmentedLoader:
     shared: dict[str, Any] = {"image_size": (16, 16), "channels": 3, "seed": 3, "num_frames": 4, "batch_size": 4}
-    return AugmentedLoader("synthetic:12", augmentation, **{**shared, **options})
+    return AugmentedLoader("synthetic:12", augmentation, LoaderOptions(**shared | options), repeats=repeats)
 
 
 def test_the_frames_of_a_clip_are_augmented_alike(monkeypatch: pytest.MonkeyPatch) -> None:

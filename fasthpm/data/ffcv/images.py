@@ -20,7 +20,8 @@ from fasthpm.data.sampling import INTERPOLATIONS, Array
 from fasthpm.errors import UserError
 
 
-def _kernel() -> Callable[..., None]:
+def load_kernel() -> Callable[..., None]:
+    """`kernel.decode`. **Raises:** `UserError` if what it is compiled from is not installed."""
     try:
         from fasthpm.data.ffcv.kernel import decode
     except (ImportError, OSError) as error:
@@ -36,7 +37,7 @@ class FfcvLoader(PrefetchLoader):
 
     def __init__(self, source: str | Path, options: LoaderOptions) -> None:
         self.data = open_set(source)
-        self._kernel, self._announces = _kernel(), False
+        self._kernel, self._announces = load_kernel(), False
         super().__init__(self.data.info, options, str(source))
 
     @cached_property

@@ -1,4 +1,4 @@
-"""The compiled loop over `.beton` samples: JPEG decode, crop, resize, flip, colour jitter. See `ffcv_images`.
+"""The compiled loop over `.beton` samples: JPEG decode, crop, resize, flip, colour jitter. See `images`.
 
 A JPEG is decoded to its planes Y, Cb, Cr as they are stored, mostly with chroma of half resolution; each plane is
 resized straight to the output, and colour is converted for the output's pixels alone. What libjpeg's upsampling of
@@ -10,11 +10,11 @@ works on contiguous LANES. All sums run in the same order on every machine: no f
 
 numba keeps the compiled loop in `__pycache__` beside this file, else (not writable) in the user's cache folder;
 NUMBA_CACHE_DIR moves it. Where none is writable, each process compiles for itself (some seconds). Everything that is
-compiled stands in this one file, because numba renews its cache only when this file changes.
+compiled stands in this one file, which is long for it, because numba renews its cache only when this file changes.
 """
 
 import threading
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -72,8 +72,64 @@ def _bytes_at(address: Any, length: Any) -> Any:
     return numba.carray(_pointer(np.uint64(address)), (length,))
 
 
+# ----------------------------------------------------------------------------------------------------------- records
+class Table(NamedTuple):
+    """Weights of one axis: out pixel o is the sum over t of weights[o * taps + t] * in[first[o] + t]."""
+
+    first: Any  # int32 [out]
+    weights: Any  # float32 [out * taps]
+    taps: Any
+    low: Any  # first source index that is used
+    high: Any  # last + 1
+    used: Any  # the most taps of one pixel
+
+
+class Axes(NamedTuple):
+    """The tables of a plane."""
+
+    rows: Any
+    columns: Any
+
+
+class Plane(NamedTuple):
+    """Samples of a decoded image, or of a part of it."""
+
+    samples: Any  # uint8
+    stride: Any  # bytes from one row to the next
+    limit: Any  # the rows that exist
+    top: Any  # row of the image that the first sample stands for
+    left: Any  # and its column
+
+
+class Work(NamedTuple):
+    """Scratch memory of a resize."""
+
+    totals: Any  # float32, of LANES rows
+    turned: Any  # the same, column by column
+    sums: Any  # float32, of three channels of the output
+    rounded: Any  # uint8, the same
+
+
+class Memory(NamedTuple):
+    """Scratch memory of a sample."""
+
+    scratch: Any  # uint8: a cut JPEG and decoded planes
+    tables: Any  # (first, weights) of luma's rows and columns, and of chroma's
+    work: Any
+    slots: Any  # uint64: numbers that libturbojpeg takes or gives by their address
+
+
+class Buffers(NamedTuple):
+    """What `_decode` cuts a sample's memory from."""
+
+    scratch: Any  # uint8
+    floats: Any  # float32
+    firsts: Any  # int32
+    slots: Any  # uint64
+    sizes: Any  # of `totals` / LANES, of a table's weights, of a table
+
+
 # ---------------------------------------------------------------------------------------------------------- weights
-# A table of weights for one axis: out pixel o is the sum over t of weights[o * taps + t] * in[first[o] + t].
 @numba.njit
 def _cubic(x: Any) -> Any:
     """Keys' cubic with a = -0.5, which PIL uses."""
@@ -125,26 +181,24 @@ def _weigh(start: Any, length: Any, out: Any, flipped: Any, interpolation: Any, 
 
 
 @numba.njit
-def _coarsen(
-    fine: Any, fine_weights: Any, fine_taps: Any, factor: Any, smooth: Any, limit: Any, first: Any, weights: Any
-) -> Any:
+def _coarsen(fine: Any, factor: Any, smooth: Any, limit: Any, first: Any, weights: Any) -> Any:
     """The table for a plane that is `factor` times coarser, from that of full resolution; returns taps.
 
     Upsampling, as libjpeg does it (3/4 of the nearest sample, 1/4 of the next if `smooth`, else repeated), is linear:
     here it is multiplied into the weights. `limit`: samples of the coarse axis; the last one is repeated.
     """
-    taps = -(-(fine_taps // factor + 3) // GROUP) * GROUP
+    taps = -(-(fine.taps // factor + 3) // GROUP) * GROUP
     out = len(first)
     for o in range(out):
         for t in range(taps):
             weights[o * taps + t] = f32(0)
-        begin = max(fine[o] // factor - (1 if smooth else 0), 0)
+        begin = max(fine.first[o] // factor - (1 if smooth else 0), 0)
         first[o] = begin
-        for t in range(fine_taps):
-            weight = fine_weights[o * fine_taps + t]
+        for t in range(fine.taps):
+            weight = fine.weights[o * fine.taps + t]
             if weight == 0.0:
                 continue
-            pixel = fine[o] + t
+            pixel = fine.first[o] + t
             nearest = pixel // factor
             if smooth:
                 other = min(max(nearest + (1 if pixel % 2 else -1), 0), limit - 1)
@@ -219,33 +273,31 @@ def _sum_vectors(_context: Any, target: Any, source: Any, stride: Any, weights: 
 @numba.njit
 def _sum_columns(turned: Any, step: Any, channel: Any, columns: Any, out: Any) -> None:
     """out [o, LANES] = the weighted sum of columns of one channel of turned [x, step, LANES]."""
-    first, weights, taps, begin, end, used = columns
     bytes_each = 4 * LANES
-    source, target, line = np.intp(turned.ctypes.data), np.intp(out.ctypes.data), np.intp(weights.ctypes.data)
+    source, target, line = np.intp(turned.ctypes.data), np.intp(out.ctypes.data), np.intp(columns.weights.ctypes.data)
     for o in range(len(out) // LANES):
-        at = np.int64(first[o]) - begin
-        count = min(used, end - begin - at)  # no further than what there is: the weights beyond are 0
+        at = np.int64(columns.first[o]) - columns.low
+        count = min(
+            columns.used, columns.high - columns.low - at
+        )  # no further than what there is: the weights beyond are 0
         at = source + (at * step + channel) * bytes_each
-        _sum_vectors(target + o * bytes_each, at, step * bytes_each, line + o * taps * 4, count)
+        _sum_vectors(target + o * bytes_each, at, step * bytes_each, line + o * columns.taps * 4, count)
 
 
 @numba.njit
 def _resize_rows(plane: Any, step: Any, channel: Any, rows: Any, columns: Any, start: Any, work: Any, out: Any) -> None:
     """LANES rows of the output, from row `start` on, of one channel: out [x, LANES], not yet rounded.
 
-    `plane`: samples, stride, `step` bytes from one pixel to the next, the rows that exist, and the row and column of
-    the image that its first sample stands for. `channel` 0 fills `turned`, which the other channels then share.
+    `step`: bytes of `plane` from one pixel to the next. `channel` 0 fills `turned`, which the other channels share.
     """
-    samples, stride, limit, top, left = plane
-    first, weights, taps, _, _, _ = rows
-    begin, end = columns[3], columns[4]
-    width = (end - begin) * step
-    totals, turned = work[0][: LANES * width], work[1][: LANES * width]
+    width = (columns.high - columns.low) * step
+    totals, turned = work.totals[: LANES * width], work.turned[: LANES * width]
     if channel == 0:
-        for lane in range(min(LANES, len(first) - start)):
+        start_byte = (columns.low - plane.left) * step
+        for lane in range(min(LANES, len(rows.first) - start)):
             y = start + lane
-            line, total = weights[y * taps : (y + 1) * taps], totals[lane * width : (lane + 1) * width]
-            _sum_rows(samples, stride, (begin - left) * step, limit, first[y] - top, line, total)
+            line, total = rows.weights[y * rows.taps : (y + 1) * rows.taps], totals[lane * width : (lane + 1) * width]
+            _sum_rows(plane.samples, plane.stride, start_byte, plane.limit, rows.first[y] - plane.top, line, total)
         for x in range(width):
             for lane in range(LANES):
                 turned[x * LANES + lane] = totals[lane * width + x]
@@ -293,29 +345,29 @@ def _write_rows(planes: Any, count: Any, image: Any) -> None:
 
 
 @numba.njit
-def _resize_pixels(pixels: Any, step: Any, rows: Any, columns: Any, work: Any, image: Any) -> None:
+def _resize_pixels(pixels: Any, step: Any, fine: Any, work: Any, image: Any) -> None:
     """Resize whole pixels of `step` bytes into image [H, W, C]; C 1 takes their first channel, step 1 repeats it."""
     count = image.shape[1] * LANES
-    sums, rounded = work[2], work[3]
+    sums, rounded = work.sums, work.rounded
     channels = min(step, image.shape[2])
     for y in range(0, image.shape[0], LANES):
         for c in range(channels):
-            _resize_rows(pixels, step, np.int64(c), rows, columns, y, work, sums[c * count : (c + 1) * count])
+            _resize_rows(pixels, step, np.int64(c), fine.rows, fine.columns, y, work, sums[c * count : (c + 1) * count])
         _round(sums[: channels * count], rounded[: channels * count])
         _write_rows(rounded, ZERO if channels == 1 else count, image[y : y + LANES])
 
 
 @numba.njit
 def _resize_planes(luma: Any, blue: Any, red: Any, fine: Any, coarse: Any, work: Any, image: Any) -> None:
-    """Resize Y, Cb and Cr into image [H, W, 3]; `fine`, `coarse`: luma's and chroma's tables of rows, columns."""
+    """Resize Y, Cb and Cr into image [H, W, 3]; `fine`, `coarse`: luma's and chroma's tables."""
     count = image.shape[1] * LANES
-    sums, rounded = work[2], work[3]
+    sums, rounded = work.sums, work.rounded
     y, cb, cr = sums[:count], sums[count : 2 * count], sums[2 * count : 3 * count]
     r, g, b = rounded[:count], rounded[count : 2 * count], rounded[2 * count : 3 * count]
     for row in range(0, image.shape[0], LANES):
-        _resize_rows(luma, ONE, ZERO, fine[0], fine[1], row, work, y)
-        _resize_rows(blue, ONE, ZERO, coarse[0], coarse[1], row, work, cb)
-        _resize_rows(red, ONE, ZERO, coarse[0], coarse[1], row, work, cr)
+        _resize_rows(luma, ONE, ZERO, fine.rows, fine.columns, row, work, y)
+        _resize_rows(blue, ONE, ZERO, coarse.rows, coarse.columns, row, work, cb)
+        _resize_rows(red, ONE, ZERO, coarse.rows, coarse.columns, row, work, cr)
         _to_rgb(y, cb, cr, r, g, b)
         _write_rows(rounded, count, image[row : row + LANES])
 
@@ -409,42 +461,42 @@ def _cut_jpeg(source: Any, shape: Any, unit: Any, need: Any, out: Any) -> Any:
 # ------------------------------------------------------------------------------------------------------------- JPEGs
 @numba.njit
 def _make_table(start: Any, length: Any, out: Any, flipped: Any, interpolation: Any, memory: Any) -> Any:
-    """(first, weights, taps, first source index used, last + 1, most taps of one pixel)."""
+    """The `Table` that resizes [start, start + length) to `out` pixels; see `_weigh`."""
     first, weights = memory
     taps = _weigh(start, length, out, flipped, interpolation, first[:out], weights)
     low, high, used = _span(first[:out], taps, weights)
-    return first[:out], weights, taps, low, high, used
+    return Table(first[:out], weights, taps, low, high, used)
 
 
 @numba.njit
 def _make_coarse(fine: Any, factor: Any, smooth: Any, limit: Any, memory: Any) -> Any:
     """The table of a plane `factor` times coarser; see `_coarsen`."""
     first, weights = memory
-    out = len(fine[0])
-    taps = _coarsen(fine[0], fine[1], fine[2], factor, smooth, limit, first[:out], weights)
+    out = len(fine.first)
+    taps = _coarsen(fine, factor, smooth, limit, first[:out], weights)
     low, high, used = _span(first[:out], taps, weights)
-    return first[:out], weights, taps, low, high, used
+    return Table(first[:out], weights, taps, low, high, used)
 
 
 @numba.njit
 def _decode_planes(handle: Any, source: Any, shape: Any, sampling: Any, fine: Any, memory: Any, image: Any) -> Any:
     """Decode a YCbCr JPEG to planes, as little of it as the tables need, and resize them into `image`."""
     height, width = shape
-    scratch, tables, work, slots = memory
+    scratch, slots = memory.scratch, memory.slots
     fy, fx = FACTORS_Y[sampling], FACTORS_X[sampling]
     rows, columns = -(-height // fy), -(-width // fx)
     # libjpeg leaves very narrow chroma unsmoothed.
     smooth_x = fx == 2 and columns > 2
     smooth_y = fy == 2 and (fx == 1 or columns > 2)
-    coarse = (
-        _make_coarse(fine[0], fy, smooth_y, rows, tables[2]),
-        _make_coarse(fine[1], fx, smooth_x, columns, tables[3]),
+    coarse = Axes(
+        _make_coarse(fine.rows, fy, smooth_y, rows, memory.tables[2]),
+        _make_coarse(fine.columns, fx, smooth_x, columns, memory.tables[3]),
     )
     need = (
-        min(fine[0][3], coarse[0][3] * fy),
-        max(fine[0][4], coarse[0][4] * fy),
-        min(fine[1][3], coarse[1][3] * fx),
-        max(fine[1][4], coarse[1][4] * fx),
+        min(fine.rows.low, coarse.rows.low * fy),
+        max(fine.rows.high, coarse.rows.high * fy),
+        min(fine.columns.low, coarse.columns.low * fx),
+        max(fine.columns.high, coarse.columns.high * fx),
     )
     unit = (8 * fy, 8 * fx)
     size = len(source)
@@ -468,12 +520,12 @@ def _decode_planes(handle: Any, source: Any, shape: Any, sampling: Any, fine: An
     bottom, low = top + part_height, (top + part_height) // fy
     fine_rows, coarse_rows = min(bottom, height) - top, min(low, rows) - top // fy
     _resize_planes(
-        (luma, part_width, fine_rows, top, left),
-        (blue, part_width // fx, coarse_rows, top // fy, left // fx),
-        (red, part_width // fx, coarse_rows, top // fy, left // fx),
+        Plane(luma, part_width, fine_rows, top, left),
+        Plane(blue, part_width // fx, coarse_rows, top // fy, left // fx),
+        Plane(red, part_width // fx, coarse_rows, top // fy, left // fx),
         fine,
         coarse,
-        work,
+        memory.work,
         image,
     )
     return 0
@@ -483,8 +535,7 @@ def _decode_planes(handle: Any, source: Any, shape: Any, sampling: Any, fine: An
 def _decode_jpeg(handle: Any, source: Any, shape: Any, fine: Any, memory: Any, image: Any) -> Any:
     """Decode and resize one JPEG; returns its status."""
     height, width = shape
-    scratch, _, work, slots = memory
-    header = slots[5:7].view(np.int32)
+    header = memory.slots[5:7].view(np.int32)
     header[:] = -1
     at = header.ctypes.data
     address, size = source.ctypes.data, u64(len(source))
@@ -496,10 +547,10 @@ def _decode_jpeg(handle: Any, source: Any, shape: Any, fine: Any, memory: Any, i
     if space == YCC and not grey and 0 <= sampling < len(FACTORS_X) and sampling != ONLY_LUMA:
         return _decode_planes(handle, source, shape, sampling, fine, memory, image)
     step, form = (ONE, GREY) if grey and space != RGB_SPACE else (THREE, RGB)
-    pixels = scratch[: height * width * step]
+    pixels = memory.scratch[: height * width * step]
     if _pixels(handle, address, size, pixels.ctypes.data, width, 0, height, form, LIMIT_SCANS):
         return DAMAGED
-    _resize_pixels((pixels, width * step, height, ZERO, ZERO), step, fine[0], fine[1], work, image)
+    _resize_pixels(Plane(pixels, width * step, height, ZERO, ZERO), step, fine, memory.work, image)
     return 0
 
 
@@ -556,14 +607,13 @@ def _decode_sample(sample: Any, crop: Any, interpolation: Any, memory: Any, imag
     top, left, tall, wide, flipped = crop
     if tall < 1 or wide < 1 or top < 0 or left < 0 or top + tall > height or left + wide > width:
         return FOREIGN
-    tables, work = memory[1], memory[2]
-    fine = (
-        _make_table(top, tall, image.shape[0], ZERO, interpolation, tables[0]),
-        _make_table(left, wide, image.shape[1], flipped, interpolation, tables[1]),
+    fine = Axes(
+        _make_table(top, tall, image.shape[0], ZERO, interpolation, memory.tables[0]),
+        _make_table(left, wide, image.shape[1], flipped, interpolation, memory.tables[1]),
     )
     source = _bytes_at(address, length)
     if mode != JPEG:
-        _resize_pixels((source, width * 3, height, ZERO, ZERO), THREE, fine[0], fine[1], work, image)
+        _resize_pixels(Plane(source, width * 3, height, ZERO, ZERO), THREE, fine, memory.work, image)
         return 0
     handle = _open()  # one per image, or a JPEG without tables of its own would be decoded with the last one's
     if handle == 0:
@@ -574,23 +624,13 @@ def _decode_sample(sample: Any, crop: Any, interpolation: Any, memory: Any, imag
 
 
 def _decode(
-    table: Any,
-    ids: Any,
-    crops: Any,
-    jitter: Any,
-    images: Any,
-    status: Any,
-    interpolation: Any,
-    scratch: Any,
-    floats: Any,
-    firsts: Any,
-    slots: Any,
-    sizes: Any,
+    table: Any, ids: Any, crops: Any, jitter: Any, images: Any, status: Any, interpolation: Any, buffers: Any
 ) -> None:
     addresses, lengths, modes, heights, widths = table
-    width, weights, out = sizes[0], sizes[1], sizes[2]
+    scratch, floats, firsts = buffers.scratch, buffers.floats, buffers.firsts
+    width, weights, out = buffers.sizes
     count = images.shape[2] * LANES
-    work = (
+    work = Work(
         floats[: width * LANES],
         floats[width * LANES : 2 * width * LANES],
         floats[2 * width * LANES : 2 * width * LANES + 3 * count],
@@ -603,7 +643,7 @@ def _decode(
         (firsts[2 * out : 3 * out], floats[at + 2 * weights : at + 3 * weights]),
         (firsts[3 * out : 4 * out], floats[at + 3 * weights : at + 4 * weights]),
     )
-    memory = (scratch[3 * count :], tables, work, slots)
+    memory = Memory(scratch[3 * count :], tables, work, buffers.slots)
     for k in range(len(ids)):
         i = ids[k]
         sample = (addresses[i], np.int64(lengths[i]), modes[i], np.int64(heights[i]), np.int64(widths[i]))
@@ -626,11 +666,7 @@ _SIGNATURE = types.void(
     u8[:, :, :, ::1],
     i32[::1],
     i64,
-    _BYTES,
-    f32[::1],
-    i32[::1],
-    u64[::1],
-    types.UniTuple(i64, 3),
+    types.NamedTuple((_BYTES, f32[::1], i32[::1], u64[::1], types.UniTuple(i64, 3)), Buffers),
 )
 
 
@@ -685,17 +721,11 @@ def decode(
     sizes = (3 * widths + 3, weights, out)
     scratch = 3 * out_width * LANES + lengths + 2 + 3 * (heights + 32) * (widths + 32)
     floats = 2 * sizes[0] * LANES + 3 * out_width * LANES + 4 * weights
-    _compiled(
-        table,
-        ids,
-        crops,
-        jitter,
-        images,
-        status,
-        interpolation,
+    buffers = Buffers(
         _memory("scratch", np.uint8, scratch),
         _memory("floats", np.float32, floats),
         _memory("firsts", np.int32, 4 * out),
         _memory("slots", np.uint64, 8),
         sizes,
     )
+    _compiled(table, ids, crops, jitter, images, status, interpolation, buffers)

@@ -12,7 +12,7 @@ import numpy as np
 from fasthpm.data.bad import BadSample
 from fasthpm.data.base import BLOCK_BYTES, PrefetchLoader
 from fasthpm.data.ffcv.beton import JPEG
-from fasthpm.data.ffcv.images import _kernel
+from fasthpm.data.ffcv.images import load_kernel
 from fasthpm.data.options import LoaderOptions
 from fasthpm.data.sampling import INTERPOLATIONS, Array, centre_crops, random_crops
 from fasthpm.data.video.prepared import VideoSet, open_videos
@@ -42,7 +42,7 @@ class ClipLoader(PrefetchLoader):
 
     def _open_decoder(self, options: LoaderOptions) -> Callable[..., None] | None:
         """What `_fill` decodes with."""
-        return _kernel()
+        return load_kernel()
 
     @property
     def span(self) -> int:

@@ -5,12 +5,12 @@ B samples; frames are counted as they are stored.
 
 import numpy as np
 
+from fasthpm.data.keys import Stream
 from fasthpm.data.sampling import Array, key_of, uniforms
 
 CROPS = ("auto", "multi_scale", "random_resized")  # auto: random_resized for images, multi_scale for videos
 DECODERS = ("auto", "turbojpeg", "dali", "dali_gpu", "dali_video")  # of videos; see build_loader
 FRAME_SAMPLINGS = ("dense", "segments")
-CLIP, SEGMENTS = 6, 7  # what a key is for; `sampling` has 1 to 5
 SCALES = (1, 0.875, 0.75, 0.66)  # of VideoMAE's multi-scale crop; sides are at most one step apart
 PAIRS = np.array([(i, j) for i in range(len(SCALES)) for j in range(len(SCALES)) if abs(i - j) <= 1])
 SNAP = 3  # pixels: a side that differs by less from the output's is set to it
@@ -25,7 +25,7 @@ def clip_starts(seed: int, epoch: int, ids: Array, frames: Array, span: int) -> 
     **Args:** `frames`: int64 [B], of the videos; `span`: frames from a clip's first to its last, inclusive. Videos
     shorter than that are looped, beginning anywhere.
     """
-    draws = uniforms(key_of(seed, epoch, CLIP), ids, 1)[:, 0]
+    draws = uniforms(key_of(seed, epoch, Stream.CLIP), ids, 1)[:, 0]
     room = np.where(frames >= span, frames - span + 1, frames)
     return np.minimum((draws * room).astype(np.int64), room - 1)
 
@@ -46,7 +46,7 @@ def segment_frames(seed: int, epoch: int, ids: Array, frames: Array, count: int)
 
     VideoMAE's fine-tuning on Something-Something v2 (released code). Shorter videos repeat frames.
     """
-    return _of_stretches(uniforms(key_of(seed, epoch, SEGMENTS), ids, count), frames)
+    return _of_stretches(uniforms(key_of(seed, epoch, Stream.SEGMENTS), ids, count), frames)
 
 
 def view_segments(frames: Array, count: int, clip: Array, clips: int) -> Array:
@@ -71,7 +71,7 @@ def multi_scale_crops(
     Height and width each are the shorter side times one of `SCALES`, at one of 13 fixed `POSITIONS`. `sizes`: int64
     [B, 2] of the stored frames. For outputs that are not square, "the shorter side" is the largest box of their ratio.
     """
-    draws = uniforms(key_of(seed, epoch, CLIP), ids, 4)[:, 1:]  # draw 0 is the clip's start
+    draws = uniforms(key_of(seed, epoch, Stream.CLIP), ids, 4)[:, 1:]  # draw 0 is the clip's start
     base = _largest_box(sizes, image_size)
     pair = PAIRS[(draws[:, 0] * len(PAIRS)).astype(np.int64)]
     box = (base * np.array(SCALES)[pair]).astype(np.int64)

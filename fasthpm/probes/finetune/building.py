@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fasthpm import checkpoint, ranks
 from fasthpm.checkpoint.saver import Saver
-from fasthpm.data import DatasetInfo, Loader, build_loader
+from fasthpm.data import DatasetInfo, Loader, LoaderOptions, build_loader
 from fasthpm.data.augmented import Augmentation, AugmentedLoader
 from fasthpm.errors import UserError
 from fasthpm.model import HPMViT
@@ -39,11 +39,15 @@ class ClassifierStep(nn.Module):
         self.loss = SoftTargetCrossEntropy()
         self._chooser = [chooser]  # in a list: not a part of what is trained
 
+    @property
+    def chooser(self) -> TokenChooser | None:
+        """What decides which patches are seen; None: all are."""
+        return self._chooser[0]
+
     def forward(self, images: Tensor, targets: Tensor | None = None) -> Tensor:
         """float [B, C, (T,) H, W], normalised, and [B, K] -> scalar; or -> float32 [B, K]."""
-        chooser = self._chooser[0]
-        if chooser:
-            chooser.choose(images)
+        if self.chooser:
+            self.chooser.choose(images)
         logits = self.vit(images.to(self.vit.head.weight.dtype)).float()  # type: ignore[union-attr, arg-type]
         return logits if targets is None else self.loss(logits, targets)
 
@@ -158,18 +162,12 @@ def open_data(
     )
     plan = checkpoint.continued(plan, launch.world_size)
     plan = dataclasses.replace(plan, accum_iter=plan.accumulation(launch.world_size))
-    shared = loader_options(settings, recipe, image_size, launch)
+    options = loader_options(settings, recipe, image_size, launch)
     augmentation = Augmentation(settings.aa, settings.reprob, settings.crop_min, settings.flip, settings.color_jitter)
-    val = build_loader(settings.val_path, train=False, **shared)
-    last = thorough_loader(settings, shared) if settings.views != (1, 1) else val
-    loader = AugmentedLoader(
-        settings.train_path,
-        augmentation,
-        repeats=settings.num_sample,
-        seed=settings.seed,
-        accum_iter=plan.accum_iter,
-        **shared,
-    )
+    val = build_loader(settings.val_path, options)
+    last = thorough_loader(settings, options) if settings.views != (1, 1) else val
+    drawn = dataclasses.replace(options, seed=settings.seed, accum_iter=plan.accum_iter)
+    loader = AugmentedLoader(settings.train_path, augmentation, drawn, repeats=settings.num_sample)
     result.check_sets((settings.train_path, loader.info), (settings.val_path, val.info))
     labels = torch.from_numpy(loader.base.labels_of(np.arange(loader.info.num_samples)))
     result.check_labels(labels, settings.train_path, len(loader.info.classes))
@@ -178,26 +176,25 @@ def open_data(
 
 def loader_options(
     settings: FineTune, recipe: Recipe, image_size: tuple[int, int], launch: ranks.Launch
-) -> dict[str, Any]:
-    """What all loaders of a fine-tuning are built with."""
-    return {
-        "image_size": image_size,
-        "channels": recipe.channels,
-        "rank": launch.rank,
-        "world_size": launch.world_size,
-        "num_workers": settings.num_workers,
-        "batch_size": settings.batch_size,
-        "num_frames": recipe.num_frames,
-        "sampling_rate": settings.sampling_rate or recipe.sampling_rate,
-        "frame_sampling": settings.frame_sampling,
-    }
+) -> LoaderOptions:
+    """What the tests of a fine-tuning ask for, and its training with random draws on top."""
+    return recipe.loader_options(
+        image_size=image_size,
+        rank=launch.rank,
+        world_size=launch.world_size,
+        num_workers=settings.num_workers,
+        batch_size=settings.batch_size,
+        sampling_rate=settings.sampling_rate or recipe.sampling_rate,
+        frame_sampling=settings.frame_sampling,
+        train=False,
+    )
 
 
-def thorough_loader(settings: FineTune, shared: dict[str, Any]) -> Loader:
+def thorough_loader(settings: FineTune, options: LoaderOptions) -> Loader:
     """The test set with all views of every video, as many rows in a batch as without."""
     clips, crops = settings.views
-    options = {**shared, "views": settings.views, "batch_size": max(settings.batch_size // (clips * crops), 1)}
-    return build_loader(settings.val_path, train=False, **options)
+    batch_size = max(settings.batch_size // (clips * crops), 1)
+    return build_loader(settings.val_path, dataclasses.replace(options, views=settings.views, batch_size=batch_size))
 
 
 def describe(settings: FineTune, run: Path, model: HPMViT, info: DatasetInfo) -> str:

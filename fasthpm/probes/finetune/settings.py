@@ -12,9 +12,10 @@ from fasthpm.data.video.sampling import FRAME_SAMPLINGS
 from fasthpm.errors import UserError
 from fasthpm.machine import cpuinfo
 from fasthpm.model import HPMViT
-from fasthpm.options import option
+from fasthpm.options import option, validate
 from fasthpm.probes.classifier import POOLS
 from fasthpm.probes.tokens import POLICIES
+from fasthpm.rules import sides_of
 
 PRESETS = ("auto", "mae", "k400", "ssv2", "small")
 SMALL_SIDE = 96  # pixels: up to here --preset auto means small
@@ -35,7 +36,7 @@ class FineTune:
     # model
     input_size: str = option("", "side of the images, or HEIGHTxWIDTH; positions are interpolated; empty = the run's")
     global_pool: str = option("avg", "avg: mean of the patches, fresh norm; token: cls", choices=tuple(POOLS))
-    drop_path: float = option(0.1, "stochastic depth, growing linearly to this")
+    drop_path: float = option(0.1, "stochastic depth, growing linearly to this", low=0, below=1)
     # optimisation
     batch_size: int = option(64, "images or videos per device and micro-step", run_only=True)
     accum_iter: int = option(0, "micro-steps per update; 0 = global_batch_size / (batch_size x devices)", run_only=True)
@@ -45,22 +46,22 @@ class FineTune:
     blr: float = option(5e-4, "base learning rate of the last layer: lr = blr x global batch / 256")
     lr: float = option(0.0, "absolute learning rate; 0 = from blr")
     min_lr: float = option(1e-6, "learning rate at the end")
-    layer_decay: float = option(0.65, "each layer further from the head learns slower by this factor")
+    layer_decay: float = option(0.65, "each layer further from the head learns slower by this factor", above=0, high=1)
     weight_decay: float = option(0.05, "AdamW weight decay (none on biases, norms, cls token and positions)")
     clip_grad: float = option(0.0, "clip the gradient norm to this; 0 = off")
     seed: int = option(0, "seed of the head, the order, the augmentations, mixup and drop path")
     # regularisation
-    mixup: float = option(0.8, "mixup's alpha; 0 = off")
-    cutmix: float = option(1.0, "cutmix's alpha; 0 = off")
-    smoothing: float = option(0.1, "label smoothing")
-    reprob: float = option(0.25, "probability of random erasing")
+    mixup: float = option(0.8, "mixup's alpha; 0 = off", low=0)
+    cutmix: float = option(1.0, "cutmix's alpha; 0 = off", low=0)
+    smoothing: float = option(0.1, "label smoothing", low=0, below=1)
+    reprob: float = option(0.25, "probability of random erasing", low=0, below=1)
     aa: str = option("rand-m9-mstd0.5-inc1", 'RandAugment or AutoAugment, by timm\'s names; "" = off')
     color_jitter: float = option(0.0, "colour jitter, where aa is off")
-    crop_min: float = option(0.08, "smallest share of the image area that a random crop covers")
+    crop_min: float = option(0.08, "smallest share of the image area that a random crop covers", above=0, high=1)
     flip: bool = option(True, "flip training images at random (videos: default as in pretraining)")
-    num_sample: int = option(1, "repeated augmentation: draws of every image or video per epoch and update")
+    num_sample: int = option(1, "repeated augmentation: draws of every image or video per epoch and update", low=1)
     # videos
-    sampling_rate: int = option(0, "a clip takes every how many-th frame; 0 = as in pretraining")
+    sampling_rate: int = option(0, "a clip takes every how many-th frame; 0 = as in pretraining", low=0)
     frame_sampling: str = option(
         "dense",
         "dense: frames sampling_rate apart; segments: one of each equal stretch of the whole video (SSv2)",
@@ -72,10 +73,14 @@ class FineTune:
         "or 2x3 (SSv2); empty = the preset's, 1x1 for images",
         run_only=True,
     )
-    ema_decay: float = option(0.0, "test an average of the weights with this momentum instead of them; 0 = off")
+    ema_decay: float = option(
+        0.0, "test an average of the weights with this momentum instead of them; 0 = off", low=0, below=1
+    )
     # which patches the network sees (the papers' pilot experiment)
-    token_policy: str = option("", "see only some patches: random, easiest or hardest by difficulty_run; empty = all")
-    keep_tokens: float = option(0.5, "share of the patches that are seen, with token_policy")
+    token_policy: str = option(
+        "", "see only some patches, at random or by difficulty_run; empty = all", choices=("", *POLICIES)
+    )
+    keep_tokens: float = option(0.5, "share of the patches that are seen, with token_policy", above=0, high=1)
     difficulty_run: str = option("", "pretrained run whose loss predictor says what is hard; empty = RUN")
     # the run itself
     num_workers: int = option(0, "augmenting processes per device; 0 = cores / devices on this machine", run_only=True)
@@ -84,34 +89,21 @@ class FineTune:
     )
     resume: str = option("auto", "auto = newest valid checkpoint in output_dir, none, or a checkpoint", run_only=True)
     log_every: int = option(20, "updates between two readings of the loss", run_only=True)
-    eval_every: int = option(1, "epochs between two tests; the last is always tested", run_only=True)
+    eval_every: int = option(1, "epochs between two tests; the last is always tested", low=1, run_only=True)
     save_every: int = option(1, "epochs between two checkpoints", run_only=True)
     keep_checkpoints: int = option(1, "checkpoints kept", run_only=True)
     stop_after: int = option(0, "stop after this many updates, keeping the schedule; 0 = never", run_only=True)
 
     def __post_init__(self) -> None:
-        shares = ("drop_path", "smoothing", "reprob", "ema_decay")
-        expected = {
-            "layer_decay": (0 < self.layer_decay <= 1, "more than 0, at most 1"),
-            "token_policy": (self.token_policy in ("", *POLICIES), f"one of {', '.join(POLICIES)}"),
-            "keep_tokens": (0 < self.keep_tokens <= 1, "a share, more than 0, at most 1"),
-            "crop_min": (0 < self.crop_min <= 1, "more than 0, at most 1"),
-            "eval_every": (self.eval_every >= 1, "1 or more"),
-            "num_sample": (self.num_sample >= 1, "1 or more"),
-            "sampling_rate": (self.sampling_rate >= 0, "1 or more, or 0 (as in pretraining)"),
-            "test_views": (bool(re.fullmatch(r"([1-9]\d*x[1-9]\d*)?", self.test_views)), "clips x crops, like 5x3"),
-            "mixup": (self.mixup >= 0, "0 (off) or more"),
-            "cutmix": (self.cutmix >= 0, "0 (off) or more"),
-            **{name: (0 <= getattr(self, name) < 1, "0 (off) or more, less than 1") for name in shares},
-            **{
-                f.name: (getattr(self, f.name) in f.metadata["choices"], f"one of {', '.join(f.metadata['choices'])}")
-                for f in dataclasses.fields(self)
-                if f.metadata["choices"]
-            },
-        }
-        for name, (good, what) in expected.items():
-            if not good:
-                raise UserError(f"{name} is {getattr(self, name)!r}, expected {what}")
+        validate(self)
+        self._check_views()
+        self._check_pairs()
+
+    def _check_views(self) -> None:
+        if not re.fullmatch(r"([1-9]\d*x[1-9]\d*)?", self.test_views):
+            raise UserError(f"test_views is {self.test_views!r}, expected clips x crops, like 5x3")
+
+    def _check_pairs(self) -> None:
         if self.mixes and not self.evaluate and self.batch_size * self.num_sample % 2:
             raise UserError(f"batch_size is {self.batch_size}, and mixup and cutmix pair images; use an even number")
 
@@ -208,7 +200,4 @@ def image_size_of(settings: FineTune, model: HPMViT) -> tuple[int, int]:
     """(height, width) that is asked for, or the run's."""
     if not settings.input_size:
         return model.img_size
-    parts = settings.input_size.split("x")
-    if len(parts) > 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise UserError(f"input_size is {settings.input_size!r}, expected a side like 224 or HEIGHTxWIDTH like 96x160")
-    return int(parts[0]), int(parts[-1])
+    return sides_of(settings.input_size)

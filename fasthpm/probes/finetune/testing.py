@@ -23,7 +23,7 @@ def evaluate(run: FineTuning) -> dict[str, float]:
     if run.done == run.recipe.total_steps:
         loader, views = run.last_loader, run.settings.views
     if run.teacher:
-        forward = ClassifierStep(run.teacher.module, run.step._chooser[0])
+        forward = ClassifierStep(run.teacher.module, run.step.chooser)
         return test(forward, loader, run.info, run.launch, run.settings.seed, views)
     run.engine.eval()
     try:
