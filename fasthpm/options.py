@@ -3,11 +3,15 @@
 import argparse
 import dataclasses
 import typing
+from collections.abc import Collection
 from typing import Any
 
 
-def option(default: Any, help: str, *, choices: tuple[str, ...] | None = None, run_only: bool = False) -> Any:
-    """A recipe field. `run_only` fields say where and how a run happens and may change when it is resumed."""
+def option(default: Any, help: str, *, choices: Collection[str] | None = None, run_only: bool = False) -> Any:
+    """A recipe field. `run_only` fields say where and how a run happens and may change when it is resumed.
+
+    `choices` may be a registry: it is read when it is needed, so that it may grow.
+    """
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "run_only": run_only})
 
 

@@ -14,16 +14,15 @@ from typing import Any
 from fasthpm.data.sampling import INTERPOLATIONS, SAMPLE_ORDERS
 from fasthpm.data.video.sampling import DECODERS
 from fasthpm.errors import UserError, nearest
-from fasthpm.mask import BY_DIFFICULTY, MAP_CROPS, POLICIES, MaskPlan
+from fasthpm.mask import MAP_CROPS, POLICIES, MaskPlan
 from fasthpm.options import option
+from fasthpm.targets import TARGETS
 
 PREDICT_LOSSES = ("relative", "absolute", "none")
 PIXEL_LOSSES = ("mse", "l1")
 PREDICTORS = ("separate", "shared")
 DECODER_ATTENTIONS = ("self", "cross")
 TEACHER_PRECISIONS = ("model", "fp8")
-TARGETS = ("pixels", "ema", "dino", "clip")
-FROZEN_DIMS = {"dino": 768, "clip": 512}  # the published ViT-B/16s; CLIP's patches after its projection
 ALPHA_SCHEDULES = ("released", "paper", "step")
 ON_NONFINITE = ("halt", "skip", "rollback")
 
@@ -64,7 +63,9 @@ class Recipe:
     mask_unit: int = option(0, "side in pixels of the squares that are masked as a whole (SimMIM: 32); 0 = patch_size")
     throw_ratio: float = option(0.0, "attention masks (AMT): share of patches that neither encoder nor loss sees")
     warmup_mask_ratio: float = option(0.75, "attention masks: ratio of the random masks before the first maps")
-    map_refresh_epochs: int = option(40, "attention masks: epochs between two passes that make the maps anew")
+    map_refresh_epochs: int = option(
+        40, "attention masks and teacher_maps: epochs between two passes that make the maps anew"
+    )
     map_crop: str = option(
         "image",
         "attention masks: the map is cropped with its image, or its top left cells read, as released code does",
@@ -232,29 +233,29 @@ class Recipe:
     @property
     def warmup_plan(self) -> MaskPlan:
         """How they are drawn as long as there are no maps, if the policy needs them; else `mask_plan`."""
-        if self.mask_policy != "attention":
+        if POLICIES[self.mask_policy].follows != "attention":
             return self.mask_plan
         return dataclasses.replace(self.mask_plan, policy="random", mask_ratio=self.warmup_mask_ratio, throw_ratio=0.0)
 
     @property
     def uses_maps(self) -> bool:
         """Whether a run keeps maps of its samples, of attention or of the teacher's difficulty."""
-        return self.mask_policy == "attention" or self.teacher_maps
+        return POLICIES[self.mask_policy].follows == "attention" or self.teacher_maps
 
     @property
     def uses_teacher(self) -> bool:
         """Whether a step needs the EMA teacher: for its difficulty, or for its features."""
-        return self.masks_by_difficulty or self.target == "ema"
+        return self.masks_by_difficulty or TARGETS[self.target].teacher == "ema"
 
     @property
     def masks_by_difficulty(self) -> bool:
         """Whether the mask policy follows the teacher's difficulty."""
-        return self.mask_policy in BY_DIFFICULTY
+        return POLICIES[self.mask_policy].follows == "difficulty"
 
     @property
     def frozen_dim(self) -> int:
         """Width of the frozen teacher's features (`target` dino or clip); 0 without one."""
-        return self.target_dim or FROZEN_DIMS.get(self.target, 0)
+        return self.target_dim or TARGETS[self.target].width
 
     @property
     def approximates_teacher(self) -> bool:
@@ -461,18 +462,19 @@ class Recipe:
             )
 
     def _check_target(self) -> None:
-        if self.target not in FROZEN_DIMS and (self.target_weights or self.target_model or self.target_dim):
+        teacher = TARGETS[self.target].teacher
+        if teacher != "frozen" and (self.target_weights or self.target_model or self.target_dim):
             raise UserError(
                 f"target_weights, target_model and target_dim describe a dino or clip teacher, but target is "
                 f"{self.target}; leave them out, or use --target dino"
             )
-        if self.target == "pixels":
+        if not teacher:
             return
         if self.num_frames > 1 or "video" in self.model:
             raise UserError(
                 f"target {self.target} is for images, and {self.model} is a video model; use --target pixels"
             )
-        if self.target == "ema" and (self.teacher_scale != 1 or self.teacher_maps):
+        if teacher == "ema" and (self.teacher_scale != 1 or self.teacher_maps):
             raise UserError(
                 f"target ema takes features of every patch from the teacher in every step, and teacher_scale is "
                 f"{self.teacher_scale}, teacher_maps {self.teacher_maps}; use --teacher_scale 1 --no-teacher_maps"

@@ -20,13 +20,13 @@ from fasthpm.data import DatasetInfo, build_loader, read_info
 from fasthpm.data.pixels import render
 from fasthpm.data.plain import read_pixels
 from fasthpm.errors import UserError
+from fasthpm.frozen import FrozenTeacher, build_frozen
 from fasthpm.loss import EPS
 from fasthpm.maps.attention import attention_weights, cls_attention
 from fasthpm.model import HPMViT
 from fasthpm.pictures import clips
 from fasthpm.recipe import Recipe
 from fasthpm.step import Step
-from fasthpm.targets import FrozenTeacher, build_frozen
 
 COLUMNS = ("image", "reconstruction", "true_loss", "predicted_loss", "mask")
 FEATURE_COLUMNS = tuple(name for name in COLUMNS if name != "reconstruction")  # of features there is no picture

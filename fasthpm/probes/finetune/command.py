@@ -66,7 +66,7 @@ def prepare_output(run: FineTuning) -> None:
         save_recipe(run.recipe, folder / checkpoint.RECIPE)
     except OSError as error:
         raise UserError(f"output_dir {folder} cannot be written ({error.strerror}); choose another") from error
-    result.write_text(folder / checkpoint.CLASSIFIER, run.notes[checkpoint.CLASSIFIER])
+    result.write_text(folder / checkpoint.FINETUNE_NOTES, run.notes[checkpoint.FINETUNE_NOTES])
 
 
 def finish(run: FineTuning) -> None:
@@ -95,7 +95,7 @@ def write_classifier(run: FineTuning, weights: dict[str, Tensor], path: Path) ->
     vit: Any = run.step.vit
     embed = vit.patch_embed
     settings = {
-        **json.loads(run.notes[checkpoint.CLASSIFIER])["model"],
+        **json.loads(run.notes[checkpoint.FINETUNE_NOTES])["model"],
         "num_classes": len(run.info.classes),
         "global_pool": run.settings.global_pool,
         "img_size": list(embed.img_size),
@@ -187,9 +187,9 @@ def evaluate_only(arguments: argparse.Namespace, given: dict[str, Any], launch: 
         views = preset(arguments.preset, model, False, recipe.flip).get("test_views", "")
         settings = complete(FineTune(**{"test_views": views, **given}), arguments.run)
         folder = checkpoint.newest_valid(Path(settings.output_dir), lambda line: print(line, file=sys.stderr))
-        if folder is None or not (folder / checkpoint.CLASSIFIER).is_file():
+        if folder is None or not (folder / checkpoint.FINETUNE_NOTES).is_file():
             raise UserError(f"{settings.output_dir} holds no fine-tuned classifier; fine-tune first, or --output_dir")
-        notes = json.loads((folder / checkpoint.CLASSIFIER).read_text())
+        notes = json.loads((folder / checkpoint.FINETUNE_NOTES).read_text())
         if notes["model"] != architecture(model):
             raise UserError(
                 f"{folder} is of another architecture than {arguments.run} "
