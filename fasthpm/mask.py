@@ -12,11 +12,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fasthpm.errors import UserError, nearest
-from fasthpm.mask_loops import LOW_32, hashed_uniform, highest, lay_blocks, mix
+from fasthpm.errors import UserError
+from fasthpm.mask_loops import LOW_32, aspect, block_distance, hashed_uniform, highest, lay_blocks, mix
 
 MAP_CROPS = ("image", "reference")  # how attention maps follow the crop (fasthpm/maps/run.py)
-BLOCK_ASPECT = 0.3  # a block's height / width lies between this and its inverse (BEiT)
 BLOCK_PROPOSALS = 32  # blocks that `blockwise_mask` tries before it fills up
 
 Sets = tuple[Tensor, Tensor | None]  # bool [B, L]: patches that are masked; those thrown away, None = no policy's
@@ -44,9 +43,7 @@ class MaskPlan:
     def __post_init__(self) -> None:
         rows, columns = self.grid_size
         if self.policy not in POLICIES:
-            raise UserError(
-                f"mask_policy is {self.policy!r}, expected one of {', '.join(POLICIES)}{nearest(self.policy, POLICIES)}"
-            )
+            raise UserError(f"mask_policy is {self.policy!r}, expected one of {', '.join(POLICIES)}")
         if not 0 <= self.mask_ratio <= 1:
             raise UserError(f"mask_ratio is {self.mask_ratio}, expected between 0 and 1")
         if self.throw_ratio and not self.record.throws:
@@ -126,8 +123,7 @@ class Policy:
     - `follows`: what its scores are: "difficulty" predicted by the EMA teacher, "attention" maps that the run keeps of
       its samples (masks are random before the first), or "" for zeros
     - `extra_noise`: random numbers per draw, beyond one per patch
-    - `in_units`: masks units of several patches, if asked; `tube`: one mask for all frame slots; `throws`: minds
-      throw_ratio
+    - `in_units`: can mask units of several patches; `tube`: one mask for all frame slots; `throws`: minds throw_ratio
     - `check`: raises `UserError` for a plan that it cannot draw
     """
 
@@ -141,6 +137,10 @@ class Policy:
     tube: bool = False
     throws: bool = False
     check: Callable[[MaskPlan], None] = lambda plan: None
+
+    def __post_init__(self) -> None:
+        if self.follows not in ("", "difficulty", "attention"):
+            raise ValueError(f"mask policy {self.name} follows {self.follows!r}; expected difficulty, attention or ''")
 
 
 POLICIES: dict[str, Policy] = {}
@@ -192,8 +192,8 @@ def _random(plan: MaskPlan, noise: Tensor, scores: Tensor, alpha: float | Tensor
 def _hardest(plan: MaskPlan, noise: Tensor, scores: Tensor, alpha: float | Tensor, easiest: bool = False) -> Sets:
     """Every frame slot on its own (TPAMI 4.2); a unit's difficulty is the mean of its patches."""
     units = pool_units(scores, plan.grid_size, plan.unit)
-    noise = noise[:, :, : units.shape[1]]
-    mask = easy_to_hard_mask(units, plan.mask_ratio, alpha, groups=plan.slots, noise=noise, easiest=easiest)
+    draws = noise[:, :, : plan.num_units]
+    mask = easy_to_hard_mask(units, plan.mask_ratio, alpha, groups=plan.slots, noise=draws, easiest=easiest)
     return spread_units(mask, plan.grid_size, plan.unit), None
 
 
@@ -217,8 +217,8 @@ def _attention_counts(plan: MaskPlan) -> tuple[int, int]:
 )
 def _attention(plan: MaskPlan, noise: Tensor, scores: Tensor, alpha: float | Tensor) -> Sets:
     weights = pool_units(scores, plan.grid_size, plan.unit)
-    noise = noise[0, :, : weights.shape[1]]
-    sets = attention_mask(weights, plan.mask_ratio, plan.throw_ratio, noise, round_up=plan.unit > 1)
+    draws = noise[0, :, : plan.num_units]
+    sets = attention_mask(weights, plan.mask_ratio, plan.throw_ratio, draws, round_up=plan.unit > 1)
     masked, thrown = (spread_units(part, plan.grid_size, plan.unit) for part in sets)
     return masked, thrown if plan.num_thrown else None
 
@@ -263,7 +263,6 @@ def _hardest_tube(plan: MaskPlan, noise: Tensor, scores: Tensor, alpha: float | 
     return mask.repeat(1, plan.slots), None
 
 
-# -------------------------------------------------------------------------------------------------- one mask each
 def num_masked(num_patches: int, mask_ratio: float) -> int:
     """M = L - int(L(1 - mask_ratio)), truncated in floating point as the released code does it."""
     return num_patches - int(num_patches * (1 - mask_ratio))
@@ -317,7 +316,7 @@ def block_mask(noise: Tensor, grid_size: tuple[int, int], mask_ratio: float, slo
     - `noise`: [B, L + 3]: breaks ties, then point and aspect. In a video every frame slot has the same block.
     """
     frame = grid_size[0] * grid_size[1]
-    distance = _block_distance(noise[:, frame : frame + 3], grid_size)
+    distance = block_distance(noise[:, frame : frame + 3], grid_size)
     mask = highest(-distance, num_masked(frame, mask_ratio), noise[:, :frame])
     return mask.repeat(1, slots)
 
@@ -334,10 +333,10 @@ def blockwise_mask(noise: Tensor, grid_size: tuple[int, int], mask_ratio: float,
     frame = grid_size[0] * grid_size[1]
     ties, numbers = noise[:, :frame], noise[:, frame:].double()
     proposals = numbers[:, : 4 * BLOCK_PROPOSALS].unflatten(1, (BLOCK_PROPOSALS, 4))
-    roots = _aspect(proposals[:, :, 1]).sqrt()
+    roots = aspect(proposals[:, :, 1]).sqrt()
     mask, missing = lay_blocks(proposals, roots, grid_size, num_masked(frame, mask_ratio))
     point = torch.cat([numbers[:, -2:], torch.full_like(numbers[:, :1], 0.5)], dim=1)
-    distance = _block_distance(point, grid_size).masked_fill(mask, 1e9)
+    distance = block_distance(point, grid_size).masked_fill(mask, 1e9)
     return (mask | highest(-distance, missing, ties)).repeat(1, slots)
 
 
@@ -440,17 +439,3 @@ def sample_noise(seed: int, step: Tensor, ids: Tensor, num_patches: int, draws: 
 def _share(masked: int, alpha: float | Tensor) -> int | Tensor:
     """int(M·alpha), computed in float64 on the host or on the device alike."""
     return (alpha.double() * masked).floor().long() if isinstance(alpha, Tensor) else int(masked * alpha)
-
-
-def _aspect(number: Tensor) -> Tensor:
-    """Height / width of a block from a uniform number: log-uniform in [BLOCK_ASPECT, 1 / BLOCK_ASPECT]."""
-    return ((2 * number.double() - 1) * -math.log(BLOCK_ASPECT)).exp()
-
-
-def _block_distance(numbers: Tensor, grid_size: tuple[int, int]) -> Tensor:
-    """Distance of every patch from a random point, circles being rectangles: [B, 3] (row, column, aspect) -> [B, L]."""
-    rows, columns = (torch.arange(n, dtype=torch.float64, device=numbers.device) for n in grid_size)
-    root = _aspect(numbers[:, 2]).sqrt()[:, None]
-    down = (rows + 0.5 - grid_size[0] * numbers[:, :1].double()).abs() / root
-    across = (columns + 0.5 - grid_size[1] * numbers[:, 1:2].double()).abs() * root
-    return torch.maximum(down[:, :, None], across[:, None, :]).flatten(1)

@@ -3,6 +3,7 @@
 Each by torch and, on a CPU, by numpy, whose vector instructions are several times faster there: bit for bit the same.
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 LOW_32 = 0xFFFFFFFF
+BLOCK_ASPECT = 0.3  # a block's height / width lies between this and its inverse (BEiT)
 
 
 def numpy_is_faster(values: Tensor) -> bool:
@@ -71,6 +73,20 @@ def _keys_numpy(scores: Tensor, tie_noise: Tensor | None) -> Any:
     key <<= 29
     key |= low
     return key
+
+
+def aspect(number: Tensor) -> Tensor:
+    """Height / width of a block from a uniform number: log-uniform in [BLOCK_ASPECT, 1 / BLOCK_ASPECT]."""
+    return ((2 * number.double() - 1) * -math.log(BLOCK_ASPECT)).exp()
+
+
+def block_distance(numbers: Tensor, grid_size: tuple[int, int]) -> Tensor:
+    """Distance of every patch from a random point, circles being rectangles: [B, 3] (row, column, aspect) -> [B, L]."""
+    rows, columns = (torch.arange(n, dtype=torch.float64, device=numbers.device) for n in grid_size)
+    root = aspect(numbers[:, 2]).sqrt()[:, None]
+    down = (rows + 0.5 - grid_size[0] * numbers[:, :1].double()).abs() / root
+    across = (columns + 0.5 - grid_size[1] * numbers[:, 1:2].double()).abs() * root
+    return torch.maximum(down[:, :, None], across[:, None, :]).flatten(1)
 
 
 def lay_blocks(proposals: Tensor, roots: Tensor, grid_size: tuple[int, int], count: int) -> tuple[Tensor, Tensor]:

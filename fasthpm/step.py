@@ -90,14 +90,14 @@ class Step(nn.Module):
         """
         self.normalized_patches.move(images.device)
         plan = self.warmup_plan if scores is None else self.mask_plan
-        said = self.ask_teachers(images)
-        if said.difficulty is not None:
-            scores = said.difficulty
+        answer = self.ask_teachers(images)
+        if answer.difficulty is not None:
+            scores = answer.difficulty
         elif scores is None:
             scores, alpha = self._no_scores(images), torch.zeros_like(alpha)
         if not self._gradients_tried:
-            self._try_gradients(plan, images, ids, step, alpha, scores, said.features)
-        return self.run_student(plan, images, ids, step, alpha, scores, said.features)
+            self._try_gradients(plan, images, ids, step, alpha, scores, answer.features)
+        return self.run_student(plan, images, ids, step, alpha, scores, answer.features)
 
     def ask_teachers(self, images: Tensor) -> TeacherOutput:
         """What the recipe's teachers say of this batch: the EMA teacher, unless its maps are kept, and a frozen one."""

@@ -133,11 +133,13 @@ def test_a_name_is_given_once() -> None:
         recipes.recipe(additions.hpm_rows)
 
 
-def test_targets_that_cannot_work_are_refused() -> None:
+def test_entries_that_cannot_work_are_refused() -> None:
     with pytest.raises(ValueError, match="neither family nor build"):
         targets.register(targets.Target("nobody", "no teacher"))
     with pytest.raises(ValueError, match="has teacher 'emma', expected one of"):
         targets.register(targets.Target("emma", "misspelt", teacher="emma"))
+    with pytest.raises(ValueError, match="follows 'loss'; expected difficulty, attention or ''"):
+        mask.register("losses", "misnamed", follows="loss")(additions.draw_rows)
     with pytest.raises(TypeError):
         mask.register("odd", "a fact that is none", draws=3)(additions.draw_rows)
 
