@@ -245,12 +245,17 @@ class Recipe:
     @property
     def uses_teacher(self) -> bool:
         """Whether a step needs the EMA teacher: for its difficulty, or for its features."""
-        return self.masks_by_difficulty or TARGETS[self.target].teacher == "ema"
+        return self.masks_by_difficulty or self.target_teacher == "ema"
 
     @property
     def masks_by_difficulty(self) -> bool:
         """Whether the mask policy follows the teacher's difficulty."""
         return POLICIES[self.mask_policy].follows == "difficulty"
+
+    @property
+    def target_teacher(self) -> str:
+        """Who gives the features that are reconstructed: "ema", "frozen", or "" where they are pixels."""
+        return TARGETS[self.target].teacher
 
     @property
     def frozen_dim(self) -> int:
@@ -462,7 +467,7 @@ class Recipe:
             )
 
     def _check_target(self) -> None:
-        teacher = TARGETS[self.target].teacher
+        teacher = self.target_teacher
         if teacher != "frozen" and (self.target_weights or self.target_model or self.target_dim):
             raise UserError(
                 f"target_weights, target_model and target_dim describe a dino or clip teacher, but target is "

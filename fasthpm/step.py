@@ -19,7 +19,6 @@ from fasthpm.recipe import Recipe
 from fasthpm.speed import fp8
 from fasthpm.speed.clock import Stopwatch
 from fasthpm.speed.compiled import Compiled
-from fasthpm.targets import TARGETS
 
 METRICS = ("loss", "reconstruction_loss", "difficulty_loss", "spearman", "pair_accuracy", "teacher_spearman")
 HEALTH_SAMPLES = 16  # predictor health is measured on this many samples of a batch
@@ -48,7 +47,6 @@ class Step(nn.Module):
         self.student = student
         self.recipe = recipe
         self.mask_plan, self.warmup_plan = recipe.mask_plan, recipe.warmup_plan
-        self._features_by_ema = TARGETS[recipe.target].teacher == "ema"
         self.stopwatch = Stopwatch()
         self.normalized_patches = NormalizedPatches(recipe, info)
         self._teacher: list[HPMViT] = []
@@ -117,7 +115,7 @@ class Step(nn.Module):
 
     def teach(self, images: Tensor) -> TeacherOutput:
         """One pass of the EMA teacher, for difficulty, features or both."""
-        if not self._features_by_ema:
+        if self.recipe.target_teacher != "ema":
             return TeacherOutput(self.difficulty(images), None)
         teacher = self._teacher[0]
         tokens = teacher.encode(self.normalized_patches(images))

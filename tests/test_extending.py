@@ -90,6 +90,21 @@ def test_the_added_target_is_what_the_student_learns() -> None:
 
 
 @pytest.mark.usefixtures("added")
+def test_a_target_by_the_teacher_of_the_run_is_a_loss_alone() -> None:
+    targets.register(targets.Target("ema_l1", "the EMA teacher's, by smooth L1", "ema", loss=additions.smooth_l1))
+    step = step_of(target="ema_l1")
+    images, ids = batch()
+    output = step(images, ids, torch.tensor(3), ALPHA)
+    patches = step.normalized_patches(images)
+    features = step.teach(images).features
+    with torch.no_grad():
+        again = step.student(patches, output.mask, target=features)
+    assert features is not None
+    chosen = features[output.mask].reshape(again.reconstruction.shape)
+    torch.testing.assert_close(output.metrics[1], additions.smooth_l1(again.reconstruction, chosen).mean())
+
+
+@pytest.mark.usefixtures("added")
 def test_the_compiled_step_takes_them() -> None:
     eager, compiled = rows_step(), rows_step()
     compiled.compile_with("aot_eager")

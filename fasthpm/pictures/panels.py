@@ -94,7 +94,7 @@ def panel(
     step = Step(model, recipe, info)
     images = images.to(model.cls_token.device)
     patches = step.normalized_patches(images)
-    target = frozen(images) if frozen else model.encode(patches)[:, 1:] if recipe.target == "ema" else None
+    target = frozen(images) if frozen else model.encode(patches)[:, 1:] if recipe.target_teacher == "ema" else None
     size = (2, len(patches), step.mask_plan.noise_size)
     noise = torch.rand(size, generator=torch.Generator().manual_seed(recipe.seed)).to(patches.device)
     predicted = model.predict_loss(patches) if recipe.predict_loss != "none" else torch.zeros_like(patches[:, :, 0])
@@ -120,7 +120,7 @@ def panel(
 
 def columns_of(recipe: Recipe) -> tuple[str, ...]:
     """Names of a panel's columns."""
-    return COLUMNS if recipe.target == "pixels" else FEATURE_COLUMNS
+    return FEATURE_COLUMNS if recipe.target_teacher else COLUMNS
 
 
 def _hidden(model: HPMViT, images: np.ndarray, mask: Tensor) -> np.ndarray:
@@ -247,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         clips.save(pictures, recipe.tubelet_size, arguments.output)
         print(f"{len(images)} clips written to {arguments.output}")
         return
-    if recipe.target != "pixels" and "reconstruction" in columns:
+    if recipe.target_teacher and "reconstruction" in columns:
         raise UserError(
             f"this run reconstructs {recipe.target} features, of which there is no picture; leave out the "
             f"column reconstruction"
