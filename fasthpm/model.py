@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fasthpm import loss as losses
+from fasthpm.architecture import Architecture
 from fasthpm.errors import UserError, nearest
 from fasthpm.layers import (
     LAYER_NORM_EPS,
@@ -60,19 +61,7 @@ class HPMViT(nn.Module):
     time, no bias between encoder and decoders, targets normalised per channel. VideoMAE has no bias on the keys;
     here they have one, which softmax ignores (it adds the same to all scores of a query).
 
-    - `img_size`: side or (height, width) in pixels, multiples of `patch_size`
-    - `num_frames`, `tubelet_size`: frames of a clip, and of a patch; more than one frame needs `video`
-    - `predict_loss`: "relative", "absolute" or "none" (no predictor: MAE)
-    - `predictor_dim`, `predictor_depth`: of the loss predictor; 0 = the decoder's. Another width than that of the
-      tokens that it reads (of the decoder, in SimMIM of the encoder) costs one linear map
-    - `predictor`: "separate", or "shared": a norm and a linear head on the reconstructor's blocks instead of blocks of
-      its own (the CVPR paper's open question)
-    - `decoder_attention`: "self", or "cross": only mask tokens go through the decoders; in every block they attend to
-      cls and visible tokens as those enter the decoder (after CrossMAE, arXiv 2401.14391), not to each other. The
-      teacher asks with mask tokens everywhere. Parameters have the same names and shapes
-    - `pixel_loss`: "mse" or "l1"; `absolute_standardize`, `norm_pix_loss`: see `fasthpm.loss`
-    - `target_dim`: width D' of the features that are predicted; 0 = pixels are
-    - `activation_checkpointing`: keep only the blocks' inputs and compute the rest again in the backward pass
+    - `options`: the fields of `Architecture`
 
     **Raises:** `UserError` for sizes that do not fit together.
     """
@@ -80,80 +69,67 @@ class HPMViT(nn.Module):
     pos_embed: Tensor
     decoder_pos_embed: Tensor
 
-    def __init__(
-        self,
-        *,
-        img_size: int | tuple[int, int] = 224,
-        patch_size: int = 16,
-        in_chans: int = 3,
-        embed_dim: int = 768,
-        depth: int = 12,
-        num_heads: int = 12,
-        decoder_embed_dim: int = 512,
-        decoder_depth: int = 8,
-        decoder_num_heads: int = 16,
-        mlp_ratio: float = 4.0,
-        predictor_dim: int = 0,
-        predictor_depth: int = 0,
-        predictor: str = "separate",
-        decoder_attention: str = "self",
-        encoder_mask_tokens: bool = False,
-        predict_loss: str = "relative",
-        absolute_standardize: bool = True,
-        pixel_loss: str = "mse",
-        norm_pix_loss: bool = False,
-        target_dim: int = 0,
-        num_frames: int = 1,
-        tubelet_size: int = 1,
-        video: bool = False,
-        activation_checkpointing: bool = False,
-    ) -> None:
+    def __init__(self, **options: Any) -> None:
         super().__init__()
-        self.num_heads, self.embed_dim = num_heads, embed_dim
-        self.video, self.num_frames, self.tubelet_size = video, num_frames, tubelet_size
-        self.num_prefix_tokens = 0 if video else 1  # cls
-        self.activation_checkpointing = activation_checkpointing
-        self.img_size = (img_size, img_size) if isinstance(img_size, int) else (img_size[0], img_size[1])
-        self.patch_size, self.in_chans = patch_size, in_chans
-        self.predict_loss_kind, self.absolute_standardize = predict_loss, absolute_standardize
-        self.pixel_loss, self.norm_pix_loss = pixel_loss, norm_pix_loss
-        self.encoder_mask_tokens, self.target_dim = encoder_mask_tokens, target_dim
-        self.predictor, self.decoder_attention = predictor, decoder_attention
-        if encoder_mask_tokens and (predictor == "shared" or decoder_attention == "cross"):
-            raise UserError("SimMIM has no decoder blocks: use predictor separate and decoder_attention self with it")
-        self.grid_size = _grid(self.img_size, patch_size)
-        self.slots = _slots(num_frames, tubelet_size, video)
-        self.num_patches = self.slots * self.grid_size[0] * self.grid_size[1]
-        self.patch_dim = tubelet_size * patch_size**2 * in_chans
-
-        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, tubelet_size if video else 0)
-        if not video:
-            self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.register_buffer("pos_embed", self._positions(embed_dim))
-        self.blocks = block_stack(depth, embed_dim, num_heads, mlp_ratio)
-        self.norm = nn.LayerNorm(embed_dim, LAYER_NORM_EPS)
-
-        width = embed_dim if encoder_mask_tokens else decoder_embed_dim  # of the tokens that both heads read
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        depth_of_decoder = 0 if encoder_mask_tokens else decoder_depth
-        self.decoder_blocks = block_stack(depth_of_decoder, width, decoder_num_heads, mlp_ratio, decoder_attention)
-        self.decoder_norm: nn.Module = nn.Identity()
-        if not encoder_mask_tokens:
-            self.decoder_embed = nn.Linear(embed_dim, width, bias=not video)
-            self.register_buffer("decoder_pos_embed", self._positions(width))
-            self.decoder_norm = nn.LayerNorm(width, LAYER_NORM_EPS)
-        self.decoder_pred = nn.Linear(width, target_dim or self.patch_dim)
-        if predict_loss != "none":
-            dim = predictor_dim or decoder_embed_dim
-            blocks = 0 if predictor == "shared" else predictor_depth or decoder_depth
-            self.decoder_embed_losspred = nn.Identity() if dim == width else nn.Linear(width, dim)
-            self.decoder_blocks_losspred = block_stack(blocks, dim, decoder_num_heads, mlp_ratio, decoder_attention)
-            self.decoder_norm_losspred = nn.LayerNorm(dim, LAYER_NORM_EPS)
-            self.decoder_pred_losspred = ScalarHead(dim, self.patch_dim)
+        made = Architecture(**options)
+        self._remember(made)
+        self._make_encoder(made)
+        self._make_reconstructor(made)
+        if made.predict_loss != "none":
+            self._make_predictor(made)
         self.apply(init_linear)
-        if not video:
+        if not made.video:
             nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.mask_token, std=0.02)
+
+    def _remember(self, made: Architecture) -> None:
+        """What the forward pass and the model's users ask for."""
+        self.num_heads, self.embed_dim = made.num_heads, made.embed_dim
+        self.video, self.num_frames, self.tubelet_size = made.video, made.num_frames, made.tubelet_size
+        self.num_prefix_tokens = 0 if made.video else 1  # cls
+        self.activation_checkpointing = made.activation_checkpointing
+        self.img_size, self.patch_size, self.in_chans = made.image_size, made.patch_size, made.in_chans
+        self.predict_loss_kind, self.absolute_standardize = made.predict_loss, made.absolute_standardize
+        self.pixel_loss, self.norm_pix_loss = made.pixel_loss, made.norm_pix_loss
+        self.encoder_mask_tokens, self.target_dim = made.encoder_mask_tokens, made.target_dim
+        self.feature_loss = made.feature_loss
+        self.predictor, self.decoder_attention = made.predictor, made.decoder_attention
+        self.grid_size = (made.image_size[0] // made.patch_size, made.image_size[1] // made.patch_size)
+        self.slots = made.num_frames // made.tubelet_size
+        self.num_patches = self.slots * self.grid_size[0] * self.grid_size[1]
+        self.patch_dim = made.tubelet_size * made.patch_size**2 * made.in_chans
+
+    def _make_encoder(self, made: Architecture) -> None:
+        dim = made.embed_dim
+        self.patch_embed = PatchEmbed(made.patch_size, made.in_chans, dim, made.tubelet_size if made.video else 0)
+        if not made.video:
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.register_buffer("pos_embed", self._positions(dim))
+        self.blocks = block_stack(made.depth, dim, made.num_heads, made.mlp_ratio)
+        self.norm = nn.LayerNorm(dim, LAYER_NORM_EPS)
+
+    def _make_reconstructor(self, made: Architecture) -> None:
+        width, simmim = made.decoder_width, made.encoder_mask_tokens
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.decoder_blocks = block_stack(
+            0 if simmim else made.decoder_depth, width, made.decoder_num_heads, made.mlp_ratio, made.decoder_attention
+        )
+        self.decoder_norm: nn.Module = nn.Identity()
+        if not simmim:
+            self.decoder_embed = nn.Linear(made.embed_dim, width, bias=not made.video)
+            self.register_buffer("decoder_pos_embed", self._positions(width))
+            self.decoder_norm = nn.LayerNorm(width, LAYER_NORM_EPS)
+        self.decoder_pred = nn.Linear(width, made.target_dim or self.patch_dim)
+
+    def _make_predictor(self, made: Architecture) -> None:
+        width, dim = made.decoder_width, made.predictor_dim or made.decoder_embed_dim
+        depth = 0 if made.predictor == "shared" else made.predictor_depth or made.decoder_depth
+        self.decoder_embed_losspred = nn.Identity() if dim == width else nn.Linear(width, dim)
+        self.decoder_blocks_losspred = block_stack(
+            depth, dim, made.decoder_num_heads, made.mlp_ratio, made.decoder_attention
+        )
+        self.decoder_norm_losspred = nn.LayerNorm(dim, LAYER_NORM_EPS)
+        self.decoder_pred_losspred = ScalarHead(dim, self.patch_dim)
 
     def patchify(self, images: Tensor) -> Tensor:
         """[B, C, (T,) H, W] -> [B, L, t*P*P*C]; the orders are those at the top of this file."""
@@ -263,7 +239,7 @@ class HPMViT(nn.Module):
         if given != self.target_dim:
             raise ValueError(f"the target has {given} features per patch, the model predicts {self.target_dim}")
         if features is not None:
-            return losses.feature_loss(prediction, _gather(features, masked))
+            return self.feature_loss(prediction, _gather(features, masked))
         return losses.patch_loss(prediction, self.target(_gather(patches, masked)), self.pixel_loss)
 
     def target(self, patches: Tensor) -> Tensor:
@@ -395,7 +371,7 @@ def width_of(name: str) -> int:
 
 
 def create_model(name: str, **overrides: Any) -> HPMViT:
-    """Build a registered model; `overrides` are `HPMViT`'s arguments.
+    """Build a registered model; `overrides` are fields of `Architecture`.
 
     **Raises:** `UserError` for an unknown name, naming the nearest.
     """
@@ -427,23 +403,6 @@ def _register(name: str) -> None:
 
 
 # -------------------------------------------------------------------------------------------------- small helpers
-def _grid(img_size: tuple[int, int], patch_size: int) -> tuple[int, int]:
-    if any(side % patch_size for side in img_size):
-        raise UserError(f"image size {img_size} is not a multiple of patch_size {patch_size}; choose sides that are")
-    return img_size[0] // patch_size, img_size[1] // patch_size
-
-
-def _slots(num_frames: int, tubelet_size: int, video: bool) -> int:
-    if not video and (num_frames, tubelet_size) != (1, 1):
-        raise UserError(
-            f"an image model has one frame, not {num_frames} in tubelets of {tubelet_size}; use a video model (its "
-            f"name ends in _video, or begins with videomae_)"
-        )
-    if num_frames % tubelet_size:
-        raise UserError(f"{num_frames} frames are not a multiple of tubelet_size {tubelet_size}; choose one that is")
-    return num_frames // tubelet_size
-
-
 def _video_decoder(size: str) -> dict[str, int]:
     """VideoMAE's decoders: half the encoder's width (released code, width x heads: S 192x3, B 384x6, L 512x8, H 640x8);
     4 blocks, for L 12."""

@@ -7,7 +7,7 @@ import argparse
 import dataclasses
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from fasthpm.errors import UserError, nearest
@@ -46,7 +46,7 @@ def option(
     default: Any,
     help: str,
     *,
-    choices: tuple[str, ...] | None = None,
+    choices: Collection[str] | None = None,
     low: float | None = None,
     high: float | None = None,
     above: float | None = None,
@@ -56,7 +56,8 @@ def option(
 ) -> Any:
     """A field of a dataclass.
 
-    - `choices`, or `low`, `high`, `above`, `below` (see `Range`): what `validate` accepts
+    - `choices`, or `low`, `high`, `above`, `below` (see `Range`): what `validate` accepts. Choices may be a registry,
+      which is read when it is needed, so that it may grow.
     - `origin`: where the default comes from: PAPER, RELEASED or OURS, with a remark after a comma
     - `run_only`: the field says where and how a run happens, and may change when the run is resumed
     """

@@ -6,6 +6,7 @@ from torch import Tensor
 from fasthpm.data import DatasetInfo
 from fasthpm.model import HPMViT, create_model, width_of
 from fasthpm.recipe import Recipe
+from fasthpm.targets import TARGETS
 
 
 class NormalizedPatches:
@@ -41,6 +42,11 @@ def pixel_statistics(info: DatasetInfo, recipe: Recipe) -> tuple[Tensor, Tensor]
     return mean[: recipe.channels], std[: recipe.channels].clamp_min(1e-3)
 
 
+def target_width(recipe: Recipe) -> int:
+    """Features per patch that the recipe's model predicts; 0 = pixels."""
+    return recipe.frozen_dim or width_of(recipe.model) if recipe.target_teacher else 0
+
+
 def model_of(recipe: Recipe) -> HPMViT:
     """The recipe's model in float32, with weights drawn from the recipe's seed alone."""
     with torch.random.fork_rng(devices=[]):
@@ -61,7 +67,8 @@ def model_of(recipe: Recipe) -> HPMViT:
             absolute_standardize=recipe.absolute_standardize,
             pixel_loss=recipe.pixel_loss,
             norm_pix_loss=recipe.norm_pix_loss,
-            target_dim=width_of(recipe.model) if recipe.target == "ema" else recipe.frozen_dim,
+            target_dim=target_width(recipe),
+            feature_loss=TARGETS[recipe.target].loss,
             num_frames=recipe.num_frames,
             tubelet_size=recipe.tubelet_size,
             activation_checkpointing=recipe.activation_checkpointing,

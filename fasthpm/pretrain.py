@@ -17,13 +17,14 @@ from pathlib import Path
 
 import torch
 
-from fasthpm import checkpoint, files, maps, ranks, recipes, schedule, targets
+from fasthpm import checkpoint, files, maps, ranks, recipes, schedule
 from fasthpm.checkpoint.saver import Saver
 from fasthpm.cli import Parser
 from fasthpm.data import build_loader
 from fasthpm.data.device import on_device
 from fasthpm.errors import UserError
 from fasthpm.exchange import exporting
+from fasthpm.frozen import build_frozen
 from fasthpm.options import add_recipe_arguments
 from fasthpm.patches import model_of
 from fasthpm.pictures import clips, panels, report
@@ -81,7 +82,7 @@ def build(recipe: Recipe, launch: ranks.Launch) -> Run[Step]:
         if recipe.teacher_precision == "fp8":
             fp8.require_fp8(launch.device)
         student = checkpoint.initial_model(recipe)
-        frozen = targets.build_frozen(recipe, launch.device)
+        frozen = build_frozen(recipe, launch.device)
     map_store = maps.for_recipe(recipe, loader.info)
     loader = on_device(maps.with_maps(loader, map_store), launch.device)
     step = Step(student, recipe, loader.info)
@@ -159,12 +160,12 @@ def update(run: Run[Step], metrics: Metrics, watchdog: Watchdog) -> None:
             batch = next(run.batches)
         if left_out:
             continue
-        weights = run.maps.weights(batch) if run.maps else None
-        output = run.engine(batch.images, batch.ids, number, alpha, weights)
+        scores = run.maps.scores(batch) if run.maps else None
+        output = run.engine(batch.images, batch.ids, number, alpha, scores)
         run.engine.backward(output.loss)
         run.engine.step()
         metrics.add(now, batch, output)
-        run.seen = (batch.images, weights)
+        run.seen = (batch.images, scores)
     if left_out:
         return
     metrics.updated(now, ranks.grad_norm(run.engine))

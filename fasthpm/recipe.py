@@ -18,16 +18,15 @@ from fasthpm.data.sampling import INTERPOLATIONS, SAMPLE_ORDERS
 from fasthpm.data.video.sampling import DECODERS
 from fasthpm.errors import UserError, nearest
 from fasthpm.files import write_text
-from fasthpm.mask import BY_DIFFICULTY, MAP_CROPS, POLICIES, MaskPlan
+from fasthpm.mask import MAP_CROPS, POLICIES, MaskPlan
 from fasthpm.options import OURS, PAPER, RELEASED, option, validate
+from fasthpm.targets import TARGETS
 
 PREDICT_LOSSES = ("relative", "absolute", "none")
 PIXEL_LOSSES = ("mse", "l1")
 PREDICTORS = ("separate", "shared")
 DECODER_ATTENTIONS = ("self", "cross")
 TEACHER_PRECISIONS = ("model", "fp8")
-TARGETS = ("pixels", "ema", "dino", "clip")
-FROZEN_DIMS = {"dino": 768, "clip": 512}  # the published ViT-B/16s; CLIP's patches after its projection
 ALPHA_SCHEDULES = ("released", "paper", "step")
 ON_NONFINITE = ("halt", "skip", "rollback")
 
@@ -83,7 +82,9 @@ class Recipe:
     warmup_mask_ratio: float = option(
         0.75, "attention masks: ratio of the random masks before the first maps", low=0, high=1
     )
-    map_refresh_epochs: int = option(40, "attention masks: epochs between two passes that make the maps anew", above=0)
+    map_refresh_epochs: int = option(
+        40, "attention masks and teacher_maps: epochs between two passes that make the maps anew", above=0
+    )
     map_crop: str = option(
         "image",
         "attention masks: the map is cropped with its image, or its top left cells read, as released code does",
@@ -306,29 +307,34 @@ class Recipe:
     @property
     def warmup_plan(self) -> MaskPlan:
         """How they are drawn as long as there are no maps, if the policy needs them; else `mask_plan`."""
-        if self.mask_policy != "attention":
+        if POLICIES[self.mask_policy].follows != "attention":
             return self.mask_plan
         return dataclasses.replace(self.mask_plan, policy="random", mask_ratio=self.warmup_mask_ratio, throw_ratio=0.0)
 
     @property
     def uses_maps(self) -> bool:
         """Whether a run keeps maps of its samples, of attention or of the teacher's difficulty."""
-        return self.mask_policy == "attention" or self.teacher_maps
+        return POLICIES[self.mask_policy].follows == "attention" or self.teacher_maps
 
     @property
     def uses_teacher(self) -> bool:
         """Whether a step needs the EMA teacher: for its difficulty, or for its features."""
-        return self.masks_by_difficulty or self.target == "ema"
+        return self.masks_by_difficulty or self.target_teacher == "ema"
 
     @property
     def masks_by_difficulty(self) -> bool:
         """Whether the mask policy follows the teacher's difficulty."""
-        return self.mask_policy in BY_DIFFICULTY
+        return POLICIES[self.mask_policy].follows == "difficulty"
+
+    @property
+    def target_teacher(self) -> str:
+        """Who gives the features that are reconstructed: "ema", "frozen", or "" where they are pixels."""
+        return TARGETS[self.target].teacher
 
     @property
     def frozen_dim(self) -> int:
         """Width of the frozen teacher's features (`target` dino or clip); 0 without one."""
-        return self.target_dim or FROZEN_DIMS.get(self.target, 0)
+        return self.target_dim or TARGETS[self.target].width
 
     @property
     def approximates_teacher(self) -> bool:
@@ -422,11 +428,12 @@ class Recipe:
         rules.teacher_is_asked(self.mask_policy, follows, self.teacher_scale, self.teacher_precision)
 
     def _check_target(self) -> None:
-        frozen = self.target in FROZEN_DIMS
-        rules.target_has_weights(self.target, frozen, self.target_weights, self.target_model, self.target_dim)
-        rules.features_are_of_images(self.target, self.model, self.num_frames)
-        rules.ema_features_are_whole(self.target, self.teacher_scale, self.teacher_maps)
-        rules.loss_is_of_pixels(self.target, self.pixel_loss, self.norm_pix_loss)
+        teacher = self.target_teacher
+        rules.target_has_weights(self.target, teacher, self.target_weights, self.target_model, self.target_dim)
+        if teacher:
+            rules.features_are_of_images(self.target, self.model, self.num_frames)
+            rules.ema_features_are_whole(teacher, self.teacher_scale, self.teacher_maps)
+            rules.loss_is_of_pixels(self.target, self.pixel_loss, self.norm_pix_loss)
 
     def _check_patches(self) -> None:
         rules.patches_fill_image(self.input_size, self.image_size, self.patch_size)

@@ -142,9 +142,9 @@ def teacher_is_asked(mask_policy: str, follows_difficulty: bool, teacher_scale: 
 
 
 # ------------------------------------------------------------------------------------------------------- target
-def target_has_weights(target: str, frozen: bool, target_weights: str, target_model: str, target_dim: int) -> None:
-    """Only a `frozen` teacher has weights of its own."""
-    if not frozen and (target_weights or target_model or target_dim):
+def target_has_weights(target: str, teacher: str, target_weights: str, target_model: str, target_dim: int) -> None:
+    """Only a frozen teacher has weights of its own."""
+    if teacher != "frozen" and (target_weights or target_model or target_dim):
         raise UserError(
             f"target_weights, target_model and target_dim describe a dino or clip teacher, but target is "
             f"{target}; leave them out, or use --target dino"
@@ -153,13 +153,13 @@ def target_has_weights(target: str, frozen: bool, target_weights: str, target_mo
 
 def features_are_of_images(target: str, model: str, num_frames: int) -> None:
     """Features are targets for images only."""
-    if target != "pixels" and (num_frames > 1 or "video" in model):
+    if num_frames > 1 or "video" in model:
         raise UserError(f"target {target} is for images, and {model} is a video model; use --target pixels")
 
 
-def ema_features_are_whole(target: str, teacher_scale: int, teacher_maps: bool) -> None:
+def ema_features_are_whole(teacher: str, teacher_scale: int, teacher_maps: bool) -> None:
     """Features of the EMA teacher come from its full forward in every step."""
-    if target == "ema" and (teacher_scale != 1 or teacher_maps):
+    if teacher == "ema" and (teacher_scale != 1 or teacher_maps):
         raise UserError(
             f"target ema takes features of every patch from the teacher in every step, and teacher_scale is "
             f"{teacher_scale}, teacher_maps {teacher_maps}; use --teacher_scale 1 --no-teacher_maps"
@@ -168,7 +168,7 @@ def ema_features_are_whole(target: str, teacher_scale: int, teacher_maps: bool) 
 
 def loss_is_of_pixels(target: str, pixel_loss: str, norm_pix_loss: bool) -> None:
     """Losses of pixels need pixels."""
-    if target != "pixels" and (pixel_loss != "mse" or norm_pix_loss):
+    if pixel_loss != "mse" or norm_pix_loss:
         raise UserError(
             f"target {target} compares directions of features, and pixel_loss {pixel_loss} with "
             f"norm_pix_loss {norm_pix_loss} is for pixels; use --pixel_loss mse --no-norm_pix_loss, or "

@@ -12,14 +12,13 @@ from torch import Tensor, nn
 
 from fasthpm import loss as losses
 from fasthpm.data import DatasetInfo
-from fasthpm.mask import MaskPlan, draw_sets, sample_noise, split_ids
+from fasthpm.mask import MaskPlan, Sets, draw_sets, sample_noise, split_ids
 from fasthpm.model import HPMViT, Output
 from fasthpm.patches import NormalizedPatches
 from fasthpm.recipe import Recipe
 from fasthpm.speed import fp8
 from fasthpm.speed.clock import Stopwatch
 from fasthpm.speed.compiled import Compiled
-from fasthpm.targets import FrozenTeacher
 
 METRICS = ("loss", "reconstruction_loss", "difficulty_loss", "spearman", "pair_accuracy", "teacher_spearman")
 HEALTH_SAMPLES = 16  # predictor health is measured on this many samples of a batch
@@ -33,8 +32,8 @@ class StepOutput(NamedTuple):
     mask: Tensor  # bool [B, L], True = masked
 
 
-class Lesson(NamedTuple):
-    """What a pass of the EMA teacher gives."""
+class TeacherOutput(NamedTuple):
+    """What the teachers say of a batch."""
 
     difficulty: Tensor | None  # float32 [B, L], if the masks follow it
     features: Tensor | None  # [B, L, D], if they are the target
@@ -51,75 +50,86 @@ class Step(nn.Module):
         self.stopwatch = Stopwatch()
         self.normalized_patches = NormalizedPatches(recipe, info)
         self._teacher: list[HPMViT] = []
-        self._frozen: list[FrozenTeacher] = []
-        self._parts: tuple[Callable[..., Lesson], Callable[..., StepOutput]] = (self.teach, self._learn)
-        self._untried = recipe.compile
+        self._frozen: list[nn.Module] = []
+        self.run_teacher: Callable[[Tensor], TeacherOutput] = self.teach
+        self.run_student: Callable[..., StepOutput] = self.learn
+        self._gradients_tried = True
         if recipe.compile:
             self.compile_with("inductor")
 
     def compile_with(self, backend: str | Callable[..., Any]) -> None:
         """Compile the teacher's forward, and all from the mask to the losses and their gradients, with a backend."""
-        self._parts = Compiled(self.teach, "the teacher", backend), Compiled(self._learn, "the step", backend)
-        self._untried = True
+        self.run_teacher = Compiled(self.teach, "the teacher", backend)
+        self.run_student = Compiled(self.learn, "the step", backend)
+        self._gradients_tried = False
 
     def attach_teacher(self, teacher: HPMViT) -> None:
         """Let `teacher` choose the hard patches (its `predict_loss`) and, with target ema, give the features."""
         self._teacher = [teacher]
 
-    def attach_frozen(self, teacher: FrozenTeacher) -> None:
-        """Let a DINO or CLIP `teacher` give the features (see `targets.build_frozen`)."""
+    def attach_frozen(self, teacher: nn.Module) -> None:
+        """Let a `teacher` that does not learn give the features (see `frozen.build_frozen`)."""
         self._frozen = [teacher]
 
     @property
-    def frozen(self) -> FrozenTeacher | None:
-        """The DINO or CLIP teacher, if the target has one."""
+    def frozen(self) -> Any:
+        """The teacher that does not learn, if the target has one."""
         return self._frozen[0] if self._frozen else None
 
     def forward(
-        self, images: Tensor, ids: Tensor, step: Tensor, alpha: Tensor, weights: Tensor | None = None
+        self, images: Tensor, ids: Tensor, step: Tensor, alpha: Tensor, scores: Tensor | None = None
     ) -> StepOutput:
         """One micro-step on this rank.
 
         - `images`: uint8 [B, H, W, C] or clips [B, T, H, W, C]; `ids`: int64 [B]
         - `step`: int64 0-dim, the update; `alpha`: float64 0-dim, share of the mask chosen by the teacher
-        - `weights`: float32 [B, L], of the samples' maps (attention, or the teacher's difficulty) for the policies that
+        - `scores`: float32 [B, L], the samples' maps (attention, or the teacher's difficulty) for the policies that
           keep some; None: masks are random, as before the first maps
         """
         self.normalized_patches.move(images.device)
-        teach, learn = self._parts
-        scores = torch.zeros(len(images), self.recipe.num_patches, device=images.device) if weights is None else weights
-        features = None
-        if self.recipe.uses_teacher and not self.recipe.teacher_maps:
-            with torch.no_grad(), self.stopwatch.measure(images.device):
-                difficulty, features = teach(images)
-                scores = scores if difficulty is None else difficulty
-        elif weights is None:
-            alpha = torch.zeros_like(alpha)
-        if self._frozen:
-            with torch.no_grad(), self.stopwatch.measure(images.device):
-                features = self._frozen[0](images)
-        plan = self.warmup_plan if weights is None else self.mask_plan
-        if self._untried:
-            self._try_backward(plan, images, ids, step, alpha, scores, features)
-        return learn(plan, images, ids, step, alpha, scores, features)
+        plan = self.warmup_plan if scores is None else self.mask_plan
+        answer = self.ask_teachers(images)
+        if answer.difficulty is not None:
+            scores = answer.difficulty
+        elif scores is None:
+            scores, alpha = self._no_scores(images), torch.zeros_like(alpha)
+        if not self._gradients_tried:
+            self._try_gradients(plan, images, ids, step, alpha, scores, answer.features)
+        return self.run_student(plan, images, ids, step, alpha, scores, answer.features)
 
-    def teach(self, images: Tensor) -> Lesson:
-        """One pass of the EMA teacher."""
-        if self.recipe.target != "ema":
-            return Lesson(self.difficulty(images), None)
+    def ask_teachers(self, images: Tensor) -> TeacherOutput:
+        """What the recipe's teachers say of this batch: the EMA teacher, unless its maps are kept, and a frozen one."""
+        difficulty, features = None, None
+        with torch.no_grad():
+            if self.recipe.uses_teacher and not self.recipe.teacher_maps:
+                with self.stopwatch.measure(images.device):
+                    difficulty, features = self.run_teacher(images)
+            if self._frozen:
+                with self.stopwatch.measure(images.device):
+                    features = self._frozen[0](images)
+        return TeacherOutput(difficulty, features)
+
+    def _no_scores(self, images: Tensor) -> Tensor:
+        """Nothing to follow: float32 zeros [B, L]."""
+        return torch.zeros(len(images), self.recipe.num_patches, device=images.device)
+
+    def teach(self, images: Tensor) -> TeacherOutput:
+        """One pass of the EMA teacher, for difficulty, features or both."""
+        if self.recipe.target_teacher != "ema":
+            return TeacherOutput(self.difficulty(images), None)
         teacher = self._teacher[0]
         tokens = teacher.encode(self.normalized_patches(images))
         difficulty = teacher.difficulty_of(tokens) if self.recipe.masks_by_difficulty else None
-        return Lesson(difficulty, tokens[:, teacher.num_prefix_tokens :])
+        return TeacherOutput(difficulty, tokens[:, teacher.num_prefix_tokens :])
 
     @torch.no_grad()
-    def map_spearman(self, images: Tensor, weights: Tensor | None = None) -> Tensor:
+    def map_spearman(self, images: Tensor, scores: Tensor | None = None) -> Tensor:
         """Rank correlation of the map that the masks follow with the exact teacher's, over some samples of a batch.
 
-        `weights`: as in `forward`; without any, those that the teacher of the recipe gives.
+        `scores`: as in `forward`; without any, those that the teacher of the recipe gives.
         """
         images = images[:HEALTH_SAMPLES]
-        used = self.difficulty(images) if weights is None else weights[:HEALTH_SAMPLES]
+        used = self.difficulty(images) if scores is None else scores[:HEALTH_SAMPLES]
         with fp8.exact(self._teacher[0]):
             exact = self._teacher[0].predict_loss(self.normalized_patches(images))
         return losses.spearman(used, exact)
@@ -128,7 +138,7 @@ class Step(nn.Module):
         """The teacher's difficulty of every patch, float32 [B, L]."""
         return self._teacher[0].predict_loss(self.normalized_patches(images), self.recipe.teacher_scale)
 
-    def _learn(
+    def learn(
         self,
         plan: MaskPlan,
         images: Tensor,
@@ -142,24 +152,23 @@ class Step(nn.Module):
         [B, L, D']: what is reconstructed, None = pixels."""
         patches = self.normalized_patches(images)
         mask, thrown = self._sets(plan, ids, step, alpha, scores)
-        gone: dict[str, Any] = {} if thrown is None else {"thrown": thrown, "num_thrown": plan.num_thrown}
-        output = self.student(patches, mask, num_masked=plan.num_masked, target=features, **gone)
+        output = self.student(
+            patches, mask, num_masked=plan.num_masked, thrown=thrown, num_thrown=plan.num_thrown, target=features
+        )
         difficulty = scores if self.recipe.masks_by_difficulty else torch.zeros_like(scores)
         return StepOutput(output.loss, self._metrics(output, mask, difficulty), mask)
 
-    def _sets(
-        self, plan: MaskPlan, ids: Tensor, step: Tensor, alpha: Tensor, scores: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
+    def _sets(self, plan: MaskPlan, ids: Tensor, step: Tensor, alpha: Tensor, scores: Tensor) -> Sets:
         """What is masked and what is thrown away, bool [B, L] each; the latter None if the plan throws nothing."""
         noise = sample_noise(self.recipe.seed, step, ids, plan.noise_size)
         return draw_sets(plan, noise, scores, alpha)
 
-    def _try_backward(self, *arguments: Any) -> None:
+    def _try_gradients(self, *arguments: Any) -> None:
         """Let a compiler that fails do so here, where there is a way back: it meets the gradients at their first use.
 
         No hook of DeepSpeed's sees these gradients, and no weight has any afterwards.
         """
-        self._untried, learn = False, self._parts[1]
+        self._gradients_tried, learn = True, self.run_student
         if isinstance(learn, Compiled) and not learn.failure and torch.is_grad_enabled():
             loss = learn(*arguments).loss
             try:

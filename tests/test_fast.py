@@ -184,7 +184,6 @@ def test_kept_maps_make_the_masks_and_there_is_no_teachers_pass() -> None:
     step = step_of(teacher_maps=True)
     images, ids = batch()
     step.difficulty = lambda images: pytest.fail("the teacher ran")  # type: ignore[method-assign]
-    step._parts = (step.teach, step._learn)
     maps = torch.rand(6, 49, generator=torch.Generator().manual_seed(0))
     mask = step(images, ids, torch.tensor(3), ALPHA, maps).mask
     _, hard = reference.mask_counts(49, 0.75, 0.5)
@@ -283,7 +282,9 @@ def test_the_compiled_step_is_the_eager_one_and_compiled_once() -> None:
                 theirs -= 0.01 * theirs.grad
         counts.append(counter.frame_count)
     assert counts[0] == counts[-1]
-    assert not any(part.failure for part in compiled._parts if isinstance(part, Compiled))
+    for part in (compiled.run_teacher, compiled.run_student):
+        assert isinstance(part, Compiled)
+        assert not part.failure
 
 
 def test_a_compiler_that_fails_is_named_once_and_the_step_runs(capsys: pytest.CaptureFixture[str]) -> None:

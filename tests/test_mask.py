@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fasthpm import mask as masks
+from fasthpm import mask_loops
 from fasthpm.errors import UserError
 from tests.helpers import reference
 from tests.helpers.masks import coarse_noise, rows_of
@@ -209,7 +210,7 @@ def test_predefined_masks_are_their_loops(seed: int, grid: tuple[int, int], slot
     rows=st.integers(2, 4),
     columns=st.integers(2, 4),
     side=st.integers(2, 3),
-    policy=st.sampled_from(masks.IN_UNITS),
+    policy=st.sampled_from([policy.name for policy in masks.POLICIES.values() if policy.in_units]),
     ratio=st.floats(0.3, 0.7),
     alpha=st.floats(0, 1),
 )
@@ -292,7 +293,7 @@ def test_numpy_and_torch_draw_the_same(
     drawn = []
     for numpy in (True, False):
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(masks, "_numpy_is_faster", lambda scores, numpy=numpy: numpy)
+            patched.setattr(mask_loops, "numpy_is_faster", lambda values, numpy=numpy: numpy)
             noise = masks.sample_noise(seed, torch.tensor(seed), torch.tensor([5, 2**40, seed]), plan.noise_size)
             drawn.append((noise, masks.draw_mask(plan, noise, difficulty, share)))
     assert torch.equal(drawn[0][0], drawn[1][0])
@@ -305,7 +306,7 @@ def test_numpy_and_torch_draw_the_same(
     seed=seeds,
     grid=grids,
     slots=st.integers(1, 3),
-    policy=st.sampled_from(masks.POLICIES),
+    policy=st.sampled_from(list(masks.POLICIES)),
     ratio=ratios,
     alpha=st.floats(0, 1),
 )
@@ -314,7 +315,7 @@ def test_every_policy_keeps_its_count(
 ) -> None:
     if policy == "uniform":
         grid, ratio = (2 * grid[0], 2 * grid[1]), 0.75
-    slots = max(slots, 2) if policy in masks.TUBES else slots
+    slots = max(slots, 2) if masks.POLICIES[policy].tube else slots
     plan = masks.MaskPlan(policy, ratio, grid, slots)
     noise = torch.rand(2, 3, plan.noise_size, generator=torch.Generator().manual_seed(seed))
     mask = masks.draw_mask(plan, noise, torch.rand(3, plan.num_patches), alpha)

@@ -10,9 +10,10 @@ from tests.helpers.launch import ROOT
 
 # From the ground up; a storey is one word or several that stand side by side.
 STOREYS = (
-    "errors machine", "files", "cli", "options", "data", "mask loss layers model rules recipe schedule patches", "recipes",
-    "ranks", "speed", "targets step teacher", "maps", "checkpoint", "exchange", "run", "probes", "pictures", "commands",
-    "pretrain",
+    "errors machine", "files", "cli", "options", "data",
+    "mask mask_loops loss layers architecture model targets rules recipe schedule patches",
+    "recipes", "ranks", "speed", "frozen step teacher", "maps", "checkpoint", "exchange", "run", "probes",
+    "pictures", "commands", "pretrain",
 )  # fmt: skip
 HEIGHTS = {f"fasthpm.{room}": height for height, storey in enumerate(STOREYS) for room in storey.split()}
 FACES = ("fasthpm", "fasthpm.__main__")  # name everything, are named by nobody

@@ -15,21 +15,24 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fasthpm import loss, recipes, targets
+from fasthpm import frozen, loss, recipes
 from fasthpm.data import DatasetInfo
 from fasthpm.errors import UserError
+from fasthpm.frozen import FrozenTeacher
 from fasthpm.mask import split_ids
 from fasthpm.model import HPMViT
 from fasthpm.patches import model_of
 from fasthpm.recipe import Recipe
 from fasthpm.speed import flops
 from fasthpm.step import Step
-from fasthpm.targets import FAMILIES, FrozenTeacher
+from fasthpm.targets import TARGETS as RECORDS
+from fasthpm.targets import Family
 from tests.helpers import reference
 from tests.helpers.launch import check_ranks
 from tests.helpers.small_teachers import PROJECTED, SIZES, TARGETS, WIDTH
 
 CPU = torch.device("cpu")
+FAMILIES: dict[str, Family] = {name: target.family for name, target in RECORDS.items() if target.family}
 INFO = DatasetInfo(100, 3, (0.3, 0.4, 0.5), (0.2, 0.2, 0.2), ("a",))
 ALPHA = torch.tensor(0.5, dtype=torch.float64)
 STATISTICS = {  # as published, channel by channel
@@ -144,7 +147,7 @@ def test_clip_in_openais_names_computes_what_openais_model_computes(tmp_path: Pa
     visual = OpenAIVisual().eval()
     torch.save(openai_state(visual), tmp_path / "clip.pt")
     recipe = small("clip", target_weights=str(tmp_path / "clip.pt"))
-    teacher = targets.build_frozen(recipe, CPU, torch.float32)
+    teacher = frozen.build_frozen(recipe, CPU, torch.float32)
     assert teacher is not None
     torch.testing.assert_close(teacher(images()), visual(normalised(images(), "clip")), atol=1e-4, rtol=1e-4)
     assert not teacher.training
@@ -168,9 +171,9 @@ def test_open_clip_models_load_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "open_clip", SimpleNamespace(create_model=create_model))
     recipe = small("clip", target_weights="open_clip:ViT-B-16/some_tag")
     with pytest.raises(UserError, match="trained with gelu, the target_model has quick_gelu"):
-        targets.build_frozen(recipe, CPU)
+        frozen.build_frozen(recipe, CPU)
     whole.visual.act = QuickGELU()
-    teacher = targets.build_frozen(recipe, CPU, torch.float32)
+    teacher = frozen.build_frozen(recipe, CPU, torch.float32)
     assert asked[-1] == ("ViT-B-16", "some_tag")
     assert teacher is not None
     torch.testing.assert_close(teacher(images()), whole.visual(normalised(images(), "clip")), atol=1e-4, rtol=1e-4)
@@ -202,7 +205,7 @@ def test_dino_by_transformers_computes_what_transformers_computes(tmp_path: Path
     model.save_pretrained(tmp_path)
     theirs = model(normalised(images(), "dino")).last_hidden_state[:, 1:]
     for weights in (f"transformers:{tmp_path}", str(tmp_path / "model.safetensors")):
-        teacher = targets.build_frozen(small("dino", target_weights=weights), CPU, torch.float32)
+        teacher = frozen.build_frozen(small("dino", target_weights=weights), CPU, torch.float32)
         assert teacher is not None
         torch.testing.assert_close(teacher(images()), theirs, atol=1e-4, rtol=1e-4)
 
@@ -217,18 +220,18 @@ def test_clip_by_transformers_computes_what_transformers_computes(tmp_path: Path
     tokens = model.vision_model(normalised(images(), "clip")).last_hidden_state
     theirs = model.visual_projection(model.vision_model.post_layernorm(tokens))[:, 1:]
     recipe = small("clip", target_weights=f"transformers:{tmp_path}")
-    teacher = targets.build_frozen(recipe, CPU, torch.float32)
+    teacher = frozen.build_frozen(recipe, CPU, torch.float32)
     assert teacher is not None
     torch.testing.assert_close(teacher(images()), theirs, atol=1e-4, rtol=1e-4)
     exact = dataclasses.replace(recipe, target_model="fasthpm_small_dino")
     with pytest.raises(UserError, match="trained with quick_gelu, the target_model has gelu"):
-        targets.build_frozen(exact, CPU)
+        frozen.build_frozen(exact, CPU)
 
 
 @torch.no_grad()
 def test_grey_images_are_read_as_three_equal_channels() -> None:
     recipe = small("dino", channels=1)
-    teacher = FrozenTeacher(targets.build_vit(recipe, recipe.target_model), FAMILIES["dino"])
+    teacher = FrozenTeacher(frozen.create_vit(recipe, recipe.target_model, FAMILIES[recipe.target]), FAMILIES["dino"])
     grey = images(channels=1)
     assert torch.equal(teacher(grey), teacher(grey.expand(-1, -1, -1, 3)))
 
@@ -236,7 +239,7 @@ def test_grey_images_are_read_as_three_equal_channels() -> None:
 def test_features_are_those_of_each_patch() -> None:
     """Without attention between them, a patch's features depend on its own pixels: the two grids agree."""
     recipe = small("dino")
-    teacher = FrozenTeacher(targets.build_vit(recipe, recipe.target_model), FAMILIES["dino"])
+    teacher = FrozenTeacher(frozen.create_vit(recipe, recipe.target_model, FAMILIES[recipe.target]), FAMILIES["dino"])
     for block in teacher.vit.blocks:
         nn.init.zeros_(block.attn.proj.weight)
     one, two = images(1), images(1)
@@ -250,7 +253,7 @@ def test_flop_formula_counts_the_frozen_teacher(target: str) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     recipe = small(target)
-    teacher = FrozenTeacher(targets.build_vit(recipe, recipe.target_model), FAMILIES[target])
+    teacher = FrozenTeacher(frozen.create_vit(recipe, recipe.target_model, FAMILIES[recipe.target]), FAMILIES[target])
     for block in teacher.vit.blocks:
         block.attn.fused_attn = False  # torch does not count its fused CPU kernel
     with FlopCounterMode(display=False) as counter:
@@ -259,13 +262,13 @@ def test_flop_formula_counts_the_frozen_teacher(target: str) -> None:
 
 
 # -------------------------------------------------------------------------------------------------- in the step
-def step_with(recipe: Recipe, **frozen: Any) -> Step:
+def step_with(recipe: Recipe) -> Step:
     """The recipe's step with its teachers."""
     step = Step(model_of(recipe), recipe, INFO)
     if recipe.uses_teacher:
         step.attach_teacher(model_of(dataclasses.replace(recipe, seed=1)).eval().requires_grad_(False))
     if recipe.target in FAMILIES:
-        vit = targets.build_vit(recipe, recipe.target_model)
+        vit = frozen.create_vit(recipe, recipe.target_model, FAMILIES[recipe.target])
         step.attach_frozen(FrozenTeacher(vit, FAMILIES[recipe.target]).to(torch.bfloat16))
     return step
 
@@ -333,7 +336,7 @@ def test_a_full_size_dino_loads_from_its_own_kind_of_file(tmp_path: Path) -> Non
     recipe = dataclasses.replace(
         recipes.from_name("hpm_dino_vit_base_in1k_200e"), target_weights=str(tmp_path / "dino.pth")
     )
-    teacher = targets.build_frozen(recipe, CPU)
+    teacher = frozen.build_frozen(recipe, CPU)
     assert teacher is not None
     assert {p.dtype for p in teacher.parameters()} == {torch.bfloat16}
     torch.testing.assert_close(teacher.vit.blocks[11].mlp.fc2.weight, vit.blocks[11].mlp.fc2.weight.bfloat16())
@@ -366,26 +369,26 @@ def test_a_full_size_clip_loads_in_openais_names(tmp_path: Path) -> None:
     save_file({key: value.contiguous() for key, value in state.items()}, tmp_path / "clip.safetensors")
     weights = str(tmp_path / "clip.safetensors")
     recipe = dataclasses.replace(recipes.from_name("hpm_clip_vit_base_in1k_200e"), target_weights=weights)
-    teacher = targets.build_frozen(recipe, CPU)
+    teacher = frozen.build_frozen(recipe, CPU)
     assert teacher is not None
     torch.testing.assert_close(teacher.vit.head.weight, vit.head.weight.bfloat16())
     assert teacher(images(1, side=224)).shape == (1, 196, 512)
     wrong = dataclasses.replace(recipe, target="dino")
     with pytest.raises(UserError) as caught:
-        targets.build_frozen(wrong, CPU)
+        frozen.build_frozen(wrong, CPU)
     assert "1 missing: patch_embed.proj.bias; 2 unexpected: norm_pre.bias, norm_pre.weight" in str(caught.value)
 
 
 # -------------------------------------------------------------------------------------------------- refusals
 def test_weights_that_do_not_fit_are_listed(tmp_path: Path) -> None:
-    vit = targets.build_vit(small("dino"), "fasthpm_small_dino")
+    vit = frozen.create_vit(small("dino"), "fasthpm_small_dino", FAMILIES["dino"])
     state = vit.state_dict()
     state["blocks.2.norm1.weight"] = state.pop("blocks.1.norm1.weight")
     state["pos_embed"] = torch.zeros(1, 10, WIDTH)
     state["norm.bias"] = torch.full((WIDTH,), torch.nan)
     torch.save(state, tmp_path / "wrong.pth")
     with pytest.raises(UserError) as caught:
-        targets.build_frozen(small("dino", target_weights=str(tmp_path / "wrong.pth")), CPU)
+        frozen.build_frozen(small("dino", target_weights=str(tmp_path / "wrong.pth")), CPU)
     text = str(caught.value)
     for part in (
         "wrong.pth: ",
@@ -417,7 +420,7 @@ def test_teachers_that_cannot_be_are_refused(
 ) -> None:
     monkeypatch.setitem(sys.modules, "open_clip", None)
     with pytest.raises(UserError) as caught:
-        targets.build_frozen(small("dino", **changes), CPU)
+        frozen.build_frozen(small("dino", **changes), CPU)
     assert reason in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -426,18 +429,18 @@ def test_a_download_that_fails_is_one_line(monkeypatch: pytest.MonkeyPatch) -> N
     def offline(*_: Any, **__: Any) -> None:
         raise OSError("no route to host\nmany lines")
 
-    monkeypatch.setattr(targets.timm, "create_model", offline)
+    monkeypatch.setattr(frozen.timm, "create_model", offline)
     with pytest.raises(UserError, match=r"timm cannot download them \(no route to host\); give another"):
-        targets.load_weights(None, FAMILIES["dino"].weights)
+        frozen.load_vit_weights(None, FAMILIES["dino"].weights)
 
 
 def test_timm_names_bring_their_architecture_and_openais_the_quick_gelu() -> None:
     clip = FAMILIES["clip"]
-    assert targets.default_architecture("timm:vit_large_patch14_clip_224.laion2b", clip) == "vit_large_patch14_clip_224"
+    assert frozen.default_architecture("timm:vit_large_patch14_clip_224.laion2b", clip) == "vit_large_patch14_clip_224"
     quick = "vit_base_patch16_clip_quickgelu_224"
     for name in ("vit_base_patch16_clip_224.openai", f"{quick}.openai"):
-        assert targets.default_architecture(f"timm:{name}", clip) == quick
-    assert targets.default_architecture("clip.pt", clip) == quick
+        assert frozen.default_architecture(f"timm:{name}", clip) == quick
+    assert frozen.default_architecture("clip.pt", clip) == quick
 
 
 @pytest.mark.parametrize(

@@ -283,7 +283,7 @@ def test_wrong_sizes_are_named() -> None:
     slots=st.integers(2, 4),
     rows=st.integers(1, 4),
     columns=st.integers(1, 4),
-    policy=st.sampled_from(masks.POLICIES),
+    policy=st.sampled_from(list(masks.POLICIES)),
     ratio=st.floats(0.1, 0.95),
     alpha=st.floats(0, 1),
 )
@@ -301,7 +301,7 @@ def test_every_policy_masks_exactly_in_every_slot(
     frames = mask.reshape(3, slots, size)
     if policy not in ("random", "attention"):
         assert (frames.sum(2) == plan.num_masked // slots).all()
-    if policy in masks.TUBES:
+    if masks.POLICIES[policy].tube:
         assert torch.equal(frames, frames[:, :1].expand_as(frames))
     easiest = policy == "hpm_easiest"
     for i, values in enumerate(difficulty.reshape(3, slots, size).tolist()):
@@ -310,7 +310,7 @@ def test_every_policy_masks_exactly_in_every_slot(
             summed = [sum(frame[k] for frame in values) for k in range(size)]
             want = reference.easy_to_hard_mask(summed, ratio, alpha, ties[:size], rest[:size], False)
             assert rows_of(frames[i])[0] == want
-        elif policy in masks.BY_DIFFICULTY:
+        elif masks.POLICIES[policy].follows == "difficulty":
             for slot, row in enumerate(rows_of(frames[i])):
                 part = slice(slot * size, (slot + 1) * size)
                 assert row == reference.easy_to_hard_mask(values[slot], ratio, alpha, ties[part], rest[part], easiest)

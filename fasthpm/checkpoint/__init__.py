@@ -1,7 +1,7 @@
 """Checkpoints: atomic save, verify, resume on any ranks; other people's files, read without running them."""
 
 from fasthpm.checkpoint.folder import (
-    CLASSIFIER,
+    FINETUNE_NOTES,
     MANIFEST,
     RECIPE,
     STATE,
@@ -27,7 +27,7 @@ from fasthpm.checkpoint.foreign import load_reference
 from fasthpm.checkpoint.weights import checkpoint_of, initial_model, load_weights
 
 __all__ = [
-    "CLASSIFIER",
+    "FINETUNE_NOTES",
     "MANIFEST",
     "RECIPE",
     "STATE",

@@ -23,7 +23,7 @@ from fasthpm.files import ASIDE, aside_of, file_hash, fsync, remove, write_json
 from fasthpm.recipe import Recipe, load_recipe, save_recipe
 
 MANIFEST, STATE, RECIPE = "manifest.json", "state.json", "recipe.json"
-CLASSIFIER = "finetune.json"  # in checkpoints of fine-tuning, which hold a classifier and no decoder
+FINETUNE_NOTES = "finetune.json"  # in checkpoints of fine-tuning, which hold a classifier and no decoder
 BYTES_PER_PARAMETER = 17  # float32 master, two moments and EMA; a little for names and hashes
 
 

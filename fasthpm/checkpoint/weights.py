@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fasthpm.checkpoint import shards
-from fasthpm.checkpoint.folder import CLASSIFIER, RECIPE, newest_valid
+from fasthpm.checkpoint.folder import FINETUNE_NOTES, RECIPE, newest_valid
 from fasthpm.checkpoint.foreign import load_reference
 from fasthpm.errors import UserError, about, warn
 from fasthpm.model import HPMViT
@@ -28,7 +28,7 @@ def checkpoint_of(source: Path) -> Path:
             f"{source} holds no valid checkpoint; expected the output_dir of a run or one of its "
             f"checkpoints/step-… folders"
         )
-    if (folder / CLASSIFIER).is_file():
+    if (folder / FINETUNE_NOTES).is_file():
         raise UserError(
             f"{source} holds a fine-tuned classifier; give the pretraining run that it came from, or evaluate it with "
             f"fasthpm finetune --evaluate"

@@ -20,11 +20,11 @@ from fasthpm import ranks
 from fasthpm.data import DatasetInfo, Loader, build_loader, read_info
 from fasthpm.data.base import AHEAD
 from fasthpm.data.options import count_workers
+from fasthpm.frozen import build_frozen
 from fasthpm.patches import model_of
 from fasthpm.recipe import Recipe
 from fasthpm.run.metrics import wait_for
 from fasthpm.step import Step
-from fasthpm.targets import build_frozen
 from fasthpm.teacher import EMATeacher
 
 DECODE_BATCH = 64  # images; a larger batch decodes no faster, but the last one could take long

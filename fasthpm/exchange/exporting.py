@@ -3,7 +3,7 @@
     fasthpm export RUN [-o FILE] [--format timm|torchvision|hf_vit|hf_vitmae|hf_videomae|safetensors]
         [--weights student|teacher]
 
-The written file is loaded back in its target library, both models run in float64 on a fixed input, and only outputs
+The written file is loaded back in its library, both models run in float64 on a fixed input, and only outputs
 that agree within 1e-8 of their largest value make a success; otherwise nothing is written. Decoders leave only with
 hf_vitmae (without the loss predictor) and safetensors (everything, under our names).
 """
@@ -21,8 +21,8 @@ from fasthpm import files
 from fasthpm.checkpoint.foreign import IMPORT_NOTE
 from fasthpm.checkpoint.weights import load_weights
 from fasthpm.cli import Parser
-from fasthpm.errors import UserError
-from fasthpm.exchange.forms import TARGETS, Target
+from fasthpm.errors import UserError, nearest
+from fasthpm.exchange.forms import FORMS, Form
 from fasthpm.model import HPMViT
 from fasthpm.recipe import Recipe
 
@@ -36,37 +36,43 @@ def default_form(model: HPMViT) -> str:
     return "safetensors" if model.video else "timm"
 
 
+def named_form(name: str) -> Form:
+    """The form of that name. **Raises:** `UserError` naming the nearest."""
+    if name not in FORMS:
+        raise UserError(f"unknown format {name!r}{nearest(name, FORMS)}; expected one of {', '.join(FORMS)}")
+    return FORMS[name]
+
+
 def export_weights(
     model: HPMViT, recipe: Recipe, path: Path, form: str = "", info: dict[str, Any] | None = None
 ) -> float:
-    """Write `model` to `path` in a form of `TARGETS`, if its library computes what we compute.
+    """Write `model` to `path` in a form of `FORMS`, if its library computes what we compute.
 
-    - `form`: empty = `default_form`
+    - `form`: its name; empty = `default_form`
     - `info`: goes into the file's metadata, each value as JSON ("mean" and "std": of the data, [C] each, 0..1)
 
     **Returns:** the largest difference of outputs, over the largest output.
     **Raises:** `UserError` for a model that the library lacks, for weights that are not finite and for a path that
     cannot be written. `RuntimeError` if the outputs differ; nothing is left at `path`.
     """
-    form = form or default_form(model)
-    target = TARGETS[form]
-    _check(target, form, model, path)
+    chosen = named_form(form or default_form(model))
+    _check(chosen, model, path)
     metadata = {"recipe": recipe.recipe, "model": recipe.model, **{k: json.dumps(v) for k, v in (info or {}).items()}}
     with files.writing(path, "choose another --output"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with files.replacing(path) as aside:
-            target.write(model, recipe, metadata, aside)
-            difference = compare(target, model, recipe, aside)
+            chosen.write(model, recipe, metadata, aside)
+            difference = compare(chosen, model, recipe, aside)
             if not difference <= TOLERANCE:
                 raise RuntimeError(
-                    f"{target.library}'s outputs differ from ours by {difference:.1e} (allowed: "
+                    f"{chosen.library}'s outputs differ from ours by {difference:.1e} (allowed: "
                     f"{TOLERANCE}); {path} was not written"
                 )
     return difference
 
 
 @torch.no_grad()
-def compare(target: Target, model: HPMViT, recipe: Recipe, path: Path) -> float:
+def compare(form: Form, model: HPMViT, recipe: Recipe, path: Path) -> float:
     """Largest difference between the outputs of what was written and ours, over our largest output; in float64."""
     generator = torch.Generator().manual_seed(0)
     frames = (model.num_frames,) if model.video else ()
@@ -74,25 +80,25 @@ def compare(target: Target, model: HPMViT, recipe: Recipe, path: Path) -> float:
     images = torch.randn(size, generator=generator, dtype=torch.float64)
     masked = model.num_patches - int(model.num_patches * (1 - recipe.mask_ratio))
     mask = torch.rand(IMAGES, model.num_patches, generator=generator).argsort(1) < masked
-    ours = target.ours(copy.deepcopy(model).double().eval(), images, mask)
+    ours = form.ours(copy.deepcopy(model).double().eval(), images, mask)
     try:
-        theirs = target.theirs(path, images, mask)
+        theirs = form.theirs(path, images, mask)
     except OSError as error:
-        raise RuntimeError(f"{target.library} cannot read what was written for it ({error})") from error
+        raise RuntimeError(f"{form.library} cannot read what was written for it ({error})") from error
     return float((theirs - ours).abs().max() / ours.abs().max())
 
 
-def _check(target: Target, form: str, model: HPMViT, path: Path) -> None:
+def _check(form: Form, model: HPMViT, path: Path) -> None:
     """Refuse what cannot become a file of this form, before anything is written."""
-    if (kind := "video" if model.video else "image") not in target.takes:
-        others = ", ".join(name for name, other in TARGETS.items() if kind in other.takes)
-        what = f"{target.library} has no video ViT like this one" if model.video else "this model takes images"
-        raise UserError(f"--format {form} is not for {kind} models: {what}; use one of {others}")
-    if refusal := target.refusal(model):
-        raise UserError(f"--format {form} needs {refusal}; use --format timm, which takes any")
-    if not target.folder and path.suffix != ".safetensors":
-        raise UserError(f"output {path} must end in .safetensors for --format {form}")
-    if path.is_dir() or (target.folder and path.exists()):
+    if (kind := "video" if model.video else "image") not in form.takes:
+        others = ", ".join(name for name, other in FORMS.items() if kind in other.takes)
+        what = f"{form.library} has no video ViT like this one" if model.video else "this model takes images"
+        raise UserError(f"--format {form.name} is not for {kind} models: {what}; use one of {others}")
+    if refusal := form.refusal(model):
+        raise UserError(f"--format {form.name} needs {refusal}; use --format timm, which takes any")
+    if not form.folder and path.suffix != (suffix := Path(form.default).suffix):
+        raise UserError(f"output {path} must end in {suffix} for --format {form.name}")
+    if path.is_dir() or (form.folder and path.exists()):
         raise UserError(f"output {path} is there already; remove it, or choose another --output")
     broken = [key for key, value in model.state_dict().items() if not bool(torch.isfinite(value).all())]
     if broken:
@@ -109,33 +115,32 @@ def _statistics(run: Path) -> dict[str, Any]:
     return {}
 
 
-def _refuse_missing_decoder(run: Path, form: str) -> None:
+def _refuse_missing_decoder(run: Path, form: Form) -> None:
     """An encoder that was imported alone has a decoder of random weights, which nobody wants to receive."""
     for note in (run / IMPORT_NOTE, *run.glob(f"checkpoints/*/{IMPORT_NOTE}")):
-        if TARGETS[form].whole and note.is_file() and json.loads(note.read_text())["encoder_only"]:
-            raise UserError(f"{run} was imported without a decoder and --format {form} takes it along; use timm")
+        if form.whole and note.is_file() and json.loads(note.read_text())["encoder_only"]:
+            raise UserError(f"{run} was imported without a decoder and --format {form.name} takes it along; use timm")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """`fasthpm export`."""
-    formats = "\n".join(f"  {name:12} {target.summary}" for name, target in TARGETS.items())
+    formats = "\n".join(f"  {name:12} {form.summary}" for name, form in FORMS.items())
     parser = Parser(prog="fasthpm export", description=__doc__, epilog=f"formats:\n{formats}")
     parser.add_argument("run", type=Path, help="output_dir of a run or an import, or one of its checkpoints")
     parser.add_argument("--weights", choices=("student", "teacher"), default="student")
     parser.add_argument(
-        "--format", choices=tuple(TARGETS), default="", help="see below (default: timm, of a video model safetensors)"
+        "--format", choices=tuple(FORMS), default="", help="see below (default: timm, of a video model safetensors)"
     )
     parser.add_argument("-o", "--output", type=Path, help="file, or folder for hf_… (default: encoder.safetensors, …)")
     arguments = parser.parse_args(argv)
     model, recipe = load_weights(arguments.run, arguments.weights)
-    form = arguments.format or default_form(model)
-    target = TARGETS[form]
-    path = arguments.output or Path(target.default)
+    form = named_form(arguments.format or default_form(model))
+    path = arguments.output or Path(form.default)
     _refuse_missing_decoder(arguments.run, form)
     info = {"weights": arguments.weights, **_statistics(arguments.run)}
-    difference = export_weights(model, recipe, path, form, info)
-    what = "model" if target.whole else "encoder"
-    print(f"{path}: {what} of {arguments.run} ({arguments.weights}); {target.library} agrees within {difference:.1e}")
-    print(f"load it with: {target.usage(path)}")
+    difference = export_weights(model, recipe, path, form.name, info)
+    what = "model" if form.whole else "encoder"
+    print(f"{path}: {what} of {arguments.run} ({arguments.weights}); {form.library} agrees within {difference:.1e}")
+    print(f"load it with: {form.usage(path)}")
     if "mean" in info:
         print(f"images: 0..1, then mean {info['mean']}, std {info['std']}")

@@ -56,13 +56,17 @@ HUGGINGFACE_BLOCK: Names = (
 )
 
 
-class Target(ABC):
+class Form(ABC):
     """One form of the weights: how it is written, and what its library computes from what was written.
 
-    - `path` is the file, or the folder for a target with `folder`; `images` float64 [B, C, (T,) H, W]; `mask` bool
-      [B, L]
+    `register` makes it a --format.
+
+    - `name`: as in --format; `library`: whose model it is; `summary`: one line for the help
+    - `default`: file or folder that is written unless --output says another; `folder`: whether it is a folder
+    - `path` is that file or folder; `images` float64 [B, C, (T,) H, W]; `mask` bool [B, L]
     """
 
+    name = ""
     library = ""
     summary = ""
     default = "encoder.safetensors"
@@ -92,9 +96,10 @@ class Target(ABC):
 
 
 # -------------------------------------------------------------------------------------------------- timm, torchvision
-class Timm(Target):
+class Timm(Form):
     """`timm.models.VisionTransformer`: our names are timm's; the metadata holds the arguments that build it."""
 
+    name = "timm"
     library, summary = "timm", "encoder for timm (the default)"
 
     def write(self, model: HPMViT, recipe: Recipe, metadata: dict[str, str], path: Path) -> None:
@@ -114,9 +119,10 @@ class Timm(Target):
         return f'vit = timm.models.VisionTransformer(**{arguments}); vit.load_state_dict(load_file("{path}"))'
 
 
-class Torchvision(Target):
+class Torchvision(Form):
     """`torchvision.models.VisionTransformer`, whose classifier's head is replaced by `torch.nn.Identity()`."""
 
+    name = "torchvision"
     library, summary = "torchvision", "encoder for torchvision's VisionTransformer (square images, 3 channels)"
     default = "encoder_torchvision.safetensors"
 
@@ -174,9 +180,10 @@ def torchvision_arguments(model: HPMViT) -> dict[str, Any]:
 
 
 # -------------------------------------------------------------------------------------------------- Hugging Face
-class HuggingFaceViT(Target):
+class HuggingFaceViT(Form):
     """`transformers.ViTModel`, without its pooler; names as files on the Hub have them."""
 
+    name = "hf_vit"
     library, summary = "transformers", "encoder for Hugging Face's ViTModel (a folder)"
     default, folder = "hf_vit", True
     architecture = "ViTModel"
@@ -217,6 +224,7 @@ class HuggingFaceViT(Target):
 class HuggingFaceMAE(HuggingFaceViT):
     """`transformers.ViTMAEForPreTraining`: encoder and reconstructor; there is no place for a loss predictor."""
 
+    name = "hf_vitmae"
     summary = "encoder and reconstructor for Hugging Face's ViTMAEForPreTraining (a folder, square images)"
     default, whole = "hf_vitmae", True
     architecture = "ViTMAEForPreTraining"
@@ -276,6 +284,7 @@ class HuggingFaceVideoMAE(HuggingFaceViT):
     transformers have loaded the others as zeros without a word; what counts is that the outputs agree.
     """
 
+    name = "hf_videomae"
     summary = "encoder of a video model for Hugging Face's VideoMAEModel (a folder)"
     default, takes = "hf_videomae", ("video",)
     architecture = "VideoMAEModel"
@@ -354,9 +363,10 @@ def preprocessor(model: HPMViT, metadata: dict[str, str]) -> dict[str, Any]:
 
 
 # -------------------------------------------------------------------------------------------------- ourselves
-class Plain(Target):
+class Plain(Form):
     """All tensors under our names, which are the published ones; `fasthpm import` takes the file."""
 
+    name = "safetensors"
     library, summary, default, whole = "fasthpm", "everything, under our names", "model.safetensors", True
     takes = ("image", "video")
 
@@ -378,14 +388,19 @@ class Plain(Target):
         return f'safetensors.torch.load_file("{path}"), or: fasthpm import {path} -o OUT_DIR'
 
 
-TARGETS: dict[str, Target] = {
-    "timm": Timm(),
-    "torchvision": Torchvision(),
-    "hf_vit": HuggingFaceViT(),
-    "hf_vitmae": HuggingFaceMAE(),
-    "hf_videomae": HuggingFaceVideoMAE(),
-    "safetensors": Plain(),
-}
+FORMS: dict[str, Form] = {}
+
+
+def register(form: Form) -> Form:
+    """Make `form` known under its name. **Raises:** `ValueError` for a name that is taken, or empty."""
+    if not form.name or form.name in FORMS:
+        raise ValueError(f"there is a form {form.name!r} already, or it has no name; give the new one another")
+    FORMS[form.name] = form
+    return form
+
+
+for _form in (Timm(), Torchvision(), HuggingFaceViT(), HuggingFaceMAE(), HuggingFaceVideoMAE(), Plain()):
+    register(_form)
 
 
 # -------------------------------------------------------------------------------------------------- what they share

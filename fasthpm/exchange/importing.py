@@ -34,8 +34,8 @@ from fasthpm.checkpoint.foreign import (
 )
 from fasthpm.cli import Parser
 from fasthpm.errors import UserError, about
-from fasthpm.model import SIZES, VIDEO_FRAMES, is_video, model_names, width_of
-from fasthpm.patches import model_of
+from fasthpm.model import SIZES, VIDEO_FRAMES, is_video, model_names
+from fasthpm.patches import model_of, target_width
 from fasthpm.recipe import Recipe, build_recipe
 
 PUBLISHED_DECODER_HEADS = {512: 16}  # by width: MAE's and HPM's at every size
@@ -87,8 +87,7 @@ def import_weights(
             recipe = dataclasses.replace(own, **fields)
         elif base:
             recipe = dataclasses.replace(base, **fields)
-            features = width_of(recipe.model) if recipe.target == "ema" else recipe.frozen_dim
-            check_recipe(recipe, measured(found["student"], encoder_only, source, features))
+            check_recipe(recipe, measured(found["student"], encoder_only, source, target_width(recipe)))
         else:
             shape = measured(found["student"], encoder_only, source)
             recipe, assumed = recipe_for(shape, source, fields, stored_arguments(content))

@@ -155,7 +155,7 @@ class RunMaps:
             if needed is not None and path.name < self.path(needed).name:
                 path.unlink(missing_ok=True)
 
-    def weights(self, batch: Batch) -> Tensor | None:
+    def scores(self, batch: Batch) -> Tensor | None:
         """The maps of a batch, cropped with its images: float32 [B, L] on its device; None before the first refresh.
 
         `batch` comes from `with_maps`.

@@ -22,13 +22,13 @@ from fasthpm.data.pixels import render
 from fasthpm.data.plain import read_pixels
 from fasthpm.errors import UserError
 from fasthpm.files import replacing, writing
+from fasthpm.frozen import FrozenTeacher, build_frozen
 from fasthpm.loss import EPS
 from fasthpm.maps.attention import attention_weights, cls_attention
 from fasthpm.model import HPMViT
 from fasthpm.pictures import clips
 from fasthpm.recipe import Recipe
 from fasthpm.step import Step
-from fasthpm.targets import FrozenTeacher, build_frozen
 
 COLUMNS = ("image", "reconstruction", "true_loss", "predicted_loss", "mask")
 FEATURE_COLUMNS = tuple(name for name in COLUMNS if name != "reconstruction")  # of features there is no picture
@@ -92,7 +92,7 @@ def panel(
     step = Step(model, recipe, info)
     images = images.to(model.cls_token.device)
     patches = step.normalized_patches(images)
-    target = frozen(images) if frozen else model.encode(patches)[:, 1:] if recipe.target == "ema" else None
+    target = frozen(images) if frozen else model.encode(patches)[:, 1:] if recipe.target_teacher == "ema" else None
     size = (2, len(patches), step.mask_plan.noise_size)
     noise = torch.rand(size, generator=torch.Generator().manual_seed(recipe.seed)).to(patches.device)
     predicted = model.predict_loss(patches) if recipe.predict_loss != "none" else torch.zeros_like(patches[:, :, 0])
@@ -118,7 +118,7 @@ def panel(
 
 def columns_of(recipe: Recipe) -> tuple[str, ...]:
     """Names of a panel's columns."""
-    return COLUMNS if recipe.target == "pixels" else FEATURE_COLUMNS
+    return FEATURE_COLUMNS if recipe.target_teacher else COLUMNS
 
 
 def _hidden(model: HPMViT, images: np.ndarray, mask: Tensor) -> np.ndarray:
@@ -252,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             clips.save(pictures, recipe.tubelet_size, arguments.output)
         print(f"{len(images)} clips written to {arguments.output}")
         return
-    if recipe.target != "pixels" and "reconstruction" in columns:
+    if recipe.target_teacher and "reconstruction" in columns:
         raise UserError(
             f"this run reconstructs {recipe.target} features, of which there is no picture; leave out the "
             f"column reconstruction"

@@ -10,7 +10,12 @@ RECIPES: dict[str, Callable[[], Recipe]] = {}
 
 
 def recipe(function: Callable[[], Recipe]) -> Callable[[], Recipe]:
-    """Decorator: the function's recipe can be had by the function's name."""
+    """Decorator: the function's recipe can be had by the function's name.
+
+    **Raises:** `ValueError` for a name that is taken.
+    """
+    if function.__name__ in RECIPES:
+        raise ValueError(f"there is a recipe {function.__name__} already; give the new one another name")
     RECIPES[function.__name__] = function
     return function
 

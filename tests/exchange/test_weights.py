@@ -574,7 +574,7 @@ def test_timm_names_are_suggested_where_they_fit(tmp_path: Path) -> None:
     sizes = {"model": "hpm_vit_tiny_patch16_224", "input_size": "224", "patch_size": 16, "decoder_depth": 1}
     _, model = run_with(tmp_path / "run", **sizes)
     exporting.export_weights(model, load_weights(tmp_path / "run")[1], tmp_path / "tiny.safetensors")
-    line = forms.TARGETS["timm"].usage(tmp_path / "tiny.safetensors")
+    line = forms.FORMS["timm"].usage(tmp_path / "tiny.safetensors")
     vit = eval(line, {"timm": timm}).eval()
     close(vit(pictures(model)), model.encode(pictures(model))[:, 0])
 
@@ -625,7 +625,7 @@ def test_plain_file_comes_back_as_the_same_run(tmp_path: Path) -> None:
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in again.state_dict().items())
 
 
-@pytest.mark.parametrize("form", forms.TARGETS)
+@pytest.mark.parametrize("form", forms.FORMS)
 def test_a_difference_leaves_no_file(tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One weight that is off by a ten-thousandth on its way out is found in every form."""
     video = {"model": "hpm_vit_nano_patch8_32_video", "num_frames": 4, "tubelet_size": 2}

@@ -8,9 +8,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fasthpm import recipes
 from fasthpm.data import DatasetInfo
+from fasthpm.frozen import FrozenTeacher, create_vit
 from fasthpm.patches import model_of
 from fasthpm.step import Step
-from fasthpm.targets import FAMILIES, FrozenTeacher, build_vit
+from fasthpm.targets import TARGETS
 
 INFO = DatasetInfo(100, 1, (0.3,), (0.2,), ("a",))
 
@@ -49,7 +50,7 @@ class NoSynchronisation(TorchDispatchMode):
 
 def attach_frozen(step: Step) -> None:
     """A small teacher with random weights, if the recipe's target has one."""
-    if step.recipe.target in FAMILIES:
-        vit = build_vit(step.recipe, step.recipe.target_model)
-        frozen = FrozenTeacher(vit, FAMILIES[step.recipe.target])
+    if family := TARGETS[step.recipe.target].family:
+        vit = create_vit(step.recipe, step.recipe.target_model, family)
+        frozen = FrozenTeacher(vit, family)
         step.attach_frozen(frozen.to(next(step.student.parameters()).device, torch.bfloat16))

@@ -168,13 +168,13 @@ def test_batches_carry_the_maps_of_their_samples(tmp_path: Path) -> None:
     assert loader.state_dict() == {"epoch": 0, "batch": 1}
     assert run.store is not None
     assert torch.equal(batch.maps, run.store.read(batch.ids))
-    weights = run.weights(batch)
+    weights = run.scores(batch)
     assert weights is not None
     assert weights.shape == (8, 49)
     seen = torch.corrcoef(torch.stack([weights.flatten(), brightness(batch.images).flatten()]))[0, 1]
     assert seen > 0.9  # the map of the crop, hardly another than the map made of it
     shuffled = dataclasses.replace(batch, maps=batch.maps.roll(1, 0))
-    other = run.weights(shuffled)
+    other = run.scores(shuffled)
     assert other is not None
     assert torch.corrcoef(torch.stack([other.flatten(), brightness(batch.images).flatten()]))[0, 1] < 0.8
     loader.close()

@@ -106,7 +106,7 @@ def build(arguments: argparse.Namespace, given: dict[str, Any], launch: ranks.La
         val_loader=val_loader,
         last_loader=last_loader,
         origin=origin,
-        notes={checkpoint.CLASSIFIER: notes},
+        notes={checkpoint.FINETUNE_NOTES: notes},
     )
     state.resume(run)
     return run
@@ -220,7 +220,7 @@ def refuse_other(output_dir: Path, notes: str) -> None:
 
     **Raises:** `UserError` naming the first thing that differs.
     """
-    path = output_dir / checkpoint.CLASSIFIER
+    path = output_dir / checkpoint.FINETUNE_NOTES
     if not path.is_file():
         if (output_dir / "checkpoints").is_dir():
             raise UserError(f"output_dir {output_dir} holds checkpoints of another kind; choose another --output_dir")

@@ -63,7 +63,7 @@ def prepare_output(run: FineTuning) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint.require_space(folder, run.num_parameters)
         save_recipe(run.recipe, folder / checkpoint.RECIPE)
-        files.write_text(folder / checkpoint.CLASSIFIER, run.notes[checkpoint.CLASSIFIER])
+        files.write_text(folder / checkpoint.FINETUNE_NOTES, run.notes[checkpoint.FINETUNE_NOTES])
 
 
 def finish(run: FineTuning) -> None:
@@ -94,7 +94,7 @@ def write_classifier(run: FineTuning, weights: dict[str, Tensor], path: Path) ->
     vit: Any = run.step.vit
     embed = vit.patch_embed
     settings = {
-        **json.loads(run.notes[checkpoint.CLASSIFIER])["model"],
+        **json.loads(run.notes[checkpoint.FINETUNE_NOTES])["model"],
         "num_classes": len(run.info.classes),
         "global_pool": run.settings.global_pool,
         "img_size": list(embed.img_size),
@@ -182,9 +182,9 @@ def evaluate_only(arguments: argparse.Namespace, given: dict[str, Any], launch: 
         views = preset(arguments.preset, model, False, recipe.flip).get("test_views", "")
         settings = complete(FineTune(**{"test_views": views, **given}), arguments.run)
         folder = checkpoint.newest_valid(Path(settings.output_dir), warn)
-        if folder is None or not (folder / checkpoint.CLASSIFIER).is_file():
+        if folder is None or not (folder / checkpoint.FINETUNE_NOTES).is_file():
             raise UserError(f"{settings.output_dir} holds no fine-tuned classifier; fine-tune first, or --output_dir")
-        notes = json.loads((folder / checkpoint.CLASSIFIER).read_text())
+        notes = json.loads((folder / checkpoint.FINETUNE_NOTES).read_text())
         if notes["model"] != architecture(model):
             raise UserError(
                 f"{folder} is of another architecture than {arguments.run} "
