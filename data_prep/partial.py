@@ -13,6 +13,7 @@ work; reading and encoding go on meanwhile.
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import json
 import os
@@ -31,6 +32,7 @@ from data_prep.sets import read_json
 from fasthpm.data.ffcv.beton import ALLOCATION, DESCRIPTOR, FIELDS, HEADER, IMAGE, ROW, VERSION
 from fasthpm.data.sampling import Array
 from fasthpm.errors import UserError
+from fasthpm.files import fsync
 
 SMALL_PAGE, PAGE, SMALL_FILE = 1 << 21, 1 << 23, 1 << 26  # bytes; FFCV's own smallest and usual page
 COMMIT_SECONDS = 3.0
@@ -282,7 +284,7 @@ class Job:
         """Write down that all is complete: the files `names` are to be moved, in this order, after removing others."""
         plan = self.folder / "publish.json"
         plan.with_suffix(".tmp").write_text(json.dumps({"names": names, "remove": remove}))
-        sync_path(plan.with_suffix(".tmp"))
+        fsync(plan.with_suffix(".tmp"))
         plan.with_suffix(".tmp").rename(plan)
 
     def publish(self) -> None:
@@ -293,7 +295,7 @@ class Job:
             (self.folder.parent / name).unlink(missing_ok=True)
         for name in waiting:
             (self.folder / name).rename(self.folder.parent / name)
-        sync_path(self.folder.parent)
+        fsync(self.folder.parent)
         self.discard()
 
     def is_complete(self, description: dict[str, Any]) -> bool:
@@ -310,15 +312,6 @@ class Job:
         if not self._gone:
             self._gone = True
             shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def sync_path(path: Path) -> None:
-    """fsync a file or folder by its name."""
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
 
 
 @contextlib.contextmanager
@@ -350,3 +343,19 @@ def locked(folder: Path) -> Iterator[int]:
         yield number
     finally:
         os.close(number)
+
+
+@contextlib.contextmanager
+def readable_write_errors(out: Path, folder: Path) -> Iterator[None]:
+    """**Raises:** `UserError` for a full or write-protected disk; `folder` holds what is done of `out`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"no space left in {out.parent} while writing {out.name}; free some, then run the same command again "
+                f"to continue ({folder} holds what is done; delete it to give up)"
+            ) from error
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise UserError(f"folder {out.parent} of output {out.name} is not writable ({error.strerror})") from error
+        raise
