@@ -120,7 +120,7 @@ def step_of(folder: Path) -> int:
 def oldest_step(output_dir: Path) -> int:
     """Updates of the oldest checkpoint that is kept; 0 without any."""
     folders = _checkpoints(output_dir)
-    return int(folders[-1].name.removeprefix("step-")) if folders else 0
+    return step_of(folders[-1]) if folders else 0
 
 
 # -------------------------------------------------------------------------------------------------- find and verify

@@ -14,6 +14,7 @@ from fasthpm.model import HPMViT
 from fasthpm.options import option
 from fasthpm.probes.classifier import POOLS
 from fasthpm.probes.tokens import POLICIES
+from fasthpm.recipe import size_of
 
 PRESETS = ("auto", "mae", "k400", "ssv2", "small")
 SMALL_SIDE = 96  # pixels: up to here --preset auto means small
@@ -172,8 +173,10 @@ def preset(name: str, model: HPMViT, from_scratch: bool, flip: bool = True) -> d
     **Raises:** `UserError` for a preset of videos for images, or the other way round.
     """
     small = name == "small" or (name == "auto" and max(model.img_size) <= SMALL_SIDE)
-    if model.video:
-        name = "small" if small else ("k400" if flip else "ssv2") if name == "auto" else name
+    if model.video and small:
+        name = "small"
+    elif model.video and name == "auto":
+        name = "k400" if flip else "ssv2"
     if (model.video and name == "mae") or (not model.video and name in ("k400", "ssv2")):
         raise UserError(f"preset {name} is not for {'videos' if model.video else 'images'}; leave --preset out")
     chosen: dict[str, Any] = SMALL if small else BY_WIDTH.get(model.embed_dim, {})
@@ -208,9 +211,4 @@ def has_bf16() -> bool:
 
 def image_size_of(settings: FineTune, model: HPMViT) -> tuple[int, int]:
     """(height, width) that is asked for, or the run's."""
-    if not settings.input_size:
-        return model.img_size
-    parts = settings.input_size.split("x")
-    if len(parts) > 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise UserError(f"input_size is {settings.input_size!r}, expected a side like 224 or HEIGHTxWIDTH like 96x160")
-    return int(parts[0]), int(parts[-1])
+    return size_of(settings.input_size) if settings.input_size else model.img_size
