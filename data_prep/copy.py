@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_prep.partial import sync_path
 from data_prep.sets import HASH_BLOCK, byte_bar, files_path, hash_file, members, read_index, rejected_path
 from fasthpm.cli import Parser, run_command
 from fasthpm.data.ffcv.beton import read_sidecar, sidecar_path
 from fasthpm.errors import UserError
-from fasthpm.files import fsync
 
 RESERVE = 1 << 20  # bytes that should stay free
 
@@ -71,7 +71,7 @@ def copy_sets(paths: Sequence[Path], folder: Path) -> tuple[int, int]:
         with byte_bar(sum(item.size for item in todo), "copy") as bar:
             for item in todo:
                 _copy(item, folder / item.source.name, bar)
-        fsync(folder)
+        sync_path(folder)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EEXIST, errno.ENOTDIR):
             raise

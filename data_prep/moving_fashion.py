@@ -17,12 +17,12 @@ import numpy as np
 from data_prep import videos
 from data_prep.fashion_mnist import IMAGES_MAGIC, SPLITS, find_source, read_idx
 from data_prep.ffmpeg import check_tools
+from data_prep.partial import sync_path
 from data_prep.sets import progress_bar, read_json
 from fasthpm.cli import Parser, run_command
 from fasthpm.data.sampling import Array, key_of, uniforms
 from fasthpm.data.video.prepared import INFO
 from fasthpm.errors import UserError
-from fasthpm.files import fsync
 
 FPS = 16
 DIRECTIONS = ("right", "down", "left", "up")
@@ -91,7 +91,7 @@ def make_files(images: Array, split: str, count: int, folder: Path, args: argpar
             mine = len(range(label, count, len(names)))
             encode_clips(draw_class(images, label, name, args, split, mine), waiting / name, args.num_frames)
             bar.update(mine)
-    fsync(waiting)
+    sync_path(waiting)
     shutil.rmtree(folder, ignore_errors=True)
     waiting.rename(folder)
 

@@ -32,7 +32,6 @@ from data_prep.sets import read_json
 from fasthpm.data.ffcv.beton import ALLOCATION, DESCRIPTOR, FIELDS, HEADER, IMAGE, ROW, VERSION
 from fasthpm.data.sampling import Array
 from fasthpm.errors import UserError
-from fasthpm.files import fsync
 
 SMALL_PAGE, PAGE, SMALL_FILE = 1 << 21, 1 << 23, 1 << 26  # bytes; FFCV's own smallest and usual page
 COMMIT_SECONDS = 3.0
@@ -284,7 +283,7 @@ class Job:
         """Write down that all is complete: the files `names` are to be moved, in this order, after removing others."""
         plan = self.folder / "publish.json"
         plan.with_suffix(".tmp").write_text(json.dumps({"names": names, "remove": remove}))
-        fsync(plan.with_suffix(".tmp"))
+        sync_path(plan.with_suffix(".tmp"))
         plan.with_suffix(".tmp").rename(plan)
 
     def publish(self) -> None:
@@ -295,7 +294,7 @@ class Job:
             (self.folder.parent / name).unlink(missing_ok=True)
         for name in waiting:
             (self.folder / name).rename(self.folder.parent / name)
-        fsync(self.folder.parent)
+        sync_path(self.folder.parent)
         self.discard()
 
     def is_complete(self, description: dict[str, Any]) -> bool:
@@ -312,6 +311,15 @@ class Job:
         if not self._gone:
             self._gone = True
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def sync_path(path: Path) -> None:
+    """fsync a file or folder by its name."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 @contextlib.contextmanager

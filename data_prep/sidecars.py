@@ -9,18 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.partial import PartFile, Totals
+from data_prep.partial import PartFile, Totals, sync_path
 from data_prep.plan import Task, package_versions
 from data_prep.sets import SHARDED
 from fasthpm import __version__
 from fasthpm.data.sampling import Array
-from fasthpm.files import fsync
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Write a text file and wait until it is on the disk."""
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    fsync(path)
+    sync_path(path)
 
 
 def statistics(totals: Totals, grey: bool) -> dict[str, Any]:

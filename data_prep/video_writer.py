@@ -22,7 +22,7 @@ import numpy as np
 
 from data_prep.encode import Stored, WriteOptions, encode
 from data_prep.ffmpeg import Stream, check_tools, encode_h264, fits_nvdec, frames, probe, stored_size
-from data_prep.partial import Chunk, Job, PartFile, locked, readable_write_errors
+from data_prep.partial import Chunk, Job, PartFile, locked, readable_write_errors, sync_path
 from data_prep.plan import count_allowed, package_versions, stored_order
 from data_prep.pool import Work, append_all, become_worker, reason_of
 from data_prep.sets import hash_file, read_json, write_csv
@@ -34,7 +34,6 @@ from fasthpm.data.sources import is_video_set
 from fasthpm.data.video import prepared
 from fasthpm.data.video.prepared import FORMAT, LAYOUT, MANIFEST, VIDEO
 from fasthpm.errors import UserError
-from fasthpm.files import fsync
 
 FEWEST_FRAMES = 2
 COMPLETE = 0.9  # share of the frames that the file promises, below which it counts as cut off
@@ -310,10 +309,10 @@ def _finish(task: _Task, job: Job) -> None:
     names = (prepared.FRAMES, prepared.POSITIONS, prepared.VIDEOS, prepared.MANIFEST_FILE)
     hashes = {name: hash_file(folder / name) for name in names}
     for name in names:
-        fsync(folder / name)
+        sync_path(folder / name)
     write_json(folder / prepared.INFO, _info(task, job, table, records) | {"sha256": hashes})
-    fsync(folder)
-    fsync(job.folder)
+    sync_path(folder)
+    sync_path(job.folder)
     job.plan_publishing([task.out.name], [])
 
 
@@ -367,5 +366,5 @@ def _publish(task: _Task, job: Job) -> None:
             shutil.rmtree(task.folder / "old", ignore_errors=True)
             task.out.rename(task.folder / "old")
         made.rename(task.out)
-    fsync(task.out.parent)
+    sync_path(task.out.parent)
     job.discard()

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from data_prep.encode import Stored, WriteOptions, encode
-from data_prep.partial import Chunk, Job, PartFile, Totals, locked, readable_write_errors
+from data_prep.partial import Chunk, Job, PartFile, Totals, locked, readable_write_errors, sync_path
 from data_prep.plan import Output, Task, count_allowed, describe_job, partial_folder, stored_order
 from data_prep.pool import Work, append_all, become_worker, reason_of
 from data_prep.sets import byte_bar, files_path, hash_file, read_index, read_json, rejected_path, write_csv
@@ -27,7 +27,6 @@ from fasthpm.data.ffcv.beton import sidecar_path
 from fasthpm.data.options import count_workers
 from fasthpm.data.sampling import Array, key_of, uniforms
 from fasthpm.errors import UserError
-from fasthpm.files import fsync
 
 CHUNK, SMALL_CHUNK, LARGE_SIDE = 32, 4, 1024  # samples handed to a process at a time; fewer where they may be large
 DRAWS = (1 << 32) + 1  # an "epoch" of the hash that no training epoch uses
@@ -277,7 +276,7 @@ def _finish(task: Task, job: Job, num_workers: int) -> None:
         index = sidecar_path(job.folder / task.out.name)
         write_json(index, index_of(task, shards, merged, grey))
         sidecars.append(index.name)
-    fsync(job.folder)
+    sync_path(job.folder)
     job.plan_publishing(names + sidecars, [path.name for path in _old_files(task)])
 
 

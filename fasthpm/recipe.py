@@ -198,7 +198,8 @@ class Recipe:
     @property
     def image_size(self) -> tuple[int, int]:
         """(height, width) of the training crop."""
-        return size_of(self.input_size)
+        height, _, width = self.input_size.partition("x")
+        return int(height), int(width or height)
 
     @property
     def grid_size(self) -> tuple[int, int]:
@@ -484,6 +485,9 @@ class Recipe:
             )
 
     def _check_patches(self) -> None:
+        parts = self.input_size.split("x")
+        if len(parts) > 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+            raise UserError(f"input_size is {self.input_size!r}, expected a side like 224 or HEIGHTxWIDTH like 96x160")
         for side in self.image_size:
             if side % self.patch_size:
                 near = max(1, round(side / self.patch_size)) * self.patch_size
@@ -527,14 +531,6 @@ class Recipe:
                 f"warmup_mask_ratio {self.warmup_mask_ratio} of {self.num_patches} patches leaves no masked or no "
                 f"visible patch; choose one strictly between 0 and 1, e.g. --warmup_mask_ratio 0.75"
             )
-
-
-def size_of(input_size: str) -> tuple[int, int]:
-    """(height, width) of "224" or "96x160". **Raises:** `UserError` for anything else."""
-    parts = input_size.split("x")
-    if len(parts) > 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise UserError(f"input_size is {input_size!r}, expected a side like 224 or HEIGHTxWIDTH like 96x160")
-    return int(parts[0]), int(parts[-1])
 
 
 # -------------------------------------------------------------------------------------------------- to and from text

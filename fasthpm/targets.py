@@ -317,12 +317,8 @@ def to_timm(state: Mapping[str, Any]) -> dict[str, Tensor]:
     kept = {
         key.removeprefix("visual.") if openai else key: value for key, value in tensors.items() if not BESIDE.match(key)
     }
-    if openai:
-        names = OPENAI
-    elif "vision_model.embeddings.class_embedding" in kept:
-        names = TRANSFORMERS_CLIP
-    else:
-        names = () if timm_names else TRANSFORMERS_VIT
+    clip = "vision_model.embeddings.class_embedding" in kept
+    names = OPENAI if openai else TRANSFORMERS_CLIP if clip else () if timm_names else TRANSFORMERS_VIT
     return _shaped(_joined({_renamed(key, names): value for key, value in kept.items()}), openai)
 
 

@@ -14,7 +14,6 @@ from fasthpm.model import HPMViT
 from fasthpm.options import option
 from fasthpm.probes.classifier import POOLS
 from fasthpm.probes.tokens import POLICIES
-from fasthpm.recipe import size_of
 
 PRESETS = ("auto", "mae", "k400", "ssv2", "small")
 SMALL_SIDE = 96  # pixels: up to here --preset auto means small
@@ -211,4 +210,9 @@ def has_bf16() -> bool:
 
 def image_size_of(settings: FineTune, model: HPMViT) -> tuple[int, int]:
     """(height, width) that is asked for, or the run's."""
-    return size_of(settings.input_size) if settings.input_size else model.img_size
+    if not settings.input_size:
+        return model.img_size
+    parts = settings.input_size.split("x")
+    if len(parts) > 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise UserError(f"input_size is {settings.input_size!r}, expected a side like 224 or HEIGHTxWIDTH like 96x160")
+    return int(parts[0]), int(parts[-1])
