@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.baselines import EagerHPM, EagerMAE
+from bench.baselines_video import EagerVideoHPM, EagerVideoMAE
 from fasthpm.recipe import Recipe
 
 
@@ -44,8 +45,6 @@ def eager_update(
     - `student`: an `HPMViT` whose sizes are taken; `images`: float [B, C, H, W], or clips [B, C, T, H, W]; `half`:
       autocast to 16 bits
     """
-    from bench.baselines_video import EagerVideoHPM, EagerVideoMAE
-
     device = images.device
     hpm = recipe.uses_teacher
     kinds: Any = ((EagerMAE, EagerHPM), (EagerVideoMAE, EagerVideoHPM))[recipe.num_frames > 1]

@@ -20,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -220,17 +220,44 @@ def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(arguments, name) for name in SETTINGS}
 
 
-def finished(arguments: argparse.Namespace, out: Path) -> dict[str, Any] | None:
+def finished(settings: dict[str, Any], out: Path) -> dict[str, Any] | None:
     """A run's figures, or None if it has to run. **Raises:** `UserError` if they are of other settings."""
     if not (out / RESULT).is_file():
         return None
     result: dict[str, Any] = json.loads((out / RESULT).read_text())
-    if result["settings"] != settings_of(arguments):
+    if result["settings"] != settings:
         raise UserError(
-            f"{out / RESULT} was made with {result['settings']}, not {settings_of(arguments)}; use another --work, or "
-            f"the same settings"
+            f"{out / RESULT} was made with {result['settings']}, not {settings}; use another --work, or the same "
+            f"settings"
         )
     return result
+
+
+def fill_table(
+    arguments: argparse.Namespace,
+    settings: dict[str, Any],
+    start_one: Callable[[str, int], None],
+    write: Callable[[list[dict[str, Any]]], None],
+    complete: Callable[[Path, dict[str, Any]], dict[str, Any]] = lambda out, result: result,
+) -> None:
+    """Run every cell that is not there yet, and rewrite the tables after each.
+
+    - `start_one`: runs a cell (method, seed); `write`: the tables of some results; `complete`: a cell's result with
+      what is measured later
+    """
+    runs: list[dict[str, Any]] = []
+    cells = [(method, seed) for seed in range(arguments.seeds) for method in arguments.methods]
+    for number, (method, seed) in enumerate(cells, 1):
+        out, begin = folder_of(arguments, method, seed), time.perf_counter()
+        if finished(settings, out) is None:
+            start_one(method, seed)
+        result = finished(settings, out)
+        assert result is not None
+        runs.append(complete(out, result))
+        figures = ", ".join(f"{name} {value:.2f}" for name, value in runs[-1]["probes"].items())
+        say(f"[{number}/{len(cells)}] {method}, seed {seed}: {figures} ({time.perf_counter() - begin:.0f} s)")
+        write(runs)
+    print(arguments.output.with_suffix(".md").read_text())
 
 
 def with_finetune(arguments: argparse.Namespace, out: Path, result: dict[str, Any]) -> dict[str, Any]:
@@ -414,22 +441,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     for split in ("train", "val"):
         if not (arguments.data / f"{split}.beton").is_file():
             raise UserError(f"{arguments.data} has no {split}.beton; make it with python -m data_prep.fashion_mnist")
-    runs: list[dict[str, Any]] = []
-    cells = [(method, seed) for seed in range(arguments.seeds) for method in arguments.methods]
-    for number, (method, seed) in enumerate(cells, 1):
-        out = folder_of(arguments, method, seed)
-        begin = time.perf_counter()
-        if finished(arguments, out) is None:
-            start(arguments, given, method, seed)
-        result = finished(arguments, out)
-        assert result is not None
-        if arguments.finetune:
-            result = with_finetune(arguments, out, result)
-        runs.append(result)
-        figures = ", ".join(f"{name} {value:.2f}" for name, value in result["probes"].items())
-        say(f"[{number}/{len(cells)}] {method}, seed {seed}: {figures} ({time.perf_counter() - begin:.0f} s)")
-        write_tables(arguments, runs)
-    print(arguments.output.with_suffix(".md").read_text())
+    fill_table(
+        arguments,
+        settings_of(arguments),
+        start_one=lambda method, seed: start(arguments, given, method, seed),
+        write=lambda runs: write_tables(arguments, runs),
+        complete=lambda out, result: with_finetune(arguments, out, result) if arguments.finetune else result,
+    )
 
 
 if __name__ == "__main__":

@@ -23,8 +23,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.common import machine, say, table, write_json
-from bench.evidence import check_complete, folder_of, last_metrics, linear_accuracy, start, summarise, write_both
+from bench.common import machine, table, write_json
+from bench.evidence import (
+    RESULT,
+    check_complete,
+    fill_table,
+    folder_of,
+    last_metrics,
+    linear_accuracy,
+    start,
+    summarise,
+    write_both,
+)
 from fasthpm.checkpoint.weights import load_weights
 from fasthpm.cli import Parser, run_command
 from fasthpm.data import build_loader
@@ -49,7 +59,7 @@ TITLES = {
 }
 PROBES = ("knn", "linear")
 BASELINE = "random"  # what the paired differences are taken against; its runs probe the untrained encoder, too
-RESULT, SETTINGS = "evidence.json", ("epochs", "steps_per_epoch", "batch_size", "extra")
+SETTINGS = ("epochs", "steps_per_epoch", "batch_size", "extra")
 ENCODE_BATCH = 100
 
 
@@ -128,16 +138,6 @@ def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(arguments, name) for name in SETTINGS}
 
 
-def finished(arguments: argparse.Namespace, out: Path) -> dict[str, Any] | None:
-    """A run's figures, or None if it has to run. **Raises:** `UserError` if they are of other settings."""
-    if not (out / RESULT).is_file():
-        return None
-    result: dict[str, Any] = json.loads((out / RESULT).read_text())
-    if result["settings"] != settings_of(arguments):
-        raise UserError(f"{out / RESULT} was made with {result['settings']}; use another --work, or the same settings")
-    return result
-
-
 def markdown(result: dict[str, Any]) -> str:
     """The table, as it stands in `results/`."""
     settings, rows = result["settings"], []
@@ -201,19 +201,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError(f"{name} is {getattr(arguments, name)}, expected 1 or more")
     if not (arguments.data / "val" / "info.json").is_file():
         raise UserError(f"{arguments.data} has no prepared set val; make it with python -m data_prep.moving_fashion")
-    runs: list[dict[str, Any]] = []
-    cells = [(method, seed) for seed in range(arguments.seeds) for method in arguments.methods]
-    for number, (method, seed) in enumerate(cells, 1):
-        out = folder_of(arguments, method, seed)
-        if finished(arguments, out) is None:
-            start(arguments, given, method, seed, "bench.evidence_video")
-        result = finished(arguments, out)
-        assert result is not None
-        runs.append(result)
-        figures = ", ".join(f"{name} {value:.1f}" for name, value in result["probes"].items())
-        say(f"[{number}/{len(cells)}] {method}, seed {seed}: {figures} ({result['seconds']:.0f} s)")
-        write_tables(arguments, runs)
-    print(arguments.output.with_suffix(".md").read_text())
+    fill_table(
+        arguments,
+        settings_of(arguments),
+        start_one=lambda method, seed: start(arguments, given, method, seed, "bench.evidence_video"),
+        write=lambda runs: write_tables(arguments, runs),
+    )
 
 
 if __name__ == "__main__":

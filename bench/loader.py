@@ -82,16 +82,18 @@ def measure(variants: list[Variant], rounds: int) -> dict[str, list[Taken]]:
     return taken
 
 
-def summarise(taken: dict[str, list[Taken]], workers: int) -> dict[str, Any]:
-    """Rates, processor time and ratios to the baseline of each variant."""
+def summarise(
+    taken: dict[str, list[Taken]], workers: int, baseline: str = BASELINE, sample: str = "image"
+) -> dict[str, Any]:
+    """Rates, processor time and ratios to the baseline of each variant; `sample`: what one is called."""
     rate = {name: [one.images / one.seconds / workers for one in ones] for name, ones in taken.items()}
     cpu = {name: [1e3 * one.cpu_seconds / one.images for one in ones] for name, ones in taken.items()}
     return {
         name: {
-            "images_per_second_per_core": spread(rate[name]),
-            "cpu_ms_per_image": spread(cpu[name]),
-            "wall_ratio": ratios(rate[name], rate[BASELINE]),
-            "cpu_ratio": ratios(cpu[BASELINE], cpu[name]),
+            f"{sample}s_per_second_per_core": spread(rate[name]),
+            f"cpu_ms_per_{sample}": spread(cpu[name]),
+            "wall_ratio": ratios(rate[name], rate[baseline]),
+            "cpu_ratio": ratios(cpu[baseline], cpu[name]),
             "rounds": [vars(one) for one in taken[name]],
         }
         for name in taken

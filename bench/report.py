@@ -50,7 +50,8 @@ def load(folder: Path) -> dict[str, dict[str, Any]]:
 def kind_of(result: Any) -> str:
     """Which bench wrote it; empty for one that has no section here or an older form."""
     kind = result.get("bench", "") if isinstance(result, dict) else ""
-    return "" if kind == "step" and "precisions" not in result else kind if kind in SECTIONS else ""
+    older = kind == "step" and "precisions" not in result
+    return kind if kind in SECTIONS and not older else ""
 
 
 def origin(result: dict[str, Any]) -> str:

@@ -78,19 +78,20 @@ def torchvision_uint8(spec: Spec) -> Callable[[int], int]:
 
 
 def _torchvision(spec: Spec, last: list[Any]) -> Callable[[int], int]:
-    from torch.utils.data import DataLoader
     from torchvision import transforms
     from torchvision.datasets import ImageFolder
 
     crop = transforms.RandomResizedCrop(SIDE, scale=(CROP_MIN, 1.0), interpolation=transforms.InterpolationMode.BICUBIC)
     transform = transforms.Compose([crop, transforms.RandomHorizontalFlip(), *last])
+    return torch_epochs(ImageFolder(spec.data, transform), spec)
+
+
+def torch_epochs(samples: Any, spec: Spec) -> Callable[[int], int]:
+    """Epochs over a `Dataset` by torch's own loader."""
+    from torch.utils.data import DataLoader
+
     loader: Any = DataLoader(
-        ImageFolder(spec.data, transform),
-        spec.batch_size,
-        shuffle=True,
-        num_workers=spec.workers,
-        drop_last=True,
-        persistent_workers=True,
+        samples, spec.batch_size, shuffle=True, num_workers=spec.workers, drop_last=True, persistent_workers=True
     )
     return lambda number: epoch(loader, spec)
 

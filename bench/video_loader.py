@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.common import files_in, machine, ratios, show, spread, table, work_folder, write_json
-from bench.loader import measure
-from bench.variants import Spec, Taken, started
+from bench.common import files_in, machine, show, table, work_folder, write_json
+from bench.loader import measure, summarise
+from bench.variants import Spec, started
 from data_prep import videos
 from data_prep.ffmpeg import check_tools
 from fasthpm.cli import Parser, run_command
@@ -67,22 +67,6 @@ def prepared_set(files: Path, work: Path, stride: int, workers: int) -> Path:
     return out
 
 
-def summarise(taken: dict[str, list[Taken]], workers: int) -> dict[str, Any]:
-    """Clips per second and core, processor time, and ratios to the baseline."""
-    rate = {name: [one.images / one.seconds / workers for one in ones] for name, ones in taken.items()}
-    cpu = {name: [1e3 * one.cpu_seconds / one.images for one in ones] for name, ones in taken.items()}
-    return {
-        name: {
-            "clips_per_second_per_core": spread(rate[name]),
-            "cpu_ms_per_clip": spread(cpu[name]),
-            "wall_ratio": ratios(rate[name], rate[BASELINE]),
-            "cpu_ratio": ratios(cpu[BASELINE], cpu[name]),
-            "rounds": [vars(one) for one in taken[name]],
-        }
-        for name in taken
-    }
-
-
 def bench(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Everything, as it goes into the JSON."""
     files = work / "files"
@@ -109,7 +93,7 @@ def bench(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
         "videos": len(paths),
         "workers": arguments.workers,
         "batch_size": arguments.batch_size,
-        "rates": summarise(taken, arguments.workers),
+        "rates": summarise(taken, arguments.workers, BASELINE, "clip"),
         "bytes_per_video": sizes,
     }
 

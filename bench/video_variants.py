@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from bench.variants import MEAN, SIDE, STD, Spec, epoch
+from bench.variants import MEAN, SIDE, STD, Spec, epoch, torch_epochs
 from fasthpm.data import build_loader
 from fasthpm.data.video.sampling import multi_scale_crops
 
@@ -71,31 +71,19 @@ def read_torchcodec(path: str) -> Any:
     return decoder.get_frames_at(_chosen(len(decoder))).data.numpy()
 
 
-def _torch_loader(spec: Spec, read: Callable[[str], Any], normalised: bool) -> Callable[[int], int]:
-    loader: Any = DataLoader(
-        VideoFiles(spec.data, read, normalised),
-        spec.batch_size,
-        shuffle=True,
-        num_workers=spec.workers,
-        drop_last=True,
-        persistent_workers=True,
-    )
-    return lambda number: epoch(loader, spec)
-
-
 def videomae_decord(spec: Spec) -> Callable[[int], int]:
     """VideoMAE's own way."""
-    return _torch_loader(spec, read_decord, True)
+    return torch_epochs(VideoFiles(spec.data, read_decord, True), spec)
 
 
 def decord_uint8(spec: Spec) -> Callable[[int], int]:
     """The same, not normalised."""
-    return _torch_loader(spec, read_decord, False)
+    return torch_epochs(VideoFiles(spec.data, read_decord, False), spec)
 
 
 def torchcodec_uint8(spec: Spec) -> Callable[[int], int]:
     """torchcodec in decord's place, not normalised."""
-    return _torch_loader(spec, read_torchcodec, False)
+    return torch_epochs(VideoFiles(spec.data, read_torchcodec, False), spec)
 
 
 def _ours(spec: Spec, decoder: str) -> Callable[[int], int]:

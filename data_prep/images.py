@@ -39,9 +39,10 @@ from typing import Any
 import numpy as np
 
 from data_prep.encode import MAX_PIXELS, WRITE_MODES, WriteOptions
+from data_prep.plan import plan_outputs, stored_order
 from data_prep.sets import rejected_path, validation_path
 from data_prep.sources import Source, open_source
-from data_prep.writer import check_output, plan_outputs, prepare, stored_order
+from data_prep.writer import check_output, prepare
 from fasthpm.cli import Parser, run_command
 from fasthpm.data.ffcv.beton import sidecar_path
 from fasthpm.data.keys import Stream
@@ -228,13 +229,20 @@ def draw_validation(source: Source, fraction: float | None, count: int | None, s
         raise UserError(f"{asked} of {len(order)} images is {total}; expected at least 1 on either side")
     labels = source.labels[order]
     sizes = np.bincount(labels, minlength=len(source.classes))
-    exact = total * sizes / len(order)
-    quota = np.floor(exact).astype(np.int64)
-    quota[np.argsort(quota - exact, kind="stable")[: total - quota.sum()]] += 1  # largest remainders
+    quota = shares_of(total, sizes)
     by_class = np.argsort(labels, kind="stable")
     rank = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     drawn[order[by_class[rank < quota[labels[by_class]]]]] = True
     return drawn
+
+
+def shares_of(total: int, sizes: Array) -> Array:
+    """`total` split over classes in proportion to their `sizes`, int64 [K], by largest remainders."""
+    exact = total * sizes / sizes.sum()
+    quota = np.floor(exact).astype(np.int64)
+    largest_first = np.argsort(quota - exact, kind="stable")
+    quota[largest_first[: total - quota.sum()]] += 1
+    return quota
 
 
 def summary(out: Path, sidecar: dict[str, Any], seconds: float) -> str:
@@ -242,11 +250,12 @@ def summary(out: Path, sidecar: dict[str, Any], seconds: float) -> str:
     mean, std = ([round(value, 4) for value in sidecar[name]] for name in ("mean", "std"))
     rejected, samples = sidecar["num_rejected"], sidecar["num_samples"]
     shards = f" in {len(sidecar['shards'])} shards" if "shards" in sidecar else ""
+    kept = f"; {sidecar['kept_jpegs']} JPEGs kept untouched" if sidecar["kept_jpegs"] else ""
     lines = [
         f"wrote {_printable(out)}{shards}: {samples} images, {len(sidecar['classes'])} classes, {sidecar['channels']} "
         f"channel{'s' if sidecar['channels'] > 1 else ''}, {sidecar['bytes']} bytes, in {seconds:.0f} s",
         f"      {_printable(sidecar_path(out))}: mean {mean}, std {std}, largest {sidecar['max_height']} x "
-        f"{sidecar['max_width']}" + (f"; {sidecar['kept_jpegs']} JPEGs kept untouched" * bool(sidecar["kept_jpegs"])),
+        f"{sidecar['max_width']}{kept}",
     ]
     if rejected:
         lines.append(f"      {_printable(rejected_path(out))}: {rejected} unreadable files were left out")

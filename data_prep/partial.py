@@ -13,6 +13,7 @@ work; reading and encoding go on meanwhile.
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import json
 import os
@@ -339,3 +340,19 @@ def locked(folder: Path) -> Iterator[int]:
         yield number
     finally:
         os.close(number)
+
+
+@contextlib.contextmanager
+def readable_write_errors(out: Path, folder: Path) -> Iterator[None]:
+    """**Raises:** `UserError` for a full or write-protected disk; `folder` holds what is done of `out`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"no space left in {out.parent} while writing {out.name}; free some, then run the same command again "
+                f"to continue ({folder} holds what is done; delete it to give up)"
+            ) from error
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise UserError(f"folder {out.parent} of output {out.name} is not writable ({error.strerror})") from error
+        raise

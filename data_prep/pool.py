@@ -1,4 +1,4 @@
-"""Worker processes of a preparation: in order, and gone with their parent."""
+"""Worker processes of a preparation: their results are appended in order, and they are gone with their parent."""
 
 import contextlib
 import ctypes
@@ -6,18 +6,82 @@ import itertools
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from typing import Any
 
-from data_prep.partial import Chunk
+from data_prep.partial import Chunk, Job
+from data_prep.sets import progress_bar
+from fasthpm.data.options import count_workers
 from fasthpm.data.sampling import Array
+from fasthpm.errors import UserError
 
 AHEAD = 3  # chunks per process that are under way or wait for their turn
 PR_SET_PDEATHSIG = 1
 fork = multiprocessing.get_context("fork")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the processes do, and how messages speak of it."""
+
+    encode: Callable[[Array], Chunk]  # of source indices
+    enter: Callable[..., None]  # the start of every process
+    setup: tuple[Any, ...]  # its arguments
+    samples: str  # "images"
+    unit: str  # of the progress bar
+    unusable: str  # "unreadable"
+    limit: str  # the flag that bounds the memory of one sample
+
+
+def append_all(job: Job, work: Work, todo: Sequence[tuple[int, Array]], total: int, num_workers: int) -> None:
+    """Encode what is not done yet, (part, source indices) of each chunk, and append it in order.
+
+    **Raises:** `UserError` if a process dies, as it does when memory runs out; `KeyboardInterrupt` if told to stop.
+    """
+    done = total - sum(len(indices) for _, indices in todo)
+    if done:
+        print(f"going on after {done} of {total} {work.samples}", flush=True)
+    if not todo:
+        return
+    workers = min(count_workers(num_workers), len(todo))
+    pool = ProcessPoolExecutor(workers, fork, initializer=work.enter, initargs=work.setup)
+    with pool, progress_bar(total, "prepare", work.unit, initial=done) as bar, asked_to_stop() as stopping:
+        try:
+            results = in_order(pool, work.encode, [indices for _, indices in todo], workers * AHEAD)
+            for (part, indices), chunk in zip(todo, results, strict=True):
+                job.append(part, chunk)
+                done += len(indices)
+                bar.update(len(indices))
+                if job.rejected:
+                    bar.set_postfix_str(f"{len(job.rejected)} {work.unusable}", refresh=False)
+                if stopping():
+                    raise KeyboardInterrupt
+            job.commit()
+        except BaseException as error:
+            with contextlib.suppress(OSError):
+                job.commit()
+            _explain(error, work, done, total)
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)  # and waits: nobody may hold the lock afterwards
+
+
+def _explain(error: BaseException, work: Work, done: int, total: int) -> None:
+    if isinstance(error, KeyboardInterrupt):
+        print(
+            f"\nstopped after {done} of {total} {work.samples}; run the same command again to continue", file=sys.stderr
+        )
+    if isinstance(error, (BrokenProcessPool, MemoryError)):
+        raise UserError(
+            f"a process that reads {work.samples} died after {done} of {total}, most likely for want of memory; run "
+            f"the same command again with fewer --num_workers (or a lower {work.limit}) to continue"
+        ) from error
 
 
 def in_order(

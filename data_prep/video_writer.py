@@ -13,8 +13,6 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -24,13 +22,13 @@ import numpy as np
 
 from data_prep.encode import Stored, WriteOptions, encode
 from data_prep.ffmpeg import Stream, check_tools, encode_h264, fits_nvdec, frames, probe, stored_size
-from data_prep.partial import Chunk, Job, PartFile, locked
-from data_prep.pool import AHEAD, asked_to_stop, become_worker, fork, in_order, reason_of
-from data_prep.sets import progress_bar, write_csv
+from data_prep.partial import Chunk, Job, PartFile, locked, readable_write_errors
+from data_prep.plan import count_allowed, package_versions, stored_order
+from data_prep.pool import Work, append_all, become_worker, reason_of
+from data_prep.sets import write_csv
+from data_prep.sidecars import statistics
 from data_prep.sources import Files
-from data_prep.writer import count_allowed, package_versions, readable_write_errors, statistics, stored_order
 from fasthpm import __version__
-from fasthpm.data.options import count_workers
 from fasthpm.data.sampling import Array
 from fasthpm.data.sources import is_video_set
 from fasthpm.data.video import prepared
@@ -123,7 +121,8 @@ def _check_length(stored: int, fps: Fraction, stream: Stream, options: VideoOpti
     stride = options.frame_stride
     span = (stored - 1) * stride + 1
     if stored < FEWEST_FRAMES:
-        raise ValueError(f"it has {stored} frame{'s' * (stored != 1)} to store, expected {FEWEST_FRAMES} or more")
+        kept = "1 frame" if stored == 1 else f"{stored} frames"
+        raise ValueError(f"it has {kept} to store, expected {FEWEST_FRAMES} or more")
     promised = min(stream.seconds, options.max_seconds) * float(fps)
     if span + stride < COMPLETE * promised:
         raise ValueError(f"it ends early: about {span} frames of {promised:.0f} can be decoded")
@@ -215,7 +214,7 @@ def prepare(
     version = check_tools()
     _check_output(out)
     task = _Task(source, out, options, _describe(source, options, version))
-    with readable_write_errors(out), locked(task.folder) as lock:
+    with readable_write_errors(out, task.folder), locked(task.folder) as lock:
         job = Job(task.folder, [FramePack(task.folder / out.name / prepared.FRAMES, len(source))])
         try:
             if not job.is_complete(task.description):
@@ -264,50 +263,14 @@ def _run(task: _Task, job: Job, lock: int, max_rejected: float, num_workers: int
     elif job.chunks == total and len(job.rejected) > count_allowed(max_rejected, total):
         print(f"all videos were read before, {len(job.rejected)} of them unusable; starting over", flush=True)
         job.start_over(task.description)
-    _encode_all(task, job, order, num_workers, lock)
-    _settle_rejected(task, job, max_rejected)
-    _finish(task, job)
-
-
-def _encode_all(task: _Task, job: Job, order: Array, num_workers: int, lock: int) -> None:
-    """Encode what is not done yet and append it in order."""
-    total, copies = len(order), task.folder / task.out.name / COPIES if task.options.copy else None
+    copies = task.folder / task.out.name / COPIES if task.options.copy else None
     if copies:
         copies.mkdir(exist_ok=True)
-    if job.chunks:
-        print(f"going on after {job.chunks} of {total} videos", flush=True)
-    todo = [order[k : k + 1] for k in range(job.chunks, total)]
-    if not todo:
-        return
-    workers = min(count_workers(num_workers), len(todo))
     setup = (task.source, task.options, copies, lock)
-    pool = ProcessPoolExecutor(workers, fork, initializer=_enter_worker, initargs=setup)
-    with pool, progress_bar(total, "prepare", "video", initial=job.chunks) as bar, asked_to_stop() as stopping:
-        try:
-            for chunk in in_order(pool, _encode_video, todo, workers * AHEAD):
-                job.append(0, chunk)
-                bar.update()
-                if job.rejected:
-                    bar.set_postfix_str(f"{len(job.rejected)} unusable", refresh=False)
-                if stopping():
-                    raise KeyboardInterrupt
-            job.commit()
-        except BaseException as error:
-            job.commit()
-            _explain(error, job.chunks, total)
-            raise
-        finally:
-            pool.shutdown(cancel_futures=True)  # and waits: nobody may hold the lock afterwards
-
-
-def _explain(error: BaseException, done: int, total: int) -> None:
-    if isinstance(error, KeyboardInterrupt):
-        print(f"\nstopped after {done} of {total} videos; run the same command again to continue", file=sys.stderr)
-    if isinstance(error, (BrokenProcessPool, MemoryError)):
-        raise UserError(
-            f"a process that reads videos died after {done} of {total}, most likely for want of memory; run the same "
-            f"command again with fewer --num_workers (or a lower --max_seconds) to continue"
-        ) from error
+    work = Work(_encode_video, _enter_worker, setup, "videos", "video", "unusable", "--max_seconds")
+    append_all(job, work, [(0, order[k : k + 1]) for k in range(job.chunks, total)], total, num_workers)
+    _settle_rejected(task, job, max_rejected)
+    _finish(task, job)
 
 
 # ------------------------------------------------------------------------------------------------------- the end

@@ -145,7 +145,7 @@ def summary(out: Path, info: dict[str, Any], seconds: float) -> str:
     rejected = info["num_rejected"]
     lines = [
         f"wrote {out}: {info['num_samples']} videos, {info['num_frames']} frames (every {info['frame_stride']}. of "
-        f"theirs), {len(info['classes'])} classes, {info['channels']} channel{'s' * (info['channels'] > 1)}, "
+        f"theirs), {len(info['classes'])} classes, {info['channels']} channel{'s' if info['channels'] > 1 else ''}, "
         f"{info['bytes']} bytes, in {seconds:.0f} s",
         f"      mean {mean}, std {std}, largest {info['max_height']} x {info['max_width']}, fewest frames "
         f"{info['fewest_frames']}",

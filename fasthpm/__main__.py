@@ -14,7 +14,7 @@ COMMANDS = {
     "finetune": ("fasthpm.probes.finetune", "fine-tune a run's encoder on labelled images"),
     "import": ("fasthpm.exchange.importing", "make a run of an HPM, MAE or AMT checkpoint"),
     "export": ("fasthpm.exchange.exporting", "write a run's weights for timm, torchvision or Hugging Face"),
-    "visualize": ("fasthpm.pictures.panels", "pictures: image, reconstruction, true and predicted loss, mask"),
+    "visualize": ("fasthpm.pictures.visualize", "pictures: image, reconstruction, true and predicted loss, mask"),
     "maps": ("fasthpm.pictures.map_images", "difficulty maps of any images, and the images ranked by them"),
     "recipes": ("fasthpm.recipes.listing", "list the recipes, show one, compare two"),
     "report": ("fasthpm.pictures.report", "report.md and curves of a run"),

@@ -27,7 +27,7 @@ from fasthpm.exchange import exporting
 from fasthpm.frozen import build_frozen
 from fasthpm.options import add_recipe_arguments
 from fasthpm.patches import model_of
-from fasthpm.pictures import clips, panels, report
+from fasthpm.pictures import drawing, panels, report
 from fasthpm.probes import online as online_probes
 from fasthpm.ranks import zero
 from fasthpm.ranks.signals import StopSignals
@@ -224,24 +224,20 @@ def draw_panel(run: Run[Step], metrics: Metrics) -> None:
         return
     model = model_of(run.recipe).eval().to(run.launch.device)
     model.load_state_dict(weights.get("teacher", weights["student"]))
-    images, info = panels.fixed_images(run.recipe, PANEL_IMAGES)
+    images, info = panels.fixed_images(run.recipe, PANEL_CLIPS if model.video else PANEL_IMAGES)
     alpha = schedule.alpha_at(run.recipe, run.done - 1)
     path = Path(run.recipe.output_dir) / "panels" / f"step-{run.done:08d}.png"
-    if model.video:
-        frames = clips.frames(model, run.recipe, info, images[:PANEL_CLIPS], alpha)
-        picture = clips.sheet(frames, run.recipe.tubelet_size)
-        animation = clips.animation(frames)
-        metrics.animation("clips", animation, run.done)
-        with metrics.surviving_the_disk(run.done, "the panel"):
-            path.parent.mkdir(exist_ok=True)
-            with files.replacing(path.with_suffix(".gif")) as aside:
-                aside.write_bytes(animation)
-    else:
-        picture = panels.panel(model, run.recipe, info, images, alpha, run.step.frozen)
+    pictures = panels.pictures(model, run.recipe, info, images, alpha, run.step.frozen)
+    picture = drawing.sheet(pictures, model.tubelet_size if model.video else 0)
+    animation = drawing.animation(pictures) if model.video else b""
     with metrics.surviving_the_disk(run.done, "the panel"):
         path.parent.mkdir(exist_ok=True)
-        panels.save_png(picture, path)
+        drawing.save_png(picture, path)
+        if animation:
+            drawing.save_gif(animation, path.with_suffix(".gif"))
     metrics.image("panel", picture, run.done)
+    if animation:
+        metrics.animation("clips", animation, run.done)
 
 
 def prepare_output(run: Run[Step]) -> None:

@@ -71,7 +71,7 @@ class EMATeacher(Generic[Module]):
         for copy, full, shard in zip(copies, gathered, shards, strict=True):
             if copy.group.shards > 1:
                 self.layout.all_gather_into(full, shard)
-            copy.spread(full)
+            copy.fill_weights(full)
 
     def _state(self, master: Tensor) -> dict[str, Tensor]:
         return self.layout.optimizer.state[master]
@@ -100,7 +100,7 @@ class _Copy:
         """[W * S] in the forward dtype, to be filled."""
         return self._empty(self.group.numel) if self._full is None else self._full
 
-    def spread(self, full: Tensor) -> None:
+    def fill_weights(self, full: Tensor) -> None:
         """Put a filled buffer's contents into the weights: nothing to do where they are views of it."""
         if self._stripes:
             slots, storages = zip(*self._stripes, strict=True)

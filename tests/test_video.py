@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -28,7 +29,7 @@ from fasthpm.exchange import exporting
 from fasthpm.layers import attend_plain, sinusoid_positions
 from fasthpm.model import VIDEO_EPS, HPMViT
 from fasthpm.patches import model_of
-from fasthpm.pictures import clips as video_pictures
+from fasthpm.pictures import drawing, panels
 from fasthpm.probes.features import pool_of
 from fasthpm.recipe import Recipe
 from fasthpm.run.records import read_metrics
@@ -509,8 +510,8 @@ def test_exports_of_videos_to_image_libraries_are_refused(tmp_path: Path) -> Non
 class Oracle(HPMViT):
     """A model whose reconstruction is the target itself."""
 
-    def forward(self, images: Tensor, mask: Tensor, *, num_masked: int | None = None) -> Any:
-        output = super().forward(images, mask, num_masked=num_masked)
+    def forward(self, images: Tensor, mask: Tensor, **options: Any) -> Any:
+        output = super().forward(images, mask, **options)
         return output._replace(reconstruction=self.target(images[mask].reshape(output.reconstruction.shape)))
 
 
@@ -522,16 +523,18 @@ def test_a_perfect_reconstruction_is_the_clip(norm_pix: bool) -> None:
     model.__class__ = Oracle
     info = DatasetInfo(2, 1, (0.4,), (0.2,), ())
     clips = torch.randint(0, 256, (2, 8, 16, 16, 1), dtype=torch.uint8)
-    pictures = video_pictures.frames(model, recipe, info, clips, 0.5)
+    named = panels.pictures(model, recipe, info, clips, 0.5)
+    assert tuple(named) == ("clip", "reconstruction", "true loss", "predicted loss", "mask")
+    pictures = np.stack(list(named.values()), axis=1)
     assert pictures.shape == (2, 5, 8, 16, 16, 3)
     assert (pictures[:, 1] == pictures[:, 0]).all()
     assert (pictures[:, 0] == clips.numpy()).all()
     hidden = (pictures[:, 4] == 127).all(-1).reshape(2, 8, 2, 8, 2, 8).all((3, 5)).reshape(2, 4, 2, 4)
     assert (hidden[:, :, 0] == hidden[:, :, 1]).all()  # a slot's two frames are masked alike
     assert (hidden[:, :, 0].sum(-1) == recipe.num_masked // 4).all()
-    sheet = video_pictures.sheet(pictures, 2)
+    sheet = drawing.sheet(named, 2)
     assert sheet.shape[1] == 4 * (4 + 64) + 4
-    with Image.open(io.BytesIO(video_pictures.animation(pictures))) as gif:
+    with Image.open(io.BytesIO(drawing.animation(named))) as gif:
         assert (gif.n_frames, gif.info["loop"]) == (8, 0)  # type: ignore[attr-defined]
 
 

@@ -99,7 +99,8 @@ def verdict(rates: Rates) -> str:
     if rates.disk is not None:
         supplies["reading the disk"] = rates.disk
     name, supply = min(supplies.items(), key=lambda item: item[1])
-    trained = f"{wanted:.3g} images/s by {rates.devices} {'GPU' if rates.gpu else 'CPU'}{'s' * (rates.devices > 1)}"
+    device = "GPU" if rates.gpu else "CPU"
+    trained = f"{wanted:.3g} images/s by {rates.devices} {device}{'s' if rates.devices > 1 else ''}"
     if supply >= ENOUGH * wanted:
         advice = (
             "nothing to change in the data path; a larger --batch_size may help while GPU memory is free"

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from fasthpm.frozen import build_frozen
 from fasthpm.patches import model_of
 from fasthpm.recipe import Recipe
 from fasthpm.run.metrics import wait_for
+from fasthpm.run.state import endless
 from fasthpm.step import Step
 from fasthpm.teacher import EMATeacher
 
@@ -48,7 +49,7 @@ def measure_decode(recipe: Recipe, seconds: float) -> dict[str, float]:
 def decode_rate(loader: Loader, seconds: float) -> float:
     """Images per second that come out, from the moment when the look-ahead has been used up."""
     end = time.perf_counter() + seconds
-    batches, taken, begin = _endless(loader), 0, 0.0
+    batches, taken, begin = endless(loader), 0, 0.0
     for number, batch in enumerate(batches):
         now = time.perf_counter()
         if number == FILLED:
@@ -58,11 +59,6 @@ def decode_rate(loader: Loader, seconds: float) -> float:
         if number > FILLED and now > end:
             return taken / (now - begin)
     raise AssertionError("an endless loader ended")
-
-
-def _endless(loader: Loader) -> Iterator[Any]:
-    while True:
-        yield from loader
 
 
 # ------------------------------------------------------------------------------------------------------ copy

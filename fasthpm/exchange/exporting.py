@@ -23,6 +23,7 @@ from fasthpm.checkpoint.weights import load_weights
 from fasthpm.cli import Parser
 from fasthpm.errors import UserError, nearest
 from fasthpm.exchange.forms import FORMS, Form
+from fasthpm.mask import num_masked
 from fasthpm.model import HPMViT
 from fasthpm.recipe import Recipe
 
@@ -78,7 +79,7 @@ def compare(form: Form, model: HPMViT, recipe: Recipe, path: Path) -> float:
     frames = (model.num_frames,) if model.video else ()
     size = (IMAGES, model.in_chans, *frames, *model.img_size)
     images = torch.randn(size, generator=generator, dtype=torch.float64)
-    masked = model.num_patches - int(model.num_patches * (1 - recipe.mask_ratio))
+    masked = num_masked(model.num_patches, recipe.mask_ratio)
     mask = torch.rand(IMAGES, model.num_patches, generator=generator).argsort(1) < masked
     ours = form.ours(copy.deepcopy(model).double().eval(), images, mask)
     try:

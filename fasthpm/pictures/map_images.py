@@ -34,7 +34,7 @@ from fasthpm.data.sampling import Array, area_resize
 from fasthpm.errors import UserError
 from fasthpm.model import HPMViT
 from fasthpm.patches import NormalizedPatches
-from fasthpm.pictures import panels
+from fasthpm.pictures import drawing, panels
 from fasthpm.recipe import Recipe
 
 EMPTY_PATCH, CONSTANT_IMAGE = 4.0, 8.0  # standard deviation of grey levels, 0..255, below which there is nothing to see
@@ -61,7 +61,7 @@ def difficulty(model: HPMViT, recipe: Recipe, info: DatasetInfo, images: Tensor,
     patches = NormalizedPatches(recipe, info)(images)
     zeros = torch.zeros_like(patches[:, :, 0])
     predicted = model.predict_loss(patches) if recipe.predict_loss != "none" else zeros
-    true = panels.average_loss(model, patches, recipe.mask_ratio, recipe.seed, masks) if masks else zeros
+    true = panels.average_loss(model, patches, panels.random_masks(recipe, len(patches), masks)) if masks else zeros
     return predicted, true
 
 
@@ -161,7 +161,7 @@ class Saliency:
         if inside.all() or not inside.any():
             return
         for kind, values in maps.items():
-            pixels = spread(values, self._size).ravel()
+            pixels = drawing.per_pixel(values, self._size).ravel()
             self._areas.setdefault(kind, []).append(auc(pixels, inside))
             self._curves.setdefault(kind, []).append(precision_recall(pixels, inside))
 
@@ -182,15 +182,10 @@ def max_f(curves: list[Array]) -> float:
 
 
 # ------------------------------------------------------------------------------------------------------ output
-def spread(values: Array, size: tuple[int, int]) -> Array:
-    """One value per patch [R, C] -> one per pixel [H, W]."""
-    return values.repeat(size[0] // values.shape[0], axis=0).repeat(size[1] // values.shape[1], axis=1)
-
-
 def overlay(image: Array, maps: Sequence[Array]) -> Array:
     """The image, and each map [R, C] as colours over it, side by side: uint8 [H, W * (1 + maps), 3]."""
-    base = panels.as_rgb(image[None])[0]
-    heats = [panels.heat(spread(values, image.shape[:2])[None])[0] for values in maps]
+    base = drawing.as_rgb(image)
+    heats = [drawing.heat(drawing.per_pixel(values, image.shape[:2])[None])[0] for values in maps]
     blends = [(base * 0.4 + heat * 0.6).astype(np.uint8) for heat in heats]
     return np.concatenate([base, *blends], axis=1)
 
@@ -234,7 +229,7 @@ def write_maps(model: HPMViT, recipe: Recipe, arguments: argparse.Namespace, out
             if arguments.overlays < 0 or sample < arguments.overlays:
                 picture = overlay(part.images[row], list(kinds.values()))
                 with _output(arguments):
-                    panels.save_png(picture, out / "overlays" / f"{sample:08d}-{Path(names[sample]).stem}.png")
+                    drawing.save_png(picture, out / "overlays" / f"{sample:08d}-{Path(names[sample]).stem}.png")
         parts.append(part._replace(images=part.images[:0]))
     whole = ImageMaps(*(np.concatenate(column) for column in zip(*parts, strict=True)))
     if not len(whole.ids):

@@ -116,8 +116,8 @@ def architecture(model: HPMViT) -> dict[str, Any]:
 
 def build_vit(arguments: dict[str, Any]) -> Any:
     """`timm.models.VisionTransformer` of these arguments; with `num_frames` and `tubelet_size` among them, of clips."""
-    names = ("num_frames", "tubelet_size")
-    clips, rest = ({k: v for k, v in arguments.items() if (k in names) == mine} for mine in (True, False))
+    clips = {name: arguments[name] for name in ("num_frames", "tubelet_size") if name in arguments}
+    rest = {name: value for name, value in arguments.items() if name not in clips}
     if not clips:
         return timm.models.VisionTransformer(**rest)
     vit = timm.models.VisionTransformer(**rest, class_token=False, embed_layer=functools.partial(TubeletEmbed, **clips))

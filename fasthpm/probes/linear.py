@@ -18,7 +18,6 @@ RUN/linear_PROTOCOL/ receives result.json, result.md and head.safetensors.
 import argparse
 import dataclasses
 import json
-import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -30,8 +29,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from timm.optim import Lars
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from fasthpm import files, ranks
@@ -44,85 +42,15 @@ from fasthpm.model import HPMViT
 from fasthpm.patches import NormalizedPatches
 from fasthpm.probes import result
 from fasthpm.probes.features import gather_rows, pool_of
+from fasthpm.probes.head import LinearHead, build_optimizer, lr_at
 from fasthpm.ranks.signals import StopSignals
 from fasthpm.recipe import Recipe
 
-EPS = 1e-6  # of the BatchNorm (MAE)
 HEAD = "head.safetensors"
 PROTOCOLS: dict[str, dict[str, Any]] = {
     "mae": {"epochs": 90, "warmup_epochs": 10.0, "blr": 0.1, "global_batch_size": 16384},
     "moco": {"epochs": 100, "warmup_epochs": 0.0, "blr": 0.1, "global_batch_size": 1024},
 }
-
-
-class FeatureNorm(nn.Module):
-    """BatchNorm without weights, over the batch of all ranks; the features that it sees are constants.
-
-    (The published probes normalise each device's batch by itself; this one is the same for any number of ranks.)
-    """
-
-    mean: Tensor
-    var: Tensor
-
-    def __init__(self, dim: int, momentum: float = 0.1) -> None:
-        super().__init__()
-        self.momentum = momentum
-        self.register_buffer("mean", torch.zeros(dim))
-        self.register_buffer("var", torch.ones(dim))
-
-    @torch.no_grad()
-    def forward(self, rows: Tensor) -> Tensor:
-        """float32 [B, D] -> [B, D]; in training by the batch's mean and variance, else by their running averages."""
-        if not self.training:
-            return (rows - self.mean) * (self.var + EPS).rsqrt()
-        size = rows.shape[1]
-        exact = rows.double()
-        sums = torch.cat([exact.sum(0), (exact**2).sum(0), exact.new_tensor([len(rows)])])
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(sums)
-        count = sums[-1]
-        mean = sums[:size] / count
-        var = (sums[size:-1] / count - mean**2).clamp_min(0)
-        self.mean.lerp_(mean.float(), self.momentum)
-        self.var.lerp_((var * count / (count - 1).clamp_min(1)).float(), self.momentum)
-        return (rows - mean.float()) * (var.float() + EPS).rsqrt()
-
-
-class LinearHead(nn.Module):
-    """`FeatureNorm`, then a linear layer (weights N(0, 0.01), as MAE and MoCo v3)."""
-
-    def __init__(self, dim: int, num_classes: int, seed: int) -> None:
-        super().__init__()
-        self.norm, self.linear = FeatureNorm(dim), nn.Linear(dim, num_classes)
-        generator = torch.Generator().manual_seed(seed)
-        nn.init.normal_(self.linear.weight, std=0.01, generator=generator)
-        nn.init.zeros_(self.linear.bias)
-
-    def forward(self, rows: Tensor) -> Tensor:
-        """float32 [B, D] -> logits [B, K]."""
-        return self.linear(self.norm(rows))
-
-
-def build_optimizer(head: nn.Module, protocol: str) -> torch.optim.Optimizer:
-    """LARS as MAE's linear probe has it, or SGD; momentum 0.9, no weight decay.
-
-    timm's LARS scales every tensor; MAE leaves 1-D ones (the bias) alone, hence two groups.
-    """
-    parameters = list(head.parameters())
-    if protocol == "moco":
-        return torch.optim.SGD(parameters, lr=0.0, momentum=0.9)
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "always_adapt": True},
-        {"params": [p for p in parameters if p.ndim <= 1], "always_adapt": False},
-    ]
-    return Lars(groups, lr=1.0, momentum=0.9, weight_decay=0.0, trust_coeff=0.001)
-
-
-def lr_at(epoch: float, lr: float, warmup_epochs: float, epochs: float) -> float:
-    """Linear warm-up, then half a cosine to 0; `epoch` may be a fraction (MAE)."""
-    if epoch < warmup_epochs:
-        return lr * epoch / warmup_epochs
-    return lr * 0.5 * (1 + math.cos(math.pi * (epoch - warmup_epochs) / (epochs - warmup_epochs)))
 
 
 # -------------------------------------------------------------------------------------------------- features
@@ -238,22 +166,14 @@ def build(arguments: argparse.Namespace, launch: ranks.Launch) -> Probe:
         train = build_loader(arguments.train_path, options if arguments.cache_features else augmented)
         val = build_loader(arguments.val_path, options)
         result.check_sets((arguments.train_path, train.info), (arguments.val_path, val.info))
-        steps = train.info.num_samples // arguments.global_batch_size
-        if not steps:
-            raise UserError(
-                f"{arguments.train_path} has {train.info.num_samples} samples, fewer than one global batch of "
-                f"{arguments.global_batch_size}; use a smaller --global_batch_size"
-            )
+        steps = updates_of(arguments, train.info.num_samples)
         origin = result.provenance(arguments.run, launch)
     encoder = Encoder(model, recipe, train, arguments.pool, launch.device)
     batches: CachedBatches | LoadedBatches = LoadedBatches(encoder, train)
     cached_val = None
     if arguments.cache_features:
-        rows, labels = encoder.whole(train, launch.world_size, launch.rank != 0)
+        batches = cached_batches(arguments, encoder, train, launch)
         cached_val = encoder.whole(val, launch.world_size, launch.rank != 0)
-        with ranks.in_agreement():
-            result.check_labels(labels, arguments.train_path, len(train.info.classes))
-        batches = CachedBatches(rows, labels, arguments.batch_size, arguments.seed, launch)
     dim = model.embed_dim
     head = LinearHead(dim, len(train.info.classes), arguments.seed).to(launch.device)
     probe = Probe(
@@ -274,6 +194,26 @@ def build(arguments: argparse.Namespace, launch: ranks.Launch) -> Probe:
     with ranks.in_agreement():
         resume(probe)
     return probe
+
+
+def cached_batches(
+    arguments: argparse.Namespace, encoder: Encoder, train: Loader, launch: ranks.Launch
+) -> CachedBatches:
+    """Batches of the training set's features, computed once. Collective."""
+    rows, labels = encoder.whole(train, launch.world_size, launch.rank != 0)
+    with ranks.in_agreement():
+        result.check_labels(labels, arguments.train_path, len(train.info.classes))
+    return CachedBatches(rows, labels, arguments.batch_size, arguments.seed, launch)
+
+
+def updates_of(arguments: argparse.Namespace, num_samples: int) -> int:
+    """Updates of one epoch. **Raises:** `UserError` if the samples do not fill one."""
+    if num_samples < arguments.global_batch_size:
+        raise UserError(
+            f"{arguments.train_path} has {num_samples} samples, fewer than one global batch of "
+            f"{arguments.global_batch_size}; use a smaller --global_batch_size"
+        )
+    return num_samples // arguments.global_batch_size
 
 
 def accumulation(arguments: argparse.Namespace, world_size: int) -> int:

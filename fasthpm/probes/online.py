@@ -22,8 +22,8 @@ from fasthpm.data import Batch, DatasetInfo, build_loader
 from fasthpm.errors import UserError
 from fasthpm.probes import result
 from fasthpm.probes.features import gather_rows
+from fasthpm.probes.head import LinearHead
 from fasthpm.probes.knn import knn_accuracy
-from fasthpm.probes.linear import LinearHead
 from fasthpm.recipe import Recipe
 from fasthpm.step import Step
 

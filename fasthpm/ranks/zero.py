@@ -153,11 +153,16 @@ class MasterLayout:
 
         **Raises:** `UserError` if they then still differ.
         """
-        stage = self._engine.zero_optimization_stage()
-        [self._publish_whole, self._publish_flat, self._publish_flat, self._publish_striped][stage]()
+        publish = {"whole": self._publish_whole, "flat": self._publish_flat, "striped": self._publish_striped}
+        publish[self._layout]()
         self._check_or_refuse()
 
     # ---------------------------------------------------------------------------------------------- private layouts
+    @property
+    def _layout(self) -> str:
+        """How DeepSpeed holds the weights: whole without ZeRO, flat groups in ZeRO 1 and 2, stripes in ZeRO 3."""
+        return {0: "whole", 3: "striped"}.get(self._engine.zero_optimization_stage(), "flat")
+
     def _publish_whole(self) -> None:
         wrapper = self._engine.optimizer
         if wrapper is self.optimizer:
@@ -185,8 +190,8 @@ class MasterLayout:
 
     def _read_groups(self) -> list[Group]:
         self._names = {id(p): name for name, p in self._engine.module.named_parameters()}
-        stage = self._engine.zero_optimization_stage()
-        return [self._whole_groups, self._flat_groups, self._flat_groups, self._striped_groups][stage]()
+        read = {"whole": self._whole_groups, "flat": self._flat_groups, "striped": self._striped_groups}
+        return read[self._layout]()
 
     def _whole_groups(self) -> list[Group]:
         """FP16_UnfusedOptimizer, which also serves bfloat16; the client's optimizer itself in float32."""

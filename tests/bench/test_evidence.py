@@ -84,3 +84,26 @@ def test_finetuning_of_the_evidence_is_a_finetune_command_and_read_when_done(tmp
     assert evidence_finetune.finetuned(tmp_path, train, tmp_path / "val.beton", **common) == 71.5
     with pytest.raises(UserError, match="failed with status 2; see"):
         evidence_finetune.finetuned(tmp_path, train, tmp_path / "val.beton", **common, from_scratch=True)
+
+
+def test_a_table_runs_what_is_not_there_and_is_written_after_every_cell(tmp_path: Path) -> None:
+    arguments = argparse.Namespace(work=tmp_path, seeds=2, methods=["a", "b"], output=tmp_path / "table.json")
+    (tmp_path / "table.md").write_text("the table")
+    started: list[tuple[str, int]] = []
+    written: list[int] = []
+
+    def start_one(method: str, seed: int) -> None:
+        started.append((method, seed))
+        folder = evidence.folder_of(arguments, method, seed)
+        folder.mkdir()
+        (folder / evidence.RESULT).write_text(json.dumps({"settings": {"epochs": 2}, "probes": {"knn": 50.0}}))
+
+    def fill(epochs: int) -> None:
+        evidence.fill_table(arguments, {"epochs": epochs}, start_one, lambda runs: written.append(len(runs)))
+
+    start_one("b", 0)
+    fill(2)
+    assert started == [("b", 0), ("a", 0), ("a", 1), ("b", 1)]
+    assert written == [1, 2, 3, 4]
+    with pytest.raises(UserError, match="use another --work"):
+        fill(3)

@@ -16,8 +16,8 @@ import pytest
 from data_prep import images, partial, verify, writer
 from data_prep.encode import WriteOptions
 from data_prep.partial import PartFile
+from data_prep.plan import Output
 from data_prep.sets import read_csv
-from data_prep.writer import Output
 from fasthpm.data.ffcv.beton import open_beton
 from fasthpm.errors import UserError
 from tests.helpers.data_fixtures import image_folder, picture, prepare

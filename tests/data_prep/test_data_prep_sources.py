@@ -15,9 +15,9 @@ from PIL import Image
 
 from data_prep import encode, images, jpeg, sources, verify
 from data_prep.encode import WriteOptions
+from data_prep.plan import stored_order
 from data_prep.sets import files_path, members, read_csv, read_index
 from data_prep.sources import open_source
-from data_prep.writer import stored_order
 from fasthpm.data.ffcv.beton import JPEG, open_beton
 from fasthpm.errors import UserError
 from tests.helpers.data_fixtures import image_folder, jpeg_bytes, picture, prepare

@@ -116,7 +116,7 @@ def test_the_same_bytes_for_any_number_of_processes_and_after_an_interruption(so
     def stops():
         yield lambda: next(stopping, True)
 
-    monkeypatch.setattr("data_prep.video_writer.asked_to_stop", stops)
+    monkeypatch.setattr("data_prep.pool.asked_to_stop", stops)
     with pytest.raises(KeyboardInterrupt):
         prepare_videos(source, tmp_path / "set")
     assert not (tmp_path / "set").exists()

@@ -17,7 +17,7 @@ from fasthpm.checkpoint import weights as checkpoint_weights
 from fasthpm.data import build_loader, read_info
 from fasthpm.errors import UserError
 from fasthpm.patches import model_of
-from fasthpm.pictures import map_images, panels
+from fasthpm.pictures import drawing, map_images, visualize
 
 
 @pytest.fixture(scope="module")
@@ -130,11 +130,11 @@ def test_auc_counts_pairs() -> None:
 def test_visualize_draws_files(run: Path, folder: Path, tmp_path: Path) -> None:
     files = [str(folder / "noise.png"), str(folder / "wide.png")]
     columns = ["image", "true_loss", "predicted_loss", "hardest", "reconstruction"]
-    panels.main([str(run), "--images", *files, "--columns", *columns, "--attention", "-o", str(tmp_path / "a.png")])
+    visualize.main([str(run), "--images", *files, "--columns", *columns, "--attention", "-o", str(tmp_path / "a.png")])
     with Image.open(tmp_path / "a.png") as picture:
-        assert picture.size[0] == 6 * (112 + panels.GAP) + panels.GAP
+        assert picture.size[0] == 6 * (112 + drawing.GAP) + drawing.GAP
     with pytest.raises(UserError, match="both say what to draw"):
-        panels.main([str(run), "--images", *files, "--data_path", "synthetic:9"])
+        visualize.main([str(run), "--images", *files, "--data_path", "synthetic:9"])
 
 
 def test_evidence_summary_is_paired_by_seed() -> None:

@@ -17,11 +17,12 @@ from fasthpm.errors import UserError
 from fasthpm.mask import random_mask
 from fasthpm.model import HPMViT
 from fasthpm.patches import model_of
-from fasthpm.pictures import panels, report
+from fasthpm.pictures import drawing, panels, report, visualize
 from fasthpm.pictures.report import TABLE
 from fasthpm.recipe import Recipe, save_recipe
 from fasthpm.run import records as run_records
 from fasthpm.step import Step
+from tests.helpers.videos import tiny, video_run
 
 INFO = DatasetInfo(100, 1, (0.3,), (0.2,), ("a",))
 
@@ -69,10 +70,10 @@ def test_visible_patches_stay_and_masked_ones_are_the_models() -> None:
 
 
 def test_true_loss_is_averaged_over_the_masks_that_hide_a_patch() -> None:
-    recipe = recipes.debug()
+    recipe = dataclasses.replace(recipes.debug(), seed=3)
     model, patches = model_of(recipe).eval(), torch.randn(2, 49, 16)
     with torch.no_grad():
-        got = panels.average_loss(model, patches, 0.75, seed=3)
+        got = panels.average_loss(model, patches, panels.random_masks(recipe, 2))
         generator = torch.Generator().manual_seed(3)
         kept: list[list[list[float]]] = [[[] for _ in range(49)] for _ in range(2)]
         for _ in range(panels.TRUE_LOSS_MASKS):
@@ -99,20 +100,20 @@ def test_panel_has_a_row_per_image_and_a_column_per_name(changes: dict[str, Any]
     info = DatasetInfo(9, recipe.channels, (0.3,) * recipe.channels, (0.2,) * recipe.channels, ("a",))
     height, width = recipe.image_size
     images = torch.randint(0, 256, (2, height, width, recipe.channels), dtype=torch.uint8)
-    picture = panels.panel(model_of(recipe).eval(), recipe, info, images, 0.5)
-    scale = -(-panels.MIN_SIDE // width)
-    rows = 2 * (height * scale + panels.GAP) + panels.GAP + panels.HEADER
+    picture = drawing.sheet(panels.pictures(model_of(recipe).eval(), recipe, info, images, 0.5))
+    scale = -(-drawing.IMAGE_SIDE // width)
+    rows = 2 * (height * scale + drawing.GAP) + drawing.GAP + drawing.HEADER
     columns = 4 if recipe.target == "ema" else 5  # of features there is no picture
     assert len(panels.columns_of(recipe)) == columns
-    assert picture.shape == (rows, columns * (width * scale + panels.GAP) + panels.GAP, 3)
-    top = panels.HEADER + panels.GAP
-    first = picture[top : top + height * scale : scale, panels.GAP : panels.GAP + width * scale : scale]
+    assert picture.shape == (rows, columns * (width * scale + drawing.GAP) + drawing.GAP, 3)
+    top = drawing.HEADER + drawing.GAP
+    first = picture[top : top + height * scale : scale, drawing.GAP : drawing.GAP + width * scale : scale]
     assert np.array_equal(first, np.broadcast_to(images[0].numpy(), (height, width, 3)))
 
 
 def test_png_is_written_whole(tmp_path: Path) -> None:
     picture = np.arange(300, dtype=np.uint8).reshape(10, 10, 3)
-    panels.save_png(picture, tmp_path / "a.png")
+    drawing.save_png(picture, tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as written:
         assert np.array_equal(np.asarray(written), picture)
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
@@ -188,10 +189,30 @@ def test_columns_are_what_was_asked_for() -> None:
     model = model_of(recipe).eval()
     images = torch.randint(0, 256, (2, 28, 28, 1), dtype=torch.uint8)
     names = ("hardest", "attention", "image")
-    picture = panels.panel(model, recipe, INFO, images, 0.5, columns=names)
-    assert picture.shape[1] == 3 * (112 + panels.GAP) + panels.GAP
-    top, left = panels.HEADER + panels.GAP, panels.GAP
+    picture = drawing.sheet(panels.pictures(model, recipe, INFO, images, 0.5, names=names))
+    assert picture.shape[1] == 3 * (112 + drawing.GAP) + drawing.GAP
+    top, left = drawing.HEADER + drawing.GAP, drawing.GAP
     hidden = (picture[top : top + 112 : 4, left : left + 112 : 4, 0] == 127).reshape(7, 4, 7, 4).all((1, 3)).flatten()
     with torch.no_grad():
         predicted = model.predict_loss(Step(model, recipe, INFO).normalized_patches(images))[0]
     assert set(hidden.nonzero()[0].tolist()) == set(predicted.argsort(descending=True)[:37].tolist())
+
+
+def test_hardest_of_a_policy_with_numbers_of_its_own() -> None:
+    """Blocks take more random numbers than there are patches; the hardest patches are the same."""
+    images = torch.randint(0, 256, (2, 28, 28, 1), dtype=torch.uint8)
+    model, drawn = model_of(recipes.debug()).eval(), []
+    for policy in ("hpm", "block"):
+        recipe = dataclasses.replace(recipes.debug(), mask_policy=policy)
+        drawn.append(panels.pictures(model, recipe, INFO, images, 0.5, names=["hardest"])["hardest"])
+    assert np.array_equal(*drawn)
+
+
+def test_hardest_patches_of_a_clip_slot_by_slot(tmp_path: Path) -> None:
+    recipe = tiny(channels=1)
+    clips = torch.randint(128, 256, (2, 8, 16, 16, 1), dtype=torch.uint8)
+    drawn = panels.pictures(model_of(recipe).eval(), recipe, INFO, clips, 0.5, names=["hardest"])["hardest"]
+    hidden = (drawn == 127).all(-1).reshape(2, 4, 2, 2, 8, 2, 8).all((2, 4, 6))
+    assert (hidden.sum((2, 3)) == 2).all()
+    with pytest.raises(UserError, match="attention is that of the cls token"):
+        visualize.main([str(video_run(tmp_path)[0]), "--attention", "-o", str(tmp_path / "x.png")])

@@ -19,7 +19,7 @@ from fasthpm.data.augmented import Augmentation, AugmentedLoader
 from fasthpm.errors import UserError
 from fasthpm.layers import sincos_positions
 from fasthpm.model import create_model
-from fasthpm.probes import classifier, knn, linear, result
+from fasthpm.probes import classifier, head, knn, result
 from fasthpm.probes.finetune import settings
 from fasthpm.probes.tokens import KeptTokens, select_tokens
 from tests.helpers.data_fixtures import image_folder, prepare
@@ -71,26 +71,26 @@ def test_learning_rates_are_maes(name: str) -> None:
         if name == "finetune_100":
             assert schedule.lr_at(plan, round(epoch * steps)) == pytest.approx(expected, rel=1e-9, abs=1e-15)
         else:
-            found = linear.lr_at(epoch, grid["lr"], grid["warmup_epochs"], grid["epochs"])
+            found = head.lr_at(epoch, grid["lr"], grid["warmup_epochs"], grid["epochs"])
             assert found == pytest.approx(expected, rel=1e-9, abs=1e-15)
 
 
 def test_lars_is_maes() -> None:
     """Three steps of weight and bias against the plain loop: weights scaled by norm ratios, biases not."""
     generator = torch.Generator().manual_seed(0)
-    head = nn.Linear(6, 4).double()
-    optimizer = linear.build_optimizer(head, "mae")
-    weights = [p.detach().clone() for p in head.parameters()]
+    layer = nn.Linear(6, 4).double()
+    optimizer = head.build_optimizer(layer, "mae")
+    weights = [p.detach().clone() for p in layer.parameters()]
     momenta = [torch.zeros_like(p) for p in weights]
     for lr in (0.7, 0.4, 0.1):
         for group in optimizer.param_groups:
             group["lr"] = lr
         grads = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in weights]
-        for parameter, grad in zip(head.parameters(), grads, strict=True):
+        for parameter, grad in zip(layer.parameters(), grads, strict=True):
             parameter.grad = grad.clone()
         optimizer.step()
         weights, momenta = lars_step(weights, grads, momenta, lr)
-    for parameter, expected in zip(head.parameters(), weights, strict=True):
+    for parameter, expected in zip(layer.parameters(), weights, strict=True):
         torch.testing.assert_close(parameter.detach(), expected, rtol=1e-6, atol=1e-9)
 
 
@@ -152,7 +152,7 @@ def test_vote_is_scikit_learns_weighted_vote() -> None:
 
 # -------------------------------------------------------------------------------------------------- linear head
 def test_feature_norm_is_batch_norm() -> None:
-    ours, theirs = linear.FeatureNorm(5), nn.BatchNorm1d(5, eps=1e-6, affine=False)
+    ours, theirs = head.FeatureNorm(5), nn.BatchNorm1d(5, eps=1e-6, affine=False)
     for seed in range(3):
         rows = torch.randn(16, 5, generator=torch.Generator().manual_seed(seed)) * 3 + 2
         torch.testing.assert_close(ours(rows), theirs(rows))

@@ -134,7 +134,8 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dic
     arguments = parser.parse_args(argv)
     known = {field.name for field in dataclasses.fields(FineTune)}
     given = {name: value for name, value in vars(arguments).items() if name in known}
-    for name in ("val_path",) if given.get("evaluate") else ("train_path", "val_path"):
+    needed = ["val_path"] if given.get("evaluate") else ["train_path", "val_path"]
+    for name in needed:
         if not given.get(name):
             raise UserError(f"--{name} is missing; see fasthpm finetune --help")
     return arguments, given

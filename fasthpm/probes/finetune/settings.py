@@ -165,8 +165,10 @@ def preset(name: str, model: HPMViT, from_scratch: bool, flip: bool = True) -> d
     **Raises:** `UserError` for a preset of videos for images, or the other way round.
     """
     small = name == "small" or (name == "auto" and max(model.img_size) <= SMALL_SIDE)
-    if model.video:
-        name = "small" if small else ("k400" if flip else "ssv2") if name == "auto" else name
+    if model.video and small:
+        name = "small"
+    elif model.video and name == "auto":
+        name = "k400" if flip else "ssv2"
     if (model.video and name == "mae") or (not model.video and name in ("k400", "ssv2")):
         raise UserError(f"preset {name} is not for {'videos' if model.video else 'images'}; leave --preset out")
     chosen: dict[str, Any] = SMALL if small else BY_WIDTH.get(model.embed_dim, {})

@@ -52,7 +52,8 @@ def test(
         logits = logits.unflatten(0, (-1, rows)).mean(1)[: len(labels)]
         hits = [result.count_hits(logits, labels, k) for k in (1, 5)]
         loss = nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
-        sums += torch.stack([*hits, loss, hits[0] * 0 + len(labels)]).double()
+        sums[:3] += torch.stack([*hits, loss]).double()
+        sums[3] += len(labels)
     top1, top5, loss, total = result.share(sums, launch.world_size).tolist()
     return {"accuracy": 100 * top1 / total, "accuracy_top5": 100 * top5 / total, "val_loss": loss / total}
 

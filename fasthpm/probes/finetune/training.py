@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from timm.data import Mixup
+from timm.data.mixup import mixup_target
 from torch import Tensor
 
 from fasthpm import ranks, schedule
@@ -52,9 +53,7 @@ def mixed(mix: Mixup, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     if mix.mixup_enabled:
         flat, targets = mix(images.flatten(1, -3), labels)
         return flat.reshape(images.shape), targets
-    off = mix.label_smoothing / mix.num_classes
-    targets = torch.full((len(labels), mix.num_classes), off, device=labels.device)
-    return images, targets.scatter_(1, labels[:, None], 1 - mix.label_smoothing + off)
+    return images, mixup_target(labels, mix.num_classes, smoothing=mix.label_smoothing)
 
 
 def after_update(run: FineTuning, log: "Log", last: int) -> None:
@@ -90,7 +89,7 @@ class Log(Journal):
 
         **Raises:** `UserError` on every rank if the loss was not finite.
         """
-        sums = result.share(torch.stack([self._sum, self._sum * 0 + self._count]), self.world_size)
+        sums = result.share(torch.stack([self._sum, torch.full_like(self._sum, self._count)]), self.world_size)
         loss = float(sums[0] / sums[1])  # the host waits for the device here
         wait_for(self.device)
         seconds = time.perf_counter() - self._begin

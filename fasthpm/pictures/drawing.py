@@ -1,0 +1,123 @@
+"""How pictures are painted: values as colours, sheets, animations, files.
+
+Pictures are given by name, uint8 [N, T, H, W, 3] each; an image is a video of one frame.
+"""
+
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from fasthpm.data.sampling import Array
+from fasthpm.files import replacing
+
+Pictures = dict[str, Array]
+IMAGE_SIDE, FRAME_SIDE = 112, 56  # smaller ones are enlarged to at least this many pixels
+GAP, HEADER = 4, 18
+MILLISECONDS = 120  # that a frame of the animation is shown
+
+
+# -------------------------------------------------------------------------------------------------- pixels
+def per_pixel(values: Array, size: tuple[int, ...]) -> Array:
+    """One value per patch [..., R, C] -> one per pixel [..., H, W]; `size`: of as many last dimensions as it has."""
+    for axis, length in zip(range(-len(size), 0), size, strict=True):
+        values = values.repeat(length // values.shape[axis], axis=axis)
+    return values
+
+
+def heat(values: Array) -> Array:
+    """[N, ...] -> colours uint8 [N, ..., 3], scaled per image or clip from its lowest to its highest value."""
+    from matplotlib import colormaps
+
+    inner = tuple(range(1, values.ndim))
+    low, high = values.min(axis=inner, keepdims=True), values.max(axis=inner, keepdims=True)
+    return (colormaps["inferno"]((values - low) / np.maximum(high - low, 1e-12))[..., :3] * 255).astype(np.uint8)
+
+
+def as_rgb(pixels: Array) -> Array:
+    """uint8 [..., C] -> [..., 3]; one channel becomes grey, further channels are left out."""
+    return pixels.repeat(3, axis=-1) if pixels.shape[-1] == 1 else pixels[..., :3]
+
+
+# -------------------------------------------------------------------------------------------------- sheets
+def sheet(pictures: Pictures, tubelet_size: int = 0) -> Array:
+    """Everything on one sheet: uint8 [height, width, 3].
+
+    - `tubelet_size`: frames of a slot; 0 = these are images
+
+    Images have a row each, and a column per name. Clips have a row per name each, and a column per slot, of which
+    the first frame is shown.
+    """
+    return _contact_sheet(pictures, tubelet_size) if tubelet_size else _panel(pictures)
+
+
+def _panel(pictures: Pictures) -> Array:
+    cells = _enlarged(np.stack(list(pictures.values()), axis=1)[:, :, 0], IMAGE_SIDE)
+    pitch = cells.shape[-2] + GAP
+    return _labelled(_paper(cells, above_all=HEADER), {(GAP + x * pitch, 3): name for x, name in enumerate(pictures)})
+
+
+def _contact_sheet(pictures: Pictures, tubelet_size: int) -> Array:
+    cells = np.concatenate([clip[:, ::tubelet_size] for clip in np.stack(list(pictures.values()), axis=1)])
+    cells = _enlarged(cells, FRAME_SIDE)
+    pitch = HEADER + cells.shape[-3] + GAP
+    names = [
+        f"{name} {clip + 1}" if row == 0 else name
+        for clip in range(len(cells) // len(pictures))
+        for row, name in enumerate(pictures)
+    ]
+    labels = {(GAP, GAP + row * pitch + 2): name for row, name in enumerate(names)}
+    return _labelled(_paper(cells, above_each=HEADER), labels)
+
+
+def animation(pictures: Pictures) -> bytes:
+    """The clips as an endless GIF: a row per clip, a column per name."""
+    frames = _paper(_enlarged(np.stack(list(pictures.values()), axis=1), FRAME_SIDE))
+    first, *rest = [Image.fromarray(frame) for frame in frames]
+    file = io.BytesIO()
+    first.save(file, format="gif", save_all=True, append_images=rest, duration=MILLISECONDS, loop=0)
+    return file.getvalue()
+
+
+def _enlarged(pictures: Array, least: int) -> Array:
+    """[..., H, W, 3], each pixel repeated until W is `least` or more."""
+    scale = max(1, -(-least // pictures.shape[-2]))
+    return pictures.repeat(scale, axis=-3).repeat(scale, axis=-2)
+
+
+def _paper(cells: Array, *, above_all: int = 0, above_each: int = 0) -> Array:
+    """Cells [rows, columns, ..., H, W, 3] on white, with gaps: uint8 [..., height, width, 3].
+
+    - `above_all`, `above_each`: pixels left free above the first row, or above every row
+    """
+    rows, columns, *frames, height, width, _ = cells.shape
+    pitch = above_each + height + GAP
+    size = (GAP + above_all + rows * pitch, GAP + columns * (width + GAP), 3)
+    paper = np.full((*frames, *size), 255, np.uint8)
+    for row, column in np.ndindex(rows, columns):
+        top, left = GAP + above_all + row * pitch + above_each, GAP + column * (width + GAP)
+        paper[..., top : top + height, left : left + width, :] = cells[row, column]
+    return paper
+
+
+def _labelled(paper: Array, labels: dict[tuple[int, int], str]) -> Array:
+    """The picture with texts at (x, y)."""
+    image = Image.fromarray(paper)
+    draw = ImageDraw.Draw(image)
+    for place, text in labels.items():
+        draw.text(place, text, fill="black")
+    return np.asarray(image)
+
+
+# -------------------------------------------------------------------------------------------------- files
+def save_png(picture: Array, path: Path) -> None:
+    """Write uint8 [H, W, 3] as PNG, atomically."""
+    with replacing(path) as aside:
+        Image.fromarray(picture).save(aside, format="png")
+
+
+def save_gif(content: bytes, path: Path) -> None:
+    """Write what `animation` gives, atomically."""
+    with replacing(path) as aside:
+        aside.write_bytes(content)

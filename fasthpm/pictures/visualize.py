@@ -1,0 +1,102 @@
+"""Pictures of what a model sees: image, reconstruction, true loss, predicted loss, mask; of videos, slot by slot.
+
+fasthpm visualize RUN --data_path X.beton [--num_images 8] [-o panel.png]
+fasthpm visualize RUN --images a.jpg b.png --columns image true_loss predicted_loss hardest reconstruction
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fasthpm.checkpoint.weights import load_weights
+from fasthpm.cli import Parser
+from fasthpm.data import DatasetInfo, read_info
+from fasthpm.data.pixels import render
+from fasthpm.data.plain import read_pixels
+from fasthpm.errors import UserError
+from fasthpm.files import writing
+from fasthpm.frozen import build_frozen
+from fasthpm.model import HPMViT
+from fasthpm.pictures import drawing, panels
+from fasthpm.recipe import Recipe
+
+
+def chosen_images(recipe: Recipe, arguments: argparse.Namespace) -> tuple[Tensor, DatasetInfo]:
+    """What the command line asks for: files, or the first images of a data set; uint8 [N, (T,) H, W, C]."""
+    if not arguments.images:
+        recipe = recipe if not arguments.data_path else recipe.with_data(arguments.data_path)
+        return panels.fixed_images(recipe, arguments.num_images)
+    pictures = []
+    for name in arguments.images:
+        pixels = read_pixels(name)
+        if recipe.channels == 1:
+            pixels = np.asarray(Image.fromarray(pixels).convert("L"))[..., None]
+        crop = np.array([0, 0, *pixels.shape[:2], 0])
+        pictures.append(render(pixels, crop, recipe.image_size, recipe.interpolation, np.ones(3, np.float32)))
+    return torch.from_numpy(np.stack(pictures)), read_info(recipe.data_path)
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line. **Raises:** `UserError` for what does not go together."""
+    parser = Parser(prog="fasthpm visualize", description=__doc__)
+    parser.add_argument("run", type=Path, help="output_dir of a run, or one of its checkpoints")
+    parser.add_argument("--data_path", default="", help="prepared set or image folder (default: the run's own)")
+    parser.add_argument("--images", nargs="+", default=[], metavar="FILE", help="these image files, whole")
+    parser.add_argument("--columns", nargs="+", choices=(*panels.COLUMNS, *panels.MORE_COLUMNS), default=[])
+    parser.add_argument("--attention", action="store_true", help="a further column: where the cls token attends to")
+    parser.add_argument("--num_images", type=int, default=8, help="rows of the picture")
+    parser.add_argument("--weights", choices=("student", "teacher"), default="student")
+    parser.add_argument(
+        "--alpha",
+        type=float,
+        default=-1.0,
+        help="share of the mask chosen by difficulty (default: the recipe's alpha_end)",
+    )
+    parser.add_argument("-o", "--output", type=Path, default=Path("panel.png"), help="PNG, or GIF of a video model")
+    arguments = parser.parse_args(argv)
+    if arguments.num_images < 1:
+        raise UserError(f"num_images is {arguments.num_images}, expected 1 or more")
+    if arguments.images and arguments.data_path:
+        raise UserError("--images and --data_path both say what to draw; leave one of them out")
+    return arguments
+
+
+def check_model(model: HPMViT, recipe: Recipe, arguments: argparse.Namespace, columns: Sequence[str]) -> None:
+    """**Raises:** `UserError` for pictures that cannot be drawn of this model."""
+    if arguments.output.suffix.lower() == ".gif" and not model.video:
+        raise UserError(f"output {arguments.output}: animations are of videos, and this model takes images; use a .png")
+    if model.video and arguments.images:
+        raise UserError("--images are pictures, and this model takes videos; give a prepared set with --data_path")
+    if model.video and "attention" in columns:
+        raise UserError("attention is that of the cls token, which video models do not have; leave out this column")
+    if recipe.target_teacher and "reconstruction" in columns:
+        raise UserError(
+            f"this run reconstructs {recipe.target} features, of which there is no picture; leave out the "
+            f"column reconstruction"
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`fasthpm visualize`."""
+    arguments = parse_arguments(argv)
+    model, recipe = load_weights(arguments.run, arguments.weights)
+    asked = arguments.columns or panels.columns_of(recipe)
+    columns = [*asked, *(["attention"] if arguments.attention else [])]
+    check_model(model, recipe, arguments, columns)
+    images, info = chosen_images(recipe, arguments)
+    alpha = recipe.alpha_end if arguments.alpha < 0 else arguments.alpha
+    frozen = build_frozen(recipe, torch.device("cpu"), torch.float32)
+    pictures = panels.pictures(model, recipe, info, images, alpha, frozen, columns)
+    with writing(arguments.output, "make room, or choose another -o"):
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        if arguments.output.suffix.lower() == ".gif":
+            drawing.save_gif(drawing.animation(pictures), arguments.output)
+        else:
+            drawing.save_png(drawing.sheet(pictures, model.tubelet_size if model.video else 0), arguments.output)
+    kind = "clips" if model.video else "images"
+    print(f"{len(images)} {kind} ({', '.join(columns)}) written to {arguments.output}")
