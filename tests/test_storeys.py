@@ -10,6 +10,7 @@ from tests.helpers.launch import ROOT
 
 # From the ground up; a storey is one word or several that stand side by side.
 STOREYS = (
+    "entry",
     "errors", "files", "cli", "options", "data", "mask loss layers model recipe schedule patches", "recipes", "ranks",
     "speed", "targets step teacher", "maps", "checkpoint", "exchange", "run", "probes", "pictures", "commands",
     "pretrain",

@@ -12,7 +12,8 @@ import contextlib
 import copy
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from safetensors import safe_open
 
 from fasthpm.checkpoint.foreign import IMPORT_NOTE
 from fasthpm.checkpoint.weights import load_weights
-from fasthpm.cli import Parser
+from fasthpm.cli import Arguments, Parser
+from fasthpm.entry import Result
 from fasthpm.errors import UserError
 from fasthpm.exchange.forms import TARGETS, Target
 from fasthpm.model import HPMViT
@@ -30,6 +32,16 @@ from fasthpm.recipe import Recipe
 TOLERANCE = 1e-8  # of the largest output, in float64: tells even a LayerNorm's eps of 1e-6 from 1e-5
 IMAGES = 2  # of the fixed input
 EXPORTED = ("encoder.safetensors", "model.safetensors")  # what a finished run holds: of images, of videos
+
+
+@dataclass(frozen=True, repr=False)
+class ExportResult(Result):
+    """What was written."""
+
+    path: Path
+    format: str
+    difference: float  # of the library's outputs from ours, over our largest
+    usage: str  # the line of Python that loads it
 
 
 def default_form(model: HPMViT) -> str:
@@ -118,7 +130,7 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _statistics(run: Path) -> dict[str, Any]:
+def statistics(run: Path) -> dict[str, Any]:
     """Mean and standard deviation of a finished run's data, from the encoder that it wrote; {} if there is none."""
     for folder in (run, run.parent.parent):
         for name in EXPORTED:
@@ -135,8 +147,8 @@ def _refuse_missing_decoder(run: Path, form: str) -> None:
             raise UserError(f"{run} was imported without a decoder and --format {form} takes it along; use timm")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """`fasthpm export`."""
+def main(argv: Arguments = None) -> ExportResult:
+    """`fasthpm export` and `fasthpm.export`."""
     formats = "\n".join(f"  {name:12} {target.summary}" for name, target in TARGETS.items())
     parser = Parser(prog="fasthpm export", description=__doc__, epilog=f"formats:\n{formats}")
     parser.add_argument("run", type=Path, help="output_dir of a run or an import, or one of its checkpoints")
@@ -151,10 +163,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     target = TARGETS[form]
     path = arguments.output or Path(target.default)
     _refuse_missing_decoder(arguments.run, form)
-    info = {"weights": arguments.weights, **_statistics(arguments.run)}
+    info = {"weights": arguments.weights, **statistics(arguments.run)}
     difference = export_weights(model, recipe, path, form, info)
     what = "model" if target.whole else "encoder"
     print(f"{path}: {what} of {arguments.run} ({arguments.weights}); {target.library} agrees within {difference:.1e}")
     print(f"load it with: {target.usage(path)}")
     if "mean" in info:
         print(f"images: 0..1, then mean {info['mean']}, std {info['std']}")
+    return ExportResult(path, form, difference, target.usage(path))

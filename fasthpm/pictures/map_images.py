@@ -17,6 +17,7 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,12 +27,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fasthpm.checkpoint.weights import load_weights
-from fasthpm.cli import Parser
+from fasthpm.cli import Arguments, Parser
 from fasthpm.data import DatasetInfo, build_loader, read_info
 from fasthpm.data.ffcv.beton import files_path
 from fasthpm.data.pixels import list_images
 from fasthpm.data.plain import read_pixels
 from fasthpm.data.sampling import Array, area_resize
+from fasthpm.entry import Result
 from fasthpm.errors import UserError
 from fasthpm.model import HPMViT
 from fasthpm.patches import NormalizedPatches
@@ -40,6 +42,18 @@ from fasthpm.recipe import Recipe
 
 EMPTY_PATCH, CONSTANT_IMAGE = 4.0, 8.0  # standard deviation of grey levels, 0..255, below which there is nothing to see
 BETA_SQUARED, THRESHOLDS = 0.3, 256  # of the F-measure, as the saliency literature has them
+
+
+@dataclass(frozen=True, repr=False)
+class MapsResult(Result):
+    """What was written."""
+
+    output: Path
+    images: int
+    maps: Path
+    ranking: Path
+    overlays: Path
+    saliency: dict[str, dict[str, float]]  # of each kind of map, with masks
 
 
 class ImageMaps(NamedTuple):
@@ -255,7 +269,7 @@ def write_maps(model: HPMViT, recipe: Recipe, arguments: argparse.Namespace, out
     return len(kept)
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: Arguments) -> argparse.Namespace:
     """The command line. **Raises:** `UserError` for values out of range."""
     parser = Parser(prog="fasthpm maps", description=__doc__)
     parser.add_argument("run", type=Path, help="output_dir of a run, or one of its checkpoints")
@@ -278,8 +292,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """`fasthpm maps`."""
+def main(argv: Arguments = None) -> MapsResult:
+    """`fasthpm maps` and `fasthpm.maps`."""
     arguments = parse_arguments(argv)
     model, recipe = load_weights(arguments.run, arguments.weights)
     if recipe.predict_loss == "none" and not arguments.true_loss:
@@ -292,6 +306,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         aside.rename(arguments.output)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    print(f"maps of {count} images written to {arguments.output}: maps.npz, images.csv, overlays/")
+    out = arguments.output
+    print(f"maps of {count} images written to {out}: maps.npz, images.csv, overlays/")
+    saliency = (out / "saliency.json").read_text() if arguments.masks else "{}"
     if arguments.masks:
-        print((arguments.output / "saliency.json").read_text())
+        print(saliency)
+    return MapsResult(out, count, out / "maps.npz", out / "images.csv", out / "overlays", json.loads(saliency))
