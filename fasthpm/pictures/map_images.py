@@ -29,8 +29,7 @@ from tqdm import tqdm
 from fasthpm.checkpoint.weights import load_weights
 from fasthpm.cli import Arguments, Parser
 from fasthpm.data import DatasetInfo, build_loader, read_info
-from fasthpm.data.ffcv.beton import files_path
-from fasthpm.data.pixels import list_images
+from fasthpm.data.names import sample_names
 from fasthpm.data.plain import read_pixels
 from fasthpm.data.sampling import Array, area_resize
 from fasthpm.entry import Result
@@ -121,18 +120,6 @@ def emptiness(images: Array, patch_size: int) -> tuple[Array, Array]:
     batch, height, width = grey.shape
     patches = grey.reshape(batch, height // patch_size, patch_size, width // patch_size, patch_size)
     return (patches.std(axis=(2, 4)) < EMPTY_PATCH).mean(axis=(1, 2)), grey.std(axis=(1, 2))
-
-
-def sample_names(data_path: str, count: int) -> list[str]:
-    """The image file of every sample, as far as the source knows; else its number."""
-    path = Path(data_path)
-    if path.is_dir() or path.suffix.lower() == ".txt":
-        return list(list_images(path).paths)
-    with suppress(OSError, csv.Error, ValueError), files_path(path).open(encoding="utf-8", newline="") as lines:
-        names = [row[0] for row in csv.reader(lines)][1:]
-        if len(names) == count:
-            return names
-    return [f"sample-{number:08d}" for number in range(count)]
 
 
 # ------------------------------------------------------------------------------------------------------ saliency

@@ -46,7 +46,7 @@ from fasthpm.files import file_hash
 from fasthpm.model import HPMViT
 from fasthpm.patches import NormalizedPatches
 from fasthpm.probes import result
-from fasthpm.probes.features import gather_rows, pool_of
+from fasthpm.probes.features import gather_rows, pool_of, pooled
 from fasthpm.ranks.signals import StopSignals
 from fasthpm.recipe import Recipe
 
@@ -157,7 +157,7 @@ class Encoder:
         bf16 = torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda")
         with bf16:
             tokens = self.model.encode(self.patches_of(images.to(self.device)))
-        return (tokens[:, 0] if self.pool == "cls" else tokens[:, self.model.num_prefix_tokens :].mean(dim=1)).float()
+        return pooled(tokens, self.pool, self.model.num_prefix_tokens).float()
 
     def whole(self, loader: Loader, world_size: int, quiet: bool) -> tuple[Tensor, Tensor]:
         """Features [N, D] and labels [N] of a whole set on every rank, in the set's order. Collective."""
