@@ -1,5 +1,7 @@
 """The place of this process among the ranks, its device and threads, and the session around a command."""
 
+import functools
+import itertools
 import logging
 import os
 import warnings
@@ -25,6 +27,7 @@ LAUNCHERS = (
     ("PMI_RANK", "MPI_LOCALRANKID", "PMI_SIZE", ("MPI_LOCALNRANKS",)),  # MPICH, Intel MPI
     ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", ("SLURM_STEP_TASKS_PER_NODE",)),  # srun
 )
+_sessions = itertools.count()  # of this process, the same on all ranks: addresses of an earlier one lead nowhere
 PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # as DeepSpeed reads it
 
 
@@ -94,10 +97,18 @@ def start() -> Launch:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
     else:
         bound = {"device_id": device} if device.type == "cuda" else {}
-        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=limit, **bound)  # type: ignore[arg-type]
+        store = dist.PrefixStore(f"session {next(_sessions)}", _meeting_place(rank, world_size))
+        store.set_timeout(limit)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit, **bound)  # type: ignore[arg-type]
     prepare_deepspeed(limit)
     deepspeed.init_distributed(backend, verbose=False, timeout=limit)
     return Launch(rank, local_rank, world_size, local_world_size, device)
+
+
+@functools.cache
+def _meeting_place(rank: int, world_size: int) -> dist.Store:
+    """Where the ranks find each other; kept, as further sessions cannot open the launcher's port again."""
+    return next(dist.rendezvous("env://", rank, world_size, timeout=timeout()))[0]
 
 
 def finish() -> None:
