@@ -1,7 +1,26 @@
-"""FastHPM: Hard Patches Mining for masked image and video pretraining."""
+"""FastHPM: Hard Patches Mining for masked image and video pretraining.
 
+From Python as from the command line, with the same names: `fasthpm.pretrain(recipe="hpm_demo", data_path=…,
+output_dir=…)`, and `knn`, `linear`, `finetune`, `embed`, `export`, `maps`, which take a run first.
+"""
+
+from typing import Any
+
+from fasthpm import entry
+from fasthpm.errors import UserError
 from fasthpm.model import HPMViT, create_model
 from fasthpm.recipe import Recipe
 
 __version__ = "0.1.0"
-__all__ = ["HPMViT", "Recipe", "__version__", "create_model"]
+__all__ = ["HPMViT", "Recipe", "UserError", "__version__", "create_model"]
+
+
+def __getattr__(name: str) -> Any:
+    """The commands as functions, whose modules are imported when they are asked for."""
+    if name in entry.FUNCTIONS:
+        return entry.function(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *entry.FUNCTIONS})

@@ -5,21 +5,8 @@ import sys
 from collections.abc import Sequence
 
 from fasthpm.cli import run_rank
+from fasthpm.entry import COMMANDS, FUNCTIONS
 from fasthpm.errors import UserError, nearest
-
-COMMANDS = {
-    "pretrain": ("fasthpm.pretrain", "pretrain a model (one process; use deepspeed or torchrun for more)"),
-    "knn": ("fasthpm.probes.knn", "k-NN accuracy of a run's encoder"),
-    "linear": ("fasthpm.probes.linear", "linear probe of a run's encoder"),
-    "finetune": ("fasthpm.probes.finetune", "fine-tune a run's encoder on labelled images"),
-    "import": ("fasthpm.exchange.importing", "make a run of an HPM, MAE or AMT checkpoint"),
-    "export": ("fasthpm.exchange.exporting", "write a run's weights for timm, torchvision or Hugging Face"),
-    "visualize": ("fasthpm.pictures.visualize", "pictures: image, reconstruction, true and predicted loss, mask"),
-    "maps": ("fasthpm.pictures.map_images", "difficulty maps of any images, and the images ranked by them"),
-    "recipes": ("fasthpm.recipes.listing", "list the recipes, show one, compare two"),
-    "report": ("fasthpm.pictures.report", "report.md and curves of a run"),
-    "doctor": ("fasthpm.commands.doctor", "what this machine is, what is installed, and what bounds training"),
-}
 
 
 def dispatch(argv: Sequence[str] | None) -> None:
@@ -29,7 +16,8 @@ def dispatch(argv: Sequence[str] | None) -> None:
         print(
             "usage: fasthpm COMMAND [flags]\n\n"
             + "\n".join(f"  {k:10} {v[1]}" for k, v in COMMANDS.items())
-            + "\n\nfasthpm COMMAND --help explains each"
+            + "\n\nfasthpm COMMAND --help explains each\n"
+            + f"from Python, with the flags as keywords: fasthpm.{', '.join(FUNCTIONS)}"
         )
         return
     if arguments[0] not in COMMANDS:

@@ -5,12 +5,13 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from typing import NoReturn
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
 
 from fasthpm.errors import UserError, nearest
 
 EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
+Arguments = Sequence[str] | Mapping[str, Any] | None  # a command line, keywords from Python, or the process's own line
 LINGER = 3.0  # seconds: a launcher kills all ranks as soon as one has left, and one of them may not have printed yet
 
 
@@ -20,8 +21,8 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options: object) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)  # type: ignore[arg-type]
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: object = None) -> argparse.Namespace:  # type: ignore[override]
-        values, unknown = self.parse_known_args(args)
+    def parse_args(self, args: Arguments = None, namespace: object = None) -> argparse.Namespace:  # type: ignore[override]
+        values, unknown = self.parse_known_args(self._spelled_out(args) if isinstance(args, Mapping) else args)
         if unknown:
             flags = [flag for action in self._actions for flag in action.option_strings]
             word = unknown[0].split("=")[0]
@@ -31,8 +32,35 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
 
+    def _spelled_out(self, keywords: Mapping[str, Any]) -> list[str]:
+        """The command line that says the same as `keywords`; those that are None are left out."""
+        known = {action.dest: action for action in self._actions if action.help != argparse.SUPPRESS}
+        known.pop("help", None)
+        for name in keywords:
+            if name not in known:
+                raise UserError(f"unknown argument {name!r}{nearest(name, known)}; {self.prog} --help lists them all")
+        given = [(known[name], value) for name, value in keywords.items() if value is not None]
+        given.sort(key=lambda pair: bool(pair[0].option_strings))  # a list of values would swallow what stands alone
+        return [word for action, value in given for word in _words(action, value)]
 
-def run_rank(main: Callable[[Sequence[str] | None], None]) -> NoReturn:
+
+def _words(action: argparse.Action, value: Any) -> list[str]:
+    """An argument and its value as they stand on a command line."""
+    flag = next((option for option in action.option_strings if option.startswith("--")), "")
+    if action.nargs == 0:  # a switch
+        if not isinstance(value, bool):
+            raise UserError(f"{action.dest} is {value!r}, expected True or False")
+        negated = [option for option in action.option_strings if option.startswith("--no-")]
+        return [flag] if value else negated[-1:]
+    several = isinstance(value, list | tuple)
+    if action.nargs is not None:
+        return [flag, *map(str, value if several else [value])]
+    if several:
+        raise UserError(f"{action.dest} is {value!r}, expected one value")
+    return [f"{flag}={value}" if flag else str(value)]
+
+
+def run_rank(main: Callable[[Sequence[str] | None], object]) -> NoReturn:
     """`run_command` for one rank of several: it leaves without tearing Python and its libraries down.
 
     By then all files are closed and the ranks have parted; threads of communication libraries that are still about
@@ -50,7 +78,7 @@ def run_rank(main: Callable[[Sequence[str] | None], None]) -> NoReturn:
     os._exit(status)
 
 
-def run_command(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> NoReturn:
+def run_command(main: Callable[[Sequence[str] | None], object], argv: Sequence[str] | None = None) -> NoReturn:
     """Run `main`, turn a `UserError` into one line on stderr and status 2, Ctrl-C into status 130."""
     try:
         main(argv)

@@ -19,7 +19,7 @@ class NormalizedPatches:
 
     def __init__(self, recipe: Recipe, info: DatasetInfo) -> None:
         self.recipe = recipe
-        self.mean, self.std = pixel_statistics(info, recipe)
+        self.mean, self.std = pixel_statistics(info, recipe.channels)
 
     def move(self, device: torch.device) -> None:
         """Keep mean and standard deviation on `device`."""
@@ -36,10 +36,10 @@ class NormalizedPatches:
         return scaled.reshape(batch, slots * rows * columns, frames * side * side * channels)
 
 
-def pixel_statistics(info: DatasetInfo, recipe: Recipe) -> tuple[Tensor, Tensor]:
+def pixel_statistics(info: DatasetInfo, channels: int) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation per channel on the 0..255 scale, float32 [C] each."""
     mean, std = torch.tensor(info.mean) * 255, torch.tensor(info.std) * 255
-    return mean[: recipe.channels], std[: recipe.channels].clamp_min(1e-3)
+    return mean[:channels], std[:channels].clamp_min(1e-3)
 
 
 def target_width(recipe: Recipe) -> int:

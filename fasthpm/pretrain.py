@@ -9,17 +9,19 @@ checkpoint in its output_dir.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from fasthpm import checkpoint, files, maps, ranks, recipes, schedule
+from fasthpm import checkpoint, entry, files, maps, ranks, recipes, schedule
 from fasthpm.checkpoint.saver import Saver
-from fasthpm.cli import Parser
+from fasthpm.cli import Arguments, Parser
 from fasthpm.data import build_loader
 from fasthpm.data.device import on_device
 from fasthpm.errors import UserError
@@ -38,6 +40,7 @@ from fasthpm.run.health import NotFinite
 from fasthpm.run.metrics import Metrics, measure_matmul_rate
 from fasthpm.run.nonfinite import leave_out, roll_back, save_first
 from fasthpm.run.observer import Observer
+from fasthpm.run.records import read_metrics
 from fasthpm.run.refresh import refresh_maps
 from fasthpm.run.state import Run, endless, finish_last_save, resume, save
 from fasthpm.run.versions import versions
@@ -46,10 +49,30 @@ from fasthpm.step import Step
 from fasthpm.teacher import EMATeacher
 
 PANEL_IMAGES, PANEL_CLIPS = 8, 2
+entry.make_callable(__name__)  # `fasthpm.pretrain(recipe=…, …)` is the command too
 
 
-def parse_arguments(argv: Sequence[str] | None) -> Recipe:
-    """The recipe that the command line asks for. **Raises:** `UserError` for anything unknown or out of range."""
+@dataclass(frozen=True, repr=False)
+class PretrainResult(entry.Result):
+    """What a run has come to."""
+
+    output_dir: Path
+    updates: int
+    finished: bool  # False: a signal ended it first; the same call continues
+    checkpoint: Path
+    encoder: Path | None  # of videos the whole model; None and no report either unless it is finished
+    report: Path | None
+    metrics: dict[str, float]  # the last reading
+
+
+def parse_arguments(argv: Arguments) -> Recipe:
+    """The recipe that is asked for. From Python `recipe` may be a `Recipe`.
+
+    **Raises:** `UserError` for anything unknown or out of range.
+    """
+    base = argv.get("recipe") if isinstance(argv, Mapping) else None
+    if isinstance(argv, Mapping) and isinstance(base, Recipe):
+        argv = {name: value for name, value in argv.items() if name != "recipe"}
     parser = Parser(prog="fasthpm pretrain", description=__doc__)
     parser.add_argument("--recipe", default="debug", help=f"start from: {', '.join(recipes.RECIPES)}, or a recipe.json")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # launchers inject it
@@ -57,7 +80,8 @@ def parse_arguments(argv: Sequence[str] | None) -> Recipe:
     try:
         given = vars(parser.parse_args(argv))
         given.pop("local_rank")
-        base = recipes.from_name(given.pop("recipe"))
+        name = given.pop("recipe")
+        base = base if isinstance(base, Recipe) else recipes.from_name(name)
         recipe = build_recipe({**dataclasses.asdict(base), **given}, source="command line")
         for name in ("data_path", "output_dir"):
             if not getattr(recipe, name):
@@ -256,17 +280,19 @@ def prepare_output(run: Run[Step]) -> None:
         files.write_json(output_dir / "versions.json", made_with)
 
 
-def finish(run: Run[Step]) -> None:
+def finish(run: Run[Step]) -> PretrainResult:
     """Export the encoder, write the report and say where everything is (rank 0)."""
     output_dir = Path(run.recipe.output_dir)
+    folder, metrics = checkpoint.checkpoint_path(output_dir, run.done), {}
+    with contextlib.suppress(UserError):  # a full disk may have kept none
+        metrics = read_metrics(output_dir)[-1]
     if run.preempted:  # whoever sent the signal may not wait for reports
-        folder = checkpoint.checkpoint_path(output_dir, run.done)
         print(
             f"preempted at update {run.done} of {run.recipe.total_steps}; the checkpoint is {folder}: "
             f"run the same command to continue",
             file=sys.stderr,
         )
-        return
+        return PretrainResult(output_dir, run.done, False, folder, None, None, metrics)
     model, recipe = checkpoint.load_weights(output_dir)
     info = {"mean": run.loader.info.mean, "std": run.loader.info.std}
     exported = output_dir / exporting.EXPORTED[model.video]
@@ -279,16 +305,17 @@ def finish(run: Run[Step]) -> None:
     )
     print(
         f"finished {run.done} of {recipe.total_steps} updates\n"
-        f"  checkpoint   {checkpoint.checkpoint_path(output_dir, run.done)}\n"
+        f"  checkpoint   {folder}\n"
         f"  {'model  ' if model.video else 'encoder'}      {exported} ({exporting.default_form(model)})\n"
         f"  TensorBoard  tensorboard --host 127.0.0.1 --logdir {output_dir / 'tensorboard'}\n"
         f"  report       {output_dir / 'report.md'}{bad}",
         file=sys.stderr,
     )
+    return PretrainResult(output_dir, run.done, True, folder, exported, output_dir / "report.md", metrics)
 
 
-def pretrain(asked: Recipe, launch: ranks.Launch) -> StopSignals:
-    """Run what the command line asks for, on all ranks, to its end or to a signal. **Returns:** the signals it got."""
+def pretrain(asked: Recipe, launch: ranks.Launch) -> PretrainResult:
+    """Run `asked`, on all ranks, to its end or to a signal. **Raises:** `KeyboardInterrupt` if that was Ctrl-C."""
     run = build(asked, launch)
     recipe = run.recipe
     with ranks.in_agreement():
@@ -329,18 +356,17 @@ def pretrain(asked: Recipe, launch: ranks.Launch) -> StopSignals:
         run.saver.close()
         metrics.close()
         run.loader.close()
-    if launch.rank == 0:
-        finish(run)
-    return stop
+    result = ranks.by_first(lambda: finish(run))
+    if stop.interrupted:
+        raise KeyboardInterrupt
+    return result
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """`fasthpm pretrain`, once per rank."""
+def main(argv: Arguments = None) -> PretrainResult:
+    """`fasthpm pretrain` and `fasthpm.pretrain`, once per rank."""
     asked = parse_arguments(argv)
     with ranks.session() as launch:
-        stop = pretrain(asked, launch)
-        if stop.interrupted:
-            raise KeyboardInterrupt
+        return pretrain(asked, launch)
 
 
 if __name__ == "__main__":

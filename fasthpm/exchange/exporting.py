@@ -10,7 +10,7 @@ hf_vitmae (without the loss predictor) and safetensors (everything, under our na
 
 import copy
 import json
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from safetensors import safe_open
 from fasthpm import files
 from fasthpm.checkpoint.foreign import IMPORT_NOTE
 from fasthpm.checkpoint.weights import load_weights
-from fasthpm.cli import Parser
+from fasthpm.cli import Arguments, Parser
+from fasthpm.entry import Result
 from fasthpm.errors import UserError, nearest
 from fasthpm.exchange.forms import FORMS, Form
 from fasthpm.mask import num_masked
@@ -30,6 +31,16 @@ from fasthpm.recipe import Recipe
 TOLERANCE = 1e-8  # of the largest output, in float64: tells even a LayerNorm's eps of 1e-6 from 1e-5
 IMAGES = 2  # of the fixed input
 EXPORTED = ("encoder.safetensors", "model.safetensors")  # what a finished run holds: of images, of videos
+
+
+@dataclass(frozen=True, repr=False)
+class ExportResult(Result):
+    """What was written."""
+
+    path: Path
+    format: str
+    difference: float  # of the library's outputs from ours, over our largest
+    usage: str  # the line of Python that loads it
 
 
 def default_form(model: HPMViT) -> str:
@@ -106,7 +117,7 @@ def _check(form: Form, model: HPMViT, path: Path) -> None:
         raise UserError(f"weights {broken[:3]} are not finite; export an earlier checkpoint")
 
 
-def _statistics(run: Path) -> dict[str, Any]:
+def statistics(run: Path) -> dict[str, Any]:
     """Mean and standard deviation of a finished run's data, from the encoder that it wrote; {} if there is none."""
     for folder in (run, run.parent.parent):
         for name in EXPORTED:
@@ -123,8 +134,8 @@ def _refuse_missing_decoder(run: Path, form: Form) -> None:
             raise UserError(f"{run} was imported without a decoder and --format {form.name} takes it along; use timm")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """`fasthpm export`."""
+def main(argv: Arguments = None) -> ExportResult:
+    """`fasthpm export` and `fasthpm.export`."""
     formats = "\n".join(f"  {name:12} {form.summary}" for name, form in FORMS.items())
     parser = Parser(prog="fasthpm export", description=__doc__, epilog=f"formats:\n{formats}")
     parser.add_argument("run", type=Path, help="output_dir of a run or an import, or one of its checkpoints")
@@ -138,10 +149,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     form = named_form(arguments.format or default_form(model))
     path = arguments.output or Path(form.default)
     _refuse_missing_decoder(arguments.run, form)
-    info = {"weights": arguments.weights, **_statistics(arguments.run)}
+    info = {"weights": arguments.weights, **statistics(arguments.run)}
     difference = export_weights(model, recipe, path, form.name, info)
     what = "model" if form.whole else "encoder"
     print(f"{path}: {what} of {arguments.run} ({arguments.weights}); {form.library} agrees within {difference:.1e}")
     print(f"load it with: {form.usage(path)}")
     if "mean" in info:
         print(f"images: 0..1, then mean {info['mean']}, std {info['std']}")
+    return ExportResult(path, form.name, difference, form.usage(path))

@@ -13,8 +13,10 @@ gives it. OUT appears whole or not at all.
 
 import argparse
 import csv
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,12 +27,12 @@ from tqdm import tqdm
 
 from fasthpm import files
 from fasthpm.checkpoint.weights import load_weights
-from fasthpm.cli import Parser
+from fasthpm.cli import Arguments, Parser
 from fasthpm.data import DatasetInfo, build_loader, read_info
-from fasthpm.data.ffcv.beton import files_path
-from fasthpm.data.pixels import list_images
+from fasthpm.data.names import sample_names
 from fasthpm.data.plain import read_pixels
 from fasthpm.data.sampling import Array, area_resize
+from fasthpm.entry import Result
 from fasthpm.errors import UserError
 from fasthpm.model import HPMViT
 from fasthpm.patches import NormalizedPatches
@@ -39,6 +41,18 @@ from fasthpm.recipe import Recipe
 
 EMPTY_PATCH, CONSTANT_IMAGE = 4.0, 8.0  # standard deviation of grey levels, 0..255, below which there is nothing to see
 BETA_SQUARED, THRESHOLDS = 0.3, 256  # of the F-measure, as the saliency literature has them
+
+
+@dataclass(frozen=True, repr=False)
+class MapsResult(Result):
+    """What was written."""
+
+    output: Path
+    images: int
+    maps: Path
+    ranking: Path
+    overlays: Path
+    saliency: dict[str, dict[str, float]]  # of each kind of map, with masks
 
 
 class ImageMaps(NamedTuple):
@@ -106,18 +120,6 @@ def emptiness(images: Array, patch_size: int) -> tuple[Array, Array]:
     batch, height, width = grey.shape
     patches = grey.reshape(batch, height // patch_size, patch_size, width // patch_size, patch_size)
     return (patches.std(axis=(2, 4)) < EMPTY_PATCH).mean(axis=(1, 2)), grey.std(axis=(1, 2))
-
-
-def sample_names(data_path: str, count: int) -> list[str]:
-    """The image file of every sample, as far as the source knows; else its number."""
-    path = Path(data_path)
-    if path.is_dir() or path.suffix.lower() == ".txt":
-        return list(list_images(path).paths)
-    with suppress(OSError, csv.Error, ValueError), files_path(path).open(encoding="utf-8", newline="") as lines:
-        names = [row[0] for row in csv.reader(lines)][1:]
-        if len(names) == count:
-            return names
-    return [f"sample-{number:08d}" for number in range(count)]
 
 
 # ------------------------------------------------------------------------------------------------------ saliency
@@ -257,7 +259,7 @@ def _output(arguments: argparse.Namespace) -> AbstractContextManager[None]:
     return files.writing(arguments.output, "make room, or choose another -o")
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: Arguments) -> argparse.Namespace:
     """The command line. **Raises:** `UserError` for values out of range."""
     parser = Parser(prog="fasthpm maps", description=__doc__)
     parser.add_argument("run", type=Path, help="output_dir of a run, or one of its checkpoints")
@@ -280,8 +282,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """`fasthpm maps`."""
+def main(argv: Arguments = None) -> MapsResult:
+    """`fasthpm maps` and `fasthpm.maps`."""
     arguments = parse_arguments(argv)
     model, recipe = load_weights(arguments.run, arguments.weights)
     if recipe.predict_loss == "none" and not arguments.true_loss:
@@ -289,6 +291,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     with files.replacing(arguments.output) as aside:
         count = write_maps(model, recipe, arguments, aside)
-    print(f"maps of {count} images written to {arguments.output}: maps.npz, images.csv, overlays/")
+    out = arguments.output
+    print(f"maps of {count} images written to {out}: maps.npz, images.csv, overlays/")
+    saliency = (out / "saliency.json").read_text() if arguments.masks else "{}"
     if arguments.masks:
-        print((arguments.output / "saliency.json").read_text())
+        print(saliency)
+    return MapsResult(out, count, out / "maps.npz", out / "images.csv", out / "overlays", json.loads(saliency))

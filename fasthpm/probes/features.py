@@ -49,10 +49,20 @@ def features(
     batches = itertools.islice(loader, total)
     for batch in tqdm(batches, desc=f"{pool} features", unit="batch", disable=quiet, leave=False, total=total):
         tokens = model.encode(patches_of(batch.images.to(device)))
-        pooled = tokens[:, 0] if pool == "cls" else tokens[:, model.num_prefix_tokens :].mean(dim=1)
-        rows = F.normalize(pooled.float(), dim=1)
+        rows = F.normalize(pooled(tokens, pool, model.num_prefix_tokens).float(), dim=1)
         parts.append(first(Features(rows, batch.labels.to(device), batch.ids.to(device)), limit))
     return Features(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def pooled(tokens: Tensor, pool: str, prefix: int) -> Tensor:
+    """Tokens [B, K + L, D] -> their cls token [B, D], the "mean" of the patches [B, D], or all "patches" [B, L, D].
+
+    `prefix`: K, how many tokens before the patches are none.
+    """
+    if pool == "cls":
+        return tokens[:, 0]
+    patches = tokens[:, prefix:]
+    return patches if pool == "patches" else patches.mean(dim=1)
 
 
 def pool_of(model: HPMViT, asked: str) -> str:

@@ -13,6 +13,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from torch import Tensor
 
 from fasthpm import ranks
 from fasthpm.checkpoint.weights import load_weights
-from fasthpm.cli import Parser
+from fasthpm.cli import Arguments, Parser
 from fasthpm.data import DatasetInfo, build_loader
+from fasthpm.entry import Result
 from fasthpm.errors import UserError
 from fasthpm.model import HPMViT
 from fasthpm.probes import result
@@ -33,6 +35,16 @@ from fasthpm.recipe import Recipe
 NEIGHBOURS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
 CHUNK = 1024  # queries compared with the bank at a time: bounds memory to CHUNK x bank similarities
+
+
+@dataclass(frozen=True, repr=False)
+class KnnResult(Result):
+    """Top-1 accuracies in percent; `accuracy` and `k` are the best of the first weights and bank size asked for."""
+
+    accuracy: float
+    k: int
+    accuracies: dict[tuple[str, int], dict[int, float]]  # of (weights, bank size): of k
+    files: tuple[Path, ...]  # JSON, one for each (weights, bank size)
 
 
 def vote(
@@ -130,8 +142,8 @@ def _side(
         loader.close()
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """`fasthpm knn`."""
+def parse_arguments(argv: Arguments) -> argparse.Namespace:
+    """What is asked for. **Raises:** `UserError` for values out of range."""
     parser = Parser(prog="fasthpm knn", description=__doc__)
     parser.add_argument("run", type=Path, help="output_dir of a run, or one of its checkpoints")
     parser.add_argument("--train_path", required=True, help="prepared set whose labels vote")
@@ -179,15 +191,36 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"batch_size is {arguments.batch_size}, expected 1 or more; bank_size is {min(arguments.bank_size)}, "
             f"expected 0 or more"
         )
+    return arguments
+
+
+def main(argv: Arguments = None) -> KnnResult:
+    """`fasthpm knn` and `fasthpm.knn`, once per rank."""
+    arguments = parse_arguments(argv)
+    accuracies: dict[tuple[str, int], dict[int, float]] = {}
     with ranks.session() as launch:
         for weights in arguments.weights:
             begin = time.perf_counter()
             results = evaluate(arguments, weights, launch)
+            accuracies |= {(weights, size): accuracy for size, accuracy in results.items()}
             with ranks.in_agreement():
                 if launch.rank == 0:
                     origin = result.provenance(arguments.run, launch)
                     for size, accuracy in results.items():
                         _report(arguments, weights, size, accuracy, time.perf_counter() - begin, origin)
+    first_of_all = next(iter(accuracies.values()))
+    best = best_of(first_of_all)
+    return KnnResult(first_of_all[best], best, accuracies, tuple(_file(arguments, *key) for key in accuracies))
+
+
+def best_of(accuracy: dict[int, float]) -> int:
+    """The k with the highest accuracy; of equals the first."""
+    return max(accuracy, key=lambda k: accuracy[k])
+
+
+def _file(arguments: argparse.Namespace, weights: str, size: int) -> Path:
+    name = f"knn_{weights}_{arguments.pool}{f'_{size}' if size else ''}.json"
+    return arguments.output or arguments.run / name
 
 
 def _report(
@@ -198,8 +231,7 @@ def _report(
     seconds: float,
     origin: dict[str, Any],
 ) -> None:
-    name = f"knn_{weights}_{arguments.pool}{f'_{size}' if size else ''}.json"
-    path = arguments.output or arguments.run / name
+    path = _file(arguments, weights, size)
     if weights == "untrained":
         origin = {**origin, "effective_epochs": 0, "pretraining_gpu_hours": 0}
     made = {
@@ -215,7 +247,7 @@ def _report(
         **origin,
     }
     result.write_text(path, json.dumps(made, indent=2) + "\n")
-    best = max(accuracy, key=lambda k: accuracy[k])
+    best = best_of(accuracy)
     table = "  ".join(f"k={k}: {value:.2f}" for k, value in accuracy.items())
     who = f"{weights}, {arguments.pool}, {size or 'all'} voters"
     print(f"k-NN top-1 ({who}): {table}  best {accuracy[best]:.2f} % at k={best}")

@@ -18,6 +18,7 @@ RUN/linear_PROTOCOL/ receives result.json, result.md and head.safetensors.
 import argparse
 import dataclasses
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -34,14 +35,15 @@ from tqdm import tqdm
 
 from fasthpm import files, ranks
 from fasthpm.checkpoint.weights import checkpoint_of, load_weights
-from fasthpm.cli import Parser
+from fasthpm.cli import Arguments, Parser
 from fasthpm.data import Loader, build_loader, read_info
 from fasthpm.data.sampling import sample_order
+from fasthpm.entry import Result
 from fasthpm.errors import UserError
 from fasthpm.model import HPMViT
 from fasthpm.patches import NormalizedPatches
 from fasthpm.probes import result
-from fasthpm.probes.features import gather_rows, pool_of
+from fasthpm.probes.features import gather_rows, pool_of, pooled
 from fasthpm.probes.head import LinearHead, build_optimizer, lr_at
 from fasthpm.ranks.signals import StopSignals
 from fasthpm.recipe import Recipe
@@ -51,6 +53,18 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
     "mae": {"epochs": 90, "warmup_epochs": 10.0, "blr": 0.1, "global_batch_size": 16384},
     "moco": {"epochs": 100, "warmup_epochs": 0.0, "blr": 0.1, "global_batch_size": 1024},
 }
+
+
+@dataclass(frozen=True, repr=False)
+class LinearResult(Result):
+    """Accuracies in percent, NaN unless the probe is finished; it continues with the same call."""
+
+    output_dir: Path
+    epochs: int
+    finished: bool
+    accuracy: float
+    accuracy_top5: float
+    head: Path
 
 
 # -------------------------------------------------------------------------------------------------- features
@@ -70,7 +84,7 @@ class Encoder:
         bf16 = torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda")
         with bf16:
             tokens = self.model.encode(self.patches_of(images.to(self.device)))
-        return (tokens[:, 0] if self.pool == "cls" else tokens[:, self.model.num_prefix_tokens :].mean(dim=1)).float()
+        return pooled(tokens, self.pool, self.model.num_prefix_tokens).float()
 
     def whole(self, loader: Loader, world_size: int, quiet: bool) -> tuple[Tensor, Tensor]:
         """Features [N, D] and labels [N] of a whole set on every rank, in the set's order. Collective."""
@@ -353,8 +367,11 @@ def resume(probe: Probe) -> None:
         print(f"resuming from {path} after epoch {probe.epoch} of {probe.arguments.epochs}", file=sys.stderr)
 
 
-def run(probe: Probe) -> bool:
-    """Train, test and save epoch by epoch. **Returns:** whether a signal ended it before its end."""
+def run(probe: Probe) -> LinearResult:
+    """Train, test and save epoch by epoch, to the end or to a signal. Collective.
+
+    **Raises:** `KeyboardInterrupt` if that was Ctrl-C.
+    """
     arguments, launch = probe.arguments, probe.launch
     total = arguments.epochs * probe.steps_per_epoch
     figures: dict[str, float] = {}
@@ -387,9 +404,19 @@ def run(probe: Probe) -> bool:
                 f"stopped after epoch {probe.epoch} of {arguments.epochs}; run the same command to continue",
                 file=sys.stderr,
             )
-        return stop.interrupted
-    report(probe, evaluate(probe))
-    return False
+        if stop.interrupted:
+            raise KeyboardInterrupt
+        return result_of(probe, {})
+    figures = evaluate(probe)
+    with ranks.in_agreement():
+        report(probe, figures)
+    return result_of(probe, figures)
+
+
+def result_of(probe: Probe, figures: dict[str, float]) -> LinearResult:
+    """What the probe has come to; no `figures`: it isn't finished."""
+    top1, top5 = (figures.get(name, math.nan) for name in ("accuracy", "accuracy_top5"))
+    return LinearResult(probe.folder, probe.epoch, bool(figures), top1, top5, probe.folder / HEAD)
 
 
 def report(probe: Probe, figures: dict[str, float]) -> None:
@@ -412,7 +439,7 @@ def report(probe: Probe, figures: dict[str, float]) -> None:
 
 
 # -------------------------------------------------------------------------------------------------- command
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: Arguments) -> argparse.Namespace:
     """The command line, the protocol's numbers filled in."""
     parser = Parser(prog="fasthpm linear", description=__doc__)
     parser.add_argument("run", type=Path, help="output_dir of a run, or one of its checkpoints")
@@ -466,15 +493,13 @@ def fit_batch(arguments: argparse.Namespace, num_samples: int, world_size: int) 
     arguments.lr = arguments.lr or arguments.blr * arguments.global_batch_size / 256
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """`fasthpm linear`, once per rank."""
+def main(argv: Arguments = None) -> LinearResult:
+    """`fasthpm linear` and `fasthpm.linear`, once per rank."""
     arguments = parse_arguments(argv)
     with ranks.session() as launch:
         probe = build(arguments, launch)
         try:
-            interrupted = run(probe)
+            return run(probe)
         finally:
             for loader in probe.loaders:
                 loader.close()
-        if interrupted:
-            raise KeyboardInterrupt

@@ -1,6 +1,6 @@
 """The ranks of a run: launch environment, agreement on errors, DeepSpeed's JSON and engine."""
 
-from fasthpm.ranks.agreement import agree, in_agreement, naming_lost_ranks
+from fasthpm.ranks.agreement import agree, by_first, in_agreement, naming_lost_ranks
 from fasthpm.ranks.deepspeed_json import merge_config
 from fasthpm.ranks.engine import build_engine, grad_norm, hush, set_lr, update_applied
 from fasthpm.ranks.launch import Launch, finish, session, start, threads, timeout
@@ -9,6 +9,7 @@ __all__ = [
     "Launch",
     "agree",
     "build_engine",
+    "by_first",
     "finish",
     "grad_norm",
     "hush",

@@ -3,10 +3,15 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
 from fasthpm.errors import AgreedError, UserError
+
+Made = TypeVar("Made")
+PATIENCE = timedelta(days=1)  # for rank 0 alone at work; if it dies, its connections end the wait
 
 
 # ------------------------------------------------------------------------------------------------------ errors
@@ -39,6 +44,26 @@ def in_agreement() -> Iterator[None]:
     except UserError as found:
         error = found
     agree(error)
+
+
+def by_first(make: Callable[[], Made]) -> Made:
+    """What rank 0 makes, on every rank; the others wait for it, however long it takes (collective).
+
+    **Raises:** rank 0's `UserError`, on every rank.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return make()
+    group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=PATIENCE))
+    told: list[Any] = [None, None]  # what was made, or the error
+    if dist.get_rank() == 0:
+        try:
+            told[0] = make()
+        except UserError as error:
+            told[1] = str(error)
+    dist.broadcast_object_list(told, group=group)
+    if told[1] is not None:
+        raise AgreedError(told[1], printed_elsewhere=dist.get_rank() != 0)
+    return told[0]
 
 
 @contextmanager

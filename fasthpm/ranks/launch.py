@@ -1,5 +1,7 @@
 """The place of this process among the ranks, its device and threads, and the session around a command."""
 
+import functools
+import itertools
 import logging
 import os
 import warnings
@@ -26,6 +28,8 @@ LAUNCHERS = (
     ("PMI_RANK", "MPI_LOCALRANKID", "PMI_SIZE", ("MPI_LOCALNRANKS",)),  # MPICH, Intel MPI
     ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", ("SLURM_STEP_TASKS_PER_NODE",)),  # srun
 )
+_sessions = itertools.count()  # of this process, the same on all ranks: addresses of an earlier one lead nowhere
+PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # as DeepSpeed reads it
 
 
 # ------------------------------------------------------------------------------------------------------ ranks
@@ -44,15 +48,32 @@ class Launch:
 def session() -> Iterator[Launch]:
     """A rank's life: joins the others, and leaves them at the end or after an error that all of them agreed on.
 
-    After any other error the process must die at once, so that its launcher stops the ranks that wait for it.
+    After any other error the process must die at once, so that its launcher stops the ranks that wait for it. A rank
+    alone always leaves; the caller may go on and start another session.
     """
-    launch = start()
-    try:
-        yield launch
-    except AgreedError:
+    with _restored_environment():
+        launch = start()
+        try:
+            yield launch
+        except BaseException as error:
+            if launch.world_size == 1 or isinstance(error, AgreedError):
+                finish()
+            raise
         finish()
-        raise
-    finish()
+
+
+@contextmanager
+def _restored_environment() -> Iterator[None]:
+    """Take back what `_place` writes: other programs would believe that a launcher had started them."""
+    before = {name: os.environ.get(name) for name in PLACE}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def start() -> Launch:
@@ -63,6 +84,8 @@ def start() -> Launch:
     **Raises:** `UserError` for an environment that makes no sense.
     """
     limit = timeout()
+    if dist.is_initialized():
+        raise UserError("torch.distributed is in use in this process; call torch.distributed.destroy_process_group()")
     rank, local_rank, world_size, local_world_size = _place(os.environ)
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -75,10 +98,18 @@ def start() -> Launch:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
     else:
         bound = {"device_id": device} if device.type == "cuda" else {}
-        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=limit, **bound)  # type: ignore[arg-type]
+        store = dist.PrefixStore(f"session {next(_sessions)}", _meeting_place(rank, world_size))
+        store.set_timeout(limit)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit, **bound)  # type: ignore[arg-type]
     prepare_deepspeed(limit)
     deepspeed.init_distributed(backend, verbose=False, timeout=limit)
     return Launch(rank, local_rank, world_size, local_world_size, device)
+
+
+@functools.cache
+def _meeting_place(rank: int, world_size: int) -> dist.Store:
+    """Where the ranks find each other; kept, as further sessions cannot open the launcher's port again."""
+    return next(dist.rendezvous("env://", rank, world_size, timeout=timeout()))[0]
 
 
 def finish() -> None:
@@ -106,7 +137,7 @@ def _place(env: Any) -> tuple[int, int, int, int]:
         )
     env.setdefault("MASTER_ADDR", "127.0.0.1")
     env.setdefault("MASTER_PORT", "29500")
-    env.update(zip(("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"), map(str, place), strict=True))
+    env.update(zip(PLACE[:4], map(str, place), strict=True))
     return place
 
 

@@ -16,13 +16,15 @@ from torch import Tensor
 
 from fasthpm import ranks
 from fasthpm.cli import EXIT_INTERRUPTED
+from fasthpm.entry import FROM_PYTHON
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 DELAY = 2
 
 
 class StopSignals:
-    """Catches the signals while it is open (`with`); `agreed` tells every rank the same. A second Ctrl-C ends at once.
+    """Catches the signals while it is open (`with`); `agreed` tells every rank the same. A second Ctrl-C ends at once
+    (called from Python: with `KeyboardInterrupt`, as the process is not ours to end).
 
     Collective: all ranks make one, and call `agreed` after the same updates.
     """
@@ -59,6 +61,8 @@ class StopSignals:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.interrupted:
+            if FROM_PYTHON.get():
+                raise KeyboardInterrupt
             os._exit(EXIT_INTERRUPTED)
         self.received = True
         self.interrupted |= number == signal.SIGINT

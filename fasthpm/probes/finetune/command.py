@@ -19,9 +19,10 @@ RUN/finetune/ receives result.json, result.md, classifier.safetensors (timm), me
 import argparse
 import dataclasses
 import json
+import math
 import sys
 import time
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ from torch import Tensor
 
 from fasthpm import checkpoint, files, ranks
 from fasthpm.checkpoint import shards
-from fasthpm.cli import Parser
+from fasthpm.cli import Arguments, Parser
+from fasthpm.entry import Result
 from fasthpm.errors import UserError, warn
 from fasthpm.options import add_recipe_arguments
 from fasthpm.probes import result
@@ -55,6 +57,21 @@ from fasthpm.run import state
 from fasthpm.run.records import METRICS_FILE, read_metrics
 
 
+@dataclass(frozen=True, repr=False)
+class FinetuneResult(Result):
+    """What a fine-tuning, or a test of one, has come to."""
+
+    output_dir: Path
+    finished: bool  # False: stopped before its last update; the same call continues
+    figures: dict[str, float]  # accuracy and accuracy_top5 in percent, val_loss and more; {} unless it is finished
+    classifier: Path | None
+
+    @property
+    def accuracy(self) -> float:
+        """Top-1 in percent, NaN unless it is finished."""
+        return self.figures.get("accuracy", math.nan)
+
+
 # -------------------------------------------------------------------------------------------------- results
 def prepare_output(run: FineTuning) -> None:
     """Create output_dir and write what the fine-tuning is (rank 0). **Raises:** `UserError` if it cannot be written."""
@@ -66,18 +83,21 @@ def prepare_output(run: FineTuning) -> None:
         files.write_text(folder / checkpoint.FINETUNE_NOTES, run.notes[checkpoint.FINETUNE_NOTES])
 
 
-def finish(run: FineTuning) -> None:
+def finish(run: FineTuning) -> FinetuneResult:
     """Write classifier and result, say where they are. Collective."""
-    folder = Path(run.settings.output_dir)
     weights = zero.full_state(run.layout, "ema" if run.teacher else "master")
-    if weights is None:
-        return
+    return ranks.by_first(lambda: write_results(run, weights or {}))
+
+
+def write_results(run: FineTuning, weights: dict[str, Tensor]) -> FinetuneResult:
+    """Classifier, result.json and result.md of a finished run (rank 0)."""
+    folder = Path(run.settings.output_dir)
     if run.done < run.recipe.total_steps:
         why = "preempted" if run.preempted else "stopped"
         print(
             f"{why} at update {run.done} of {run.recipe.total_steps}; run the same command to continue", file=sys.stderr
         )
-        return
+        return FinetuneResult(folder, False, {}, None)
     records = [record for record in read_metrics(folder) if record["step"] <= run.done]
     tested = [record for record in records if "accuracy" in record]
     write_classifier(run, weights, folder / CLASSIFIER_FILE)
@@ -86,7 +106,9 @@ def finish(run: FineTuning) -> None:
     hours = sum(record["seconds"] for record in records) * run.launch.world_size / 3600
     final = {name: tested[-1][name] for name in ("accuracy", "accuracy_top5", "val_loss")}
     best = max(record["accuracy"] for record in tested)
-    report(run.settings, run.origin, folder, {**final, "best_accuracy": best, "gpu_hours": round(hours, 4)})
+    figures = {**final, "best_accuracy": best, "gpu_hours": round(hours, 4)}
+    report(run.settings, run.origin, folder, figures)
+    return FinetuneResult(folder, True, figures, folder / CLASSIFIER_FILE)
 
 
 def write_classifier(run: FineTuning, weights: dict[str, Tensor], path: Path) -> None:
@@ -124,7 +146,7 @@ def report(settings: FineTune, origin: dict[str, Any], folder: Path, figures: di
 
 
 # -------------------------------------------------------------------------------------------------- command
-def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, Any]]:
+def parse_arguments(argv: Arguments) -> tuple[argparse.Namespace, dict[str, Any]]:
     """(run, preset), and the settings that were given."""
     parser = Parser(prog="fasthpm finetune", description=__doc__)
     parser.add_argument("run", type=Path, help="output_dir of a pretraining run, or one of its checkpoints")
@@ -141,13 +163,12 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dic
     return arguments, given
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """`fasthpm finetune`, once per rank."""
+def main(argv: Arguments = None) -> FinetuneResult:
+    """`fasthpm finetune` and `fasthpm.finetune`, once per rank."""
     arguments, given = parse_arguments(argv)
     with ranks.session() as launch:
         if given.get("evaluate"):
-            evaluate_only(arguments, given, launch)
-            return
+            return evaluate_only(arguments, given, launch)
         run = build(arguments, given, launch)
         with ranks.in_agreement():
             if launch.rank == 0:
@@ -171,12 +192,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             run.loader.close()
             run.val_loader.close()
             run.last_loader.close()
-        finish(run)
+        found = finish(run)
         if stop.interrupted:
             raise KeyboardInterrupt
+        return found
 
 
-def evaluate_only(arguments: argparse.Namespace, given: dict[str, Any], launch: ranks.Launch) -> None:
+def evaluate_only(arguments: argparse.Namespace, given: dict[str, Any], launch: ranks.Launch) -> FinetuneResult:
     """Test the newest checkpoint of a fine-tuning on `val_path`."""
     with ranks.in_agreement():
         model, recipe = load_encoder(arguments.run, given)
@@ -209,6 +231,10 @@ def evaluate_only(arguments: argparse.Namespace, given: dict[str, Any], launch: 
     info = dataclasses.replace(loader.info, mean=tuple(notes["mean"]), std=tuple(notes["std"]))
     figures = test(step, loader, info, launch, settings.seed, settings.views)
     loader.close()
-    if launch.rank == 0:
-        hours = (time.perf_counter() - begin) * launch.world_size / 3600
-        report(settings, origin, Path(settings.output_dir) / "evaluate", {**figures, "gpu_hours": round(hours, 4)})
+    hours = (time.perf_counter() - begin) * launch.world_size / 3600
+    figures = {**figures, "gpu_hours": round(hours, 4)}
+    folder = Path(settings.output_dir) / "evaluate"
+    with ranks.in_agreement():
+        if launch.rank == 0:
+            report(settings, origin, folder, figures)
+    return FinetuneResult(folder, True, figures, None)
