@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data_prep.encode import Stored, WriteOptions, encode
+from data_prep.encode import Stored, WriteOptions, check_opencv, encode
 from data_prep.partial import Chunk, Job, PartFile, Totals, locked, sync_path
 from data_prep.pool import AHEAD, asked_to_stop, become_worker, fork, in_order, reason_of
 from data_prep.sets import (
@@ -154,6 +154,7 @@ def prepare(
     disk is full. Nothing new is then under the final names but `OUT.rejected.csv`; where going on makes sense, the
     message says so. `KeyboardInterrupt` after SIGINT or SIGTERM.
     """
+    check_opencv()
     check_output(out, [output.path for output in outputs])
     if not sum(len(output.indices) for output in outputs):
         raise UserError("there is no image to prepare")
