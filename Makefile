@@ -17,10 +17,11 @@ setup:  ## install everything into .venv (PYTHON=python3.12 chooses the interpre
 test: setup  ## run the whole test suite, two files at a time (ARGS="-k mask" goes to pytest)
 	.venv/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
 
-lint: setup  ## check style and types
+lint: setup  ## check style, types and the Dockerfile
 	.venv/bin/python -m ruff check .
 	.venv/bin/python -m ruff format --check .
 	.venv/bin/python -m mypy
+	.venv/bin/hadolint Dockerfile
 
 demo: setup  ## pretrain on Fashion-MNIST, probe, and show where the results are
 	bash scripts/demo.sh

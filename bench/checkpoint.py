@@ -149,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch_size", type=int, default=1, help="images per update")
     parser.add_argument("--rounds", type=int, default=3, help="checkpoints of each kind")
     parser.add_argument("--restart", action="store_true", help="also time a restart")
-    parser.add_argument("--deepspeed_config", default="ds_configs/zero1_bf16.json")
+    parser.add_argument("--deepspeed_config", default="zero1_bf16")
     parser.add_argument(
         "--work", type=Path, default=None, help="where checkpoints are written; base: 3 GB, large: 8 GB"
     )

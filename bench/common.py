@@ -102,7 +102,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data_path", default="synthetic:1024", help="as in fasthpm pretrain")
     parser.add_argument("--batch_size", type=int, default=64, help="samples per rank and micro-step")
     parser.add_argument("--num_workers", type=int, default=0, help="decoding threads per rank (0: all cores)")
-    parser.add_argument("--deepspeed_config", default="ds_configs/zero1_bf16.json")
+    parser.add_argument("--deepspeed_config", default="zero1_bf16")
     parser.add_argument("--updates", type=int, default=40, help="per run")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--extra", default="", help="further flags of fasthpm pretrain, in one string")

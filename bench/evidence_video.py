@@ -182,7 +182,7 @@ def build_parser() -> Parser:
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--extra", default="", help="further flags of every run, as one string")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch in a run")
-    parser.add_argument("--deepspeed_config", default="ds_configs/zero1_bf16.json")
+    parser.add_argument("--deepspeed_config", default="zero1_bf16")
     parser.add_argument("--one", default="", help=argparse.SUPPRESS)  # METHOD:SEED, in the process started for it
     parser.add_argument("-o", "--output", type=Path, default=Path("bench/results/evidence_video.json"))
     return parser

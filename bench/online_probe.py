@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--size", choices=tuple(RECIPES), default="base")
     parser.add_argument("--batch_size", type=int, default=16, help="images per update")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--deepspeed_config", default="ds_configs/zero1_bf16.json")
+    parser.add_argument("--deepspeed_config", default="zero1_bf16")
     parser.add_argument("-o", "--output", type=Path, default=None, help="write the raw figures here as JSON")
     arguments = parser.parse_args(argv)
     if arguments.batch_size < 1 or arguments.rounds < 1:

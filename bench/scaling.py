@@ -31,7 +31,7 @@ def flags_of(arguments: argparse.Namespace, stage: int, ranks: int, accumulation
         "batch_size": arguments.batch_size,
         "global_batch_size": arguments.batch_size * ranks * accumulation,
         "num_workers": arguments.num_workers,
-        "deepspeed_config": f"ds_configs/zero{stage}_bf16.json",
+        "deepspeed_config": f"zero{stage}_bf16",
     }
     return [*(part for name, value in values.items() for part in (f"--{name}", str(value))), *arguments.extra.split()]
 

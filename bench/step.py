@@ -48,7 +48,7 @@ SIZES = {
     "huge": "vit_huge_patch14_224",
     "nano": "vit_nano_patch4_28",
 }
-CONFIGS = {"fp32": "ds_configs/zero0_fp32.json", "bf16": "ds_configs/zero1_bf16.json"}
+CONFIGS = {"fp32": "zero0_fp32", "bf16": "zero1_bf16"}
 VARIANTS = ("mae", "hpm", "hpm_fast", "eager_mae", "eager_hpm")
 FAST: dict[str, Any] = {
     "predictor": "shared",

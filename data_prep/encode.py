@@ -4,6 +4,7 @@ A JPEG is stored untouched when that is exact and safe to train from: sequential
 upright, not larger than asked for, at most `KEPT_BYTES_PER_PIXEL`, and decodable without a word from libjpeg.
 """
 
+import importlib.util
 import io
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,18 @@ KEPT_BYTES_PER_PIXEL = 1.0  # a JPEG of more is slow to decode for what it shows
 ORIENTATION = 0x0112  # the EXIF tag
 MCU = 16  # side of a 4:2:0 JPEG's smallest unit
 STRIDE = 16  # of the quick look whether an image has colours
+
+
+def check_opencv() -> None:
+    """Look for OpenCV without importing it, which starts a thread: the processes that come to use it are forked.
+
+    **Raises:** `UserError` if it is not installed.
+    """
+    if importlib.util.find_spec("cv2") is None:
+        raise UserError(
+            "preparing images and videos needs OpenCV, which is not installed; pip install 'fasthpm[ffcv]' (fasthpm "
+            "doctor names the system packages that this needs)"
+        )
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.encode import Stored, WriteOptions, encode
+from data_prep.encode import Stored, WriteOptions, check_opencv, encode
 from data_prep.ffmpeg import Stream, check_tools, encode_h264, fits_nvdec, frames, probe, stored_size
 from data_prep.partial import Chunk, Job, PartFile, locked, readable_write_errors
 from data_prep.plan import count_allowed, package_versions, stored_order
@@ -211,6 +211,7 @@ def prepare(
     **Raises:** `UserError` if `out` is something else or being written, too many videos are unusable, or the disk is
     full; `KeyboardInterrupt` after SIGINT or SIGTERM. The same command then goes on.
     """
+    check_opencv()
     version = check_tools()
     _check_output(out)
     task = _Task(source, out, options, _describe(source, options, version))

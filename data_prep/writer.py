@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data_prep.encode import Stored, WriteOptions, encode
+from data_prep.encode import Stored, WriteOptions, check_opencv, encode
 from data_prep.partial import Chunk, Job, PartFile, Totals, locked, readable_write_errors
 from data_prep.plan import Output, Task, count_allowed, describe_job, partial_folder, stored_order
 from data_prep.pool import Work, append_all, become_worker, reason_of
@@ -100,6 +100,7 @@ def prepare(
     disk is full. Nothing new is then under the final names but `OUT.rejected.csv`; where going on makes sense, the
     message says so. `KeyboardInterrupt` after SIGINT or SIGTERM.
     """
+    check_opencv()
     check_output(out, [output.path for output in outputs])
     if not sum(len(output.indices) for output in outputs):
         raise UserError("there is no image to prepare")

@@ -233,7 +233,9 @@ class Recipe:
         run_only=True,
     )
     output_dir: str = option("", "folder for checkpoints, logs, pictures and the report", run_only=True)
-    deepspeed_config: str = option("ds_configs/zero1_bf16.json", "DeepSpeed JSON: how to run", run_only=True)
+    deepspeed_config: str = option(
+        "zero1_bf16", "DeepSpeed JSON, how to run: a preset of ds_configs/ by name, or a file", run_only=True
+    )
     resume: str = option("auto", "auto = newest valid checkpoint in output_dir, none, or a checkpoint", run_only=True)
     log_every: int = option(20, "updates between two readings of the metrics", above=0, run_only=True)
     save_every: int = option(10, "epochs between two checkpoints", above=0, run_only=True)

@@ -33,7 +33,7 @@ step "1/4 Fashion-MNIST as FFCV files"
 step "2/4 HPM pretraining on $ranks DeepSpeed ranks"
 if [ ! -f "$out/report.md" ]; then
     "$PWD/.venv/bin/deepspeed" --num_gpus "$ranks" --module fasthpm.pretrain --recipe hpm_demo \
-        --data_path "$data/train.beton" --output_dir "$out" --deepspeed_config "ds_configs/$preset.json"
+        --data_path "$data/train.beton" --output_dir "$out" --deepspeed_config "$preset"
 fi
 
 step "3/4 k-NN: the encoder before and after"

@@ -167,7 +167,7 @@ def check_kernel() -> Finding:
 
 def check_numba_cache() -> Finding:
     """A folder that keeps compiled code between processes."""
-    places = (os.environ.get("NUMBA_CACHE_DIR", ""), str(Path(__file__).parent / "data"), os.path.expanduser("~"))
+    places = (os.environ.get("NUMBA_CACHE_DIR", ""), str(Path(__file__).parents[1] / "data"), os.path.expanduser("~"))
     for folder in filter(None, places):
         if os.access(folder, os.W_OK):
             return Finding("numba cache", True, folder)

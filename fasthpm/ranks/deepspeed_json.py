@@ -7,6 +7,8 @@ from typing import Any
 from fasthpm.errors import UserError, nearest
 from fasthpm.recipe import Recipe
 
+PRESETS = Path(__file__).parents[2] / "ds_configs"  # beside the package, in a checkout and where a wheel is installed
+
 # ------------------------------------------------------------------------------------------------------ configuration
 RECIPE_OWNS = {
     "train_micro_batch_size_per_gpu": "batch_size",
@@ -57,15 +59,16 @@ OFFLOAD = "offload is not supported with the EMA teacher yet; remove it, or use 
 
 
 def merge_config(path: str | Path, recipe: Recipe, world_size: int) -> dict[str, Any]:
-    """The DeepSpeed JSON at `path`, with what the recipe owns filled in.
+    """The DeepSpeed JSON that `path` means, with what the recipe owns filled in.
 
+    - `path`: of a file, or the name of a preset
     - `recipe`: resolved for `world_size`
 
     **Raises:** `UserError` for a file that cannot be read, keys that are unknown or refused, and contradictions.
     """
     if recipe.global_batch_size != recipe.batch_size * recipe.accum_iter * world_size or not recipe.accum_iter:
         raise ValueError(f"the recipe is not resolved for {world_size} ranks")
-    config = _read_json(Path(path))
+    config = _read_json(find_config(path))
     _check_keys(config, str(path))
     _check_stage(config, str(path))
     for key, owner in RECIPE_OWNS.items():
@@ -88,6 +91,24 @@ def merge_config(path: str | Path, recipe: Recipe, world_size: int) -> dict[str,
     return config
 
 
+def preset_names() -> list[str]:
+    """Of the files in `ds_configs/`, without their suffix."""
+    return sorted(path.stem for path in PRESETS.glob("*.json"))
+
+
+def find_config(config: str | Path) -> Path:
+    """The file that is meant by a preset's name or by a path.
+
+    A path into a `ds_configs` folder that is not here means the preset: recipes recorded before presets had names hold
+    such paths, and those only open from the repository's root.
+    """
+    path, presets = Path(config), preset_names()
+    if str(config) in presets:
+        return PRESETS / f"{config}.json"
+    recorded = path.parent.name == PRESETS.name and path.suffix == ".json" and path.stem in presets
+    return PRESETS / path.name if recorded and not path.exists() else path
+
+
 def _check_gradients(bf16: dict[str, Any], path: str) -> None:
     """Have ZeRO 1 and 2 look at the gradients before they use them, as the other stages always do in bf16."""
     if bf16.get("check_grad_overflow", True) is not True:
@@ -103,7 +124,11 @@ def _read_json(path: Path) -> dict[str, Any]:
         config = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"DeepSpeed config {path} cannot be read ({reason}); ds_configs/ has working ones") from error
+        presets = preset_names()
+        raise UserError(
+            f"DeepSpeed config {path} cannot be read ({reason}){nearest(path.stem, presets)}; name a file, or one of "
+            f"the presets {', '.join(presets)}"
+        ) from error
     if not isinstance(config, dict):
         raise UserError(f"DeepSpeed config {path} holds a {type(config).__name__}, expected an object {{...}}")
     return config

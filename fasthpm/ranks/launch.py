@@ -81,7 +81,7 @@ def start() -> Launch:
 
     gloo on CPUs, NCCL on GPUs; a rank that waits longer than `FASTHPM_TIMEOUT_MINUTES` for another gives up.
 
-    **Raises:** `UserError` for an environment that makes no sense.
+    **Raises:** `UserError` for an environment that makes no sense, or that DeepSpeed is not installed in.
     """
     limit = timeout()
     if dist.is_initialized():
@@ -89,8 +89,7 @@ def start() -> Launch:
     rank, local_rank, world_size, local_world_size = _place(os.environ)
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
-
+    deepspeed = _deepspeed()
     _quieten(rank)
     device = _device(deepspeed.get_accelerator().device_name(), local_rank, local_world_size)
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -116,6 +115,17 @@ def finish() -> None:
     """Leave the process group; safe to call twice. All ranks must call it."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _deepspeed() -> Any:
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise UserError(
+            f"training and probing need DeepSpeed, which does not import ({error}); install it: pip install "
+            f"'fasthpm[train]'"
+        ) from error
+    return deepspeed
 
 
 def _place(env: Any) -> tuple[int, int, int, int]:

@@ -14,11 +14,11 @@ PACKAGES = ("fasthpm", "torch", "deepspeed", "timm", "ffcv", "numba", "numpy")
 
 
 def versions(device: torch.device, world_size: int) -> dict[str, Any]:
-    """Package versions, git commit ("unknown" outside a checkout), Python, device name and number of ranks."""
+    """Package versions, git commit ("unknown" where nothing tracks the package), Python, device and number of ranks."""
     return {
         **{name: _version(name) for name in PACKAGES},
         "python": platform.python_version(),
-        "commit": _commit(),
+        "commit": commit_of(Path(__file__)),
         "device": device_name(device),
         "world_size": world_size,
     }
@@ -36,10 +36,17 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError:
+def commit_of(file: Path) -> str:
+    """The commit of the checkout that tracks a file, not of one that its environment merely lies in; or "unknown"."""
+    if not _git(file, "ls-files", file.name):
         return "unknown"
-    return done.stdout.strip() or "unknown"
+    return _git(file, "rev-parse", "HEAD") or "unknown"
+
+
+def _git(file: Path, *words: str) -> str:
+    """What git prints in the file's folder; nothing if it fails or is not there."""
+    try:
+        done = subprocess.run(["git", "-C", str(file.parent), *words], capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return done.stdout.strip()

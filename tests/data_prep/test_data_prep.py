@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import importlib.util
 import io
 import json
 import os
@@ -270,6 +271,14 @@ def spoil(folder: Path) -> dict[str, str]:
         "huge.png": "--max_pixels",
         "float.tif": "expected 0 to 1",
     }
+
+
+def test_without_opencv_one_line_names_the_extra(folder, monkeypatch):
+    picture(0).save(folder / "a.png")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"needs OpenCV.*pip install 'fasthpm\[ffcv\]'"):
+        prepare(folder, folder.parent / "a.beton")
+    assert not (folder.parent / "a.beton").exists()
 
 
 def test_unreadable_files_are_listed_and_left_out(tmp_path):

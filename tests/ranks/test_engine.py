@@ -70,6 +70,12 @@ def test_ranks_know_their_place_and_one_rank_s_error_ends_all_with_one_line(tmp_
         assert kind == "cuda" or threads == max(1, len(os.sched_getaffinity(0)) // 2)
 
 
+def test_without_deepspeed_one_line_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(UserError, match=r"pip install 'fasthpm\[train\]'$"):
+        ranks_launch.start()
+
+
 def test_one_process_needs_no_launcher() -> None:
     finished = run_ranks(Path(__file__), "--wrong_rank=0", launcher="python")
     assert finished.status == 2
@@ -228,6 +234,45 @@ def test_a_missing_configuration_is_named() -> None:
     recipe = Recipe(batch_size=4).resolve(100, world_size=1)
     with pytest.raises(UserError, match=r"nowhere\.json cannot be read \(No such file or directory\)"):
         deepspeed_json.merge_config("nowhere.json", recipe, 1)
+
+
+def test_presets_have_names_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = Recipe(batch_size=4).resolve(100, world_size=1)
+    assert deepspeed_json.preset_names() == [path.stem for path in PRESETS]
+    for path in PRESETS:
+        assert deepspeed_json.merge_config(path.stem, recipe, 1) == deepspeed_json.merge_config(path, recipe, 1)
+
+
+def test_a_recorded_path_into_ds_configs_opens_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until presets had names, recipe.json held paths that only open from the repository's root."""
+    monkeypatch.chdir(tmp_path)
+    for recorded in ("ds_configs/zero2_bf16.json", "/moved/FastHPM/ds_configs/zero2_bf16.json"):
+        assert deepspeed_json.find_config(recorded) == ROOT / "ds_configs" / "zero2_bf16.json"
+    own = tmp_path / "ds_configs" / "zero2_bf16.json"
+    own.parent.mkdir()
+    own.write_text("{}")
+    assert deepspeed_json.find_config("ds_configs/zero2_bf16.json").resolve() == own
+    assert deepspeed_json.find_config("zero2_bf16") == ROOT / "ds_configs" / "zero2_bf16.json"
+
+
+@pytest.mark.parametrize(
+    ("config", "guess"),
+    [
+        ("zero1_bf61", "; did you mean 'zero1_bf16'?"),
+        ("elsewhere/zero1_bf16.json", "; did you mean 'zero1_bf16'?"),
+        ("ds_configs/zero1_bf61.json", "; did you mean 'zero1_bf16'?"),
+        ("x", ""),
+        ("", ""),
+        ("y" * 5000, ""),
+    ],
+)
+def test_an_unknown_preset_is_one_line(config: str, guess: str) -> None:
+    with pytest.raises(UserError) as raised:
+        deepspeed_json.merge_config(config, Recipe(batch_size=4).resolve(100, world_size=1), 1)
+    message = str(raised.value)
+    assert message.endswith(f"){guess}; name a file, or one of the presets {', '.join(p.stem for p in PRESETS)}")
+    assert "\n" not in message
 
 
 def test_bf16_rounds_buffers_too_unless_asked_not_to(tmp_path: Path) -> None:

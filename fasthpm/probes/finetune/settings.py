@@ -85,7 +85,7 @@ class FineTune:
     # the run itself
     num_workers: int = option(0, "augmenting processes per device; 0 = cores / devices on this machine", run_only=True)
     deepspeed_config: str = option(
-        "", "DeepSpeed JSON; empty = ZeRO 1 in bf16, or fp32 where a CPU lacks bf16", run_only=True
+        "", "DeepSpeed preset or JSON; empty = zero1_bf16, or zero1_fp32 where a CPU lacks bf16", run_only=True
     )
     resume: str = option("auto", "auto = newest valid checkpoint in output_dir, none, or a checkpoint", run_only=True)
     log_every: int = option(20, "updates between two readings of the loss", run_only=True)
@@ -183,7 +183,7 @@ def complete(settings: FineTune, run: Path) -> FineTune:
     """`settings` with every path and preset filled in."""
     folder = "finetune_scratch" if settings.from_scratch else "finetune"
     run_folder = run if (run / "checkpoints").is_dir() else run.parent.parent
-    zero1 = "ds_configs/zero1_bf16.json" if has_bf16() else "ds_configs/zero1_fp32.json"
+    zero1 = "zero1_bf16" if has_bf16() else "zero1_fp32"
     hard = settings.token_policy in ("easiest", "hardest")
     return dataclasses.replace(
         settings,
