@@ -197,6 +197,9 @@ recipe = replace(from_name("hpm_demo_larger_masks"), mask_policy="stretch")
 plan = recipe.mask_plan
 drawn = mask.draw_mask(plan, torch.rand(2, 3, plan.noise_size))
 assert drawn.sum(dim=1).tolist() == [plan.num_masked] * 3 == [42] * 3
+teacher = targets.TARGETS["average_colour"].build(recipe, torch.device("cpu"), torch.float32)
+white = torch.full((2, 28, 28, 3), 255, dtype=torch.uint8)
+assert torch.equal(teacher(white), torch.ones(2, 49, 3))
 """
     subprocess.run([sys.executable, "-c", "\n".join([*runnable, checks])], cwd=ROOT, check=True)
 
