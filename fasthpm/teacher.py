@@ -14,14 +14,14 @@ EMA = "ema"
 class EMATeacher(Generic[Module]):
     """theta_teacher <- m * theta_teacher + (1 - m) * theta_student after every optimizer step (Eq. 1).
 
-    The average is kept in float32, sharded like the optimizer's state and stored in it, so that checkpoints
+    The average is kept in float32, sharded like the optimizer's state and stored in it, so that DeepSpeed's checkpoints
     carry it; call `refresh` after loading one. It starts as a copy of the student's master weights.
 
     - `engine`: the DeepSpeed engine, before its first step
     - `student`: a module inside `engine.module`, all of it trainable
     - `prefix`: what its parameters' names begin with there, as in "student."
     - `module`: another module of the same class; becomes the teacher's copy
-    - `momentum`: m; may be set before any step
+    - `momentum`: m; set it anew before any step
 
     `module` must not be registered inside `engine.module`, where DeepSpeed would shard and train it.
     """

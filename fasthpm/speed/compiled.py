@@ -35,7 +35,7 @@ class Compiled:
     def give_up(self, error: Exception) -> None:
         """Run eagerly from now on, and say why."""
         self.failure = reason(error)
-        print(f"warning: torch.compile of {self.name} failed ({self.failure}); it runs uncompiled", file=sys.stderr)
+        print(f"warning: torch.compile of {self.name} failed ({self.failure}); it runs eagerly", file=sys.stderr)
 
 
 def reason(error: BaseException) -> str:
