@@ -64,7 +64,7 @@ class Recipe:
     mask_unit: int = option(0, "side in pixels of the squares that are masked as a whole (SimMIM: 32); 0 = patch_size")
     throw_ratio: float = option(0.0, "attention masks (AMT): share of patches that neither encoder nor loss sees")
     warmup_mask_ratio: float = option(0.75, "attention masks: ratio of the random masks before the first maps")
-    map_refresh_epochs: int = option(40, "attention masks: epochs between two passes that renew the maps")
+    map_refresh_epochs: int = option(40, "attention masks: epochs between two passes that make the maps anew")
     map_crop: str = option(
         "image",
         "attention masks: the map is cropped with its image, or its top left cells read, as released code does",
@@ -158,7 +158,7 @@ class Recipe:
     max_bad_samples: float = option(
         0.001,
         "share of the samples that may turn out not to decode (others take their places) before the run stops; 10 are "
-        "always accepted, 0 = none",
+        "always put up with, 0 = none",
         run_only=True,
     )
     output_dir: str = option("", "folder for checkpoints, logs, pictures and the report", run_only=True)

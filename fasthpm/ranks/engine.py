@@ -98,7 +98,7 @@ def _do_not_reduce(engine: Any) -> None:
 
 @contextmanager
 def hush() -> Iterator[None]:
-    """Swallow what DeepSpeed prints: while it starts, some of its optimizers do."""
+    """Swallow what DeepSpeed prints: while it starts or loads a checkpoint, some of its optimizers do."""
     with redirect_stdout(io.StringIO()):
         yield
 
