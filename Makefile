@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint demo video_demo clean
+.PHONY: help setup test lint docs demo video_demo clean
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/.venv
@@ -23,6 +23,14 @@ lint: setup  ## check style, types and the Dockerfile
 	.venv/bin/python -m mypy
 	.venv/bin/hadolint Dockerfile
 
+docs: setup .venv/.docs-stamp  ## build the documentation into site/, warnings are errors
+	.venv/bin/python -m mkdocs build --strict --quiet
+	@echo "written to site/index.html"
+
+.venv/.docs-stamp: setup.cfg constraints.txt | setup
+	.venv/bin/python -m pip install --disable-pip-version-check --quiet -e ".[docs]" -c constraints.txt
+	@touch $@
+
 demo: setup  ## pretrain on Fashion-MNIST, probe, and show where the results are
 	bash scripts/demo.sh
 
@@ -30,5 +38,5 @@ video_demo: setup  ## the same on video: moving garments, DALI, k-NN on classes 
 	bash scripts/video_demo.sh
 
 clean:  ## remove caches and build output; keeps .venv, data/ and runs/
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -path ./.venv -prune -o -type d -name __pycache__ -exec rm -rf {} +

@@ -41,7 +41,7 @@ def load(folder: Path) -> dict[str, dict[str, Any]]:
         try:
             found[path.name] = json.loads(path.read_text())
         except (OSError, ValueError) as error:
-            raise UserError(f"{path} cannot be read ({error}); remove it or write it anew") from error
+            raise UserError(f"{path} cannot be read ({error}); remove it or write it again") from error
     if not found:
         raise UserError(f"{folder} holds no *.json; write some with python -m bench.step -o {folder}/step.json")
     return found

@@ -104,7 +104,7 @@ def _check_space(todo: list[Item], folder: Path) -> None:
     # A file that is replaced exists until its successor is whole, so nothing is subtracted for it.
     needed, free = sum(item.size for item in todo) + RESERVE, shutil.disk_usage(folder).free
     if todo and needed > free:
-        raise UserError(f"{folder} has {free >> 20} MiB free, the copy needs {(needed >> 20) + 1} MiB; free some")
+        raise UserError(f"{folder} has {free >> 20} MiB free, the copy needs {(needed >> 20) + 1} MiB; free some space")
 
 
 def _copy(item: Item, target: Path, bar: Any) -> None:

@@ -11,7 +11,7 @@ Writes OUT.beton (FFCV; fields image and label, in seeded random order), OUT.jso
 hash, options, versions), OUT.files.csv (the source of every sample) and, if files could not be read, OUT.rejected.csv.
 With --shards N it is OUT-00000-of-0000N.beton and so on, and OUT.json is their index; --data_path OUT.beton opens them.
 
-Every image is decoded once, to check and measure it, and encoded anew with restart markers, which let the loader decode
+Every image is decoded once, to check and measure it, and re-encoded with restart markers, which let the loader decode
 only what a crop shows. With --keep_jpeg, a JPEG that needs no shrinking is stored untouched: no second loss, but larger
 and slower to train from. It must have sequential Huffman coding, 8 bits, grey or RGB, no EXIF rotation, and at most one
 byte per pixel. Transparency is laid over white, EXIF rotation applied, 16-bit grey scaled, CMYK and palettes converted;
@@ -70,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=float,
         default=0.01,
         metavar="N",
-        help="unreadable files that are put up with: below 1 a share, from 1 a number (default .01)",
+        help="unreadable files that are accepted: below 1 a share, from 1 a number (default .01)",
     )
     parser.add_argument("--num_workers", type=int, default=0, metavar="N", help="processes; 0 = all cores (default)")
     parser.add_argument(

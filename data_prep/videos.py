@@ -84,7 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=float,
         default=0.01,
         metavar="N",
-        help="unusable videos that are put up with: below 1 a share, from 1 a number (default .01)",
+        help="unusable videos that are accepted: below 1 a share, from 1 a number (default .01)",
     )
     parser.add_argument("--timeout", type=float, default=default.timeout, metavar="S", help="reject slower ones (600)")
     parser.add_argument("--num_workers", type=int, default=0, metavar="N", help="processes; 0 = all cores (default)")

@@ -1,6 +1,7 @@
 """The house in storeys: no room imports one that stands above it, late imports included, and no file a circle."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -90,3 +91,10 @@ def test_packages_stand_in_line() -> None:
         if name.startswith(above[module.split(".")[0]] or ("\0",))
     ]
     assert wrong == []
+
+
+def test_the_storeys_in_the_documentation_are_these() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    table = text[text.index("| storey |") : text.index("`data_prep/` (before")]
+    rows = [line.split("|")[1] for line in table.splitlines()[2:] if line]
+    assert [sorted(re.findall(r"`(\w+)`", row)) for row in rows] == [sorted(storey.split()) for storey in STOREYS]

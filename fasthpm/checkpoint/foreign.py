@@ -217,8 +217,8 @@ def load_reference(
     - `source`: "hpm" (its P*P*C-wide loss head becomes the average of its rows, the same function), "mae" or "amt" (a
       model with a loss predictor keeps its own for the keys that they lack), or "videomae" (the same; the biases of
       the keys, which it lacks, become zeros, and positions are computed)
-    - `encoder_only`: leave decoders, and a classifier's head, aside
-    - `ignore`: prefixes of further keys to leave aside
+    - `encoder_only`: leave out decoders and a classifier's head
+    - `ignore`: prefixes of further keys to leave out
 
     **Returns:** what became of every key.
     **Raises:** `UserError` that lists missing and unexpected keys, wrong shapes and values that are not finite.
@@ -280,7 +280,7 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def _ignorable(key: str, encoder_only: bool, ignore: tuple[str, ...]) -> str:
-    """Why a key is left aside, or an empty string."""
+    """Why a key is left out, or an empty string."""
     if key == "vis_mask_token":
         return "HPM's masks on visible patches, which no recipe uses"
     if ignore and key.startswith(ignore):

@@ -171,7 +171,7 @@ def check_numba_cache() -> Finding:
     for folder in filter(None, places):
         if os.access(folder, os.W_OK):
             return Finding("numba cache", True, folder)
-    text = "every process compiles anew (some seconds): set NUMBA_CACHE_DIR to a folder that can be written"
+    text = "every process compiles again (some seconds): set NUMBA_CACHE_DIR to a folder that can be written"
     return Finding("numba cache", False, text, needed=False)
 
 

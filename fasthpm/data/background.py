@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 T = TypeVar("T")
-ENDED = "this iteration has ended: the loader was closed, moved, or iterated anew"
+ENDED = "this iteration has ended: the loader was closed, moved, or iterated again"
 ITEM, FAILED, EXHAUSTED = range(3)
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from fasthpm.data.sampling import Array
 from fasthpm.errors import UserError, warn
 
-FEWEST, NAMED = 10, 10  # bad samples that are always put up with, and that an error names
+FEWEST, NAMED = 10, 10  # bad samples that are always accepted, and that an error names
 
 
 class BadSample(NamedTuple):

@@ -133,7 +133,7 @@ class LoaderOptions:
 
     @property
     def bad_share(self) -> float | None:
-        """What `max_bad_samples` means here; None: no bad sample is put up with, nor replaced."""
+        """What `max_bad_samples` means here; None: no bad sample is accepted, nor replaced."""
         return MAX_BAD_SAMPLES if self.max_bad_samples is None and self.train else self.max_bad_samples
 
 

@@ -4,7 +4,7 @@
 
 Then OUT_DIR is what a run is: `fasthpm knn|visualize|export OUT_DIR`, and `fasthpm pretrain --init_from OUT_DIR …`.
 The file is never trusted with code: safetensors, or torch files that load with `weights_only`. Every weight of the
-model must be in it, in its shape; what is converted or left aside is listed, and kept in import.json.
+model must be in it, in its shape; what is converted or left out is listed, and kept in import.json.
 """
 
 import argparse
@@ -325,7 +325,7 @@ def _parser() -> Parser:
     parser.add_argument("--recipe", default="", help="the run's recipe, or a recipe.json (default: made from the file)")
     parser.add_argument("--encoder_only", action="store_true", help="take the encoder and leave decoders and heads")
     parser.add_argument(
-        "--ignore", nargs="+", default=(), metavar="PREFIX", help="leave keys aside that begin with one of these"
+        "--ignore", nargs="+", default=(), metavar="PREFIX", help="leave out keys that begin with one of these"
     )
     parser.add_argument("--input_size", help="image side or HEIGHTxWIDTH, where the patches make no square")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""Maps: one small picture per sample, kept in a file, cropped with the image, made anew every so many epochs."""
+"""Maps: one small picture per sample, kept in a file, cropped with the image, renewed every so many epochs."""
 
 from fasthpm import entry
 from fasthpm.maps.run import for_recipe, with_maps

@@ -70,7 +70,7 @@ class RunMaps:
         return None if epoch < self.first else epoch - (epoch - self.first) % self.every
 
     def open(self, epoch: int) -> None:
-        """Continue in the midst of `epoch`, with the maps that it had. **Raises:** `UserError` without them."""
+        """Continue in the middle of `epoch`, with the maps that it had. **Raises:** `UserError` without them."""
         source = self.refreshed_at(epoch)
         self.store = None if source is None else self._opened(source)
 
@@ -87,7 +87,7 @@ class RunMaps:
         launch: ranks.Launch,
         alive: Callable[[], None] = lambda: None,
     ) -> None:
-        """Make the maps of all samples anew and use them from now on. Collective.
+        """Compute the maps of all samples again and use them from now on. Collective.
 
         - `loader`: this rank's share of the un-cropped samples (`build_loader(…, train=False, whole=True)`); closed
         - `compute`: uint8 images [B, H, W, C] on the device -> maps [B, L]

@@ -326,6 +326,8 @@ def hpm_demo() -> Recipe:
 
     deepspeed --module fasthpm.pretrain --recipe hpm_demo --data_path data/train.beton --output_dir runs/demo
 
+    Ours (two CPU cores): k-NN with 10,000 voters 79.8, untrained 63.3.
+
     Raw pixels as in HPM's scripts: with `norm_pix_loss` the teacher's difficulty turned against the true loss here
     (bench/LOG.md). The momentum is lower than the papers' because the run is a thousand times shorter.
     """

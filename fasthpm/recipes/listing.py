@@ -3,6 +3,7 @@
     fasthpm recipes                       # all, one line each
     fasthpm recipes NAME                  # its command, its description, all fields
     fasthpm recipes NAME --diff OTHER     # the fields in which two differ
+    fasthpm recipes --markdown            # all of it as a page: docs/recipes.md
 
 NAME and OTHER are recipes, or recipe.json files of runs. Descriptions say where numbers come from in parts that
 begin with [paper], [released code] or [ours].
@@ -100,6 +101,60 @@ def difference(name: str, other: str) -> list[str]:
     return _aligned([("field", name, other), *rows]) if rows else [f"{name} and {other} differ in no field"]
 
 
+PAGE_HEAD = """# Recipes
+
+*Made by `fasthpm recipes --markdown > docs/recipes.md` from the recipes' docstrings; a test compares the two.*
+
+A recipe is a function in `fasthpm/recipes/` that returns every number of *what* is trained; DeepSpeed's JSON says
+*how*. `fasthpm recipes NAME` prints one with the origin of every field, `--diff` compares two, and any flag overrides a
+field. The papers' figures are top-1 accuracies on the validation set. **None of the published runs has been run with
+this code**: the last column says so, and will be filled by results with their machine, never by expectations.
+"""
+PAGE_FLAGS = """## Every flag of pretraining
+
+Each is a field of `Recipe`; "base" is its value where a recipe doesn't set it. The last column says where the base
+value comes from: the paper, its released code (with what the other one has), or ours.
+"""
+
+
+def markdown() -> str:
+    """The page of all recipes and flags, docs/recipes.md."""
+    table = ["| recipe | what | paper | ours |", "|---|---|---|---|"]
+    for name in recipes.RECIPES:
+        about = entry(name)
+        cells = (f"[`{name}`](#{name})", *(_one_cell(text) for text in (about.what, about.paper, about.ours)))
+        table.append(f"| {' | '.join(cells)} |")
+    sections = [line for name in recipes.RECIPES for line in _section(name)]
+    return "\n".join([PAGE_HEAD, *table, "", *sections, PAGE_FLAGS, *_flags(), ""])
+
+
+def _section(name: str) -> list[str]:
+    """A recipe's heading, its description and what it sets."""
+    recipe, base = recipes.from_name(name), Recipe()
+    indented = (f"    {line}" if line.startswith("deepspeed ") else line for line in entry(name).text.splitlines())
+    changed = [
+        field.name
+        for field in dataclasses.fields(Recipe)[1:]
+        if getattr(recipe, field.name) != getattr(base, field.name)
+    ]
+    values = ", ".join(f"`{field} {_text(getattr(recipe, field))}`" for field in changed)
+    return [f"## {name}", "", *indented, "", f"Sets {values}." if values else "Sets nothing: it is the base.", ""]
+
+
+def _flags() -> list[str]:
+    """The table of all flags."""
+    rows = ["| flag | what | base | from |", "|---|---|---|---|"]
+    for field in dataclasses.fields(Recipe)[1:]:
+        cells = (field.metadata["help"], _text(field.default), origin(Recipe(), field.name))
+        rows.append(f"| `--{field.name}` | {' | '.join(map(_one_cell, cells))} |")
+    return rows
+
+
+def _one_cell(text: str) -> str:
+    """Text for a cell of a table."""
+    return text.replace("|", "\\|")
+
+
 def _text(value: object) -> str:
     return "-" if value == "" else f"{value:g}" if isinstance(value, float) else str(value)
 
@@ -116,10 +171,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--diff", default="", metavar="OTHER", help="show only the fields in which NAME and OTHER differ"
     )
+    parser.add_argument("--markdown", action="store_true", help="write all recipes and flags as Markdown")
     arguments = parser.parse_args(argv)
+    if arguments.markdown and (arguments.name or arguments.diff):
+        raise UserError("--markdown writes all recipes; leave NAME and --diff out")
     if arguments.diff and not arguments.name:
         raise UserError(f"--diff {arguments.diff} needs a recipe to compare with: fasthpm recipes NAME --diff OTHER")
-    if not arguments.name:
+    if arguments.markdown:
+        print(markdown(), end="")
+    elif not arguments.name:
         print("\n".join(listing()))
     else:
         print("\n".join(difference(arguments.name, arguments.diff) if arguments.diff else show(arguments.name)))

@@ -1,4 +1,4 @@
-"""Making a run's maps anew."""
+"""Renewing a run's maps."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from fasthpm.step import Step
 
 
 def refresh_maps(run: Run[Step], watchdog: Watchdog) -> None:
-    """Make the maps of all samples anew, with the model as it is: the student's attention, or the teacher's difficulty,
+    """Compute the maps of all samples, with the model as it is: the student's attention, or the teacher's difficulty,
     standardised per image because float16 is to hold it. Collective."""
     recipe, launch, step = run.recipe, run.launch, run.step
     assert run.maps is not None

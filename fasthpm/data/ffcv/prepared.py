@@ -132,8 +132,8 @@ def _open_shard(path: Path, shard: Path) -> Beton:
 def _check_alike(path: Path, sidecar: dict[str, Any], other_path: Path, other: dict[str, Any]) -> None:
     if sidecar["channels"] != other["channels"]:
         raise UserError(
-            f"{path} has {sidecar['channels']} channels, {other_path} has {other['channels']}; only sets alike can be "
-            f"used as one"
+            f"{path} has {sidecar['channels']} channels, {other_path} has {other['channels']}; only sets of one kind "
+            f"can be used as one"
         )
     if sidecar["classes"] != other["classes"]:
         raise UserError(
