@@ -631,7 +631,7 @@ def test_a_difference_leaves_no_file(tmp_path: Path, form: str, monkeypatch: pyt
     video = {"model": "hpm_vit_nano_patch8_32_video", "num_frames": 4, "tubelet_size": 2}
     _, model = run_with(tmp_path / "run", **(video if form == "hf_videomae" else {}))
     recipe = load_weights(tmp_path / "run")[1]
-    original = forms.save_file
+    original = forms.save_tensors
 
     def off(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
         names = ("blocks.2.norm2.bias", "layer_2.ln_2.bias", "layer.2.layernorm_after.bias")
@@ -639,12 +639,12 @@ def test_a_difference_leaves_no_file(tmp_path: Path, form: str, monkeypatch: pyt
         tensors[key][3] += 1e-4
         original(tensors, path, metadata)
 
-    monkeypatch.setattr(forms, "save_file", off)
+    monkeypatch.setattr(forms, "save_tensors", off)
     output = tmp_path / "out" / "some.safetensors"
     with pytest.raises(RuntimeError, match="outputs differ from ours by"):
         exporting.export_weights(model, recipe, output, form)
     assert not list(output.parent.iterdir())
-    monkeypatch.setattr(forms, "save_file", original)
+    monkeypatch.setattr(forms, "save_tensors", original)
     assert exporting.export_weights(model, recipe, output, form) < 1e-12
 
 
