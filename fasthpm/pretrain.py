@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from fasthpm import checkpoint, entry, files, maps, ranks, recipes, schedule
+from fasthpm import checkpoint, entry, maps, ranks, recipes, schedule
 from fasthpm.checkpoint.saver import Saver
 from fasthpm.cli import Arguments, Parser
 from fasthpm.data import build_loader
@@ -29,26 +29,26 @@ from fasthpm.exchange import exporting
 from fasthpm.frozen import build_frozen
 from fasthpm.options import add_recipe_arguments
 from fasthpm.patches import model_of
-from fasthpm.pictures import drawing, panels, report
+from fasthpm.pictures import report
+from fasthpm.pictures.progress import draw_panel
 from fasthpm.probes import online as online_probes
 from fasthpm.ranks import zero
 from fasthpm.ranks.signals import StopSignals
 from fasthpm.ranks.watchdog import Watchdog
-from fasthpm.recipe import Recipe, build_recipe, save_recipe, science_of
+from fasthpm.recipe import Recipe, build_recipe, science_of
 from fasthpm.run.bad_samples import BadSampleLog
 from fasthpm.run.health import NotFinite
 from fasthpm.run.metrics import Metrics, measure_matmul_rate
 from fasthpm.run.nonfinite import leave_out, roll_back, save_first
 from fasthpm.run.observer import Observer
+from fasthpm.run.output import announce, prepare_output
 from fasthpm.run.records import read_metrics
 from fasthpm.run.refresh import refresh_maps
 from fasthpm.run.state import Run, endless, finish_last_save, resume, save
-from fasthpm.run.versions import versions
 from fasthpm.speed import flops, fp8
 from fasthpm.step import Step
 from fasthpm.teacher import EMATeacher
 
-PANEL_IMAGES, PANEL_CLIPS = 8, 2
 entry.make_callable(__name__)  # `fasthpm.pretrain(recipe=…, …)` is the command too
 
 
@@ -241,45 +241,6 @@ def map_agreement(run: Run[Step]) -> dict[str, float]:
     return {"map_spearman": float(run.step.map_spearman(*run.seen))}
 
 
-def draw_panel(run: Run[Step], metrics: Metrics) -> None:
-    """A picture of the fixed images as the run sees them now, by its teacher if it has one. Collective."""
-    weights = run.weights()
-    if run.launch.rank:
-        return
-    model = model_of(run.recipe).eval().to(run.launch.device)
-    model.load_state_dict(weights.get("teacher", weights["student"]))
-    images, info = panels.fixed_images(run.recipe, PANEL_CLIPS if model.video else PANEL_IMAGES)
-    alpha = schedule.alpha_at(run.recipe, run.done - 1)
-    path = Path(run.recipe.output_dir) / "panels" / f"step-{run.done:08d}.png"
-    pictures = panels.pictures(model, run.recipe, info, images, alpha, run.step.frozen)
-    picture = drawing.sheet(pictures, model.tubelet_size if model.video else 0)
-    animation = drawing.animation(pictures) if model.video else b""
-    with metrics.surviving_the_disk(run.done, "the panel"):
-        path.parent.mkdir(exist_ok=True)
-        drawing.save_png(picture, path)
-        if animation:
-            drawing.save_gif(animation, path.with_suffix(".gif"))
-    metrics.image("panel", picture, run.done)
-    if animation:
-        metrics.animation("clips", animation, run.done)
-
-
-def prepare_output(run: Run[Step]) -> None:
-    """Create output_dir and write what the run is: recipe, merged DeepSpeed JSON, versions (rank 0).
-
-    **Raises:** `UserError` if the folder cannot be written or has no space for a checkpoint.
-    """
-    output_dir = Path(run.recipe.output_dir)
-    config = ranks.merge_config(run.recipe.deepspeed_config, run.recipe, run.launch.world_size)
-    made_with = versions(run.launch.device, run.launch.world_size)
-    with files.writing(output_dir, "choose another --output_dir"):
-        output_dir.mkdir(parents=True, exist_ok=True)
-        checkpoint.require_space(output_dir, run.num_parameters)
-        save_recipe(run.recipe, output_dir / checkpoint.RECIPE)
-        files.write_json(output_dir / "deepspeed.json", config)
-        files.write_json(output_dir / "versions.json", made_with)
-
-
 def finish(run: Run[Step]) -> PretrainResult:
     """Export the encoder, write the report and say where everything is (rank 0)."""
     output_dir = Path(run.recipe.output_dir)
@@ -321,18 +282,7 @@ def pretrain(asked: Recipe, launch: ranks.Launch) -> PretrainResult:
     with ranks.in_agreement():
         if launch.rank == 0:
             prepare_output(run)
-    if launch.rank == 0:
-        effective = f"{recipe.global_batch_size} = {recipe.batch_size} x {launch.world_size} x {recipe.accum_iter}"
-        if recipe.fast_modes:
-            print(
-                f"fast modes: {', '.join(recipe.fast_modes)}; {flops.cost_over_mae(recipe):.2f} x MAE's FLOPs",
-                file=sys.stderr,
-            )
-        print(
-            f"{recipe.recipe}: lr {recipe.lr:.3e}, global batch {effective}, {recipe.total_steps} updates, "
-            f"{launch.device.type}",
-            file=sys.stderr,
-        )
+            announce(run)
     dtype = next(run.step.student.parameters()).dtype
     metrics = Metrics(
         Path(recipe.output_dir),
