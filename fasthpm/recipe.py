@@ -83,7 +83,7 @@ class Recipe:
         0.75, "attention masks: ratio of the random masks before the first maps", low=0, high=1
     )
     map_refresh_epochs: int = option(
-        40, "attention masks and teacher_maps: epochs between two passes that make the maps anew", above=0
+        40, "attention masks and teacher_maps: epochs after which the maps are renewed", above=0
     )
     map_crop: str = option(
         "image",
@@ -227,7 +227,7 @@ class Recipe:
     max_bad_samples: float = option(
         0.001,
         "share of the samples that may turn out not to decode (others take their places) before the run stops; 10 are "
-        "always put up with, 0 = none",
+        "always accepted, 0 = none",
         low=0,
         high=1,
         run_only=True,

@@ -18,6 +18,7 @@ import pytest
 
 from fasthpm.__main__ import COMMANDS, dispatch
 from fasthpm.cli import Parser
+from fasthpm.errors import UserError
 from fasthpm.recipe import Recipe
 from fasthpm.recipes import listing
 from tests.helpers.launch import ROOT, check_ranks
@@ -161,6 +162,13 @@ def test_the_tree_in_readme_is_the_tree() -> None:
 def test_the_page_of_recipes_is_fresh() -> None:
     page = (ROOT / "docs" / "recipes.md").read_text()
     assert page == listing.markdown(), "write it again: fasthpm recipes --markdown > docs/recipes.md"
+
+
+def test_the_command_prints_the_page_of_recipes(capsys: pytest.CaptureFixture[str]) -> None:
+    listing.main(["--markdown"])
+    assert capsys.readouterr().out == listing.markdown()
+    with pytest.raises(UserError, match="--markdown writes all recipes; leave NAME and --diff out"):
+        listing.main(["debug", "--markdown"])
 
 
 @pytest.mark.parametrize("name", ["mask_policy", "target"])

@@ -1,6 +1,6 @@
 """How fast this machine decodes, copies to the device, and trains: each alone, for a few seconds.
 
-`fasthpm doctor` runs it in a process of its own, so that a crash or a want of memory is a finding like any other:
+`fasthpm doctor` runs it in a process of its own, so that a crash or a lack of memory is a finding like any other:
 
     python -m fasthpm.commands.throughput '{"recipe": {...}, "seconds": 10, "parts": ["decode", "copy", "step"]}'
 

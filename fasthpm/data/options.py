@@ -65,7 +65,7 @@ class LoaderOptions:
     max_bad_samples: float | None = option(
         None,
         "a sample that does not decode is replaced by another, which (seed, epoch, sample id) decide; once more "
-        "distinct ones than this share of the set are met (10 are always put up with; 0 = none), loading fails. None = "
+        "distinct ones than this share of the set are met (10 are always accepted; 0 = none), loading fails. None = "
         "0.001 in training; without train the first one is an error, and none is replaced",
         low=0,
         high=1,

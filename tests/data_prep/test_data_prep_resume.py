@@ -98,7 +98,7 @@ def test_bytes_do_not_depend_on_the_number_of_processes(tmp_path):
 def test_a_process_that_dies_ends_the_run_and_the_next_goes_on(tmp_path, capsys, what):
     (tmp_path / "out").mkdir()
     out = tmp_path / "out" / "a.beton"
-    with pytest.raises(UserError, match=r"died after .* want of memory; run the same command again") as error:
+    with pytest.raises(UserError, match=r"died after .* because memory ran out; run the same command again") as error:
         run(Numbers(tmp_path, what), out)
     assert "\n" not in str(error.value)
     assert files(tmp_path / "out") == {}
