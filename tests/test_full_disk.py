@@ -41,6 +41,7 @@ from fasthpm.recipe import save_recipe
 from fasthpm.run.bad_samples import BadSampleLog
 from fasthpm.run.journal import Journal
 from fasthpm.run.metrics import Metrics
+from fasthpm.run.records import METRICS_FILE, append_line
 from tests.helpers.disk import fill, mounted
 
 LAUNCH = Launch(0, 0, 1, 1, torch.device("cpu"))
@@ -242,6 +243,21 @@ def test_the_online_probes_head_costs_a_warning(disk: Path, capsys: pytest.Captu
         probe.save(disk, 8)
     assert file_hash(disk / online.HEAD) != before
     journal.close()
+
+
+def test_an_older_test_never_stands_for_one_that_was_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, settings = SimpleNamespace(total_steps=4), FineTune(output_dir=str(tmp_path))
+    run: Any = SimpleNamespace(settings=settings, recipe=recipe, done=4, layout=None, teacher=None)
+    monkeypatch.setattr("fasthpm.ranks.zero.full_state", lambda layout, kind: {})
+    monkeypatch.setattr(command, "write_classifier", lambda run, weights, path: path.touch())
+    append_line(tmp_path / METRICS_FILE, json.dumps({"step": 2, "accuracy": 50.0}))
+    append_line(tmp_path / METRICS_FILE, json.dumps({"step": 4, "loss": 1.0}))
+    with pytest.raises(UserError, match="lacks the last test; make room, and add --evaluate to test again"):
+        command.finish(run)
+    assert (tmp_path / "classifier.safetensors").is_file()
+    assert not (tmp_path / "result.json").exists()
 
 
 def test_a_list_of_bad_samples_costs_a_warning(

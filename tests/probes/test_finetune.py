@@ -20,7 +20,6 @@ from fasthpm import pretrain
 from fasthpm.checkpoint.weights import load_weights
 from fasthpm.data import build_loader
 from fasthpm.probes import finetune, knn, linear
-from fasthpm.probes.finetune import training
 from fasthpm.run.records import read_metrics
 from tests.helpers.data_fixtures import image_folder, picture, prepare
 from tests.helpers.finetuning import FLOAT32, read, refused, same_weights, start
@@ -187,7 +186,7 @@ def test_fine_tuning_learns_and_layers_move_by_their_scale(run: Path, tmp_path: 
     )
     start(finetune, *tune, "--output_dir", tmp_path / "ft", "--layer_decay", "0.5", "--eval_every", "15")
     assert read(tmp_path / "ft" / "result.json")["accuracy"] > 12  # 10 by chance
-    losses = [record["loss"] for record in training.read_log(tmp_path / "ft", 99)]
+    losses = [record["loss"] for record in read_metrics(tmp_path / "ft")]
     assert losses[-1] < 0.98 * losses[0]
     before, after = load_weights(run)[0].state_dict(), load_file(tmp_path / "ft" / "classifier.safetensors")
     moved = [
@@ -223,7 +222,7 @@ def test_two_deepspeed_ranks_fine_tune_under_zero_3(run: Path, tmp_path: Path) -
     found = read(tmp_path / "result.json")
     assert found["versions"]["world_size"] == 2
     assert 0 <= found["accuracy"] <= 100
-    assert [record["step"] for record in training.read_log(tmp_path, 99)] == [1, 2, 3]
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3]
 
 
 def test_fine_tuning_refuses_what_does_not_fit(run: Path, tuned: Path, tmp_path: Path) -> None:
