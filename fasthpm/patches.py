@@ -44,7 +44,7 @@ def pixel_statistics(info: DatasetInfo, channels: int) -> tuple[Tensor, Tensor]:
 
 def target_width(recipe: Recipe) -> int:
     """Features per patch that the recipe's model predicts; 0 = pixels."""
-    return recipe.frozen_dim or width_of(recipe.model) if recipe.target_teacher else 0
+    return (recipe.frozen_dim or width_of(recipe.model)) if recipe.target_teacher else 0
 
 
 def model_of(recipe: Recipe) -> HPMViT:
