@@ -350,8 +350,8 @@ def readable_write_errors(out: Path, folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
-                f"no space left in {out.parent} while writing {out.name}; free some space, then run the same command again "
-                f"to continue ({folder} holds what is done; delete it to give up)"
+                f"no space left in {out.parent} while writing {out.name}; free some space, then run the same command "
+                f"again to continue ({folder} holds what is done; delete it to give up)"
             ) from error
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
             raise UserError(f"folder {out.parent} of output {out.name} is not writable ({error.strerror})") from error

@@ -79,8 +79,8 @@ def _explain(error: BaseException, work: Work, done: int, total: int) -> None:
         )
     if isinstance(error, (BrokenProcessPool, MemoryError)):
         raise UserError(
-            f"a process that reads {work.samples} died after {done} of {total}, most likely because memory ran out; run "
-            f"the same command again with fewer --num_workers (or a lower {work.limit}) to continue"
+            f"a process that reads {work.samples} died after {done} of {total}, most likely because memory ran out; "
+            f"run the same command again with fewer --num_workers (or a lower {work.limit}) to continue"
         ) from error
 
 

@@ -13,7 +13,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 LONG_FUNCTIONS: set[str] = set()
 LONG_PARAMETER_LISTS: set[str] = set()
 LONG_FILES = {  # with the reason
-    "fasthpm/data/ffcv/kernel.py": "numba's cache is per file: what calls each other is compiled together",
+    "fasthpm/data/ffcv/kernel.py": "numba's cache is per file: what calls each other is compiled together"
 }
 
 

@@ -206,7 +206,9 @@ def evaluate_only(arguments: argparse.Namespace, given: dict[str, Any], launch: 
         settings = complete(FineTune(**{"test_views": views, **given}), arguments.run)
         folder = checkpoint.newest_valid(Path(settings.output_dir), warn)
         if folder is None or not (folder / checkpoint.FINETUNE_NOTES).is_file():
-            raise UserError(f"{settings.output_dir} holds no fine-tuned classifier; fine-tune first, or give another --output_dir")
+            raise UserError(
+                f"{settings.output_dir} holds no fine-tuned classifier; fine-tune first, or give another --output_dir"
+            )
         notes = json.loads((folder / checkpoint.FINETUNE_NOTES).read_text())
         if notes["model"] != architecture(model):
             raise UserError(
