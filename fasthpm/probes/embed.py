@@ -34,6 +34,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from fasthpm import files
 from fasthpm.cli import Arguments, Parser
 from fasthpm.data import DatasetInfo, Loader, build_loader
 from fasthpm.data.names import known_names
@@ -140,16 +141,10 @@ def _aside(path: Path) -> Iterator[Path]:
 
     **Raises:** `UserError` if the disk does not take it.
     """
-    aside = path.with_name(f".writing-{path.name}")
-    try:
+    with files.writing(path, "choose another --output"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield aside
-        os.replace(aside, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror or error}); choose another --output") from error
-    finally:
-        with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
+        with files.replacing(path) as aside:
+            yield aside
 
 
 # -------------------------------------------------------------------------------------------------- command
