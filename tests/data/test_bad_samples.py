@@ -15,14 +15,14 @@ import sys
 from pathlib import Path
 import torch.distributed as dist
 from fasthpm.run.bad_samples import BadSampleLog
-from fasthpm.data import DatasetInfo, quarantine
+from fasthpm.data import DatasetInfo, bad
 from fasthpm.data.bad import BadSample
 from fasthpm.errors import UserError
 
 folder = Path(sys.argv[1])
 dist.init_process_group("gloo")
 rank = dist.get_rank()
-quarantine.FEWEST = 3
+bad.FEWEST = 3
 
 class Loader:
     info = DatasetInfo(100, 3, (0.5,) * 3, (0.5,) * 3, ("a",))
