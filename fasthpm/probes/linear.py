@@ -154,6 +154,33 @@ class Probe:
         return Path(self.arguments.output_dir)
 
 
+def open_data(
+    arguments: argparse.Namespace, recipe: Recipe, video: bool, launch: ranks.Launch, accum_iter: int
+) -> tuple[Loader, Loader]:
+    """This rank's shares of the set that the head learns from, augmented unless features are cached, and of the other.
+
+    `video`: whether the samples are clips, which are flipped only if pretraining flipped them.
+    """
+    options = recipe.loader_options(
+        batch_size=arguments.batch_size,
+        rank=launch.rank,
+        world_size=launch.world_size,
+        num_workers=arguments.num_workers,
+        train=False,
+    )
+    augmented = dataclasses.replace(
+        options,
+        train=True,
+        seed=arguments.seed,
+        crop_min=arguments.crop_min,
+        accum_iter=accum_iter,
+        crop="random_resized",
+        flip=recipe.flip or not video,
+    )
+    train = build_loader(arguments.train_path, options if arguments.cache_features else augmented)
+    return train, build_loader(arguments.val_path, options)
+
+
 def build(arguments: argparse.Namespace, launch: ranks.Launch) -> Probe:
     """Encoder, data and head, new or as the last interrupted command left them."""
     with ranks.in_agreement():
@@ -161,24 +188,7 @@ def build(arguments: argparse.Namespace, launch: ranks.Launch) -> Probe:
         arguments.pool = pool_of(model, arguments.pool)
         fit_batch(arguments, read_info(arguments.train_path).num_samples, launch.world_size)
         accum_iter = accumulation(arguments, launch.world_size)
-        options = recipe.loader_options(
-            batch_size=arguments.batch_size,
-            rank=launch.rank,
-            world_size=launch.world_size,
-            num_workers=arguments.num_workers,
-            train=False,
-        )
-        augmented = dataclasses.replace(
-            options,
-            train=True,
-            seed=arguments.seed,
-            crop_min=arguments.crop_min,
-            accum_iter=accum_iter,
-            crop="random_resized",
-            flip=recipe.flip or not model.video,
-        )
-        train = build_loader(arguments.train_path, options if arguments.cache_features else augmented)
-        val = build_loader(arguments.val_path, options)
+        train, val = open_data(arguments, recipe, model.video, launch, accum_iter)
         result.check_sets((arguments.train_path, train.info), (arguments.val_path, val.info))
         steps = updates_of(arguments, train.info.num_samples)
         origin = result.provenance(arguments.run, launch)
