@@ -27,7 +27,7 @@ def load_kernel() -> Callable[..., None]:
     except (ImportError, OSError) as error:
         raise UserError(
             f"reading .beton files needs numba and libturbojpeg ({error}); install them with pip install "
-            f"'fasthpm[ffcv]' and your system's packages (scripts/setup.sh names them), or train on an image folder"
+            f"'fasthpm[ffcv]' and your system's packages (fasthpm doctor names them), or train on an image folder"
         ) from error
     return decode
 
