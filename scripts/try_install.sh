@@ -34,4 +34,6 @@ step "fasthpm recipes" fasthpm recipes
 step "fasthpm pretrain" fasthpm pretrain --recipe debug --output_dir run --deepspeed_config zero1_fp32
 step "the same again" fasthpm pretrain --recipe run/recipe.json --output_dir run
 step "fasthpm export" fasthpm export run -o encoder.safetensors
+step "fasthpm embed" fasthpm embed run --data_path synthetic:32 -o features.npz
+step "from Python" python -c 'import fasthpm; print(fasthpm.pretrain(recipe="debug", output_dir="py", epochs=1, deepspeed_config="zero1_fp32"))'
 printf 'try_install: %s with [%s] works\n' "$(python --version)" "$extras"

@@ -91,6 +91,8 @@ def test_outside_the_repository_the_wheel_pretrains(installed: Path, tmp_path: P
     run(fasthpm, *words, "--deepspeed_config", "zero1_fp32", cwd=tmp_path)
     assert json.loads((tmp_path / "x" / "versions.json").read_text())["commit"] == "unknown"
     assert "agrees within" in run(fasthpm, "export", "x", "-o", "encoder.safetensors", cwd=tmp_path)
+    call = "import fasthpm; print(fasthpm.embed('x', data_path='synthetic:8', output='features.npz'))"
+    assert "EmbedResult" in run(python, "-c", call, cwd=tmp_path)
     goes_on_with_a_recipe_of_before(fasthpm, tmp_path)
 
 
