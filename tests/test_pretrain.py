@@ -243,13 +243,8 @@ def test_ctrl_c_saves(tmp_path: Path) -> None:
 
 def test_a_second_ctrl_c_does_not_wait() -> None:
     program = (
-<<<<<<< HEAD
         "import os, signal; from fasthpm import ranks; from fasthpm.ranks.signals import StopSignals\n"
         "with ranks.session(), StopSignals() as stop:\n"
-=======
-        "import os, signal; from fasthpm import ranks; from fasthpm.ranks import signals\n"
-        "with ranks.session(), signals.StopSignals() as stop:\n"
->>>>>>> wt/files
         "    os.kill(os.getpid(), signal.SIGINT)\n"
         "    print('first', stop.received, stop.interrupted, flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
