@@ -89,3 +89,33 @@ def gather_rows(rows: Tensor, world_size: int) -> Tensor:
     parts = [torch.empty_like(padded) for _ in range(world_size)]
     dist.all_gather(parts, padded)
     return torch.cat([part[: int(n)] for part, n in zip(parts, counts, strict=True)])
+
+
+class PooledEncoder:
+    """The frozen encoder: images in, features out.
+
+    - `pool`: "cls" or "mean" (of the patch tokens), after the encoder's norm; see `pool_of`
+    """
+
+    def __init__(self, model: HPMViT, recipe: Recipe, loader: Loader, pool: str, device: torch.device) -> None:
+        self.model, self.pool, self.device = model.to(device).eval().requires_grad_(False), pool, device
+        self.patches_of = NormalizedPatches(recipe, loader.info)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """uint8 [B, (T,) H, W, C] -> float32 [B, D]."""
+        bf16 = torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda")
+        with bf16:
+            tokens = self.model.encode(self.patches_of(images.to(self.device)))
+        return pooled(tokens, self.pool, self.model.num_prefix_tokens).float()
+
+    def whole(self, loader: Loader, world_size: int, quiet: bool) -> tuple[Tensor, Tensor]:
+        """Features [N, D] and labels [N] of a whole set on every rank, in the set's order. Collective."""
+        rows, labels, ids = [], [], []
+        for batch in tqdm(loader, desc="features", unit="batch", disable=quiet, leave=False):
+            rows.append(self(batch.images))
+            labels.append(batch.labels.to(self.device))
+            ids.append(batch.ids.to(self.device))
+        parts = [gather_rows(torch.cat(column), world_size) for column in (rows, labels, ids)]
+        order = parts[2].argsort()
+        return parts[0][order], parts[1][order]

@@ -40,10 +40,8 @@ from fasthpm.data import Loader, build_loader, read_info
 from fasthpm.data.sampling import sample_order
 from fasthpm.entry import Result
 from fasthpm.errors import UserError
-from fasthpm.model import HPMViT
-from fasthpm.patches import NormalizedPatches
 from fasthpm.probes import result
-from fasthpm.probes.features import gather_rows, pool_of, pooled
+from fasthpm.probes.features import PooledEncoder, pool_of
 from fasthpm.probes.head import LinearHead, build_optimizer, lr_at
 from fasthpm.ranks.signals import StopSignals
 from fasthpm.recipe import Recipe
@@ -68,34 +66,6 @@ class LinearResult(Result):
 
 
 # -------------------------------------------------------------------------------------------------- features
-class Encoder:
-    """The frozen encoder: images in, features out.
-
-    - `pool`: "cls" or "mean" (of the patch tokens), after the encoder's norm; see `knn.pool_of`
-    """
-
-    def __init__(self, model: HPMViT, recipe: Recipe, loader: Loader, pool: str, device: torch.device) -> None:
-        self.model, self.pool, self.device = model.to(device).eval().requires_grad_(False), pool, device
-        self.patches_of = NormalizedPatches(recipe, loader.info)
-
-    @torch.no_grad()
-    def __call__(self, images: Tensor) -> Tensor:
-        """uint8 [B, (T,) H, W, C] -> float32 [B, D]."""
-        bf16 = torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda")
-        with bf16:
-            tokens = self.model.encode(self.patches_of(images.to(self.device)))
-        return pooled(tokens, self.pool, self.model.num_prefix_tokens).float()
-
-    def whole(self, loader: Loader, world_size: int, quiet: bool) -> tuple[Tensor, Tensor]:
-        """Features [N, D] and labels [N] of a whole set on every rank, in the set's order. Collective."""
-        rows, labels, ids = [], [], []
-        for batch in tqdm(loader, desc="features", unit="batch", disable=quiet, leave=False):
-            rows.append(self(batch.images))
-            labels.append(batch.labels.to(self.device))
-            ids.append(batch.ids.to(self.device))
-        parts = [gather_rows(torch.cat(column), world_size) for column in (rows, labels, ids)]
-        order = parts[2].argsort()
-        return parts[0][order], parts[1][order]
 
 
 class CachedBatches:
@@ -117,7 +87,7 @@ class CachedBatches:
 class LoadedBatches:
     """Batches of features of freshly augmented images."""
 
-    def __init__(self, encoder: Encoder, loader: Loader) -> None:
+    def __init__(self, encoder: PooledEncoder, loader: Loader) -> None:
         self.encoder, self.loader = encoder, loader
 
     def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -139,7 +109,7 @@ class Probe:
     train: CachedBatches | LoadedBatches
     loaders: list[Loader]
     val: Loader
-    encoder: Encoder
+    encoder: PooledEncoder
     cached_val: tuple[Tensor, Tensor] | None
     accum_iter: int
     steps_per_epoch: int
@@ -192,7 +162,7 @@ def build(arguments: argparse.Namespace, launch: ranks.Launch) -> Probe:
         result.check_sets((arguments.train_path, train.info), (arguments.val_path, val.info))
         steps = updates_of(arguments, train.info.num_samples)
         origin = result.provenance(arguments.run, launch)
-    encoder = Encoder(model, recipe, train, arguments.pool, launch.device)
+    encoder = PooledEncoder(model, recipe, train, arguments.pool, launch.device)
     batches: CachedBatches | LoadedBatches = LoadedBatches(encoder, train)
     cached_val = None
     if arguments.cache_features:
@@ -221,7 +191,7 @@ def build(arguments: argparse.Namespace, launch: ranks.Launch) -> Probe:
 
 
 def cached_batches(
-    arguments: argparse.Namespace, encoder: Encoder, train: Loader, launch: ranks.Launch
+    arguments: argparse.Namespace, encoder: PooledEncoder, train: Loader, launch: ranks.Launch
 ) -> CachedBatches:
     """Batches of the training set's features, computed once. Collective."""
     rows, labels = encoder.whole(train, launch.world_size, launch.rank != 0)
