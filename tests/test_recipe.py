@@ -1,26 +1,15 @@
-"""Recipes and the command line: what is wrong is named in one line, what is right round-trips."""
+"""Recipes: what is wrong is named in one line, what is right round-trips."""
 
 import dataclasses
-import io
-from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fasthpm import recipes
-from fasthpm.__main__ import COMMANDS, dispatch
-from fasthpm.cli import run_command
 from fasthpm.errors import UserError
 from fasthpm.pretrain import parse_arguments
 from fasthpm.recipe import Recipe, load_recipe, save_recipe
-
-
-@pytest.mark.parametrize("name", recipes.RECIPES)
-def test_recipes_are_what_they_say(name: str) -> None:
-    recipe = recipes.from_name(name)
-    assert recipe.recipe == name
-    assert recipes.RECIPES[name].__doc__
 
 
 @pytest.mark.parametrize(
@@ -105,61 +94,56 @@ def test_recipe_file_with_an_unknown_field_is_refused(tmp_path: Path) -> None:
         load_recipe(tmp_path / "recipe.json")
 
 
-OUT = ["--output_dir", "out"]
-
-
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("changes", "message"),
     [
-        ([*OUT, "--mask_ration", "0.6"], "unknown argument '--mask_ration'; did you mean '--mask_ratio'"),
-        ([*OUT, "--mask_rati", "0.6"], "unknown argument '--mask_rati'"),
-        ([*OUT, "--norm_pix_loss", "False"], "unknown argument 'False'"),
-        ([*OUT, "--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
-        ([*OUT, "--recipe", "hpm_vit_base_in1k_100e"], "did you mean 'hpm_vit_base_in1k_"),
-        (["--recipe", "debug"], "--output_dir is missing"),
-        ([*OUT, "--recipe", "hpm_demo"], "--data_path is missing"),
+        ({"predictor": "shared", "predictor_depth": 2}, "but predictor is shared; use 0 for both"),
+        ({"predictor": "shared", "predict_loss": "none", "mask_policy": "random"}, "predictor is shared, but predict"),
+        ({"decoder_attention": "cross", "model": "simmim_vit_base_patch16_224"}, "has no decoder blocks to share"),
+        ({"teacher_scale": 4}, "teacher_scale 4 does not divide the grid of 14 x 14"),
+        ({"teacher_scale": 2, "mask_policy": "random"}, "change the teacher, but mask_policy random uses none"),
+        ({"teacher_maps": True, "mask_policy": "random"}, "teacher_maps keeps a teacher's maps of images, but"),
+        ({"teacher_scale": 0}, "teacher_scale is 0, expected more than 0"),
     ],
 )
-def test_wrong_command_lines(arguments: list[str], message: str) -> None:
+def test_impossible_fast_modes_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as caught:
-        parse_arguments(arguments)
+        dataclasses.replace(recipes.from_name("hpm_vit_base_in1k_200e"), **changes)
     assert message in str(caught.value)
 
 
-def test_flags_override_and_launcher_flags_are_swallowed() -> None:
-    recipe = parse_arguments([*OUT, "--local_rank=1", "--no-flip", "--norm_pix_loss", "--blr", "1e-3"])
-    assert (recipe.flip, recipe.norm_pix_loss, recipe.blr) == (False, True, 1e-3)
+def test_checkpoints_to_keep_must_be_written() -> None:
+    with pytest.raises(UserError, match=r"keep_every 15 is not a multiple of save_every 10.*use e.g. --keep_every 20"):
+        dataclasses.replace(recipes.debug(), save_every=10, keep_every=15)
 
 
-def test_every_field_is_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        parse_arguments(["--help"])
-    text = capsys.readouterr().out
-    for field in dataclasses.fields(Recipe):
-        assert f"--{field.name}" in text
-        assert field.metadata["help"]
+def test_recipes_of_the_papers_have_the_papers_sizes() -> None:
+    assert Recipe().num_patches == 196
+    assert Recipe().num_masked == 147
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        dispatch([command, "--help"])
-    assert caught.value.code == 0
-    assert f"fasthpm {command}" in capsys.readouterr().out
+def test_lr_scales_with_the_global_batch() -> None:
+    recipe = Recipe(batch_size=64, global_batch_size=4096).resolve(10_000, 8)
+    assert (recipe.accum_iter, recipe.lr) == (8, pytest.approx(1.5e-4 * 16))
 
 
-def test_a_user_error_is_one_line_and_status_2() -> None:
-    stream = io.StringIO()
-    with redirect_stderr(stream), pytest.raises(SystemExit) as caught:
-        run_command(dispatch, ["pretran"])
-    assert caught.value.code == 2
-    assert stream.getvalue().count("\n") == 1
-    assert "unknown command 'pretran'; did you mean 'pretrain'" in stream.getvalue()
+VIDEO = {"model": "hpm_vit_nano_patch4_28_video", "num_frames": 4, "tubelet_size": 2}
 
 
-def test_an_internal_error_keeps_its_traceback() -> None:
-    def broken(_: Any) -> None:
-        raise ZeroDivisionError("ours")
-
-    with pytest.raises(ZeroDivisionError, match="ours"):
-        run_command(broken)
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"target": "pixel"}, "expected one of pixels, ema, dino, clip; did you mean"),
+        ({"target": "ema", "norm_pix_loss": True}, "use --pixel_loss mse --no-norm_pix_loss"),
+        ({"target": "clip", "pixel_loss": "l1"}, "use --pixel_loss mse --no-norm_pix_loss"),
+        ({"target_weights": "dino.pth"}, "describe a dino or clip teacher, but target is pixels"),
+        ({"target": "ema", "target_dim": 512}, "describe a dino or clip teacher, but target is ema"),
+        ({"target": "ema", "teacher_scale": 7}, "takes features of every patch from the teacher"),
+        ({"target": "ema", "teacher_maps": True}, "use --teacher_scale 1 --no-teacher_maps"),
+        ({"target": "ema", **VIDEO}, "is for images, and hpm_vit_nano_patch4_28_video is a video model"),
+    ],
+)
+def test_recipes_that_contradict_themselves_are_refused(changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UserError) as caught:
+        dataclasses.replace(recipes.debug(), **changes)
+    assert reason in str(caught.value)

@@ -1,40 +1,17 @@
-"""Checkpoints as files: atomic, verified, rotated, refused when wrong; weights that leave for timm."""
+"""Checkpoints as files: atomic, verified, rotated, refused when wrong."""
 
 import dataclasses
 import json
-import os
-import shutil
 from pathlib import Path
 
 import pytest
-import timm.models
-import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
-from fasthpm import files, recipes
+from fasthpm import files
 from fasthpm.checkpoint import folder as checkpoint_folder
-from fasthpm.checkpoint import weights
-from fasthpm.checkpoint.folder import RunState
+from fasthpm.checkpoint.folder import RunState, require_space
 from fasthpm.errors import UserError
-from fasthpm.exchange import exporting
-from fasthpm.patches import model_of
 from fasthpm.recipe import Recipe, save_recipe, science_of
-
-
-def recipe_in(folder: Path, **changes: object) -> Recipe:
-    """The debug recipe with its output in `folder`."""
-    return dataclasses.replace(recipes.debug(), output_dir=str(folder), **changes)  # type: ignore[arg-type]
-
-
-def write(folder: Path, step: int) -> Path:
-    """A small but complete checkpoint."""
-    recipe = recipe_in(folder)
-    aside = checkpoint_folder.begin(folder, step)
-    save_file(checkpoint_folder.cpu_state(model_of(recipe)), aside / "student.safetensors")
-    (aside / "shards").mkdir()
-    (aside / "shards" / "part").write_bytes(os.urandom(1000))
-    return checkpoint_folder.commit(aside, recipe, RunState(step, {"epoch": 1, "batch": 2}, 2, 1))
+from tests.helpers.runs import recipe_in, write
 
 
 def test_commit_is_complete_and_leaves_nothing_aside(tmp_path: Path) -> None:
@@ -111,11 +88,6 @@ def test_rotation_never_deletes_the_checkpoint_just_written(tmp_path: Path) -> N
     assert (tmp_path / "checkpoints" / "step-00000004-copy").is_dir()
 
 
-def test_checkpoints_to_keep_must_be_written() -> None:
-    with pytest.raises(UserError, match=r"keep_every 15 is not a multiple of save_every 10.*use e.g. --keep_every 20"):
-        dataclasses.replace(recipes.debug(), save_every=10, keep_every=15)
-
-
 def test_resume_choices(tmp_path: Path) -> None:
     assert checkpoint_folder.find_resume(recipe_in(tmp_path), pytest.fail) is None
     first, second = write(tmp_path, 1), write(tmp_path, 2)
@@ -161,47 +133,9 @@ def test_a_global_batch_that_devices_do_not_divide(tmp_path: Path) -> None:
     assert checkpoint_folder.continued(fresh, 5) == fresh
 
 
-def test_load_weights(tmp_path: Path) -> None:
-    folder = write(tmp_path, 1)
-    model, recipe = weights.load_weights(tmp_path)
-    assert not model.training
-    assert recipe.recipe == "debug"
-    assert torch.equal(model.cls_token, load_file(folder / "student.safetensors")["cls_token"])
-    untrained, _ = weights.load_weights(folder, "untrained")
-    assert torch.equal(untrained.blocks[0].attn.qkv.weight, model_of(recipe).blocks[0].attn.qkv.weight)
-    shutil.rmtree(folder / "shards")
-    with pytest.raises(UserError, match="has no teacher weights; use --weights student"):
-        weights.load_weights(folder, "teacher")
-    with pytest.raises(UserError, match="holds no valid checkpoint"):
-        weights.load_weights(tmp_path / "empty")
-
-
-def test_timm_computes_what_the_encoder_computes(tmp_path: Path) -> None:
-    recipe = recipe_in(tmp_path, input_size="20x28")
-    model = model_of(recipe).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
-    path = tmp_path / "encoder.safetensors"
-    exporting.export_weights(model, recipe, path, info={"mean": [0.5]})
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    assert json.loads(metadata["mean"]) == [0.5]
-    vit = timm.models.VisionTransformer(**json.loads(metadata["timm"])).eval()
-    vit.load_state_dict(load_file(path), strict=True)
-    images = torch.randn(2, 1, 20, 28)
-    with torch.no_grad():
-        torch.testing.assert_close(vit.forward_features(images), model.encode(images), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(vit(images), model.encode(images)[:, 0], rtol=1e-4, atol=1e-5)
-
-
-def test_timm_create_model_loads_the_file(tmp_path: Path) -> None:
-    """As README says it, at the published size."""
-    recipe = Recipe(model="hpm_vit_tiny_patch16_224", decoder_dim=64, decoder_depth=1, decoder_heads=4)
-    model = model_of(recipe).eval()
-    path = tmp_path / "encoder.safetensors"
-    exporting.export_weights(model, recipe, path)
-    vit = timm.create_model("vit_tiny_patch16_224", num_classes=0, checkpoint_path=str(path)).eval()
-    images = torch.randn(1, 3, 224, 224)
-    with torch.no_grad():
-        torch.testing.assert_close(vit.forward_features(images), model.encode(images), rtol=1e-4, atol=1e-4)
+def test_a_checkpoint_is_not_begun_without_space(tmp_path: Path) -> None:
+    require_space(tmp_path, 1000)
+    with pytest.raises(UserError, match="GiB left and a checkpoint needs about") as caught:
+        require_space(tmp_path, 10**13)
+    assert str(tmp_path) in str(caught.value)
+    assert not list(tmp_path.iterdir())

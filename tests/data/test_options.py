@@ -1,4 +1,4 @@
-"""What each command asks its loader for, written out."""
+"""What each command asks its loader for, written out; and its share of the cores."""
 
 import argparse
 import dataclasses
@@ -12,6 +12,7 @@ import torch
 from fasthpm import pretrain, ranks, recipes
 from fasthpm.commands import throughput
 from fasthpm.data import DatasetInfo, LoaderOptions
+from fasthpm.data.options import count_workers
 from fasthpm.patches import model_of
 from fasthpm.pictures import map_images, panels
 from fasthpm.probes import knn, linear, online
@@ -141,3 +142,11 @@ def test_throughput(asked: Callable[..., LoaderOptions], monkeypatch: pytest.Mon
     monkeypatch.setattr(throughput, "read_info", lambda _: info)
     want = LoaderOptions(7, num_workers=3, **SIZES, **DRAWN)
     assert asked(throughput, throughput.measure_decode, RECIPE, 1.0) == want
+
+
+def test_workers_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert [count_workers(asked) for asked in (0, 3, 99)] == [2, 3, 8]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "100")
+    assert count_workers(0) == 1
