@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from tests.helpers.data_fixtures import image_folder, prepare
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a single set a and a sharded set b."""
     folder = tmp_path_factory.mktemp("sets")
     source = image_folder(folder / "in", 6)
@@ -25,11 +26,11 @@ def made(tmp_path_factory):
 
 
 @pytest.fixture
-def original(made, tmp_path):
+def original(made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made, tmp_path / "original"))
 
 
-def test_everything_is_copied_and_sound(original, tmp_path, capsys):
+def test_everything_is_copied_and_sound(original: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     copy.main([str(original / "a.beton"), str(original / "b.beton"), str(tmp_path / "new" / "copy")])
     target = tmp_path / "new" / "copy"
     assert {p.name: p.read_bytes() for p in target.iterdir()} == {p.name: p.read_bytes() for p in original.iterdir()}
@@ -38,7 +39,7 @@ def test_everything_is_copied_and_sound(original, tmp_path, capsys):
         verify.main([str(target / name)])
 
 
-def test_what_is_there_is_not_copied_again_unless_it_is_damaged(original, tmp_path):
+def test_what_is_there_is_not_copied_again_unless_it_is_damaged(original: Path, tmp_path: Path) -> None:
     target = tmp_path / "copy"
     sets = [original / "a.beton", original / "b.beton"]
     assert copy_sets(sets, target) == (3, 0)
@@ -52,7 +53,7 @@ def test_what_is_there_is_not_copied_again_unless_it_is_damaged(original, tmp_pa
     verify.main([str(target / "b.beton")])
 
 
-def test_a_damaged_original_is_found_and_nothing_of_it_is_left(original, tmp_path):
+def test_a_damaged_original_is_found_and_nothing_of_it_is_left(original: Path, tmp_path: Path) -> None:
     path = original / "b-00001-of-00002.beton"
     data = bytearray(path.read_bytes())
     data[-1000] ^= 1
@@ -62,7 +63,7 @@ def test_a_damaged_original_is_found_and_nothing_of_it_is_left(original, tmp_pat
     assert [p.name for p in (tmp_path / "copy").iterdir()] == ["b-00000-of-00002.beton"]
 
 
-def test_a_kill_leaves_no_whole_name(original, tmp_path, monkeypatch):
+def test_a_kill_leaves_no_whole_name(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def killed(self: Path, target: Path) -> None:
         raise KeyboardInterrupt
 
@@ -81,14 +82,18 @@ def test_a_kill_leaves_no_whole_name(original, tmp_path, monkeypatch):
         (lambda folder: (folder / "a.json").unlink(), "cannot be read"),
     ],
 )
-def test_incomplete_sets_are_refused_before_anything_is_copied(original, tmp_path, spoil, words):
+def test_incomplete_sets_are_refused_before_anything_is_copied(
+    original: Path, tmp_path: Path, spoil: Callable[[Path], object], words: str
+) -> None:
     spoil(original)
     with pytest.raises(UserError, match=words):
         copy_sets([original / "b.beton", original / "a.beton"], tmp_path / "copy")
     assert not (tmp_path / "copy").exists()
 
 
-def test_too_little_space_and_bad_targets_are_one_line(original, tmp_path, monkeypatch):
+def test_too_little_space_and_bad_targets_are_one_line(
+    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(UserError, match=r"lies in .* itself"):
         copy_sets([original / "a.beton"], original)
     (tmp_path / "file").touch()

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,62 +15,21 @@ import psutil
 import pytest
 
 from data_prep import images, partial, verify, writer
-from data_prep.encode import WriteOptions
 from data_prep.partial import PartFile
-from data_prep.plan import Output
 from data_prep.sets import read_csv
 from fasthpm.data.ffcv.beton import open_beton
 from fasthpm.errors import UserError
 from tests.helpers.data_fixtures import image_folder, picture, prepare
+from tests.helpers.launch import ROOT
+from tests.helpers.numbers import Numbers, run
 
-CLASSES = ["x"]
 CHUNK = 4
 
 
-class Numbers:
-    """A source of small images that misbehaves at sample `at`, once, if told to."""
-
-    def __init__(self, folder: Path, what: str = "", count: int = 40, at: int = 20) -> None:
-        self.folder, self.what, self.count, self.at = folder, what, count, at
-
-    def __len__(self) -> int:
-        return self.count
-
-    def sample(self, index: int) -> tuple[np.ndarray, int]:
-        if index == self.at and self.what:
-            getattr(self, self.what)()
-        return np.asarray(picture(index, (20, 24))), 0
-
-    def die(self) -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def starve(self) -> None:
-        raise MemoryError
-
-    def hang(self) -> None:
-        (self.folder / f"hanging-{os.getpid()}").touch()
-        time.sleep(120)
-
-    def name(self, index: int) -> str:
-        return f"{index}.png"
-
-    where = name
-
-    def fingerprint(self) -> str:
-        return f"{self.count} numbers"
-
-
 @pytest.fixture(autouse=True)
-def _small_chunks(monkeypatch):
+def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer, "CHUNK", CHUNK)
     monkeypatch.setattr(partial, "COMMIT_SECONDS", 0.0)
-
-
-def run(source: Numbers, out: Path, workers: int = 2, **flags: object) -> dict | None:
-    """`prepare` in listed order, into one file."""
-    outputs = [Output(out, np.arange(len(source)))]
-    options = WriteOptions(max_resolution=500, jpeg_quality=flags.pop("jpeg_quality", 90))
-    return writer.prepare(source, out, CLASSES, outputs, options=options, num_workers=workers, **flags)
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -84,7 +44,7 @@ def undated(content: dict[str, bytes]) -> dict[str, object]:
 
 
 # ------------------------------------------------------------------------------------------------------- same bytes
-def test_bytes_do_not_depend_on_the_number_of_processes(tmp_path):
+def test_bytes_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
     made = []
     for workers in (1, 2):
         (tmp_path / str(workers)).mkdir()
@@ -95,7 +55,9 @@ def test_bytes_do_not_depend_on_the_number_of_processes(tmp_path):
 
 
 @pytest.mark.parametrize("what", ["die", "starve"])
-def test_a_process_that_dies_ends_the_run_and_the_next_goes_on(tmp_path, capsys, what):
+def test_a_process_that_dies_ends_the_run_and_the_next_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str
+) -> None:
     (tmp_path / "out").mkdir()
     out = tmp_path / "out" / "a.beton"
     with pytest.raises(UserError, match=r"died after .* because memory ran out; run the same command again") as error:
@@ -112,7 +74,7 @@ def test_a_process_that_dies_ends_the_run_and_the_next_goes_on(tmp_path, capsys,
 
 
 @pytest.mark.parametrize("torn", [b"", b'{"chunk": 3, "pa', b"\0\0\0\n"])
-def test_a_torn_end_of_the_journal_is_cut_off(tmp_path, capsys, torn):
+def test_a_torn_end_of_the_journal_is_cut_off(tmp_path: Path, capsys: pytest.CaptureFixture[str], torn: bytes) -> None:
     out = tmp_path / "a.beton"
     with pytest.raises(UserError):
         run(Numbers(tmp_path, "die"), out)
@@ -135,7 +97,7 @@ def test_a_torn_end_of_the_journal_is_cut_off(tmp_path, capsys, torn):
     verify.main([str(out)])
 
 
-def test_other_arguments_or_files_start_over_and_say_so(tmp_path, capsys):
+def test_other_arguments_or_files_start_over_and_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "a.beton"
     for source, flags, words in [
         (Numbers(tmp_path), {"jpeg_quality": 50}, "differs in --jpeg_quality; starting over"),
@@ -148,7 +110,7 @@ def test_other_arguments_or_files_start_over_and_say_so(tmp_path, capsys):
         assert open_beton(out).info.num_samples == len(source)
 
 
-def test_a_set_that_is_there_is_not_made_again(tmp_path):
+def test_a_set_that_is_there_is_not_made_again(tmp_path: Path) -> None:
     out = tmp_path / "a.beton"
     assert run(Numbers(tmp_path), out) is not None
     assert run(Numbers(tmp_path), out) is None
@@ -161,7 +123,7 @@ def test_a_set_that_is_there_is_not_made_again(tmp_path):
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_moving_the_files_goes_on_after_a_kill(tmp_path, monkeypatch, sharded):
+def test_moving_the_files_goes_on_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sharded: bool) -> None:
     """Killed between any two steps of the end, the next run completes it: also over an older set."""
     folder = image_folder(tmp_path / "in", 6)
     out = tmp_path / "out" / "a.beton"
@@ -199,11 +161,11 @@ def test_moving_the_files_goes_on_after_a_kill(tmp_path, monkeypatch, sharded):
 # ------------------------------------------------------------------------------------------------------- signals
 STOPPED = """
 import sys
-sys.path.insert(0, {tests!r})
+sys.path.insert(0, {root!r})
 from pathlib import Path
 from data_prep import partial, writer
 from fasthpm.cli import run_command
-from test_data_prep_resume import Numbers, run
+from tests.helpers.numbers import Numbers, run
 writer.CHUNK, partial.COMMIT_SECONDS = 4, 0.0
 folder = Path(sys.argv[1])
 run_command(lambda argv: run(Numbers(folder, sys.argv[2]), folder / "out" / "a.beton"))
@@ -213,7 +175,7 @@ run_command(lambda argv: run(Numbers(folder, sys.argv[2]), folder / "out" / "a.b
 def start(folder: Path, what: str) -> subprocess.Popen:
     """A preparation in another process, once sample 20 hangs and all before it are in the journal."""
     (folder / "out").mkdir(exist_ok=True)
-    code = STOPPED.format(tests=str(Path(__file__).parent))
+    code = STOPPED.format(root=str(ROOT))
     process = subprocess.Popen([sys.executable, "-c", code, str(folder), what], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 90
     journal = folder / "out" / ".a.partial" / "journal.jsonl"
@@ -232,7 +194,7 @@ def finish_and_compare(folder: Path) -> None:
     assert undated(files(folder / "out")) == undated(files(folder / "again"))
 
 
-def test_a_killed_run_goes_on_with_the_same_bytes(tmp_path, capsys):
+def test_a_killed_run_goes_on_with_the_same_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     process = start(tmp_path, "hang")
     workers = psutil.Process(process.pid).children(recursive=True)
     with pytest.raises(UserError, match="another preparation is writing"):
@@ -247,7 +209,7 @@ def test_a_killed_run_goes_on_with_the_same_bytes(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_after_the_chunk_and_says_how_to_go_on(tmp_path, number):
+def test_a_signal_stops_after_the_chunk_and_says_how_to_go_on(tmp_path: Path, number: signal.Signals) -> None:
     process = start(tmp_path, "hang")
     process.send_signal(number)
     time.sleep(0.2)
@@ -270,7 +232,7 @@ class Signals(Numbers):
         os.kill(os.getppid(), signal.SIGINT)
 
 
-def test_ctrl_c_is_an_interruption_and_keeps_what_is_done(tmp_path, capsys):
+def test_ctrl_c_is_an_interruption_and_keeps_what_is_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, handler = tmp_path / "a.beton", signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         run(Signals(tmp_path, "interrupt"), out)
@@ -284,7 +246,7 @@ def test_ctrl_c_is_an_interruption_and_keeps_what_is_done(tmp_path, capsys):
 
 # ------------------------------------------------------------------------------------------------------- the disk
 @pytest.fixture
-def small_disk(tmp_path):
+def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 6 MiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
@@ -295,7 +257,9 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_full_disk_is_one_line_and_the_next_run_goes_on(tmp_path, small_disk, capsys):
+def test_a_full_disk_is_one_line_and_the_next_run_goes_on(
+    tmp_path: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     ballast = small_disk / "ballast"
     ballast.write_bytes(bytes(5 << 20 | 900 << 10))
     out = small_disk / "a.beton"
@@ -310,14 +274,14 @@ def test_a_full_disk_is_one_line_and_the_next_run_goes_on(tmp_path, small_disk, 
     assert out.read_bytes() == (tmp_path / "b.beton").read_bytes()
 
 
-def test_a_read_only_disk_is_one_line(tmp_path, small_disk):
+def test_a_read_only_disk_is_one_line(tmp_path: Path, small_disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     with pytest.raises(UserError, match="is not writable"):
         run(Numbers(tmp_path), small_disk / "a.beton")
 
 
 # ------------------------------------------------------------------------------------------------------- rejects
-def test_raising_max_rejected_reads_nothing_again(tmp_path, capsys):
+def test_raising_max_rejected_reads_nothing_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = image_folder(tmp_path / "in", 12)
     (folder / "ant" / "bad.png").write_bytes(b"x")
     out = tmp_path / "a.beton"
@@ -332,7 +296,7 @@ def test_raising_max_rejected_reads_nothing_again(tmp_path, capsys):
     assert "going on after 13 of 13" in capsys.readouterr().out
 
 
-def test_repaired_files_are_read_again(tmp_path, capsys):
+def test_repaired_files_are_read_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = image_folder(tmp_path / "in", 12)
     (folder / "ant" / "bad.png").write_bytes(b"x")
     out = tmp_path / "a.beton"
@@ -345,7 +309,9 @@ def test_repaired_files_are_read_again(tmp_path, capsys):
     assert not (tmp_path / "a.rejected.csv").exists()
 
 
-def test_files_that_change_while_they_are_prepared_are_rejected(tmp_path, monkeypatch):
+def test_files_that_change_while_they_are_prepared_are_rejected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = image_folder(tmp_path / "in", 12)
     listed = images.open_source
 
@@ -366,7 +332,7 @@ def test_files_that_change_while_they_are_prepared_are_rejected(tmp_path, monkey
 
 
 # ------------------------------------------------------------------------------------------------------- pages
-def test_no_sample_straddles_a_page_and_pages_grow(tmp_path):
+def test_no_sample_straddles_a_page_and_pages_grow(tmp_path: Path) -> None:
     rng, part = np.random.default_rng(0), PartFile(tmp_path / "a.beton", 1000)
     spans = []
     for _ in range(3000):

@@ -8,6 +8,7 @@ import select
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +18,12 @@ from hypothesis import strategies as st
 
 from fasthpm.data.ffcv.beton import DESCRIPTOR, HEADER, ROW, open_beton
 from tests.helpers.data_fixtures import image_folder, prepare
+from tests.helpers.launch import ROOT
 
 CASES, SECONDS = 60, 60  # mutations per region, and for how long one of them may take
 CHILD = """
 import contextlib, io, json, sys
-sys.path.insert(0, {tests!r})
+sys.path.insert(0, {root!r})
 from pathlib import Path
 from data_prep import verify
 from fasthpm.data import build_loader
@@ -59,7 +61,7 @@ class Reader:
     def __call__(self, path: Path) -> tuple[str, str]:
         """What reading and verifying a set reported, "" for nothing."""
         if self.process is None:
-            code = CHILD.format(tests=str(Path(__file__).parent))
+            code = CHILD.format(root=str(ROOT))
             self.process = subprocess.Popen(
                 [sys.executable, "-W", "ignore", "-c", code],
                 stdin=subprocess.PIPE,
@@ -84,14 +86,14 @@ class Reader:
 
 
 @pytest.fixture(scope="module")
-def reader():
+def reader() -> Iterator[Reader]:
     child = Reader()
     yield child
     child.close()
 
 
 @pytest.fixture(scope="module")
-def original(tmp_path_factory):
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small set of JPEG and raw images."""
     folder = tmp_path_factory.mktemp("fuzz")
     source = image_folder(folder / "in", 10, sizes=((40, 48), (24, 30)))
@@ -135,7 +137,9 @@ def mutations(draw: st.DrawFn, places: list[range], size: int) -> list[tuple[int
 
 
 @pytest.mark.parametrize("region", ["header", "rows", "pixels", "table", "padding"])
-def test_no_change_crashes_hangs_or_passes_unnoticed(original, reader, tmp_path, region):
+def test_no_change_crashes_hangs_or_passes_unnoticed(
+    original: Path, reader: Reader, tmp_path: Path, region: str
+) -> None:
     data, places = original.read_bytes(), regions(original)[region]
     path = tmp_path / "a.beton"
     shutil.copy(original.with_suffix(".json"), tmp_path)
@@ -166,7 +170,9 @@ def test_no_change_crashes_hangs_or_passes_unnoticed(original, reader, tmp_path,
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.5, 0.999])
 @pytest.mark.parametrize("sidecar_agrees", [False, True])
-def test_a_cut_file_is_refused(original, reader, tmp_path, share, sidecar_agrees):
+def test_a_cut_file_is_refused(
+    original: Path, reader: Reader, tmp_path: Path, share: float, sidecar_agrees: bool
+) -> None:
     data = original.read_bytes()[: int(original.stat().st_size * share)]
     (tmp_path / "a.beton").write_bytes(data)
     sidecar = json.loads(original.with_suffix(".json").read_text())
@@ -176,7 +182,9 @@ def test_a_cut_file_is_refused(original, reader, tmp_path, share, sidecar_agrees
 
 @settings(max_examples=CASES, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 @given(st.data())
-def test_sidecars_of_any_content_are_one_line(original, reader, tmp_path_factory, data):
+def test_sidecars_of_any_content_are_one_line(
+    original: Path, reader: Reader, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
     folder = tmp_path_factory.mktemp("sidecar", numbered=True)
     values = json.loads(original.with_suffix(".json").read_text())
     name = data.draw(
