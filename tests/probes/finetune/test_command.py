@@ -1,8 +1,7 @@
-"""Fine-tuning, linear and online probes as commands: real loaders and engine, resuming, and what they refuse."""
+"""Fine-tuning as a command: real loaders and engine, resuming, and what it refuses."""
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,31 +18,12 @@ from safetensors.torch import load_file
 from fasthpm import pretrain
 from fasthpm.checkpoint.weights import load_weights
 from fasthpm.data import build_loader
-from fasthpm.probes import finetune, knn, linear
+from fasthpm.probes import finetune, knn
 from fasthpm.run.records import read_metrics
-from tests.helpers.data_fixtures import image_folder, picture, prepare
-from tests.helpers.finetuning import FLOAT32, read, refused, same_weights, start
+from tests.helpers.data_fixtures import image_folder, prepare
+from tests.helpers.finetuning import DATA, FLOAT32, SHORT, flat_folder, read, refused, same_weights, start
 from tests.helpers.launch import ROOT, check_ranks
 
-SHORT = (
-    "--recipe",
-    "debug",
-    "--data_path",
-    "synthetic:64",
-    "--epochs",
-    "1",
-    "--warmup_epochs",
-    "0",
-    "--panel_every",
-    "0",
-    "--batch_size",
-    "16",
-    "--deepspeed_config",
-    "ds_configs/zero1_fp32.json",
-    "--log_every",
-    "2",
-)
-DATA = ("--train_path", "synthetic:48", "--val_path", "synthetic:21")
 TUNE = (
     *DATA,
     "--epochs",
@@ -61,14 +41,6 @@ TUNE = (
     "--lr",
     "1e-3",
 )
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pretrained run of 4 updates."""
-    folder = tmp_path_factory.mktemp("probes") / "run"
-    start(pretrain, *SHORT, "--output_dir", folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +78,6 @@ def test_a_signal_to_the_whole_group_saves_and_ends_well(run: Path, tmp_path: Pa
     assert list((out / "checkpoints").glob("step-*"))
 
 
-# -------------------------------------------------------------------------------------------------- fine-tuning
 def test_fine_tuning_resumes_as_if_nothing_had_happened(run: Path, tuned: Path, tmp_path: Path) -> None:
     broken = (
         run,
@@ -253,105 +224,3 @@ def test_fine_tuning_refuses_what_does_not_fit(run: Path, tuned: Path, tmp_path:
         assert message in refused(finetune, *words)
     assert {path: path.stat().st_mtime_ns for path in tuned.rglob("*") if path.is_file()} == before
     assert "fine-tuned classifier" in refused(knn, tuned, *DATA)
-
-
-def flat_folder(folder: Path) -> Path:
-    folder.mkdir()
-    for index in range(20):
-        picture(index, (28, 28), grey=True).save(folder / f"{index}.png")
-    return folder
-
-
-# -------------------------------------------------------------------------------------------------- linear
-LINEAR = (*DATA, "--epochs", "3", "--global_batch_size", "16", "--batch_size", "8", "--eval_every", "1")
-
-
-@pytest.mark.parametrize("protocol", ["moco", "mae"])
-@pytest.mark.parametrize("cached", [True, False])
-def test_linear_probe_resumes_as_if_nothing_had_happened(
-    run: Path, tmp_path: Path, protocol: str, cached: bool
-) -> None:
-    words = (
-        run,
-        *LINEAR,
-        "--protocol",
-        protocol,
-        "--lr",
-        "0.3",
-        *(["--cache_features"] if cached else []),
-        "--output_dir",
-    )
-    start(linear, *words, tmp_path / "straight")
-    start(linear, *words, tmp_path / "broken", "--stop_after_epoch", "1")
-    assert not (tmp_path / "broken" / "result.json").exists()
-    start(linear, *words, tmp_path / "broken")
-    assert same_weights(tmp_path / "straight" / linear.HEAD, tmp_path / "broken" / linear.HEAD)
-    found = read(tmp_path / "broken" / "result.json")
-    assert found["accuracy"] == read(tmp_path / "straight" / "result.json")["accuracy"]
-    assert found["protocol"].startswith(f"linear ({protocol}), 3 epochs")
-    assert len(found["checkpoint_hash"]) == 64
-
-
-def test_linear_probe_is_the_same_on_two_ranks(run: Path, tmp_path: Path) -> None:
-    words = (run, *LINEAR, "--protocol", "moco", "--lr", "0.3", "--output_dir")
-    check_ranks("fasthpm", "linear", *words, tmp_path / "two", launcher="torchrun")
-    single = [*words, tmp_path / "one"]
-    single[single.index("8")] = "16"
-    start(linear, *single)
-    one, two = (load_file(tmp_path / name / linear.HEAD) for name in ("one", "two"))
-    for name, value in one.items():
-        torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5)
-    results = [read(tmp_path / name / "result.json")["accuracy"] for name in ("one", "two")]
-    assert results[0] == results[1]
-
-
-def test_linear_probe_refuses_what_does_not_fit(run: Path, tmp_path: Path) -> None:
-    two = prepare(image_folder(tmp_path / "two", 40, grey=True, sizes=((28, 28),)), tmp_path / "two.beton")
-    one = prepare(flat_folder(tmp_path / "one"), tmp_path / "one.beton")
-    words = (run, *LINEAR, "--cache_features", "--output_dir", tmp_path / "out")
-    start(linear, *words)
-    saved = (tmp_path / "out" / linear.HEAD).read_bytes()
-    for message, more in {
-        "train_path synthetic:48, this probe has": ("--train_path", "synthetic:49"),
-        "is a head with epochs 3, this probe has 4": ("--epochs", "4"),
-        "labels are missing": ("--train_path", one),
-        "fewer than one global batch of 64": ("--global_batch_size", "64"),
-        "is not a multiple of batch_size 8": ("--global_batch_size", "12"),
-    }.items():
-        assert message in refused(linear, *words, *more)
-    both = ("--train_path", two, "--val_path", two)
-    assert "is a head with" in refused(linear, *words, *both)
-    assert (tmp_path / "out" / linear.HEAD).read_bytes() == saved
-    (tmp_path / "out" / linear.HEAD).write_bytes(b"{}")
-    assert "is no linear probe's head" in refused(linear, *words)
-
-
-# -------------------------------------------------------------------------------------------------- k-NN, online
-def test_knn_refuses_what_does_not_fit_and_says_where_it_comes_from(run: Path, tmp_path: Path) -> None:
-    one = prepare(flat_folder(tmp_path / "one"), tmp_path / "one.beton")
-    assert "k is 50, more than the 48 training images that vote" in refused(knn, run, *DATA, "--k", "5", "50")
-    assert "k is 9, more than the 8 training" in refused(knn, run, *DATA, "--k", "9", "--bank_size", "0", "8")
-    assert "labels are missing" in refused(knn, run, "--train_path", one, "--val_path", one)
-    start(knn, run, *DATA, "--k", "5", "7", "-o", tmp_path / "knn.json")
-    found = read(tmp_path / "knn.json")
-    assert list(found["accuracy"]) == ["5", "7"]
-    assert found["effective_epochs"] == 1.0
-    assert len(found["checkpoint_hash"]) == 64
-
-
-def test_online_probe_leaves_training_as_it_is(run: Path, tmp_path: Path) -> None:
-    online = ("--online_probe_every", "1", "--online_knn_every", "1", "--output_dir", tmp_path / "online")
-    start(pretrain, *SHORT, *online, "--stop_after", "2")
-    head = tmp_path / "online" / "online_probe.safetensors"
-    stopped = load_file(head)
-    start(pretrain, *SHORT, *online)
-    assert same_weights(run / "encoder.safetensors", tmp_path / "online" / "encoder.safetensors")
-    straight, probed = read_metrics(run), read_metrics(tmp_path / "online")
-    assert [record["loss"] for record in straight] == [record["loss"] for record in probed]
-    assert {"probe_accuracy", "probe_loss"} <= probed[0].keys()
-    assert "knn_accuracy" in probed[-1]
-    assert "probe_accuracy" not in straight[0]
-    assert not torch.equal(stopped["linear.weight"], load_file(head)["linear.weight"])
-    zero3 = ("--deepspeed_config", "ds_configs/zero3_bf16.json", "--output_dir", tmp_path / "zero3")
-    assert "use ZeRO 0, 1 or 2" in refused(pretrain, *SHORT, *online, *zero3)
-    shutil.rmtree(tmp_path / "online")

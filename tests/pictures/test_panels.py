@@ -1,26 +1,21 @@
-"""Panels and reports: the right pixels in the right column, and figures from what a run wrote."""
+"""Panels: the right pixels in the right column."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from fasthpm import recipes
-from fasthpm.checkpoint.folder import require_space
 from fasthpm.data import DatasetInfo
 from fasthpm.errors import UserError
 from fasthpm.mask import random_mask
 from fasthpm.model import HPMViT
 from fasthpm.patches import model_of
-from fasthpm.pictures import drawing, panels, report, visualize
-from fasthpm.pictures.report import TABLE
-from fasthpm.recipe import Recipe, save_recipe
-from fasthpm.run import records as run_records
+from fasthpm.pictures import drawing, panels, visualize
+from fasthpm.recipe import Recipe
 from fasthpm.step import Step
 from tests.helpers.videos import tiny, video_run
 
@@ -111,79 +106,6 @@ def test_panel_has_a_row_per_image_and_a_column_per_name(changes: dict[str, Any]
     assert np.array_equal(first, np.broadcast_to(images[0].numpy(), (height, width, 3)))
 
 
-def test_png_is_written_whole(tmp_path: Path) -> None:
-    picture = np.arange(300, dtype=np.uint8).reshape(10, 10, 3)
-    drawing.save_png(picture, tmp_path / "a.png")
-    with Image.open(tmp_path / "a.png") as written:
-        assert np.array_equal(np.asarray(written), picture)
-    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
-
-
-def written_run(folder: Path) -> Path:
-    """What a run leaves: recipe, versions, and metrics with a repeated and an unfinished line."""
-    save_recipe(dataclasses.replace(recipes.debug(), steps_per_epoch=2), folder / "recipe.json")
-    versions = {"torch": "1", "deepspeed": "2", "fasthpm": "3", "commit": "abc", "world_size": 2, "device": "CPU"}
-    (folder / "versions.json").write_text(json.dumps(versions))
-    more = ("lr", "alpha", "ema_momentum")
-    lines = [
-        json.dumps({"step": s, "epoch": s / 2, **dict.fromkeys((*TABLE, *more), v)})
-        for s, v in ((1, 9.0), (2, 8.0), (2, 7.5), (3, 7.0))
-    ]
-    (folder / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 4, "los']))
-    return folder
-
-
-def test_report_tells_first_last_and_gain(tmp_path: Path) -> None:
-    run = written_run(tmp_path)
-    assert [record["loss"] for record in run_records.read_metrics(run)] == [9.0, 7.5, 7.0]
-    for weights, best in (("untrained", 60.0), ("student", 77.5)):
-        result = {"weights": weights, "pool": "mean", "bank_size": 1000, "accuracy": {"10": best, "20": 50.0}}
-        (run / f"knn_{weights}_mean.json").write_text(json.dumps(result))
-    text = report.write(run).read_text()
-    assert "| loss | 9 | 7 |" in text
-    assert "| 1,000 | student | mean | 77.50 | 50.00 |" in text
-    assert "+17.50 points over the untrained encoder with 1,000 labelled" in text
-    with Image.open(run / "curves.png") as curves:
-        assert curves.size == (1200, 600)
-
-
-def test_report_without_a_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"metrics\.jsonl is missing"):
-        report.write(tmp_path)
-
-
-def test_a_checkpoint_is_not_begun_without_space(tmp_path: Path) -> None:
-    require_space(tmp_path, 1000)
-    with pytest.raises(UserError, match="GiB left and a checkpoint needs about") as caught:
-        require_space(tmp_path, 10**13)
-    assert str(tmp_path) in str(caught.value)
-    assert not list(tmp_path.iterdir())
-
-
-# -------------------------------------------------------------------------------------------------- several runs
-def test_runs_are_compared_over_epochs_and_gpu_hours(tmp_path: Path) -> None:
-    for name, best in (("one", 70.0), ("two", 75.0)):
-        (tmp_path / name).mkdir()
-        run = written_run(tmp_path / name)
-        knn = {"protocol": "DINO weighted k-NN, t", "weights": "student", "accuracy": {"10": best, "20": 5.0}}
-        (run / "knn_student_cls.json").write_text(json.dumps(knn))
-    (tmp_path / "two" / "linear").mkdir()
-    (tmp_path / "two" / "linear" / "result.json").write_text(json.dumps({"protocol": "linear", "accuracy": 81.5}))
-    (tmp_path / "two" / "old_result.json").write_text("{broken")
-    report.main([str(tmp_path / "one"), str(tmp_path / "two"), "-o", str(tmp_path / "out")])
-    text = (tmp_path / "out" / "comparison.md").read_text()
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
-    assert rows[0][-2:] == ["DINO weighted k-NN, student", "linear"]
-    assert rows[2][0] == "one"
-    assert rows[2][-2:] == ["70.00", ""]
-    assert rows[3][-2:] == ["75.00", "81.50"]
-    with Image.open(tmp_path / "out" / "comparison.png") as curves:
-        assert curves.size == (1200, 800)
-    with pytest.raises(UserError, match="is missing"):
-        report.main([str(tmp_path / "one"), str(tmp_path)])
-
-
-# -------------------------------------------------------------------------------------------------- more columns
 def test_columns_are_what_was_asked_for() -> None:
     recipe = recipes.debug()
     model = model_of(recipe).eval()
