@@ -44,7 +44,7 @@ else
     nvidia-smi > "$out/nvidia-smi.txt" 2>&1
     device=(--device cuda --rounds 5)
     train=(--data_path "$data" --batch_size 256 --updates 40 --rounds 1)
-    part no_sync 60 "$python" -m pytest -q tests/test_fast.py -k "sync or fp8"
+    part no_sync 60 "$python" -m pytest -q tests/test_step_fast.py tests/speed/test_fp8.py -k "sync or fp8"
     part step_base 100 "$python" -m bench.step --size base --batch_size 256 --precision bf16 --rounds 3 --repeats 5 \
         -o "$out/step_base_bf16.json"
     part step_large 100 "$python" -m bench.step --size large --batch_size 128 --precision bf16 --rounds 3 --repeats 3 \

@@ -1,10 +1,15 @@
-"""How a rank leaves: with its status and its last words, whatever threads are still about."""
+"""How commands and ranks leave: with their status and their last words, whatever threads are still about."""
 
+import io
 import subprocess
 import sys
+from contextlib import redirect_stderr
+from typing import Any
 
 import pytest
 
+from fasthpm.__main__ import COMMANDS, dispatch
+from fasthpm.cli import run_command
 from tests.helpers.launch import ROOT
 
 PROGRAM = """
@@ -38,3 +43,28 @@ def test_a_rank_leaves_at_once(end: str, status: int, words: str) -> None:
     assert (done.returncode, done.stdout) == (status, "written")
     assert done.stderr.endswith(words)
     assert ("Traceback" in done.stderr) == (status == 1)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        dispatch([command, "--help"])
+    assert caught.value.code == 0
+    assert f"fasthpm {command}" in capsys.readouterr().out
+
+
+def test_a_user_error_is_one_line_and_status_2() -> None:
+    stream = io.StringIO()
+    with redirect_stderr(stream), pytest.raises(SystemExit) as caught:
+        run_command(dispatch, ["pretran"])
+    assert caught.value.code == 2
+    assert stream.getvalue().count("\n") == 1
+    assert "unknown command 'pretran'; did you mean 'pretrain'" in stream.getvalue()
+
+
+def test_an_internal_error_keeps_its_traceback() -> None:
+    def broken(_: Any) -> None:
+        raise ZeroDivisionError("ours")
+
+    with pytest.raises(ZeroDivisionError, match="ours"):
+        run_command(broken)

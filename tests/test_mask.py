@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 from itertools import combinations, permutations
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,9 +16,8 @@ from fasthpm import mask as masks
 from fasthpm import mask_loops
 from fasthpm.errors import UserError
 from tests.helpers import reference
+from tests.helpers.golden import GOLDEN
 from tests.helpers.masks import coarse_noise, rows_of
-
-GOLDEN = Path(__file__).parent / "golden"
 
 
 @settings(max_examples=80, deadline=None)
@@ -434,3 +432,63 @@ def test_noise_is_enough_for_every_policy() -> None:
         difficulty = torch.rand(2, plan.num_patches)
         want = masks.draw_mask(plan, torch.cat([noise, torch.rand(2, 2, 5)], dim=2), difficulty, 0.5)
         assert torch.equal(masks.draw_mask(plan, noise, difficulty, 0.5), want)
+
+
+# -------------------------------------------------------------------------------------------------- videos
+def test_published_tube_masks() -> None:
+    cases = json.loads((GOLDEN / "manifest.json").read_text())["cases"]
+    for case in next(case for case in cases if case["name"] == "videomae")["tube_mask_invariants"]:
+        slots, rows, columns = case["window"]
+        plan = masks.MaskPlan("tube", case["mask_ratio"], (rows, columns), slots)
+        mask = masks.draw_mask(plan, torch.rand(2, 3, plan.noise_size))
+        assert mask.sum(1).tolist() == [case["total_masked"]] * 3 == [plan.num_masked] * 3
+        frames = mask.reshape(3, slots, -1)
+        assert torch.equal(frames, frames[:, :1].expand_as(frames))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    slots=st.integers(2, 4),
+    rows=st.integers(1, 4),
+    columns=st.integers(1, 4),
+    policy=st.sampled_from(list(masks.POLICIES)),
+    ratio=st.floats(0.1, 0.95),
+    alpha=st.floats(0, 1),
+)
+def test_every_policy_masks_exactly_in_every_slot(
+    seed: int, slots: int, rows: int, columns: int, policy: str, ratio: float, alpha: float
+) -> None:
+    """The count of a slot is exact for every policy but random and attention, whose counts are exact over the clip."""
+    if policy == "uniform":
+        rows, columns, ratio = 2 * rows, 2 * columns, 0.75
+    plan, size = masks.MaskPlan(policy, ratio, (rows, columns), slots), rows * columns
+    noise = coarse_noise(seed, 2, 3, plan.noise_size)
+    difficulty = torch.randn(3, slots * size, generator=torch.Generator().manual_seed(seed))
+    mask = masks.draw_mask(plan, noise, difficulty, alpha)
+    assert mask.sum(1).tolist() == [plan.num_masked] * 3
+    frames = mask.reshape(3, slots, size)
+    if policy not in ("random", "attention"):
+        assert (frames.sum(2) == plan.num_masked // slots).all()
+    if masks.POLICIES[policy].tube:
+        assert torch.equal(frames, frames[:, :1].expand_as(frames))
+    easiest = policy == "hpm_easiest"
+    for i, values in enumerate(difficulty.reshape(3, slots, size).tolist()):
+        ties, rest = noise[:, i].tolist()
+        if policy == "hpm_tube":
+            summed = [sum(frame[k] for frame in values) for k in range(size)]
+            want = reference.easy_to_hard_mask(summed, ratio, alpha, ties[:size], rest[:size], False)
+            assert rows_of(frames[i])[0] == want
+        elif masks.POLICIES[policy].follows == "difficulty":
+            for slot, row in enumerate(rows_of(frames[i])):
+                part = slice(slot * size, (slot + 1) * size)
+                assert row == reference.easy_to_hard_mask(values[slot], ratio, alpha, ties[part], rest[part], easiest)
+
+
+def test_videos_of_the_papers_size_are_masked_as_published() -> None:
+    """16 x 224 x 224 at 0.9: TPAMI masks every slot on its own, VideoMAE's tubes leave 160 patches visible."""
+    for policy, count in (("hpm", 8 * 177), ("hpm_tube", 8 * 177), ("tube", 1408), ("random", 1412)):
+        assert masks.MaskPlan(policy, 0.9, (14, 14), 8).num_masked == count
+    plan = masks.MaskPlan("hpm", 0.9, (14, 14), 8)
+    mask = masks.draw_mask(plan, torch.rand(2, 2, 1568), torch.rand(2, 1568), 0.0).reshape(2, 8, 196)
+    assert not torch.equal(mask[:, 0], mask[:, 1])  # not a tube

@@ -1,30 +1,21 @@
 """The model: the published implementations' numbers, and its own fast paths against slow ones."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
 import fasthpm
-from fasthpm import loss
-from fasthpm import mask as masks
 from fasthpm.checkpoint import load_reference
 from fasthpm.errors import UserError
-from fasthpm.layers import attend, attend_plain, sincos_positions
 from fasthpm.model import HPMViT, model_names
-from fasthpm.patches import model_of
-from fasthpm.recipe import Recipe
-from fasthpm.speed import flops
 from tests.helpers import reference
+from tests.helpers.golden import GOLDEN
 
-GOLDEN = Path(__file__).parent / "golden"
 CASES = {case["name"]: case for case in json.loads((GOLDEN / "manifest.json").read_text())["cases"]}
 DTYPES = {"f32": torch.float32, "f64": torch.float64}
 
@@ -104,30 +95,6 @@ def test_published_hpm_losses_and_gradients(name: str, norm_pix: bool, kind: str
     check_gradients(model, tensors, meta, tensors[f"{group}/grad_norm_{kind}"], close, full)
 
 
-def test_published_ties_and_saturation() -> None:
-    """Pairs that the released form does not cap agree with it; capped ones are larger here, as they should be."""
-    tensors = load_file(GOLDEN / "hpm_pixel.safetensors")
-    predicted, actual = tensors["in/ties_loss_pred"].double(), tensors["in/ties_loss_target"].double()
-    torch.testing.assert_close(loss.absolute_loss(predicted, actual), tensors["f64/ties/absolute"], rtol=1e-9, atol=0)
-    exact, capped = loss.ranking_loss(predicted, actual), released_ranking_loss(predicted, actual)
-    torch.testing.assert_close(capped, tensors["f64/ties/relative"], rtol=1e-9, atol=0)
-    assert exact > capped
-
-
-def released_ranking_loss(predicted: Tensor, actual: Tensor) -> Tensor:
-    """The released form, with 1e-6 inside the logarithms, pair by pair."""
-    terms = []
-    for s, losses in zip(predicted, actual, strict=True):
-        for i in range(len(s)):
-            for j in range(len(s)):
-                share = torch.sigmoid(s[i] - s[j])
-                if losses[i] > losses[j]:
-                    terms.append(-torch.log(share + 1e-6))
-                if losses[i] < losses[j]:
-                    terms.append(-torch.log(1 - share + 1e-6))
-    return torch.stack(terms).mean()
-
-
 @pytest.mark.parametrize("name", DTYPES)
 @pytest.mark.parametrize("ratio", [0.75, 0.6])
 @pytest.mark.parametrize("norm_pix", [False, True])
@@ -145,21 +112,6 @@ def test_published_mae(name: str, ratio: float, norm_pix: bool) -> None:
         torch.testing.assert_close(output.reconstruction.detach(), want, **tolerance(meta, name))
     full = "f64/grad/" if name == "f64" and norm_pix and ratio == 0.75 else ""
     check_gradients(model, tensors, meta, tensors[f"{group}/norm_pix_{norm_pix}/grad_norm"], limits, full)
-
-
-def test_published_positions() -> None:
-    tensors = load_file(GOLDEN / "posembed_224.safetensors")
-    for name, dim in (("pos_embed", 768), ("decoder_pos_embed", 512)):
-        table = sincos_positions(dim, (14, 14))
-        torch.testing.assert_close(table[tensors["rows"].long()], tensors[f"{name}_rows"], rtol=0, atol=1e-6)
-        torch.testing.assert_close(table.double().sum(1), tensors[f"{name}_rowsum_f64"], rtol=0, atol=1e-4)
-
-
-@settings(max_examples=10, deadline=None)
-@given(rows=st.integers(1, 4), columns=st.integers(1, 4), quarter=st.integers(1, 4))
-def test_positions_are_a_true_rectangular_grid(rows: int, columns: int, quarter: int) -> None:
-    want = reference.sincos(4 * quarter, rows, columns).float()
-    torch.testing.assert_close(sincos_positions(4 * quarter, (rows, columns)), want)
 
 
 def small(**options: Any) -> HPMViT:
@@ -327,20 +279,6 @@ def test_difficulty_is_float32_in_a_bfloat16_model() -> None:
     assert model.predict_loss(torch.randn(1, 4, 8, 12)).dtype == torch.float32
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attention_and_its_plain_twin_agree(dtype: torch.dtype) -> None:
-    query, key, value = (torch.randn(2, 3, 7, 8, requires_grad=True) for _ in range(3))
-    upstream = torch.randn(2, 3, 7, 8)
-    results = []
-    for function in (attend, attend_plain, torch.nn.functional.scaled_dot_product_attention):
-        out = function(*(x.to(dtype) for x in (query, key, value)))
-        results.append((out, *torch.autograd.grad((out.float() * upstream).sum(), (query, key, value))))
-    limits = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 3e-2, "atol": 3e-2}
-    for other in results[1:]:
-        for a, b in zip(results[0], other, strict=True):
-            torch.testing.assert_close(a, b, **limits)
-
-
 def test_every_name_is_registered_with_timm() -> None:
     assert set(model_names()) <= set(timm.list_models())
     model = timm.create_model("hpm_vit_nano_patch4_28", in_chans=1)
@@ -382,43 +320,3 @@ def test_mae_weights_leave_the_loss_predictor_alone() -> None:
     load_reference(model, donor.state_dict(), "mae")
     assert torch.equal(model.cls_token, donor.cls_token)
     assert torch.equal(model.decoder_pred_losspred.weight, before)
-
-
-@pytest.mark.parametrize(
-    ("method", "changes"),
-    [
-        ("hpm", {}),
-        ("hpm", {"predictor_dim": 32, "predictor_depth": 3}),
-        ("hpm", {"predictor": "shared"}),
-        ("hpm", {"decoder_attention": "cross"}),
-        ("hpm", {"decoder_attention": "cross", "predictor_dim": 32, "predictor_depth": 3}),
-        ("hpm", {"decoder_attention": "cross", "predictor": "shared"}),
-        ("hpm", {"input_size": "32", "teacher_scale": 2}),
-        ("mae", {"mask_policy": "random", "predict_loss": "none"}),
-        ("simmim", {"mask_policy": "random", "predict_loss": "none"}),
-        ("simmim", {"predictor_depth": 1}),
-        ("hpm", {"mask_policy": "attention", "mask_ratio": 0.45, "throw_ratio": 0.4}),
-        ("hpm", {"target": "ema"}),
-        ("mae", {"mask_policy": "random", "predict_loss": "none", "target": "ema"}),
-    ],
-)
-def test_flop_formula_counts_what_runs(method: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The formula against torch's own counter over one whole step, within 1 %."""
-    monkeypatch.setattr("fasthpm.layers.attend", attend_plain)  # torch does not count its fused CPU kernel
-    from torch.utils.flop_counter import FlopCounterMode
-
-    sizes = {"patch_size": 4, "channels": 1, "decoder_dim": 64, "decoder_depth": 2, "decoder_heads": 4}
-    recipe = Recipe(model=f"{method}_vit_nano_patch4_28", **{"input_size": "28", **sizes, **changes})
-    model = model_of(recipe)
-    images, plan = torch.randn(4, 1, *recipe.image_size), recipe.mask_plan
-    length = recipe.num_patches
-    mask, thrown = masks.draw_sets(plan, torch.rand(2, 4, length), torch.rand(4, length))
-    with FlopCounterMode(display=False) as counter:
-        with torch.no_grad():
-            if recipe.masks_by_difficulty:
-                model.predict_loss(images, recipe.teacher_scale)
-            elif recipe.uses_teacher:
-                model.encode(images)
-        target = torch.randn(4, length, model.target_dim) if model.target_dim else None
-        model(images, mask, thrown=thrown, num_thrown=plan.num_thrown, target=target).loss.backward()
-    assert counter.get_total_flops() / 4 == pytest.approx(flops.step_flops(model, recipe)["total"], rel=0.01)

@@ -1,5 +1,6 @@
 """Whole runs: real DeepSpeed, every preset, real launchers once each; wrong input, NaN, Ctrl-C, signals, resume."""
 
+import dataclasses
 import json
 import re
 import signal
@@ -14,7 +15,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from fasthpm.checkpoint.folder import damage, newest_valid
 from fasthpm.checkpoint.weights import load_weights
+from fasthpm.errors import UserError
 from fasthpm.maps.store import MapStore
+from fasthpm.pretrain import parse_arguments
+from fasthpm.recipe import Recipe
 from fasthpm.run.records import read_metrics
 from tests.helpers.launch import ROOT, check_ranks, ranks_of, run_ranks, running_ranks
 
@@ -321,3 +325,71 @@ def test_attention_maps_are_made_by_all_ranks_and_survive_a_stop(tmp_path: Path)
     assert "at update 6 of 12" in again
     assert "finished 12 of 12 updates" in again
     assert MapStore(tmp_path / "maps" / "attention-00000002.maps").header.epoch == 2
+
+
+OUT = ["--output_dir", "out"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([*OUT, "--mask_ration", "0.6"], "unknown argument '--mask_ration'; did you mean '--mask_ratio'"),
+        ([*OUT, "--mask_rati", "0.6"], "unknown argument '--mask_rati'"),
+        ([*OUT, "--norm_pix_loss", "False"], "unknown argument 'False'"),
+        ([*OUT, "--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
+        ([*OUT, "--recipe", "hpm_vit_base_in1k_100e"], "did you mean 'hpm_vit_base_in1k_"),
+        (["--recipe", "debug"], "--output_dir is missing"),
+        ([*OUT, "--recipe", "hpm_demo"], "--data_path is missing"),
+    ],
+)
+def test_wrong_command_lines(arguments: list[str], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse_arguments(arguments)
+    assert message in str(caught.value)
+
+
+def test_flags_override_and_launcher_flags_are_swallowed() -> None:
+    recipe = parse_arguments([*OUT, "--local_rank=1", "--no-flip", "--norm_pix_loss", "--blr", "1e-3"])
+    assert (recipe.flip, recipe.norm_pix_loss, recipe.blr) == (False, True, 1e-3)
+
+
+def test_every_field_is_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_arguments(["--help"])
+    text = capsys.readouterr().out
+    for field in dataclasses.fields(Recipe):
+        assert f"--{field.name}" in text
+        assert field.metadata["help"]
+
+
+def test_fast_modes_run_from_the_command_line(tmp_path: Path) -> None:
+    """One process, a few updates, with every mode that a CPU has; fp8 is refused before the first."""
+    flags = (
+        "--recipe",
+        "debug",
+        "--input_size",
+        32,
+        "--predictor",
+        "shared",
+        "--decoder_attention",
+        "cross",
+        "--teacher_scale",
+        2,
+        "--teacher_maps",
+        "--stop_after",
+        6,
+        "--log_every",
+        1,
+        "--steps_per_epoch",
+        4,
+        "--output_dir",
+        tmp_path / "run",
+    )
+    done = run_ranks("fasthpm.pretrain", *flags, launcher="forked", ranks=1)
+    assert done.status == 0, done.output
+    assert (
+        "fast modes: teacher_maps True, predictor shared, decoder_attention cross, teacher_scale 2; 0." in done.output
+    )
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(-1 < record["map_spearman"] < 1 for record in records[4:])
+    assert [path.name for path in (tmp_path / "run" / "maps").iterdir()] == ["difficulty-00000001.maps"]

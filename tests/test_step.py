@@ -333,10 +333,5 @@ def test_hard_units_are_masked_as_a_whole() -> None:
         assert len(units) == 12
 
 
-def test_recipes_of_the_papers_have_the_papers_sizes() -> None:
-    assert Recipe().num_patches == 196
-    assert Recipe().num_masked == 147
-
-
 if __name__ == "__main__":
     run_rank(lambda _: main())

@@ -1,4 +1,4 @@
-"""The house in storeys: no room imports one that stands above it, late imports included, and no file a circle."""
+"""The house in storeys: no room imports one above it, late imports included, no file a circle; tests mirror rooms."""
 
 import ast
 import re
@@ -18,6 +18,9 @@ STOREYS = (
 )  # fmt: skip
 HEIGHTS = {f"fasthpm.{room}": height for height, storey in enumerate(STOREYS) for room in storey.split()}
 FACES = ("fasthpm", "fasthpm.__main__")  # name everything, are named by nobody
+TESTS = ROOT / "tests"
+NO_ROOMS = ("golden", "helpers")
+WHOLE = {"checkpoint/test_torture.py", "ranks/test_nodes.py"}  # of runs that are killed and lost, not of one module
 
 
 def files(package: str) -> dict[str, Path]:
@@ -91,6 +94,30 @@ def test_packages_stand_in_line() -> None:
         if name.startswith(above[module.split(".")[0]] or ("\0",))
     ]
     assert wrong == []
+
+
+def room_of(folder: Path) -> Path:
+    """The folder of sources that a folder of tests is of."""
+    parts = folder.relative_to(TESTS).parts
+    return ROOT.joinpath(*parts) if parts[0] in ("data_prep", "bench") else ROOT.joinpath("fasthpm", *parts)
+
+
+def test_tests_mirror_the_rooms() -> None:
+    """tests/a/test_b.py, or test_b_more.py, is of fasthpm/a/b.py."""
+    paths = [path for path in TESTS.glob("*/**/test_*.py") if path.relative_to(TESTS).parts[0] not in NO_ROOMS]
+    alone = {
+        str(path.relative_to(TESTS))
+        for path in paths
+        if not any(f"{path.stem}_".startswith(f"test_{module.stem}_") for module in room_of(path.parent).glob("*.py"))
+    }
+    assert len(paths) > 50
+    assert alone == WHOLE
+
+
+def test_no_test_is_imported() -> None:
+    """Nor by a program that a test writes and starts; what tests share is in `helpers` and in conftest.py."""
+    wrong = re.compile(r"^\s*(?:from|import)\s+(?:[\w.]+\.)?test_", re.MULTILINE)
+    assert [str(path) for path in TESTS.rglob("*.py") if wrong.search(path.read_text())] == []
 
 
 def test_the_storeys_in_the_documentation_are_these() -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 from tests.helpers.launch import ROOT
 
 PACKAGES = ("fasthpm", "data_prep", "bench")
-LONGEST_FUNCTION, MOST_PARAMETERS, LONGEST_FILE, MOST_SKIPS = 60, 10, 500, 20
+LONGEST_FUNCTION, MOST_PARAMETERS, MOST_SKIPS = 60, 10, 20
+LONGEST_FILE = {**dict.fromkeys(PACKAGES, 500), "tests": 600}
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 LONG_FUNCTIONS: set[str] = set()
@@ -69,7 +70,10 @@ def test_parameter_lists_are_short() -> None:
 
 def test_files_are_short() -> None:
     long = {
-        str(path.relative_to(ROOT)) for path in sources(*PACKAGES) if len(path.read_text().splitlines()) > LONGEST_FILE
+        str(path.relative_to(ROOT))
+        for package, longest in LONGEST_FILE.items()
+        for path in sources(package)
+        if len(path.read_text().splitlines()) > longest
     }
     assert long == LONG_FILES.keys()
 

@@ -9,7 +9,6 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -19,10 +18,9 @@ from torch import Tensor, nn
 
 from fasthpm.checkpoint import shards
 from fasthpm.cli import run_rank
-from fasthpm.errors import UserError
 from fasthpm.ranks import deepspeed_json, engine
 from fasthpm.ranks import launch as ranks_launch
-from fasthpm.ranks.zero import Group, MasterLayout, Slot, _common_elements, full_state
+from fasthpm.ranks.zero import MasterLayout, full_state
 from fasthpm.recipe import Recipe
 from fasthpm.teacher import EMATeacher
 from tests.helpers import reference
@@ -47,7 +45,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-# ------------------------------------------------------------------------------------------------------ the ranks
 class Toy(nn.Module):
     """Odd sizes, a parameter of the root itself, a norm, a buffer."""
 
@@ -258,7 +255,6 @@ def main(out: Path) -> None:
             (folder / f"rank{launch.rank}.json").write_text(json.dumps(found))
 
 
-# ------------------------------------------------------------------------------------------------------ the tests
 @pytest.fixture(scope="module", params=[1, 2], ids=["1_rank", "2_ranks"])
 def found(request: pytest.FixtureRequest, measured: dict[int, Path]) -> tuple[int, Path]:
     return request.param, measured[request.param]
@@ -319,31 +315,6 @@ class TestEveryPreset:
             assert set(rank["adam_steps"]) == {STEPS}
             assert rank["skipped"] == 0
             assert 0.1 < rank["grad_norm"] < 10
-
-
-@pytest.mark.parametrize("stage", range(4))
-def test_an_unknown_deepspeed_is_one_clear_error(stage: int) -> None:
-    changed = SimpleNamespace(
-        basic_optimizer=torch.optim.AdamW([torch.zeros(1)]),
-        optimizer=SimpleNamespace(),
-        module=nn.Linear(1, 1),
-        seq_data_parallel_group=None,
-        zero_optimization_stage=lambda: stage,
-    )
-    with pytest.raises(UserError, match=r"deepspeed .* keeps its master weights differently .* constraints\.txt"):
-        MasterLayout(changed)
-
-
-@pytest.mark.parametrize(("rank", "known"), [(0, [1.0, 2.0]), (1, [3.0])])
-def test_padding_behind_a_parameter_is_not_compared(rank: int, known: list[float]) -> None:
-    """ZeRO 3 leaves it uninitialised, and it may well read as NaN."""
-    stripe = torch.tensor([*known, *[float("nan")] * (2 - len(known))])
-    group = Group(stripe, torch.float32, (Slot("w", torch.Size([3]), 0, 2),), shards=2, index=rank)
-    weight = nn.Parameter(torch.zeros(3))
-    weight.ds_tensor = stripe.clone()  # type: ignore[attr-defined]
-    assert torch.equal(*_common_elements(group, group.slots[0], stripe, weight))
-    weight.ds_tensor[0] += 1  # type: ignore[attr-defined]
-    assert not torch.equal(*_common_elements(group, group.slots[0], stripe, weight))
 
 
 def test_two_ranks_took_over_what_one_has_saved(measured: dict[int, Path]) -> None:

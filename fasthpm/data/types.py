@@ -43,7 +43,7 @@ class DatasetInfo:
 
 
 class Loader(Protocol):
-    """What training and probes need of a data source; every implementation passes `tests/data/test_loaders.py`.
+    """What training and probes need of a data source; every implementation passes `tests/data/test_build.py`.
 
     The order of samples is drawn for the *global* batch and then split, so any number of ranks sees the same batches:
     global batch b of an epoch is order[b*G:(b+1)*G] with G = batch_size * world_size, and rank r takes rows

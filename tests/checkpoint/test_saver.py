@@ -187,21 +187,6 @@ def test_an_error_that_is_no_disks_fault_is_raised(tmp_path: Path, monkeypatch: 
     assert zero.wait() == ""  # said once
 
 
-def test_a_state_of_another_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(checkpoint_folder.UserError, match="holds no training state"):
-        shards.SavedState(tmp_path)
-    (tmp_path / "shards").mkdir()
-    (tmp_path / "shards" / "rank-00000.safetensors").write_bytes(b"no safetensors")
-    with pytest.raises(checkpoint_folder.UserError, match="is not a training state of this program"):
-        shards.SavedState(tmp_path)
-
-
-def test_a_file_that_the_disk_cannot_hold_is_an_os_error(small_disk: Path) -> None:
-    taken = shards.Snapshot({"0/master": torch.zeros(16 << 20)}, {})
-    with pytest.raises(OSError, match="No space left on device"):
-        shards.write(taken, small_disk / "shards" / "rank-00000.safetensors")
-
-
 def test_a_full_disk_costs_checkpoints_and_not_the_run(small_disk: Path, tmp_path: Path) -> None:
     run = small_disk / "run"
     arguments = [

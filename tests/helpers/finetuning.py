@@ -1,4 +1,4 @@
-"""Commands of the probes, run and refused."""
+"""Commands of the probes, run and refused, and their arguments."""
 
 import json
 from pathlib import Path
@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from fasthpm.errors import UserError
 from fasthpm.ranks import launch
+from tests.helpers.data_fixtures import picture
 
 FLOAT32 = ("--deepspeed_config", "ds_configs/zero1_fp32.json")
 
@@ -37,3 +38,31 @@ def read(path: Path) -> dict[str, Any]:
 def same_weights(a: Path, b: Path) -> bool:
     first, second = load_file(a), load_file(b)
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+SHORT = (
+    "--recipe",
+    "debug",
+    "--data_path",
+    "synthetic:64",
+    "--epochs",
+    "1",
+    "--warmup_epochs",
+    "0",
+    "--panel_every",
+    "0",
+    "--batch_size",
+    "16",
+    "--deepspeed_config",
+    "ds_configs/zero1_fp32.json",
+    "--log_every",
+    "2",
+)
+DATA = ("--train_path", "synthetic:48", "--val_path", "synthetic:21")
+
+
+def flat_folder(folder: Path) -> Path:
+    folder.mkdir()
+    for index in range(20):
+        picture(index, (28, 28), grey=True).save(folder / f"{index}.png")
+    return folder

@@ -1,11 +1,15 @@
-"""Run folders without a run: what probes need of one."""
+"""Run folders without a run."""
 
+import dataclasses
+import os
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
+from fasthpm import recipes
 from fasthpm.checkpoint import folder as checkpoint_folder
+from fasthpm.checkpoint.folder import RunState
 from fasthpm.patches import model_of
 from fasthpm.recipe import Recipe
 
@@ -21,3 +25,18 @@ def run_with_random_weights(output: Path, recipe: Recipe) -> Path:
     save_file(weights, aside / "student.safetensors")
     checkpoint_folder.commit(aside, recipe, checkpoint_folder.RunState(0, {}, 1, 1))
     return output
+
+
+def recipe_in(folder: Path, **changes: object) -> Recipe:
+    """The debug recipe with its output in `folder`."""
+    return dataclasses.replace(recipes.debug(), output_dir=str(folder), **changes)  # type: ignore[arg-type]
+
+
+def write(folder: Path, step: int) -> Path:
+    """A small but complete checkpoint."""
+    recipe = recipe_in(folder)
+    aside = checkpoint_folder.begin(folder, step)
+    save_file(checkpoint_folder.cpu_state(model_of(recipe)), aside / "student.safetensors")
+    (aside / "shards").mkdir()
+    (aside / "shards" / "part").write_bytes(os.urandom(1000))
+    return checkpoint_folder.commit(aside, recipe, RunState(step, {"epoch": 1, "batch": 2}, 2, 1))

@@ -1,56 +1,16 @@
 """Difficulty maps of image folders: the right map to the right image, rankings, saliency, nothing half-written."""
 
 import csv
-import dataclasses
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from safetensors.torch import save_file
 
-from fasthpm import recipes
-from fasthpm.checkpoint import folder as checkpoint_folder
 from fasthpm.checkpoint import weights as checkpoint_weights
 from fasthpm.data import build_loader, read_info
 from fasthpm.errors import UserError
-from fasthpm.patches import model_of
-from fasthpm.pictures import drawing, map_images, visualize
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder with untrained weights of the debug recipe, and its teacher."""
-    output = tmp_path_factory.mktemp("maps") / "run"
-    recipe = dataclasses.replace(recipes.debug(), output_dir=str(output))
-    aside = checkpoint_folder.begin(output, 0)
-    weights = {name: value.contiguous() for name, value in model_of(recipe).named_parameters()}
-    for name in ("student", "teacher"):
-        save_file(weights, aside / f"{name}.safetensors")
-    checkpoint_folder.commit(aside, recipe, checkpoint_folder.RunState(0, {}, 1, 1))
-    return output
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five grey images of different sizes: flat, half flat, and noise; and one file that is no image."""
-    target = tmp_path_factory.mktemp("images")
-    noise = np.random.default_rng(0).integers(0, 256, (40, 30), dtype=np.uint8)
-    half = noise.copy()
-    half[:20] = 90
-    pictures = {
-        "noise": noise,
-        "flat": np.full((28, 28), 90, np.uint8),
-        "half": half,
-        "small": noise[:9, :9],
-        "wide": noise[:14],
-    }
-    for name, pixels in pictures.items():
-        Image.fromarray(pixels).save(target / f"{name}.png")
-    (target / "broken.png").write_bytes(b"no image")
-    return target
+from fasthpm.pictures import map_images
 
 
 def test_a_folder_becomes_maps_ranking_and_overlays(run: Path, folder: Path, tmp_path: Path) -> None:
@@ -125,37 +85,3 @@ def test_auc_counts_pairs() -> None:
         want = (inside & chosen).sum() / chosen.sum(), (inside & chosen).sum() / inside.sum()
         place = 255 - int((level - values.min()) / (values.max() - values.min()) * 255)
         np.testing.assert_allclose(curve[:, place], want)
-
-
-def test_visualize_draws_files(run: Path, folder: Path, tmp_path: Path) -> None:
-    files = [str(folder / "noise.png"), str(folder / "wide.png")]
-    columns = ["image", "true_loss", "predicted_loss", "hardest", "reconstruction"]
-    visualize.main([str(run), "--images", *files, "--columns", *columns, "--attention", "-o", str(tmp_path / "a.png")])
-    with Image.open(tmp_path / "a.png") as picture:
-        assert picture.size[0] == 6 * (112 + drawing.GAP) + drawing.GAP
-    with pytest.raises(UserError, match="both say what to draw"):
-        visualize.main([str(run), "--images", *files, "--data_path", "synthetic:9"])
-
-
-def test_evidence_summary_is_paired_by_seed() -> None:
-    from bench import evidence
-
-    cells = (("random", 0, 50.0), ("random", 1, 60.0), ("hpm", 0, 52.0), ("hpm", 1, 61.0))
-    runs = [{"method": name, "seed": seed, "probes": dict.fromkeys(evidence.PROBES, x)} for name, seed, x in cells]
-    summary = evidence.summarise(runs, evidence.TITLES, evidence.PROBES, evidence.BASELINE)
-    assert summary["hpm"]["knn_mean"]["mean"] == 56.5
-    assert summary["hpm"]["gain"]["knn_mean"] == {"mean": 1.5, "std": pytest.approx(0.5**0.5), "low": 1.0, "high": 2.0}
-    assert evidence.ordering(summary, "knn_mean") == "random < hpm"
-    settings = {"epochs": 2, "steps_per_epoch": 3, "batch_size": 4, "bank": 10}
-    assert "| HPM, α 0 → 0.5 | +1.50 ± 0.71 |" in evidence.markdown({"summary": summary, "settings": settings})
-    assert json.dumps(summary)
-
-
-def test_linear_accuracy_separates_what_is_separable() -> None:
-    from bench import evidence
-
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(60) % 3
-    rows = torch.randn(60, 5, generator=generator) * 0.1 + torch.eye(3, 5)[labels] * 100 + 7
-    assert evidence.linear_accuracy(rows, labels, rows, labels) == 100.0
-    assert evidence.linear_accuracy(rows, labels, rows, (labels + 1) % 3) == 0.0

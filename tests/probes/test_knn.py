@@ -1,17 +1,22 @@
-"""The k-NN probe: DINO's vote against plain loops, and ranks that hold different shares of the data."""
+"""The k-NN probe: DINO's vote against plain loops, ranks that hold different shares of the data, and the command."""
 
 import math
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
 from fasthpm import recipes
 from fasthpm.data import build_loader
 from fasthpm.patches import model_of
 from fasthpm.probes import features, knn
+from tests.helpers.data_fixtures import prepare
+from tests.helpers.finetuning import DATA, flat_folder, read, refused, start
 
 
 def slow_vote(bank: Tensor, bank_labels: Tensor, query: Tensor, k: int, num_classes: int) -> int:
@@ -76,3 +81,28 @@ def test_a_limited_bank_is_the_first_samples_of_any_rank_count() -> None:
     assert torch.equal(fewer.rows, own[:5])
     assert torch.equal(fewer.labels, whole[0].labels[:5])
     torch.testing.assert_close(own.norm(dim=1), torch.ones(37))
+
+
+def test_vote_is_scikit_learns_weighted_vote() -> None:
+    generator = torch.Generator().manual_seed(1)
+    bank, queries = (F.normalize(torch.randn(n, 8, generator=generator, dtype=torch.float64)) for n in (300, 90))
+    labels = torch.randint(0, 6, (300,), generator=generator)
+
+    def weights(distance: np.ndarray) -> np.ndarray:
+        return np.exp((1 - distance**2 / 2) / knn.TEMPERATURE)  # of unit vectors: similarity = 1 - distance^2 / 2
+
+    for k, predicted in knn.vote(bank, labels, queries, 6).items():
+        theirs = KNeighborsClassifier(k, weights=weights, algorithm="brute").fit(bank.numpy(), labels.numpy())
+        assert predicted.tolist() == theirs.predict(queries.numpy()).tolist()
+
+
+def test_knn_refuses_what_does_not_fit_and_says_where_it_comes_from(run: Path, tmp_path: Path) -> None:
+    one = prepare(flat_folder(tmp_path / "one"), tmp_path / "one.beton")
+    assert "k is 50, more than the 48 training images that vote" in refused(knn, run, *DATA, "--k", "5", "50")
+    assert "k is 9, more than the 8 training" in refused(knn, run, *DATA, "--k", "9", "--bank_size", "0", "8")
+    assert "labels are missing" in refused(knn, run, "--train_path", one, "--val_path", one)
+    start(knn, run, *DATA, "--k", "5", "7", "-o", tmp_path / "knn.json")
+    found = read(tmp_path / "knn.json")
+    assert list(found["accuracy"]) == ["5", "7"]
+    assert found["effective_epochs"] == 1.0
+    assert len(found["checkpoint_hash"]) == 64

@@ -23,8 +23,7 @@ from fasthpm.cli import run_rank
 from fasthpm.errors import UserError
 from fasthpm.ranks import launch as ranks_launch
 from fasthpm.recipe import Recipe
-from fasthpm.run import metrics
-from fasthpm.run.health import SPIKE_LEAST, SpikeDetector, first_not_finite
+from fasthpm.run.health import first_not_finite
 from fasthpm.run.records import read_metrics
 from fasthpm.step import Step, StepOutput
 from tests.helpers.launch import ROOT, check_ranks
@@ -33,7 +32,6 @@ BAD_LOSS, BAD_GRADIENT = 2, 5  # updates, from 0; the first is spoiled on rank 1
 STAGES = ("zero1_bf16", "zero2_bf16", "zero3_bf16")  # ZeRO 3 last: it patches torch for good
 
 
-# ------------------------------------------------------------------------------------------------------ the ranks
 class InfiniteGradient(torch.autograd.Function):
     """The value itself, with an infinite gradient."""
 
@@ -112,7 +110,6 @@ def main() -> None:
             (folder / "found.json").write_text(json.dumps(found))
 
 
-# ------------------------------------------------------------------------------------------------------ the tests
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of all runs, done once."""
@@ -188,51 +185,6 @@ def test_too_many_end_the_run(folder: Path, found: dict[str, str]) -> None:
     checkpoint = newest_valid(folder / "cap", pytest.fail)
     assert checkpoint is not None
     assert (checkpoint.name, read_state(checkpoint).skipped) == ("step-00000004", [BAD_LOSS])
-
-
-def test_the_first_update_that_is_not_finite() -> None:
-    fine = {0: 1.0, 1: 0.0}
-    assert first_not_finite([0, 0, 1], [1.0, 2.0, 3.0], fine) is None
-    assert first_not_finite([0, 1, 1], [1.0, math.nan, 3.0], fine) == 1
-    assert first_not_finite([0, 1], [1.0, 3.0], {0: 1.0, 1: -1.0}) == 1  # DeepSpeed's sign for infinite
-    assert first_not_finite([0, 1], [1.0, math.inf], {0: math.inf, 1: 1.0}) == 0
-
-
-def test_a_loss_that_jumps_is_reported() -> None:
-    detector, noise = SpikeDetector(), torch.Generator().manual_seed(0)
-    calm = (1 + 0.01 * torch.randn(300, generator=noise)).tolist()
-    assert not detector.spikes([1.0, 9.0, *calm[: SPIKE_LEAST - 3]])  # too early to tell
-    assert not detector.spikes(calm)
-    assert detector.spikes([1.0, 1.5, 1.0]) == {1: pytest.approx(1, abs=0.01)}
-    flat = SpikeDetector()
-    assert flat.spikes([1.0] * 100 + [1.05, 1.2]) == {101: 1.0}  # no noise to compare with: a tenth more counts
-
-
-def test_spikes_reach_the_metrics(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        log = metrics.Metrics(
-            tmp_path,
-            rank=0,
-            world_size=1,
-            total_steps=99,
-            first_step=0,
-            flops_per_sample=1.0,
-            matmul_rate=1.0,
-            device=torch.device("cpu"),
-        )
-        for update in range(60):
-            values = torch.full((len(metrics.METRICS),), 3.0 if update == 57 else 1.0)
-            log._sum, log._count, log._samples = log._sum + values, log._count + 1, log._samples + 4
-            log._recent.append((update, torch.zeros(4), torch.zeros(4), values))
-            log.updated(update, 1.0)
-        others = {"lr": 0.0, "alpha": 0.0, "ema_momentum": 0.0, "bad_samples": 0.0, "skipped_updates": 0.0}
-        record = log.read(60, 1.0, 0.0, **others)
-        log.close()
-    finally:
-        torch.distributed.destroy_process_group()
-    assert record["loss_spikes"] == 1
-    assert "warning: the loss of update 58 is 3, the median before it 1" in capsys.readouterr().err
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from fasthpm.errors import UserError
-from fasthpm.run.journal import Journal
 from fasthpm.run.records import METRICS_FILE, append_line, gpu_hours, read_metrics, read_records
 from tests.helpers.disk import fill
 
@@ -39,22 +38,6 @@ def test_a_line_that_the_disk_does_not_take_leaves_the_file_as_it_was(small_disk
     (small_disk / "filler").unlink()
     append_line(path, "second")
     assert lines(path) == ["first", "second"]
-
-
-def test_a_journal_keeps_what_a_full_disk_did_not_take(small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    journal = Journal(small_disk, "train", rank=0, total_steps=4, first_step=0)
-    journal.write(1, 0.1, {"loss": 1.0}, {})
-    fill(small_disk)
-    long = {"loss": 2.0, **{f"figure_{number}": 1 / 3 for number in range(200)}}
-    for step in (2, 3):
-        journal.write(step, 0.1, long, {})
-    assert [record["step"] for record in read_records(small_disk / METRICS_FILE)] == [1]
-    (small_disk / "filler").unlink()
-    journal.write(4, 0.1, {"loss": 3.0}, {"loss": 3.0})
-    journal.close()
-    assert [record["step"] for record in read_records(small_disk / METRICS_FILE)] == [1, 2, 3, 4]
-    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
-    assert warnings == ["warning: metrics of update 2 could not be written (No space left on device); training goes on"]
 
 
 def test_gpu_hours_count_work_and_no_pauses() -> None:

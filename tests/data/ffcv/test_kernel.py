@@ -4,7 +4,7 @@ import subprocess
 import sys
 import threading
 from io import BytesIO
-from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -15,55 +15,14 @@ from numba import types
 from PIL import Image
 from torchvision.transforms.v2 import functional as reference
 
-from fasthpm.data.ffcv.kernel import AREA, BICUBIC, DAMAGED, FOREIGN, decode
+from fasthpm.data.ffcv.kernel import AREA, BICUBIC, DAMAGED, FOREIGN
 from fasthpm.data.sampling import area_resize, random_crops
-
-JPEG, RAW = 0, 1
-RESTARTS = ({}, {"restart_marker_blocks": 1}, {"restart_marker_blocks": 3}, {"restart_marker_rows": 1})
-
-
-def photograph(index: int, height: int, width: int) -> Image.Image:
-    """Smooth colours, edges of brightness and of colour, a little noise; nothing near black or white."""
-    rng = np.random.default_rng(index)
-    y, x = np.mgrid[:height, :width] / 40
-    waves = [np.sin(x * a + y * b + c) for a, b, c in rng.uniform(-2, 2, (3, 3))]
-    edges = (np.sin(x * y * 9) > 0.3)[..., None] * rng.uniform(-35, 35, 3)
-    pixels = 128 + 40 * np.stack(waves, -1) + edges + rng.normal(0, 3, (height, width, 1))
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-
-
-def jpeg(image: Image.Image, **options: object) -> bytes:
-    buffer = BytesIO()
-    image.save(buffer, "JPEG", **{"quality": 90, **options})
-    return buffer.getvalue()
+from tests.helpers.jpegs import RAW, RESTARTS, Samples, jpeg, photograph
+from tests.helpers.launch import ROOT
 
 
 def opened(data: bytes) -> Image.Image:
     return Image.open(BytesIO(data)).convert("RGB")
-
-
-class Samples:
-    """Samples in memory under a table like that of an open set."""
-
-    def __init__(self, blobs: list[bytes], sizes: list[tuple[int, int]], mode: int = JPEG) -> None:
-        self.memory = [np.frombuffer(blob, np.uint8) for blob in blobs]
-        self.sizes = np.array(sizes, np.int64)
-        self.table = (
-            np.array([array.ctypes.data for array in self.memory], np.uint64),
-            np.array([len(array) for array in self.memory], np.uint64),
-            np.full(len(blobs), mode, np.uint8),
-            *np.ascontiguousarray(self.sizes.T.astype(np.uint16)),
-        )
-
-    def decode(self, crops, size, *, ids=None, channels=3, interpolation=BICUBIC, jitter=None):
-        """Images and statuses of crops [b, 5]; both start from values that the kernel must replace."""
-        crops = np.array(crops, np.int64).reshape(-1, 5)
-        ids = np.arange(len(crops)) if ids is None else np.asarray(ids, np.int64)
-        images = np.full((len(ids), *size, channels), 77, np.uint8)
-        status = np.full(len(ids), -1, np.int32)
-        jitter = np.ones((len(ids), 3), np.float32) if jitter is None else np.asarray(jitter, np.float32)
-        decode(self.table, ids, crops, jitter, images, status, interpolation)
-        return images, status
 
 
 def samples_of(images: list[Image.Image], **options: object) -> Samples:
@@ -100,7 +59,7 @@ SIZES = [(375, 500), (500, 333), (64, 47), (31, 200), (17, 16), (224, 224), (9, 
 
 @pytest.mark.parametrize("interpolation", [AREA, BICUBIC])
 @pytest.mark.parametrize("size", [(64, 48), (224, 224), (7, 19)])
-def test_raw_pixels_are_resized_as_pil_does(interpolation, size):
+def test_raw_pixels_are_resized_as_pil_does(interpolation: int, size: tuple[int, int]) -> None:
     pictures = [photograph(index, *shape) for index, shape in enumerate(SIZES)]
     samples = raw_of(pictures)
     for epoch in range(3):
@@ -113,7 +72,9 @@ def test_raw_pixels_are_resized_as_pil_does(interpolation, size):
 @pytest.mark.parametrize("restarts", RESTARTS, ids=["whole", "by-1", "by-3", "by-row"])
 @pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
 @pytest.mark.parametrize("interpolation", [AREA, BICUBIC])
-def test_jpegs_are_decoded_and_resized_as_pil_does(subsampling, restarts, interpolation):
+def test_jpegs_are_decoded_and_resized_as_pil_does(
+    subsampling: str, restarts: dict[str, Any], interpolation: int
+) -> None:
     """Chroma too, although it is never brought to full size here; and of partial JPEGs as of whole ones."""
     samples = samples_of(
         [photograph(index, *shape) for index, shape in enumerate(SIZES)], subsampling=subsampling, **restarts
@@ -128,7 +89,7 @@ def test_jpegs_are_decoded_and_resized_as_pil_does(subsampling, restarts, interp
 
 @pytest.mark.parametrize("restart", [0, 1, 2])
 @pytest.mark.parametrize("sampling", [0x411111, 0x121111])  # 4:1:1 and 4:4:0
-def test_rarer_chroma(sampling, restart):
+def test_rarer_chroma(sampling: int, restart: int) -> None:
     options = [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, sampling, cv2.IMWRITE_JPEG_RST_INTERVAL, restart]
     blobs = [
         cv2.imencode(".jpg", np.array(photograph(i, *shape)), options)[1].tobytes() for i, shape in enumerate(SIZES)
@@ -141,7 +102,7 @@ def test_rarer_chroma(sampling, restart):
 
 
 @pytest.mark.parametrize("options", [{"progressive": True}, {"quality": 100}, {"optimize": True}, {"quality": 20}])
-def test_other_jpegs(options):
+def test_other_jpegs(options: dict[str, Any]) -> None:
     pictures = [photograph(index, 90, 120) for index in range(3)]
     samples = samples_of(pictures, **options)
     crops = [[3, 5, 60, 70, 0], [0, 0, 90, 120, 1], [40, 50, 50, 70, 0]]
@@ -160,7 +121,7 @@ def cubic_matrix(length: int, out: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("shape", [(50, 70), (13, 9), (200, 31), (8, 8)])
-def test_bicubic_of_noise_is_exact(shape):
+def test_bicubic_of_noise_is_exact(shape: tuple[int, int]) -> None:
     """PIL rounds and clips between its two passes, which shows at hard edges: here the sum without that."""
     pixels = np.random.default_rng(9).choice(np.array([0, 255, 90], np.uint8), (*shape, 3))
     images, _ = raw_of([Image.fromarray(pixels)]).decode([[0, 0, *shape, 0]], (24, 40))
@@ -168,7 +129,7 @@ def test_bicubic_of_noise_is_exact(shape):
     assert np.abs(exact.clip(0, 255) - images[0]).max() <= 0.51
 
 
-def test_partial_decoding_changes_nothing():
+def test_partial_decoding_changes_nothing() -> None:
     """The same coefficients, with restart markers and without, give the same pixels, bit for bit."""
     pictures = [photograph(index, 250, 301) for index in range(6)]
     plain, marked = (samples_of(pictures, **options) for options in ({}, {"restart_marker_blocks": 1}))
@@ -177,7 +138,7 @@ def test_partial_decoding_changes_nothing():
         assert np.array_equal(plain.decode(crops, (48, 48))[0], marked.decode(crops, (48, 48))[0])
 
 
-def test_partial_decoding_does_not_read_what_it_skips():
+def test_partial_decoding_does_not_read_what_it_skips() -> None:
     data = bytearray(jpeg(photograph(1, 160, 160), restart_marker_blocks=1))
     scan = data.index(b"\xff\xda")
     damaged = Samples([bytes(data[: scan + (len(data) - scan) // 2])], [(160, 160)])
@@ -191,7 +152,7 @@ def test_partial_decoding_does_not_read_what_it_skips():
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 9), (9, 1), (2, 2), (3, 3), (5, 4), (16, 17)])
 @pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:0", "4:2:2"])
-def test_tiny_images(shape, subsampling):
+def test_tiny_images(shape: tuple[int, int], subsampling: str) -> None:
     image = photograph(3, *shape)
     samples = samples_of([image], subsampling=subsampling)
     decoded = opened(samples.memory[0].tobytes())
@@ -202,7 +163,7 @@ def test_tiny_images(shape, subsampling):
         assert_like_pil(images, [decoded], crops, (12, 8), interpolation, most=5, mean=1)
 
 
-def test_one_pixel_crops_see_nothing_else():
+def test_one_pixel_crops_see_nothing_else() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (7, 9, 3), dtype=np.uint8)
     samples = raw_of([Image.fromarray(pixels)])
     crops = [[y, x, 1, 1, 0] for y in range(7) for x in range(9)]
@@ -211,7 +172,7 @@ def test_one_pixel_crops_see_nothing_else():
         assert (images == pixels.reshape(63, 1, 1, 3)).all()
 
 
-def test_no_pixel_outside_the_crop_leaks_in():
+def test_no_pixel_outside_the_crop_leaks_in() -> None:
     pixels = np.zeros((60, 60, 3), np.uint8)
     pixels[20:40, 15:45] = 200
     samples = raw_of([Image.fromarray(pixels)])
@@ -220,7 +181,7 @@ def test_no_pixel_outside_the_crop_leaks_in():
             assert (samples.decode([[20, 15, 20, 30, 0]], size, interpolation=interpolation)[0] == 200).all()
 
 
-def test_same_size_copies():
+def test_same_size_copies() -> None:
     pixels = np.random.default_rng(1).integers(0, 256, (33, 41, 3), dtype=np.uint8)
     samples = raw_of([Image.fromarray(pixels)])
     for interpolation in (AREA, BICUBIC):
@@ -229,14 +190,14 @@ def test_same_size_copies():
         )
 
 
-def test_flip_mirrors_exactly():
+def test_flip_mirrors_exactly() -> None:
     samples = samples_of([photograph(4, 100, 130)])
     plain, _ = samples.decode([[10, 20, 70, 90, 0]], (40, 50))
     flipped, _ = samples.decode([[10, 20, 70, 90, 1]], (40, 50))
     assert np.array_equal(plain[:, :, ::-1], flipped)
 
 
-def test_large_images_shrink():
+def test_large_images_shrink() -> None:
     image = photograph(5, 1400, 2100)
     for samples in (samples_of([image]), raw_of([image])):
         source = image if samples.table[2][0] == RAW else opened(samples.memory[0].tobytes())
@@ -247,7 +208,7 @@ def test_large_images_shrink():
             assert_like_pil(images, [source], crops, (30, 20), interpolation, most=2, mean=0.4)
 
 
-def test_one_channel():
+def test_one_channel() -> None:
     """Luma of JPEGs, the first channel of raw pixels, and grey JPEGs as three equal channels."""
     image = photograph(6, 80, 90)
     grey = image.convert("L")
@@ -264,7 +225,7 @@ def test_one_channel():
     assert (three == only.decode(crop, (32, 32), channels=1)[0]).all()
 
 
-def test_rgb_jpegs_without_ycc():
+def test_rgb_jpegs_without_ycc() -> None:
     image = photograph(7, 50, 60)
     samples = samples_of([image], keep_rgb=True, subsampling=0)
     images, status = samples.decode([[0, 0, 50, 60, 0]], (25, 30))
@@ -283,7 +244,7 @@ def by_torchvision(image: np.ndarray, factors: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_jitter_is_torchvisions(channels):
+def test_jitter_is_torchvisions(channels: int) -> None:
     samples = raw_of([photograph(8, 64, 64)])
     factors = np.random.default_rng(2).uniform(0, 2, (12, 3)).astype(np.float32)
     factors[:3] = [[0.5, 1, 1], [1, 1.7, 1], [1, 1, 0.2]]
@@ -320,7 +281,7 @@ def damaged_jpegs() -> dict[str, tuple[bytes, int]]:
 
 
 @pytest.mark.parametrize("name", damaged_jpegs())
-def test_damaged_jpegs_are_reported_and_left_black(name):
+def test_damaged_jpegs_are_reported_and_left_black(name: str) -> None:
     data, expected = damaged_jpegs()[name]
     good = jpeg(photograph(9, 40, 40))
     samples = Samples([good, data, good], [(40, 40)] * 3)
@@ -334,14 +295,14 @@ def test_damaged_jpegs_are_reported_and_left_black(name):
 @pytest.mark.parametrize(
     "crop", [(-1, 0, 5, 5), (0, -1, 5, 5), (0, 0, 41, 5), (0, 30, 5, 11), (0, 0, 0, 5), (0, 0, 5, 0)]
 )
-def test_crops_outside_the_image_are_refused(crop):
+def test_crops_outside_the_image_are_refused(crop: tuple[int, ...]) -> None:
     for samples in (samples_of([photograph(1, 40, 40)]), raw_of([photograph(1, 40, 40)])):
         images, status = samples.decode([[*crop, 0]], (8, 8))
         assert status == FOREIGN
         assert not images.any()
 
 
-def test_ffcvs_loader_in_the_same_process():
+def test_ffcvs_loader_in_the_same_process() -> None:
     """It marks numba's type of byte arrays read-only, on which calls with such arrays used to fail."""
     types.Array(types.uint8, 1, "C").mutable = False
     images, status = raw_of([photograph(1, 9, 9)]).decode([[0, 0, 9, 9, 0]], (9, 9))
@@ -350,17 +311,17 @@ def test_ffcvs_loader_in_the_same_process():
     assert types.Array(types.uint8, 1, "C").mutable
 
 
-def test_an_empty_batch_is_nothing():
+def test_an_empty_batch_is_nothing() -> None:
     images, status = raw_of([photograph(1, 4, 4)]).decode(np.zeros((0, 5)), (8, 8), ids=[])
     assert len(images) == len(status) == 0
 
 
 FUZZ = """
 import sys
-sys.path.insert(0, {folder!r})
+sys.path.insert(0, {root!r})
 import numpy as np
 from hypothesis import given, settings, strategies as st
-from test_kernel import RESTARTS, Samples, jpeg, photograph
+from tests.helpers.jpegs import RESTARTS, Samples, jpeg, photograph
 
 ORIGINALS = [
     jpeg(photograph(index, 45, 70), subsampling=subsampling, **options)
@@ -401,16 +362,16 @@ print("survived", len(counts), sum(counts))
 """
 
 
-def test_mutated_jpegs_never_crash_or_hang():
+def test_mutated_jpegs_never_crash_or_hang() -> None:
     """In a process of its own, so that a crash is seen. What decodes, decodes the same way twice."""
-    code = FUZZ.format(folder=str(Path(__file__).parent))
+    code = FUZZ.format(root=str(ROOT))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.startswith("survived")
 
 
 # ------------------------------------------------------------------------------------------------- threads and memory
-def test_threads_do_not_disturb_each_other():
+def test_threads_do_not_disturb_each_other() -> None:
     pictures = [photograph(index, 100 + 20 * index, 150) for index in range(6)]
     samples = samples_of(pictures, restart_marker_blocks=2)
     crops = random_crops(4, 0, np.arange(6), samples.sizes, 0.1, True)
@@ -432,7 +393,7 @@ def test_threads_do_not_disturb_each_other():
     assert not wrong
 
 
-def test_memory_does_not_grow():
+def test_memory_does_not_grow() -> None:
     """Over good and damaged samples; a handle that stays open would cost some ten kB each."""
     good = jpeg(photograph(1, 60, 60), restart_marker_blocks=1)
     samples = Samples([good, good[: len(good) // 2], b"\xff\xd8"], [(60, 60)] * 3)

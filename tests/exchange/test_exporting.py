@@ -1,0 +1,281 @@
+"""Weights that leave for other libraries: the same outputs on both sides, or a refusal."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm.models
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fasthpm import recipes
+from fasthpm.__main__ import dispatch
+from fasthpm.checkpoint import folder as checkpoint_folder
+from fasthpm.checkpoint import weights
+from fasthpm.checkpoint.weights import load_weights
+from fasthpm.errors import UserError
+from fasthpm.exchange import exporting, forms
+from fasthpm.model import HPMViT
+from fasthpm.patches import model_of
+from fasthpm.recipe import Recipe
+from tests.helpers.published import run_import
+from tests.helpers.runs import recipe_in
+from tests.helpers.videos import video_run
+
+
+def run_with(folder: Path, **changes: Any) -> tuple[Path, HPMViT]:
+    """A run whose weights, biases and norms are all away from their initial values, and its model."""
+    sizes = {"input_size": "12", "channels": 3, "decoder_depth": 2, "norm_pix_loss": True}
+    recipe = Recipe(**{**vars(recipes.debug()), **sizes, **changes})
+    model = model_of(recipe).eval()
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    aside = checkpoint_folder.begin(folder, 3)
+    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, aside / "student.safetensors")
+    checkpoint_folder.commit(aside, recipe, checkpoint_folder.RunState(3, {}, 1, 1))
+    return folder, model
+
+
+def pictures(model: HPMViT) -> Tensor:
+    return torch.randn(2, model.in_chans, *model.img_size, generator=torch.Generator().manual_seed(9))
+
+
+def close(theirs: Tensor, ours: Tensor) -> None:
+    torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("size", "channels"), [("12", 3), ("8x20", 1)])
+def test_timm_and_hugging_face_encoders(tmp_path: Path, size: str, channels: int) -> None:
+    """What a user writes to load the file; also rectangles and other channels."""
+    import transformers
+
+    run, model = run_with(tmp_path / "run", input_size=size, channels=channels)
+    images = pictures(model)
+    dispatch(["export", str(run), "-o", str(tmp_path / "new" / "encoder.safetensors")])
+    vit = timm.models.VisionTransformer(**forms.metadata_of(tmp_path / "new/encoder.safetensors", "timm")).eval()
+    vit.load_state_dict(load_file(tmp_path / "new/encoder.safetensors"))
+    close(vit.forward_features(images), model.encode(images))
+    dispatch(["export", str(run), "--format", "hf_vit", "-o", str(tmp_path / "hf")])
+    theirs = transformers.ViTModel.from_pretrained(tmp_path / "hf", add_pooling_layer=False).eval()
+    close(theirs(images).last_hidden_state, model.encode(images))
+
+
+@torch.no_grad()
+def test_timm_names_are_suggested_where_they_fit(tmp_path: Path) -> None:
+    sizes = {"model": "hpm_vit_tiny_patch16_224", "input_size": "224", "patch_size": 16, "decoder_depth": 1}
+    _, model = run_with(tmp_path / "run", **sizes)
+    exporting.export_weights(model, load_weights(tmp_path / "run")[1], tmp_path / "tiny.safetensors")
+    line = forms.FORMS["timm"].usage(tmp_path / "tiny.safetensors")
+    vit = eval(line, {"timm": timm}).eval()
+    close(vit(pictures(model)), model.encode(pictures(model))[:, 0])
+
+
+@torch.no_grad()
+def test_torchvision_encoder(tmp_path: Path) -> None:
+    import torchvision
+
+    run, model = run_with(tmp_path / "run")
+    dispatch(["export", str(run), "--format", "torchvision", "-o", str(tmp_path / "tv.safetensors")])
+    vit = torchvision.models.VisionTransformer(
+        image_size=12, patch_size=4, num_layers=4, num_heads=4, hidden_dim=128, mlp_dim=512
+    ).eval()
+    vit.heads = nn.Identity()
+    vit.load_state_dict(load_file(tmp_path / "tv.safetensors"))
+    images = pictures(model)
+    close(vit(images), model.encode(images)[:, 0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["hpm", "mae"])
+def test_hugging_face_mae(tmp_path: Path, method: str) -> None:
+    """Encoder, reconstructor, target and mask ratio; the loss predictor stays behind."""
+    import transformers
+
+    changes = (
+        {} if method == "hpm" else {"model": "mae_vit_nano_patch4_28", "predict_loss": "none", "mask_policy": "random"}
+    )
+    run, model = run_with(tmp_path / "run", mask_ratio=0.6, **changes)
+    dispatch(["export", str(run), "--format", "hf_vitmae", "-o", str(tmp_path / "hf")])
+    theirs = transformers.ViTMAEForPreTraining.from_pretrained(tmp_path / "hf").eval()
+    images = pictures(model)
+    noise = torch.rand(2, 9, generator=torch.Generator().manual_seed(2))
+    out = theirs(images, noise=noise)
+    ours = model(images, out.mask.bool())
+    assert out.mask.sum() == 2 * 6
+    close(out.logits[out.mask.bool()].reshape(ours.reconstruction.shape), ours.reconstruction)
+    close(out.loss, ours.reconstruction_loss)
+
+
+def test_plain_file_comes_back_as_the_same_run(tmp_path: Path) -> None:
+    """Without a word about heads or targets: the recipe travels in the file."""
+    run, model = run_with(tmp_path / "run", decoder_heads=2)
+    dispatch(["export", str(run), "--format", "safetensors", "-o", str(tmp_path / "all.safetensors")])
+    run_import(tmp_path / "all.safetensors", tmp_path / "back")
+    again, recipe = load_weights(tmp_path / "back")
+    assert recipe == load_weights(run)[1]
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in again.state_dict().items())
+
+
+@pytest.mark.parametrize("form", forms.FORMS)
+def test_a_difference_leaves_no_file(tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One weight that is off by a ten-thousandth on its way out is found in every form."""
+    video = {"model": "hpm_vit_nano_patch8_32_video", "num_frames": 4, "tubelet_size": 2}
+    _, model = run_with(tmp_path / "run", **(video if form == "hf_videomae" else {}))
+    recipe = load_weights(tmp_path / "run")[1]
+    original = forms.save_tensors
+
+    def off(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+        names = ("blocks.2.norm2.bias", "layer_2.ln_2.bias", "layer.2.layernorm_after.bias")
+        key = next(key for key in tensors if key.endswith(names))
+        tensors[key][3] += 1e-4
+        original(tensors, path, metadata)
+
+    monkeypatch.setattr(forms, "save_tensors", off)
+    output = tmp_path / "out" / "some.safetensors"
+    with pytest.raises(RuntimeError, match="outputs differ from ours by"):
+        exporting.export_weights(model, recipe, output, form)
+    assert not list(output.parent.iterdir())
+    monkeypatch.setattr(forms, "save_tensors", original)
+    assert exporting.export_weights(model, recipe, output, form) < 1e-12
+
+
+def test_even_the_eps_of_a_norm_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, model = run_with(tmp_path / "run")
+    monkeypatch.setattr(forms, "LAYER_NORM_EPS", 1e-12)
+    with pytest.raises(RuntimeError, match="transformers's outputs differ from ours"):
+        exporting.export_weights(model, load_weights(tmp_path / "run")[1], tmp_path / "hf", "hf_vit")
+
+
+@pytest.mark.parametrize(
+    ("changes", "flags", "message"),
+    [
+        ({"input_size": "8x12"}, ["--format", "torchvision"], "needs square images, this model's are 8x12; use"),
+        ({"channels": 1}, ["--format", "torchvision"], "needs 3 channels, this model has 1"),
+        ({"input_size": "8x12"}, ["--format", "hf_vitmae"], "needs square images"),
+        ({}, ["--format", "timn"], "argument --format: invalid choice: 'timn'"),
+        ({}, ["-o", "x.pth"], "output x.pth must end in .safetensors for --format timm"),
+        ({}, ["--weights", "teacher"], "has no teacher weights|holds no training state"),
+    ],
+)
+def test_exports_that_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], flags: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run, _ = run_with(tmp_path / "run", **changes)
+    with pytest.raises(UserError, match=message):
+        dispatch(["export", str(run), *flags])
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_export_keeps_what_is_there(tmp_path: Path) -> None:
+    _, model = run_with(tmp_path / "run")
+    recipe = load_weights(tmp_path / "run")[1]
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(UserError, match="is there already; remove it"):
+        exporting.export_weights(model, recipe, tmp_path / "taken", "hf_vit")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="is there already"):
+        exporting.export_weights(model, recipe, tmp_path / "file", "hf_vit")
+    with torch.no_grad():
+        model.cls_token[0, 0, 0] = np.nan
+    with pytest.raises(UserError, match=r"weights \['cls_token'\] are not finite"):
+        exporting.export_weights(model, recipe, tmp_path / "x.safetensors")
+
+
+def test_a_library_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, model = run_with(tmp_path / "run")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(UserError, match=r"needs transformers, .*; install it: pip install 'fasthpm\[hf\]'"):
+        exporting.export_weights(model, load_weights(tmp_path / "run")[1], tmp_path / "hf", "hf_vit")
+    assert not (tmp_path / "hf").exists()
+
+
+def test_statistics_travel_from_the_run(tmp_path: Path) -> None:
+    """Whoever feeds the exported encoder must know how its images were normalised."""
+    from transformers import AutoImageProcessor
+
+    run, model = run_with(tmp_path / "run")
+    recipe = load_weights(run)[1]
+    exporting.export_weights(
+        model, recipe, run / "encoder.safetensors", info={"mean": [0.1, 0.2, 0.3], "std": [1, 1, 2]}
+    )
+    dispatch(["export", str(run / "checkpoints/step-00000003"), "--format", "hf_vit", "-o", str(tmp_path / "hf")])
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "hf")
+    picture = np.full((12, 12, 3), 255, dtype=np.uint8)
+    values = processor(images=picture, return_tensors="pt")["pixel_values"][0, :, 0, 0]
+    torch.testing.assert_close(values, torch.tensor([0.9, 0.8, 0.35]), rtol=0, atol=1e-5)
+
+
+def test_timm_computes_what_the_encoder_computes(tmp_path: Path) -> None:
+    recipe = recipe_in(tmp_path, input_size="20x28")
+    model = model_of(recipe).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    path = tmp_path / "encoder.safetensors"
+    exporting.export_weights(model, recipe, path, info={"mean": [0.5]})
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    assert json.loads(metadata["mean"]) == [0.5]
+    vit = timm.models.VisionTransformer(**json.loads(metadata["timm"])).eval()
+    vit.load_state_dict(load_file(path), strict=True)
+    images = torch.randn(2, 1, 20, 28)
+    with torch.no_grad():
+        torch.testing.assert_close(vit.forward_features(images), model.encode(images), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(vit(images), model.encode(images)[:, 0], rtol=1e-4, atol=1e-5)
+
+
+def test_timm_create_model_loads_the_file(tmp_path: Path) -> None:
+    """As README says it, at the published size."""
+    recipe = Recipe(model="hpm_vit_tiny_patch16_224", decoder_dim=64, decoder_depth=1, decoder_heads=4)
+    model = model_of(recipe).eval()
+    path = tmp_path / "encoder.safetensors"
+    exporting.export_weights(model, recipe, path)
+    vit = timm.create_model("vit_tiny_patch16_224", num_classes=0, checkpoint_path=str(path)).eval()
+    images = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        torch.testing.assert_close(vit.forward_features(images), model.encode(images), rtol=1e-4, atol=1e-4)
+
+
+# -------------------------------------------------------------------------------------------------- videos
+def test_huggingface_computes_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Key biases away from zero, which VideoMAEModel does not have; and its processor normalises as the run did."""
+    run, model = video_run(tmp_path / "run", input_size="16x24")
+    assert model.blocks[0].attn.qkv.bias[128:256].abs().min() > 0  # type: ignore[union-attr, index, operator]
+    info = {"mean": [0.1, 0.2, 0.3], "std": [1, 1, 2]}
+    exporting.export_weights(model, weights.load_weights(run)[1], run / "model.safetensors", info=info)
+    dispatch(["export", str(run), "--format", "hf_videomae", "-o", str(tmp_path / "hf")])
+    assert "VideoMAEModel.from_pretrained" in capsys.readouterr().out
+    import transformers
+
+    clips = torch.randn(2, 3, 8, 16, 24)
+    theirs = transformers.VideoMAEModel.from_pretrained(tmp_path / "hf")(clips.transpose(1, 2)).last_hidden_state
+    torch.testing.assert_close(theirs, model.encode(clips), rtol=1e-4, atol=1e-4)
+    keys = load_file(tmp_path / "hf" / "model.safetensors")
+    assert {k.rpartition("attention.")[2] for k in keys if k.startswith("encoder.layer.0.attention.attention")} == {
+        "query.weight",
+        "key.weight",
+        "value.weight",
+        "q_bias",
+        "v_bias",
+    }
+
+
+def test_exports_of_videos_to_image_libraries_are_refused(tmp_path: Path) -> None:
+    run, model = video_run(tmp_path / "run")
+    for form, library in (("timm", "timm"), ("hf_vit", "transformers"), ("torchvision", "torchvision")):
+        with pytest.raises(UserError, match=f"{library} has no video ViT like this one; use one of hf_videomae, safe"):
+            dispatch(["export", str(run), "--format", form, "-o", str(tmp_path / "x.safetensors")])
+    dispatch(["export", str(run), "-o", str(tmp_path / "all.safetensors")])
+    dispatch(["import", str(tmp_path / "all.safetensors"), "-o", str(tmp_path / "back")])
+    again, recipe = weights.load_weights(tmp_path / "back")
+    assert recipe == weights.load_weights(run)[1]
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in again.state_dict().items())

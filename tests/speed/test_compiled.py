@@ -1,0 +1,60 @@
+"""The compiled step against the eager one."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from fasthpm.errors import UserError
+from fasthpm.speed.compiled import Compiled
+from tests.helpers.steps import ALPHA, batch, step_of
+
+
+def test_the_compiled_step_is_the_eager_one_and_compiled_once() -> None:
+    eager, compiled = step_of(), step_of()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled.compile_with(counter)
+    images, ids = batch()
+    counts = []
+    for number in range(3):  # alpha, update and weights change
+        arguments = (images, ids, torch.tensor(number), torch.tensor(0.2 * number, dtype=torch.float64))
+        one, two = eager(*arguments), compiled(*arguments)
+        torch.testing.assert_close(two.metrics, one.metrics, rtol=1e-5, atol=1e-6)
+        assert torch.equal(one.mask, two.mask)
+        for step, output in ((eager, one), (compiled, two)):
+            step.zero_grad()
+            output.loss.backward()
+        for ours, theirs in zip(compiled.parameters(), eager.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-7)
+            with torch.no_grad():
+                ours -= 0.01 * theirs.grad
+                theirs -= 0.01 * theirs.grad
+        counts.append(counter.frame_count)
+    assert counts[0] == counts[-1]
+    for part in (compiled.run_teacher, compiled.run_student):
+        assert isinstance(part, Compiled)
+        assert not part.failure
+
+
+def test_a_compiler_that_fails_is_named_once_and_the_step_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    def broken(graph: Any, inputs: Any) -> Any:
+        raise RuntimeError("no compiler here\nand more")
+
+    step, eager = step_of(), step_of()
+    step.compile_with(broken)
+    for number in range(2):
+        arguments = (*batch(), torch.tensor(number), ALPHA)
+        torch.testing.assert_close(step(*arguments).metrics, eager(*arguments).metrics)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2  # the teacher, the step
+    assert all("warning: torch.compile of the" in line and "no compiler here" in line for line in lines)
+
+
+def test_wrong_input_is_not_the_compilers_fault() -> None:
+    def fails(value: Tensor) -> Tensor:
+        raise UserError("wrong")
+
+    with pytest.raises(UserError, match="wrong"):
+        Compiled(fails, "it", "eager")(torch.ones(1))
