@@ -145,7 +145,7 @@ def classifier(disk: Path, inputs: Path) -> Write:
     vit = timm.models.VisionTransformer(img_size=28, patch_size=4, embed_dim=64, depth=1, num_heads=2, num_classes=2)
     weights = {f"vit.{name}": value for name, value in vit.state_dict().items()}
     step, settings = SimpleNamespace(vit=vit), SimpleNamespace(global_pool="avg")
-    notes = {checkpoint_folder.CLASSIFIER: json.dumps({"model": {}})}
+    notes = {checkpoint_folder.FINETUNE_NOTES: json.dumps({"model": {}})}
     run: Any = SimpleNamespace(step=step, settings=settings, notes=notes, info=INFO)
     return lambda: command.write_classifier(run, weights, disk / "classifier.safetensors")
 
@@ -156,7 +156,7 @@ def classifiers_result(disk: Path, inputs: Path) -> Write:
 
 
 def finetunes_folder(disk: Path, inputs: Path) -> Write:
-    settings, notes = FineTune(output_dir=str(disk / "finetune")), {checkpoint_folder.CLASSIFIER: "{}"}
+    settings, notes = FineTune(output_dir=str(disk / "finetune")), {checkpoint_folder.FINETUNE_NOTES: "{}"}
     run: Any = SimpleNamespace(settings=settings, notes=notes, recipe=recipes.debug(), num_parameters=0)
     return lambda: command.prepare_output(run)
 
