@@ -2,6 +2,7 @@
 
 import ast
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -118,6 +119,11 @@ def test_no_test_is_imported() -> None:
     """Nor by a program that a test writes and starts; what tests share is in `helpers` and in conftest.py."""
     wrong = re.compile(r"^\s*(?:from|import)\s+(?:[\w.]+\.)?test_", re.MULTILINE)
     assert [str(path) for path in TESTS.rglob("*.py") if wrong.search(path.read_text())] == []
+
+
+def test_no_helper_hides_a_module_of_python() -> None:
+    """Some of them run as programs, whose folder Python searches first."""
+    assert {path.stem for path in (TESTS / "helpers").glob("*.py")} & sys.stdlib_module_names == set()
 
 
 def test_the_storeys_in_the_documentation_are_these() -> None:

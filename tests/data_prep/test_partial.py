@@ -21,7 +21,7 @@ from fasthpm.data.ffcv.beton import open_beton
 from fasthpm.errors import UserError
 from tests.helpers.data_fixtures import image_folder, picture, prepare
 from tests.helpers.launch import ROOT
-from tests.helpers.numbers import Numbers, run
+from tests.helpers.misbehaving import Numbers, run
 
 CHUNK = 4
 
@@ -165,7 +165,7 @@ sys.path.insert(0, {root!r})
 from pathlib import Path
 from data_prep import partial, writer
 from fasthpm.cli import run_command
-from tests.helpers.numbers import Numbers, run
+from tests.helpers.misbehaving import Numbers, run
 writer.CHUNK, partial.COMMIT_SECONDS = 4, 0.0
 folder = Path(sys.argv[1])
 run_command(lambda argv: run(Numbers(folder, sys.argv[2]), folder / "out" / "a.beton"))
