@@ -10,12 +10,11 @@ import pytest
 import timm.models
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fasthpm import recipes
 from fasthpm.__main__ import dispatch
-from fasthpm.checkpoint import folder as checkpoint_folder
 from fasthpm.checkpoint import weights
 from fasthpm.checkpoint.weights import load_weights
 from fasthpm.errors import UserError
@@ -24,23 +23,14 @@ from fasthpm.model import HPMViT
 from fasthpm.patches import model_of
 from fasthpm.recipe import Recipe
 from tests.helpers.published import run_import
-from tests.helpers.runs import recipe_in
+from tests.helpers.runs import recipe_in, run_of
 from tests.helpers.videos import video_run
 
 
 def run_with(folder: Path, **changes: Any) -> tuple[Path, HPMViT]:
     """A run whose weights, biases and norms are all away from their initial values, and its model."""
     sizes = {"input_size": "12", "channels": 3, "decoder_depth": 2, "norm_pix_loss": True}
-    recipe = Recipe(**{**vars(recipes.debug()), **sizes, **changes})
-    model = model_of(recipe).eval()
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    aside = checkpoint_folder.begin(folder, 3)
-    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, aside / "student.safetensors")
-    checkpoint_folder.commit(aside, recipe, checkpoint_folder.RunState(3, {}, 1, 1))
-    return folder, model
+    return run_of(folder, Recipe(**{**vars(recipes.debug()), **sizes, **changes}))
 
 
 def pictures(model: HPMViT) -> Tensor:

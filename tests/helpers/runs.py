@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from fasthpm import recipes
 from fasthpm.checkpoint import folder as checkpoint_folder
 from fasthpm.checkpoint.folder import RunState
+from fasthpm.model import HPMViT
 from fasthpm.patches import model_of
 from fasthpm.recipe import Recipe
 
@@ -25,6 +26,19 @@ def run_with_random_weights(output: Path, recipe: Recipe) -> Path:
     save_file(weights, aside / "student.safetensors")
     checkpoint_folder.commit(aside, recipe, checkpoint_folder.RunState(0, {}, 1, 1))
     return output
+
+
+def run_of(folder: Path, recipe: Recipe) -> tuple[Path, HPMViT]:
+    """A run whose weights, biases and norms are all away from their initial values, and its model."""
+    model = model_of(recipe).eval()
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    aside = checkpoint_folder.begin(folder, 3)
+    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, aside / "student.safetensors")
+    checkpoint_folder.commit(aside, recipe, checkpoint_folder.RunState(3, {}, 1, 1))
+    return folder, model
 
 
 def recipe_in(folder: Path, **changes: object) -> Recipe:

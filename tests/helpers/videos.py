@@ -5,12 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
-from fasthpm.checkpoint import folder as checkpoint_folder
 from fasthpm.model import HPMViT
-from fasthpm.patches import model_of
 from fasthpm.recipe import Recipe
+from tests.helpers.runs import run_of
 
 
 def small(**options: Any) -> HPMViT:
@@ -27,16 +25,7 @@ def small(**options: Any) -> HPMViT:
 
 def video_run(folder: Path, **changes: Any) -> tuple[Path, HPMViT]:
     """A run folder whose weights, biases and norms are all away from their initial values, and its model."""
-    recipe = tiny(**changes)
-    model = model_of(recipe).eval()
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    aside = checkpoint_folder.begin(folder, 3)
-    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, aside / "student.safetensors")
-    checkpoint_folder.commit(aside, recipe, checkpoint_folder.RunState(3, {}, 1, 1))
-    return folder, model
+    return run_of(folder, tiny(**changes))
 
 
 def tiny(**changes: Any) -> Recipe:
