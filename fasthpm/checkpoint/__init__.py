@@ -4,7 +4,6 @@ from fasthpm.checkpoint.folder import (
     FINETUNE_NOTES,
     MANIFEST,
     RECIPE,
-    STATE,
     RunState,
     begin,
     checkpoint_path,
@@ -13,15 +12,12 @@ from fasthpm.checkpoint.folder import (
     compare_recipes,
     continued,
     cpu_state,
-    damage,
     find_resume,
     newest_valid,
     oldest_step,
     read_state,
     require_space,
     rotate,
-    step_of,
-    with_training_state,
 )
 from fasthpm.checkpoint.foreign import load_reference
 from fasthpm.checkpoint.weights import checkpoint_of, initial_model, load_weights
@@ -30,7 +26,6 @@ __all__ = [
     "FINETUNE_NOTES",
     "MANIFEST",
     "RECIPE",
-    "STATE",
     "RunState",
     "begin",
     "checkpoint_of",
@@ -40,7 +35,6 @@ __all__ = [
     "compare_recipes",
     "continued",
     "cpu_state",
-    "damage",
     "find_resume",
     "initial_model",
     "load_reference",
@@ -50,6 +44,4 @@ __all__ = [
     "read_state",
     "require_space",
     "rotate",
-    "step_of",
-    "with_training_state",
 ]

@@ -3,13 +3,12 @@
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from fasthpm.data.bad import BadSample
+from fasthpm.data.bad import BadSample
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ class Loader(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue at a position that `state_dict` gave."""
 
-    def bad_samples(self) -> list["BadSample"]:
+    def bad_samples(self) -> list[BadSample]:
         """The samples that this rank met so far and that do not decode, each once."""
 
     def close(self) -> None:

@@ -3,14 +3,13 @@
 from fasthpm.ranks.agreement import agree, by_first, in_agreement, naming_lost_ranks
 from fasthpm.ranks.deepspeed_json import merge_config
 from fasthpm.ranks.engine import build_engine, grad_norm, hush, set_lr, update_applied
-from fasthpm.ranks.launch import Launch, finish, session, start, threads, timeout
+from fasthpm.ranks.launch import Launch, session, timeout
 
 __all__ = [
     "Launch",
     "agree",
     "build_engine",
     "by_first",
-    "finish",
     "grad_norm",
     "hush",
     "in_agreement",
@@ -18,8 +17,6 @@ __all__ = [
     "naming_lost_ranks",
     "session",
     "set_lr",
-    "start",
-    "threads",
     "timeout",
     "update_applied",
 ]

@@ -229,8 +229,8 @@ def refuse_other(output_dir: Path, notes: str) -> None:
     theirs["settings"] = FineTune().science | theirs["settings"]  # of an earlier version, with fewer
     if theirs["model"] != ours["model"]:
         raise UserError(
-            f"output_dir {output_dir} holds the classifier of another architecture ({differences(theirs['model'], ours['model'])}); "  # noqa: E501
-            f"choose another --output_dir"
+            f"output_dir {output_dir} holds the classifier of another architecture "
+            f"({differences(theirs['model'], ours['model'])}); choose another --output_dir"
         )
     if theirs["classes"] != ours["classes"]:
         raise UserError(
