@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fasthpm import loss as losses
-from fasthpm.errors import UserError
+from fasthpm.difficulty import DIFFICULTIES
+from fasthpm.errors import UserError, nearest
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,11 @@ class Architecture:
     - `predictor`: "separate", or "shared": a norm and a linear head on the reconstructor's blocks instead of blocks of
       its own (the CVPR paper's open question)
     - `decoder_attention`: "self", or "cross": only mask tokens go through the decoders; in every block they attend to
-      cls and visible tokens as those enter the decoder (after CrossMAE, arXiv 2401.14391), not to each other. The
-      teacher asks with mask tokens everywhere. Parameters have the same names and shapes
+      cls and visible tokens as those enter the decoder (after CrossMAE, arXiv 2401.14391), not to each other.
+      Parameters have the same names and shapes
+    - `difficulty`: how `predict_loss` answers, a name in `fasthpm.difficulty.DIFFICULTIES`. Cross decoders know no
+      question but masked_query: it is what "paper" means for them
+    - `mask_ratio`, `mask_unit` (side in patches): of the student's masks, which some questions imitate
     - `encoder_mask_tokens`, `video`: SimMIM, VideoMAE; see `HPMViT`
     - `pixel_loss`: "mse" or "l1"; `absolute_standardize`, `norm_pix_loss`: see `fasthpm.loss`
     - `target_dim`: width D' of the features that are predicted, by `feature_loss`; 0 = pixels are
@@ -47,6 +51,9 @@ class Architecture:
     decoder_attention: str = "self"
     encoder_mask_tokens: bool = False
     predict_loss: str = "relative"
+    difficulty: str = "paper"
+    mask_ratio: float = 0.75
+    mask_unit: int = 1
     absolute_standardize: bool = True
     pixel_loss: str = "mse"
     norm_pix_loss: bool = False
@@ -58,6 +65,11 @@ class Architecture:
     activation_checkpointing: bool = False
 
     def __post_init__(self) -> None:
+        if self.difficulty not in DIFFICULTIES:
+            raise UserError(
+                f"difficulty is {self.difficulty!r}, expected one of {', '.join(DIFFICULTIES)}"
+                f"{nearest(self.difficulty, list(DIFFICULTIES))}"
+            )
         if self.encoder_mask_tokens and (self.predictor == "shared" or self.decoder_attention == "cross"):
             raise UserError("SimMIM has no decoder blocks: use predictor separate and decoder_attention self with it")
         if any(side % self.patch_size for side in self.image_size):

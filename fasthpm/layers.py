@@ -58,6 +58,20 @@ class ScalarHead(nn.Module):
         return F.linear(*values).squeeze(-1)
 
 
+class DifficultyHead(nn.Module):
+    """A small multi-layer perceptron, D -> 1 in float32: how hard a patch is, from its own features."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, LAYER_NORM_EPS)
+        self.fc = nn.Linear(dim, dim)
+        self.pred = ScalarHead(dim, 1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[B, N, D] -> float32 [B, N]."""
+        return self.pred(F.gelu(self.fc(self.norm(tokens))))
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with biased qkv."""
 

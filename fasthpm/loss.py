@@ -159,6 +159,19 @@ def spearman(predicted: Tensor, actual: Tensor) -> Tensor:
     return (1 - 6 * distance / max(count * (count**2 - 1), 1)).mean()
 
 
+def hardest_auc(predicted: Tensor, actual: Tensor, share: float = 0.25) -> Tensor:
+    """Area under the ROC curve of `predicted` for the hardest `share` of an image's patches, averaged over images.
+
+    The chance that one of the hardest has a higher prediction than one of the others; [B, L] each. Ties count half.
+    """
+    hard = max(1, int(share * actual.shape[1]))
+    order = actual.detach().float().argsort(dim=1, descending=True)
+    scores = predicted.detach().float().gather(1, order)
+    inside, outside = scores[:, :hard].contiguous(), scores[:, hard:].sort(dim=1).values
+    below = torch.searchsorted(outside, inside) + torch.searchsorted(outside, inside, right=True)
+    return (below.float() / (2 * max(1, outside.shape[1]))).mean()
+
+
 def pair_accuracy(predicted: Tensor, actual: Tensor) -> Tensor:
     """Share of patch pairs of an image that `predicted` puts in the actual order (0.5 = chance); [B, M] each."""
     ordered, ids = actual.detach().float().sort(dim=1, descending=True)

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 from fasthpm import loss as losses
 from fasthpm.architecture import Architecture
+from fasthpm.difficulty import DIFFICULTIES, fixed_noise, question_of
 from fasthpm.errors import UserError, nearest
 from fasthpm.layers import (
     LAYER_NORM_EPS,
+    DifficultyHead,
     PatchEmbed,
     ScalarHead,
     block_stack,
@@ -81,6 +83,8 @@ class HPMViT(nn.Module):
         if not made.video:
             nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.mask_token, std=0.02)
+        if DIFFICULTIES[self.difficulty].head:  # last, so that the other weights are those without it
+            self.difficulty_head = DifficultyHead(made.embed_dim).apply(init_linear)
 
     def _remember(self, made: Architecture) -> None:
         """What the forward pass and the model's users ask for."""
@@ -94,6 +98,8 @@ class HPMViT(nn.Module):
         self.encoder_mask_tokens, self.target_dim = made.encoder_mask_tokens, made.target_dim
         self.feature_loss = made.feature_loss
         self.predictor, self.decoder_attention = made.predictor, made.decoder_attention
+        self.difficulty = question_of(made.difficulty, made.decoder_attention)
+        self.mask_ratio, self.mask_unit = made.mask_ratio, made.mask_unit
         self.grid_size = (made.image_size[0] // made.patch_size, made.image_size[1] // made.patch_size)
         self.slots = made.num_frames // made.tubelet_size
         self.num_patches = self.slots * self.grid_size[0] * self.grid_size[1]
@@ -164,12 +170,16 @@ class HPMViT(nn.Module):
         visible, masked = split_ids(mask, _count(mask))
         return self._encode(self.patchify(images), visible, masked)[:, : self.num_prefix_tokens + visible.shape[1]]
 
-    def predict_loss(self, images: Tensor, scale: int = 1) -> Tensor:
-        """Predicted difficulty of every patch, from all of them visible (the teacher's forward): float32 [B, L].
+    def predict_loss(self, images: Tensor, scale: int = 1, noise: Tensor | None = None) -> Tensor:
+        """Difficulty of every patch, as the model's `difficulty` answers (the teacher's forward): float32 [B, L].
 
-        `scale`: see the image this many times smaller in both directions, and enlarge the map; it divides the grid.
+        - `images`: as in `encode`
+        - `scale`: see the image this many times smaller in both directions, and enlarge the map; it divides the grid
+        - `noise`: [B, L] in [0, 1), for the looks of `difficulty.views`; None: the same looks at all images
         """
-        patches = self.patchify(images)
+        patches, look = self.patchify(images), DIFFICULTIES[self.difficulty].look
+        if look:
+            return look(self, patches, fixed_noise(patches) if noise is None else noise)
         if scale == 1:
             return self._predict(patches)
         small = self._predict(shrink(patches, self.grid_size, self.patch_size, scale), scale)
@@ -181,15 +191,37 @@ class HPMViT(nn.Module):
 
     def difficulty_of(self, tokens: Tensor, scale: int = 1) -> Tensor:
         """`predict_loss` from what `encode` gives of all patches, [B, 1 + L, D]: float32 [B, L]."""
-        count = tokens.shape[1] - self.num_prefix_tokens
-        if not self.encoder_mask_tokens:
-            positions = self._table("decoder_pos_embed", scale)
-            tokens = self.decoder_embed(tokens) + positions
-        if self.decoder_attention == "cross":  # it was trained on mask tokens that attend to visible ones
-            asking = (self.mask_token + positions[:, self.num_prefix_tokens :]).expand(len(tokens), -1, -1)
-            tokens = torch.cat([tokens, asking], dim=1)
-        trunk = self._trunk(tokens, count) if self.predictor == "shared" else tokens
-        return self._difficulty(trunk, count)
+        read = DIFFICULTIES[self.difficulty].read
+        if read is None:
+            raise ValueError(f"difficulty {self.difficulty} looks at patches by itself; call predict_loss")
+        return read(self, tokens, scale)
+
+    def decoder_tokens(self, tokens: Tensor, scale: int = 1) -> Tensor:
+        """What the decoders read of the encoder's tokens of all patches: [B, 1 + L, D] -> [B, 1 + L, width]."""
+        if self.encoder_mask_tokens:
+            return tokens
+        return self.decoder_embed(tokens) + self._table("decoder_pos_embed", scale)
+
+    def queries(self, batch: int, scale: int = 1) -> Tensor:
+        """A mask token at every place, as the decoders read them: [B, L, width]."""
+        positions = self._table("decoder_pos_embed", scale)[:, self.num_prefix_tokens :]
+        return (self.mask_token + positions).expand(batch, -1, -1)
+
+    def predictor_on(self, tokens: Tensor, last: int) -> Tensor:
+        """The loss predictor on tokens [B, N, width], with the reconstructor's blocks if it shares them: float32
+        [B, last], of the last ones."""
+        return self._difficulty(self._trunk(tokens, last) if self.predictor == "shared" else tokens, last)
+
+    def reconstruction_losses(self, patches: Tensor, visible: Tensor, masked: Tensor) -> Tensor:
+        """Losses of the masked patches' pixels, as `forward` has them, without a mask and the loss predictor.
+
+        - `patches`: [B, L, t*P*P*C]; `visible`, `masked`: int64 patch numbers [B, V] and [B, M], ascending; patches in
+          neither are not seen at all
+
+        **Returns:** float32 [B, M].
+        """
+        trunk = self._trunk(self._tokens(patches, visible, masked), masked.shape[1])
+        return self._per_patch(self.decoder_pred(self.decoder_norm(trunk)), patches, None, masked)
 
     def _table(self, name: str, scale: int) -> Tensor:
         """A table of positions [1, 1 + L, D], or that of a grid `scale` times coarser: means over scale x scale."""

@@ -24,6 +24,7 @@ from fasthpm.checkpoint.saver import Saver
 from fasthpm.cli import Arguments, Parser
 from fasthpm.data import build_loader
 from fasthpm.data.device import on_device
+from fasthpm.difficulty import HEAD
 from fasthpm.errors import UserError
 from fasthpm.exchange import exporting
 from fasthpm.frozen import build_frozen
@@ -37,6 +38,7 @@ from fasthpm.ranks.signals import StopSignals
 from fasthpm.ranks.watchdog import Watchdog
 from fasthpm.recipe import Recipe, build_recipe, science_of
 from fasthpm.run.bad_samples import BadSampleLog
+from fasthpm.run.difficulty_check import DifficultyCheck
 from fasthpm.run.health import NotFinite
 from fasthpm.run.metrics import Metrics, measure_matmul_rate
 from fasthpm.run.nonfinite import leave_out, roll_back, save_first
@@ -116,7 +118,7 @@ def build(recipe: Recipe, launch: ranks.Launch) -> Run[Step]:
     teacher = None
     if recipe.uses_teacher:
         momentum = schedule.ema_momentum_at(recipe, 0)
-        teacher = EMATeacher(deepspeed_engine, step.student, "student.", model_of(recipe), momentum)
+        teacher = EMATeacher(deepspeed_engine, step.student, "student.", model_of(recipe), momentum, HEAD)
         step.attach_teacher(teacher.module)
         if recipe.teacher_precision == "fp8":
             fp8.use_fp8(teacher.module)
@@ -135,13 +137,15 @@ def build(recipe: Recipe, launch: ranks.Launch) -> Run[Step]:
 
 def observers(run: Run[Step]) -> list[Observer]:
     """What the recipe wants to watch the run, with the state of the run that goes on."""
-    recipe = run.recipe
-    if not (recipe.online_probe_every or recipe.online_knn_every):
-        return []
-    with ranks.in_agreement():
-        probe = online_probes.OnlineProbe(recipe, run.step, run.loader.info, run.launch)
-        probe.load(Path(recipe.output_dir), run.done)
-    return [probe]
+    recipe, found = run.recipe, list[Observer]()
+    if recipe.difficulty_every and recipe.answers_difficulty:
+        found.append(DifficultyCheck(run))
+    if recipe.online_probe_every or recipe.online_knn_every:
+        with ranks.in_agreement():
+            probe = online_probes.OnlineProbe(recipe, run.step, run.loader.info, run.launch)
+            probe.load(Path(recipe.output_dir), run.done)
+        found.append(probe)
+    return found
 
 
 def train(run: Run[Step], metrics: Metrics, stop: StopSignals, watchdog: Watchdog) -> None:
@@ -228,7 +232,7 @@ def after_update(run: Run[Step], metrics: Metrics, last: int) -> None:
     if saving:
         save(run)
         for observer in run.observers:
-            with metrics.surviving_the_disk(run.done, "the online probe"):
+            with metrics.surviving_the_disk(run.done, "an observer's state"):
                 observer.save(Path(recipe.output_dir), run.done)
     if drawing or saving or probing:
         metrics.restart()

@@ -16,6 +16,7 @@ from fasthpm import rules
 from fasthpm.data.options import LoaderOptions
 from fasthpm.data.sampling import INTERPOLATIONS, SAMPLE_ORDERS
 from fasthpm.data.video.sampling import DECODERS
+from fasthpm.difficulty import DIFFICULTIES, Difficulty, question_of
 from fasthpm.errors import UserError, nearest
 from fasthpm.files import write_text
 from fasthpm.mask import MAP_CROPS, POLICIES, MaskPlan
@@ -109,6 +110,12 @@ class Recipe:
     )
     predict_loss: str = option(
         "relative", "objective of the loss predictor (Eq. 4-7)", choices=PREDICT_LOSSES, origin=f"{PAPER}, Eq. 5-7"
+    )
+    difficulty: str = option(
+        "paper",
+        "how the teacher is asked what is hard (cross decoders know masked_query only)",
+        choices=DIFFICULTIES,
+        origin=PAPER,
     )
     absolute_standardize: bool = option(
         True,
@@ -250,6 +257,16 @@ class Recipe:
     )
     max_nonfinite: int = option(10, "updates that on_nonfinite may leave out before the run ends", low=0, run_only=True)
     panel_every: int = option(10, "epochs between two picture panels; 0 = off", low=0, run_only=True)
+    difficulty_every: int = option(
+        500,
+        "updates between two measurements of difficulty_spearman, the agreement of the difficulty with the mean loss "
+        "over random masks; 0 = never",
+        low=0,
+        run_only=True,
+    )
+    val_path: str = option(
+        "", "held-out set on which that is measured; empty = images of data_path, seen whole", run_only=True
+    )
     compile: bool = option(
         False, "compile the step with torch.compile: minutes at the start, then faster on GPUs", run_only=True
     )
@@ -322,6 +339,16 @@ class Recipe:
     def uses_teacher(self) -> bool:
         """Whether a step needs the EMA teacher: for its difficulty, or for its features."""
         return self.masks_by_difficulty or self.target_teacher == "ema"
+
+    @property
+    def question(self) -> Difficulty:
+        """How the teacher is asked what is hard."""
+        return DIFFICULTIES[question_of(self.difficulty, self.decoder_attention)]
+
+    @property
+    def answers_difficulty(self) -> bool:
+        """Whether the recipe's model can say what is hard."""
+        return self.predict_loss != "none" or not self.question.predictor
 
     @property
     def masks_by_difficulty(self) -> bool:
@@ -416,10 +443,19 @@ class Recipe:
         rules.width_fits_heads("decoder_dim", self.decoder_dim, self.decoder_heads)
         rules.width_fits_heads("predictor_dim", self.predictor_dim, self.decoder_heads)
         rules.model_has_predictor(self.model, self.predict_loss)
-        rules.difficulty_is_learnt(self.mask_policy, self.masks_by_difficulty, self.predict_loss)
         rules.predictor_is_used(self.predict_loss, self.predictor_dim, self.predictor_depth)
         self._check_fast_modes()
+        self._check_difficulty()
         rules.losses_are_standardized(self.absolute_standardize, self.predict_loss)
+
+    def _check_difficulty(self) -> None:
+        follows, question = self.masks_by_difficulty, self.question
+        if follows:
+            rules.difficulty_is_learnt(self.mask_policy, question.predictor, self.predict_loss)
+        rules.head_learns_from_masks(self.difficulty, question.head, self.mask_policy, follows)
+        rules.question_suits_model(self.difficulty, question.mask_tokens_in_encoder, self.model)
+        rules.question_suits_target(self.difficulty, question.look is not None, self.target, bool(self.target_teacher))
+        rules.question_has_scales(self.difficulty, question.scales, self.teacher_scale)
 
     def _check_fast_modes(self) -> None:
         follows = self.masks_by_difficulty
@@ -485,4 +521,5 @@ def build_recipe(values: dict[str, Any], *, source: str) -> Recipe:
 
 def science_of(recipe: Recipe) -> dict[str, Any]:
     """The fields that decide what is learnt: two runs that agree on them are the same run."""
-    return {f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe) if not f.metadata["run_only"]}
+    fields = {f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe) if not f.metadata["run_only"]}
+    return fields | {"difficulty": recipe.question.name}

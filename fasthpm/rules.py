@@ -72,12 +72,48 @@ def model_has_predictor(model: str, predict_loss: str) -> None:
         raise UserError(f"model {model} has no loss predictor; use --predict_loss none, or the model {other}")
 
 
-def difficulty_is_learnt(mask_policy: str, follows_difficulty: bool, predict_loss: str) -> None:
-    """Masks that follow difficulty need a loss predictor that learns it."""
-    if follows_difficulty and predict_loss == "none":
+def difficulty_is_learnt(mask_policy: str, predictor_answers: bool, predict_loss: str) -> None:
+    """Masks that follow predicted losses need a loss predictor that learns them."""
+    if predictor_answers and predict_loss == "none":
         raise UserError(
             f"mask_policy {mask_policy} follows predicted losses, but predict_loss is none; use "
-            f"--predict_loss relative, or --mask_policy random"
+            f"--predict_loss relative, --difficulty in_place or measured, or --mask_policy random"
+        )
+
+
+def head_learns_from_masks(difficulty: str, head: bool, mask_policy: str, follows_difficulty: bool) -> None:
+    """A head on the teacher's features learns where the teacher is asked."""
+    if head and not follows_difficulty:
+        raise UserError(
+            f"difficulty {difficulty} has a head that learns on the teacher's features, but mask_policy {mask_policy} "
+            f"asks no teacher; use --mask_policy hpm, or --difficulty paper"
+        )
+
+
+def question_suits_model(difficulty: str, mask_tokens_in_encoder: bool, model: str) -> None:
+    """Mask tokens everywhere would hide the image from an encoder that sees them."""
+    if model.startswith("simmim_") and not mask_tokens_in_encoder:
+        raise UserError(
+            f"difficulty {difficulty} asks with mask tokens in the decoder, and those of {model} enter its encoder; "
+            f"use --difficulty measured or in_place"
+        )
+
+
+def question_suits_target(difficulty: str, measures: bool, target: str, features: bool) -> None:
+    """A measured loss is of pixels."""
+    if measures and features:
+        raise UserError(
+            f"difficulty {difficulty} measures losses of pixels, and target is {target}; use --difficulty in_place or "
+            f"masked_query, or --target pixels"
+        )
+
+
+def question_has_scales(difficulty: str, scales: bool, teacher_scale: int) -> None:
+    """Only some questions can be asked of images made smaller."""
+    if teacher_scale != 1 and not scales:
+        raise UserError(
+            f"difficulty {difficulty} sees images in full size, but teacher_scale is {teacher_scale}; use "
+            f"--teacher_scale 1, or --difficulty masked_query"
         )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fasthpm import loss as losses
 from fasthpm.data import DatasetInfo
+from fasthpm.difficulty import HEAD, HEAD_SHARE, view_noise
 from fasthpm.mask import MaskPlan, Sets, draw_sets, sample_noise, split_ids
 from fasthpm.model import HPMViT, Output
 from fasthpm.patches import NormalizedPatches
@@ -37,6 +38,7 @@ class TeacherOutput(NamedTuple):
 
     difficulty: Tensor | None  # float32 [B, L], if the masks follow it
     features: Tensor | None  # [B, L, D], if they are the target
+    tokens: Tensor | None = None  # [B or fewer, L, D], if a difficulty head learns on them
 
 
 class Step(nn.Module):
@@ -51,7 +53,7 @@ class Step(nn.Module):
         self.normalized_patches = NormalizedPatches(recipe, info)
         self._teacher: list[HPMViT] = []
         self._frozen: list[nn.Module] = []
-        self.run_teacher: Callable[[Tensor], TeacherOutput] = self.teach
+        self.run_teacher: Callable[..., TeacherOutput] = self.teach
         self.run_student: Callable[..., StepOutput] = self.learn
         self._gradients_tried = True
         if recipe.compile:
@@ -88,39 +90,48 @@ class Step(nn.Module):
         """
         self.normalized_patches.move(images.device)
         plan = self.warmup_plan if scores is None else self.mask_plan
-        answer = self.ask_teachers(images)
+        answer = self.ask_teachers(images, ids, step)
         if answer.difficulty is not None:
             scores = answer.difficulty
         elif scores is None:
             scores, alpha = self._no_scores(images), torch.zeros_like(alpha)
         if not self._gradients_tried:
-            self._try_gradients(plan, images, ids, step, alpha, scores, answer.features)
-        return self.run_student(plan, images, ids, step, alpha, scores, answer.features)
+            self._try_gradients(plan, images, ids, step, alpha, scores, answer.features, answer.tokens)
+        return self.run_student(plan, images, ids, step, alpha, scores, answer.features, answer.tokens)
 
-    def ask_teachers(self, images: Tensor) -> TeacherOutput:
-        """What the recipe's teachers say of this batch: the EMA teacher, unless its maps are kept, and a frozen one."""
-        difficulty, features = None, None
+    def ask_teachers(self, images: Tensor, ids: Tensor, step: Tensor) -> TeacherOutput:
+        """What the recipe's teachers say of this batch: the EMA teacher, unless its maps are kept, and a frozen one.
+
+        With kept maps a difficulty head learns on the teacher's features of a few of the samples.
+        """
+        recipe, answer = self.recipe, TeacherOutput(None, None)
         with torch.no_grad():
-            if self.recipe.uses_teacher and not self.recipe.teacher_maps:
+            if recipe.uses_teacher and not recipe.teacher_maps:
+                noise = view_noise(step, ids, recipe.num_patches, recipe.seed) if recipe.question.look else None
                 with self.stopwatch.measure(images.device):
-                    difficulty, features = self.run_teacher(images)
+                    answer = self.run_teacher(images, noise)
+            elif recipe.uses_teacher and recipe.question.head:
+                with self.stopwatch.measure(images.device):
+                    answer = self.run_teacher(images[: -(-len(images) // HEAD_SHARE)])._replace(difficulty=None)
             if self._frozen:
                 with self.stopwatch.measure(images.device):
-                    features = self._frozen[0](images)
-        return TeacherOutput(difficulty, features)
+                    answer = answer._replace(features=self._frozen[0](images))
+        return answer
 
     def _no_scores(self, images: Tensor) -> Tensor:
         """Nothing to follow: float32 zeros [B, L]."""
         return torch.zeros(len(images), self.recipe.num_patches, device=images.device)
 
-    def teach(self, images: Tensor) -> TeacherOutput:
-        """One pass of the EMA teacher, for difficulty, features or both."""
-        if self.recipe.target_teacher != "ema":
-            return TeacherOutput(self.difficulty(images), None)
+    def teach(self, images: Tensor, noise: Tensor | None = None) -> TeacherOutput:
+        """One pass of the EMA teacher, for difficulty, features or both; `noise`: as in `HPMViT.predict_loss`."""
+        features, head = self.recipe.target_teacher == "ema", self.recipe.question.head
+        if not (features or head):
+            return TeacherOutput(self.difficulty(images, noise), None)
         teacher = self._teacher[0]
         tokens = teacher.encode(self.normalized_patches(images))
         difficulty = teacher.difficulty_of(tokens) if self.recipe.masks_by_difficulty else None
-        return TeacherOutput(difficulty, tokens[:, teacher.num_prefix_tokens :])
+        patches = tokens[:, teacher.num_prefix_tokens :]
+        return TeacherOutput(difficulty, patches if features else None, patches if head else None)
 
     @torch.no_grad()
     def map_spearman(self, images: Tensor, scores: Tensor | None = None) -> Tensor:
@@ -134,9 +145,9 @@ class Step(nn.Module):
             exact = self._teacher[0].predict_loss(self.normalized_patches(images))
         return losses.spearman(used, exact)
 
-    def difficulty(self, images: Tensor) -> Tensor:
-        """The teacher's difficulty of every patch, float32 [B, L]."""
-        return self._teacher[0].predict_loss(self.normalized_patches(images), self.recipe.teacher_scale)
+    def difficulty(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """The teacher's difficulty of every patch, float32 [B, L]; `noise`: as in `HPMViT.predict_loss`."""
+        return self._teacher[0].predict_loss(self.normalized_patches(images), self.recipe.teacher_scale, noise)
 
     def learn(
         self,
@@ -147,16 +158,31 @@ class Step(nn.Module):
         alpha: Tensor,
         scores: Tensor,
         features: Tensor | None,
+        tokens: Tensor | None = None,
     ) -> StepOutput:
-        """Everything after the teachers: mask, student, losses; `scores` [B, L]: what the mask follows; `features`
-        [B, L, D']: what is reconstructed, None = pixels."""
+        """Everything after the teachers: mask, student, losses.
+
+        - `scores`: [B, L], what the mask follows; `features`: [B, L, D'], what is reconstructed, None = pixels
+        - `tokens`: [B or fewer, L, D], features of the teacher on which a difficulty head learns
+        """
         patches = self.normalized_patches(images)
         mask, thrown = self._sets(plan, ids, step, alpha, scores)
         output = self.student(
             patches, mask, num_masked=plan.num_masked, thrown=thrown, num_thrown=plan.num_thrown, target=features
         )
+        if tokens is not None:
+            output = self._with_head(output, mask, tokens)
         difficulty = scores if self.recipe.masks_by_difficulty else torch.zeros_like(scores)
         return StepOutput(output.loss, self._metrics(output, mask, difficulty), mask)
+
+    def _with_head(self, output: Output, mask: Tensor, tokens: Tensor) -> Output:
+        """`output` with the loss of the difficulty head in it: it is to rank the masked patches, seen by the teacher,
+        as the student's losses of them do. The gradient reaches the head alone."""
+        count, actual = len(tokens), output.per_patch_loss
+        masked = split_ids(mask[:count], actual.shape[1])[1]
+        answers = getattr(self.student, HEAD)(tokens.detach())
+        loss = losses.ranking_loss(answers.gather(1, masked), actual[:count])
+        return output._replace(loss=output.loss + loss, difficulty_loss=output.difficulty_loss + loss)
 
     def _sets(self, plan: MaskPlan, ids: Tensor, step: Tensor, alpha: Tensor, scores: Tensor) -> Sets:
         """What is masked and what is thrown away, bool [B, L] each; the latter None if the plan throws nothing."""

@@ -22,11 +22,15 @@ class EMATeacher(Generic[Module]):
     - `prefix`: what its parameters' names begin with there, as in "student."
     - `module`: another module of the same class; becomes the teacher's copy
     - `momentum`: m; set it anew before any step
+    - `followed`: what the names of parameters begin with, inside `student`, that the teacher has as the student has
+      them, and not their average: those that learn from the teacher's own features
 
     `module` must not be registered inside `engine.module`, where DeepSpeed would shard and train it.
     """
 
-    def __init__(self, engine: Any, student: nn.Module, prefix: str, module: Module, momentum: float) -> None:
+    def __init__(
+        self, engine: Any, student: nn.Module, prefix: str, module: Module, momentum: float, followed: str = ""
+    ) -> None:
         self.momentum = momentum
         self.module: Module = module.to(engine.device).eval().requires_grad_(False)
         self.layout = MasterLayout(engine)
@@ -39,6 +43,11 @@ class EMATeacher(Generic[Module]):
             raise ValueError(f"the student has no trainable {min(missing)}; teacher and student must be alike")
         self._copies = {
             id(group.master): _Copy(group, weights, self._state(group.master)[EMA]) for group in self.layout.groups
+        }
+        self._followed = {
+            id(group.master): [span for slot in group.slots if (span := _span(group, slot, prefix + followed))]
+            for group in self.layout.groups
+            if followed
         }
         self.layout.optimizer.register_step_post_hook(self._after_step)
         self.refresh()
@@ -58,7 +67,15 @@ class EMATeacher(Generic[Module]):
         if masters:
             averages = [self._state(master)[EMA] for master in masters]
             torch._foreach_lerp_(averages, [master.detach() for master in masters], 1 - self.momentum)
+            self._follow(masters)
             self._publish(masters)
+
+    def _follow(self, masters: list[Tensor]) -> None:
+        """Put the followed parameters' masters in the place of their averages."""
+        for master in masters:
+            average = self._state(master)[EMA].view(-1)
+            for span in self._followed.get(id(master), []):
+                average[span] = master.detach().view(-1)[span]
 
     def _publish(self, masters: list[Tensor]) -> None:
         masters = [master for master in masters if not self._copies[id(master)].is_average]
@@ -75,6 +92,17 @@ class EMATeacher(Generic[Module]):
 
     def _state(self, master: Tensor) -> dict[str, Tensor]:
         return self.layout.optimizer.state[master]
+
+
+def _span(group: Group, slot: Slot, prefix: str) -> slice | None:
+    """Where this rank's shard holds the parameter `slot`, if its name begins with `prefix`."""
+    if not slot.name.startswith(prefix):
+        return None
+    if slot.stripe:
+        return slice(slot.offset, slot.offset + slot.stripe)
+    start, size = group.index * group.master.numel(), group.master.numel()
+    first, last = slot.offset - start, slot.offset + slot.shape.numel() - start
+    return slice(max(first, 0), min(last, size)) if last > 0 and first < size else None
 
 
 class _Copy:

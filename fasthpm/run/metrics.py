@@ -28,7 +28,14 @@ from fasthpm.step import METRICS, StepOutput
 FORENSICS = "nonfinite"
 TENSORBOARD_GROUPS = {
     "loss": ("loss", "reconstruction_loss", "difficulty_loss"),
-    "predictor": ("spearman", "pair_accuracy", "teacher_spearman", "map_spearman"),
+    "predictor": (
+        "spearman",
+        "pair_accuracy",
+        "teacher_spearman",
+        "map_spearman",
+        "difficulty_spearman",
+        "difficulty_auc",
+    ),
     "schedule": ("lr", "alpha", "ema_momentum", "grad_norm"),
     "health": ("loss_spikes", "skipped_updates"),
     "data": ("bad_samples",),

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from fasthpm.difficulty import DIFFICULTIES, HEAD_SHARE, views
+from fasthpm.mask import num_masked
 from fasthpm.model import HPMViT
 from fasthpm.patches import model_of
 from fasthpm.recipe import Recipe
@@ -65,11 +67,39 @@ def predictor_flops(model: HPMViT, seen: int, masked: int, outputs: int) -> floa
 
 
 def teacher_flops(model: HPMViT, length: int) -> float:
-    """Forward of `HPMViT.predict_loss` on `length` patches per sample."""
-    seen = length + model.num_prefix_tokens
-    shared = trunk_flops(model, seen, 0, length) if model.predictor == "shared" else 0.0
-    predictor = predictor_flops(model, seen, 0, length)
-    return encoder_flops(model, length) + embed_flops(model, length) + shared + predictor
+    """Forward of `HPMViT.predict_loss` on `length` patches per sample, as the model's `difficulty` is asked."""
+    if model.difficulty == "measured":
+        return looks_flops(model, length)
+    encoder = encoder_flops(model, length)
+    if DIFFICULTIES[model.difficulty].head:
+        return encoder + head_flops(model, length)
+    seen, queries = length + model.num_prefix_tokens, 0
+    if model.difficulty == "masked_query":
+        queries = length
+        if model.decoder_attention == "self":
+            seen -= num_masked(length, model.mask_ratio)
+    shared = trunk_flops(model, seen, queries, length) if model.predictor == "shared" else 0.0
+    return encoder + embed_flops(model, length) + shared + predictor_flops(model, seen, queries, length)
+
+
+def looks_flops(model: HPMViT, length: int) -> float:
+    """Forward of the looks that measure the losses of `length` patches (`difficulty.views`)."""
+    noise = torch.zeros(1, length, device="cpu")
+    total = 0.0
+    for view in views(noise, model.grid_size, model.mask_ratio, model.mask_unit):
+        visible, masked = view.visible.shape[1], (view.masked if model.encoder_mask_tokens else view.asked).shape[1]
+        if model.encoder_mask_tokens:
+            total += encoder_flops(model, visible, masked)
+        else:
+            total += encoder_flops(model, visible) + embed_flops(model, visible)
+        total += trunk_flops(model, visible + model.num_prefix_tokens, masked, masked)
+        total += 2 * masked * model.decoder_pred.weight.numel()
+    return total
+
+
+def head_flops(model: HPMViT, patches: int) -> float:
+    """Forward of the difficulty head on the features of `patches` patches."""
+    return 2 * patches * model.embed_dim * (model.embed_dim + 1)
 
 
 def embed_flops(model: HPMViT, patches: int) -> float:
@@ -105,13 +135,15 @@ def step_flops(model: HPMViT, recipe: Recipe, frozen: nn.Module | None = None) -
     student += trunk_flops(model, *tokens) + 2 * masked * model.decoder_pred.weight.numel()
     if predicts:
         student += predictor_flops(model, *tokens)
-    teacher = 0.0
+    teacher, head = 0.0, recipe.question.head
     if recipe.masks_by_difficulty:
         teacher = teacher_flops(model, length // recipe.teacher_scale**2)
     elif recipe.uses_teacher:
         teacher = encoder_flops(model, length)
     if recipe.teacher_maps:
-        teacher /= recipe.map_refresh_epochs
+        teacher = teacher / recipe.map_refresh_epochs + (encoder_flops(model, length) / HEAD_SHARE if head else 0.0)
+    if head:
+        student += head_flops(model, length) / (HEAD_SHARE if recipe.teacher_maps else 1)
     teacher += frozen_flops(frozen, length) if frozen else 0.0
     return {"teacher": teacher, "student": 3 * student, "total": teacher + 3 * student}
 
@@ -121,6 +153,7 @@ def cost_over_mae(recipe: Recipe) -> float:
     fast = ("teacher_maps", "teacher_scale", "teacher_precision", "predictor", "predictor_depth", "predictor_dim")
     usual = {name: getattr(Recipe, name) for name in (*fast, "decoder_attention")}
     policy = "random" if recipe.masks_by_difficulty else recipe.mask_policy
+    usual["difficulty"] = Recipe.difficulty
     mae = dataclasses.replace(recipe, mask_policy=policy, predict_loss="none", absolute_standardize=True, **usual)
     with torch.device("meta"):
         totals = [step_flops(model_of(one), one)["total"] for one in (recipe, mae)]

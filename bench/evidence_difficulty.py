@@ -1,0 +1,406 @@
+"""Do truly hard masks help? Ways to ask what is hard, each beside random masks in the same architecture.
+
+    python -m bench.evidence_difficulty --set fashion --data data/fashion_mnist --work runs/difficulty
+        [--length short] [--seeds 5] [--methods …] [-o bench/results/difficulty_fashion_short.json]
+
+Sets: `fashion` (Fashion-MNIST), `scenes` (python -m data_prep.scenes, prepared beside it: garments on photographs, in
+which hard and easy patches mean something), `video` (python -m data_prep.moving_fashion). Lengths: `short`, 640
+updates of 32; `long`, 3,200 of 64. One process per run, through the public training path; seeds take turns with
+methods, finished runs are kept, interrupted ones resume, and the tables are rewritten after every run.
+
+Of every run: `difficulty_spearman` and the AUC of the hardest quarter at its end (true difficulty: the mean loss over
+12 random masks of 64 held-out samples), on scenes also how well the map finds the object (AUC against its mask); k-NN
+and logistic regression on the mean of the patch tokens. Differences are taken seed by seed: to the method's own
+control, which has random masks and the same architecture, and to MAE given the same compute.
+"""
+
+import argparse
+import dataclasses
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.common import machine, table, write_json
+from bench.evidence import RESULT, check_complete, fill_table, flag, folder_of, linear_accuracy, start, write_both
+from fasthpm import recipes
+from fasthpm.checkpoint.weights import load_weights
+from fasthpm.cli import Parser, run_command
+from fasthpm.data import build_loader
+from fasthpm.data.names import sample_names
+from fasthpm.errors import UserError
+from fasthpm.model import HPMViT
+from fasthpm.patches import NormalizedPatches
+from fasthpm.pictures.map_images import Saliency
+from fasthpm.probes import knn
+from fasthpm.recipe import Recipe
+from fasthpm.run.records import read_metrics
+from fasthpm.speed.flops import cost_over_mae
+
+
+@dataclass(frozen=True)
+class Set:
+    """A data set and how its runs are made."""
+
+    recipe: str
+    fields: dict[str, Any]
+    paths: tuple[str, str]  # train and val, below --data
+    plain: str  # the model without a loss predictor
+    objects: str = ""  # folder of object masks of val
+    maps: bool = True  # whether a teacher's maps can be kept
+
+
+SETS = {
+    "fashion": Set("hpm_demo", {}, ("train.beton", "val.beton"), "mae_vit_nano_patch4_28"),
+    "scenes": Set(
+        "hpm_demo",
+        {"input_size": 64, "patch_size": 8, "channels": 3},
+        ("train.beton", "val.beton"),
+        "mae_vit_nano_patch4_28",
+        objects="val/objects",
+    ),
+    "video": Set(
+        "hpm_video_demo", {"video_decoder": "turbojpeg"}, ("train", "val"), "videomae_vit_nano_patch8_32", maps=False
+    ),
+}
+LENGTHS = {  # epochs, updates per epoch, batch size
+    "short": (20, 32, 32),
+    "long": (20, 160, 64),
+}
+RANDOM: dict[str, Any] = {"mask_policy": "random", "difficulty": "paper"}
+ALONE: dict[str, Any] = {"predict_loss": "none"}  # no loss predictor
+PLAIN: dict[str, Any] = {**RANDOM, **ALONE}
+CROSS: dict[str, Any] = {"decoder_attention": "cross"}
+KEPT: dict[str, Any] = {"teacher_maps": True, "map_refresh_epochs": 2}
+HARD: dict[str, Any] = {"alpha_start": 1.0, "alpha_end": 1.0}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table."""
+
+    title: str
+    fields: dict[str, Any]
+    control: str = ""  # the row with random masks that it is compared with
+    kept: bool = False  # follows kept maps where the set has them
+
+
+CONTROLS = {
+    "mae": Method("MAE, random masks", PLAIN),
+    "mae_same_cost": Method("MAE, given the compute of `measured`", PLAIN, "mae"),
+    "random": Method("random masks, with loss predictor", RANDOM),
+    "random_fast": Method("random masks, predictor shared, cross decoder", {**RANDOM, **CROSS, "predictor": "shared"}),
+    "mae_cross": Method("MAE with a cross decoder", {**PLAIN, **CROSS}, "mae"),
+}
+HARDEST = {
+    "paper": Method("paper: the predictor on visible tokens", {"difficulty": "paper"}, "random"),
+    "masked_query": Method("masked_query: the predictor on mask tokens", {"difficulty": "masked_query"}, "random"),
+    "in_place": Method("in_place: a head, and the predictor", {"difficulty": "in_place"}, "random"),
+    "in_place_alone": Method("in_place: a head, no predictor", {"difficulty": "in_place", **ALONE}, "mae"),
+    "measured": Method("measured: two looks, no predictor", {"difficulty": "measured", **ALONE}, "mae"),
+    "fast": Method(
+        "fast: masked_query, kept maps, shared, cross", {**CROSS, "predictor": "shared"}, "random_fast", kept=True
+    ),
+    "fast_measured": Method(
+        "measured, kept maps, cross", {"difficulty": "measured", **ALONE, **CROSS}, "mae_cross", kept=True
+    ),
+}
+METHODS = {
+    **CONTROLS,
+    **HARDEST,
+    **{
+        f"{name}_quarter": dataclasses.replace(
+            m, title=f"{m.title}, α 0 → 0.25", fields={**m.fields, "alpha_end": 0.25}
+        )
+        for name, m in HARDEST.items()
+    },
+    **{
+        f"{name}_hardest": dataclasses.replace(m, title=f"{m.title}, α 1 → 1", fields={**m.fields, **HARD})
+        for name, m in HARDEST.items()
+    },
+}
+SETTINGS = ("set", "length", "bank", "extra")
+PROBES = ("knn", "linear")
+TRUTH = ("difficulty_spearman", "difficulty_auc")
+ENCODE_BATCH, SALIENCY_IMAGES = 250, 500
+
+
+# ------------------------------------------------------------------------------------------------------ one run
+def fields_of(arguments: argparse.Namespace, method: str) -> dict[str, Any]:
+    """The recipe's fields for a row of the table."""
+    chosen, row, (epochs, steps, batch) = SETS[arguments.set], METHODS[method], LENGTHS[arguments.length]
+    fields = {
+        **chosen.fields,
+        "epochs": epochs,
+        "steps_per_epoch": steps,
+        "batch_size": batch,
+        "global_batch_size": batch,
+        "ema_ramp_epochs": epochs,
+        "warmup_epochs": 0.05 * epochs,
+        "difficulty_every": steps * epochs // 4,
+        **row.fields,
+    }
+    if row.fields.get("predict_loss") == "none":
+        fields["model"] = chosen.plain
+    if row.kept and chosen.maps:
+        fields |= KEPT
+    if method == "mae_same_cost":
+        wanted = dataclasses.replace(recipes.from_name(chosen.recipe), **typed(fields_of(arguments, "measured")))
+        fields["steps_per_epoch"] = round(steps * cost_over_mae(wanted))
+    return fields
+
+
+def typed(fields: dict[str, Any]) -> dict[str, Any]:
+    """Fields as a `Recipe` has them."""
+    return {**fields, **({"input_size": str(fields["input_size"])} if "input_size" in fields else {})}
+
+
+def train_flags(arguments: argparse.Namespace, method: str, seed: int, out: Path) -> list[str]:
+    """`fasthpm pretrain`'s command line for one cell of the table."""
+    chosen = SETS[arguments.set]
+    where = {
+        "data_path": arguments.data / chosen.paths[0],
+        "val_path": arguments.data / chosen.paths[1],
+        "output_dir": out,
+        "seed": seed,
+        "num_workers": 1,
+        "deepspeed_config": arguments.deepspeed_config,
+        "save_every": LENGTHS[arguments.length][0],
+        "panel_every": 0,
+    }
+    pairs = {**where, **fields_of(arguments, method)}
+    flags = [part for name, value in pairs.items() for part in flag(name, value)]
+    return ["--recipe", chosen.recipe, *flags, *arguments.extra.split()]
+
+
+def run_one(arguments: argparse.Namespace, method: str, seed: int, out: Path) -> None:
+    """Train and probe one cell in this process, and write its figures to OUT/evidence.json last of all."""
+    from fasthpm import pretrain
+
+    begin, begin_cpu = time.perf_counter(), time.process_time()
+    pretrain.main(train_flags(arguments, method, seed, out))
+    fields = fields_of(arguments, method)
+    check_complete(argparse.Namespace(epochs=fields["epochs"], steps_per_epoch=fields["steps_per_epoch"]), out)
+    trained, trained_cpu = time.perf_counter() - begin, time.process_time() - begin_cpu
+    last = read_metrics(out)[-1]
+    model, recipe = load_weights(out, "teacher" if METHODS[method].fields.get("mask_policy") != "random" else "student")
+    result = {
+        "method": method,
+        "seed": seed,
+        "settings": settings_of(arguments),
+        "probes": probe(arguments, out),
+        "truth": {name: last[name] for name in TRUTH if name in last},
+        "saliency": saliency(model, recipe, arguments),
+        "train_seconds": trained,
+        "train_cpu_seconds": trained_cpu,
+        "last": {name: last[name] for name in ("step", "reconstruction_loss", "teacher_spearman", "spearman")},
+    }
+    write_json(out / RESULT, result)
+
+
+def probe(arguments: argparse.Namespace, out: Path) -> dict[str, float]:
+    """Every accuracy of `PROBES`, in percent: the first --bank training samples vote or train."""
+    train, val = (arguments.data / path for path in SETS[arguments.set].paths)
+    bank, bank_labels = encode(out, train, arguments.bank)
+    queries, labels = encode(out, val, 0)
+    classes = int(bank_labels.max()) + 1
+    rows = [F.normalize(side, dim=1) for side in (bank, queries)]
+    votes = knn.knn_accuracy(rows[0], bank_labels, rows[1], labels, classes)
+    return {"knn": max(votes.values()), "linear": linear_accuracy(bank, bank_labels, queries, labels)}
+
+
+@torch.no_grad()
+def encode(out: Path, path: Path, limit: int) -> tuple[Tensor, Tensor]:
+    """Mean of the student's patch tokens, float32 [N, D], of the first `limit` (0 = all) samples, and labels [N]."""
+    model, recipe = load_weights(out, "student")
+    loader = build_loader(path, recipe.loader_options(batch_size=ENCODE_BATCH, train=False, num_workers=1))
+    patches_of = NormalizedPatches(recipe, loader.info)
+    rows: list[Tensor] = []
+    labels: list[Tensor] = []
+    try:
+        for batch in loader:
+            tokens = model.encode(patches_of(batch.images)).float()
+            rows.append(tokens[:, model.num_prefix_tokens :].mean(dim=1))
+            labels.append(batch.labels)
+            if limit and sum(map(len, labels)) >= limit:
+                break
+    finally:
+        loader.close()
+    return torch.cat(rows)[: limit or None], torch.cat(labels)[: limit or None]
+
+
+@torch.no_grad()
+def saliency(model: HPMViT, recipe: Recipe, arguments: argparse.Namespace) -> float | None:
+    """Mean AUC of the difficulty against the object masks of held-out images; None where there are none of either."""
+    chosen = SETS[arguments.set]
+    if not chosen.objects or not recipe.answers_difficulty:
+        return None
+    path = arguments.data / chosen.paths[1]
+    loader = build_loader(path, recipe.loader_options(batch_size=ENCODE_BATCH, train=False, num_workers=1))
+    patches_of = NormalizedPatches(recipe, loader.info)
+    names = sample_names(str(path), loader.info.num_samples)
+    scores = Saliency(arguments.data / chosen.objects, recipe.image_size)
+    seen = 0
+    try:
+        for batch in loader:
+            maps = model.predict_loss(patches_of(batch.images)).reshape(-1, *recipe.grid_size).numpy()
+            for sample, values in zip(batch.ids.tolist(), maps, strict=True):
+                scores.add(names[sample], {"predicted": values})
+            seen += len(maps)
+            if seen >= SALIENCY_IMAGES:
+                break
+    finally:
+        loader.close()
+    return scores.scores()["predicted"]["auc"]
+
+
+# ------------------------------------------------------------------------------------------------------ the table
+def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What every run of a table shares."""
+    return {name: getattr(arguments, name) for name in SETTINGS}
+
+
+def mean_and_spread(values: Sequence[float]) -> dict[str, float]:
+    """Mean, standard deviation over seeds (0 of one seed), lowest and highest, and how many are above 0."""
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    won = sum(value > 0 for value in values)
+    return {"mean": statistics.fmean(values), "std": spread, "low": min(values), "high": max(values), "won": won}
+
+
+def summarise(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """{method: {"seeds", probe or truth: summary, "gain" and "gain_same_cost": {probe: summary of differences}}}."""
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for run in runs:
+        found.setdefault(run["method"], {})[run["seed"]] = run
+    rows: dict[str, Any] = {}
+    for method in (name for name in METHODS if name in found):
+        seeds = found[method]
+        row: dict[str, Any] = {"seeds": sorted(seeds)}
+        for name in PROBES:
+            row[name] = mean_and_spread([run["probes"][name] for run in seeds.values()])
+        for name in TRUTH:
+            values = [run["truth"][name] for run in seeds.values() if name in run["truth"]]
+            row |= {name: mean_and_spread(values)} if values else {}
+        areas = [run["saliency"] for run in seeds.values() if run["saliency"] is not None]
+        row |= {"saliency": mean_and_spread(areas)} if areas else {}
+        for title, other in (("gain", METHODS[method].control), ("gain_same_cost", "mae_same_cost")):
+            row |= {title: differences(seeds, found[other])} if other in found and other != method else {}
+        rows[method] = row
+    return rows
+
+
+def differences(seeds: dict[int, dict[str, Any]], others: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    """{probe: summary of the differences, seed by seed}."""
+    paired = sorted(set(seeds) & set(others))
+    made = {p: [seeds[s]["probes"][p] - others[s]["probes"][p] for s in paired] for p in PROBES}
+    return {probe_name: mean_and_spread(values) for probe_name, values in made.items() if values}
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The table, as it stands in `results/`."""
+    settings, summary = result["settings"], result["summary"]
+    epochs, steps, batch = LENGTHS[settings["length"]]
+    rows = [[METHODS[method].title, str(len(row["seeds"])), *_cells(row)] for method, row in summary.items()]
+    heads = (
+        "masks",
+        "seeds",
+        "difficulty_spearman (lowest)",
+        "AUC hardest quarter",
+        "AUC object",
+        "k-NN",
+        "linear",
+        "k-NN, less own control",
+        "linear, less own control",
+        "k-NN, less MAE at the cost of `measured`",
+    )
+    about = (
+        f"Set `{settings['set']}`, {epochs * steps:,} updates of {batch}, the demo's nano ViT; α 0 → 0.5 where nothing "
+        f"is said. Accuracies in percent, mean ± standard deviation over seeds; differences seed by seed, in brackets "
+        f"how many seeds are ahead. Controls have random masks and the same architecture."
+    )
+    return "\n\n".join(["# Ways to ask what is hard", about, table(heads, rows)]) + "\n"
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    def text(figure: dict[str, float] | None, digits: int, low: bool = False) -> str:
+        if figure is None:
+            return ""
+        tail = f" ({figure['low']:.{digits}f})" if low else f" ± {figure['std']:.{digits}f}"
+        return f"{figure['mean']:.{digits}f}{tail}"
+
+    def gain(figures: dict[str, Any] | None, name: str) -> str:
+        if not figures or name not in figures:
+            return ""
+        figure = figures[name]
+        return f"{figure['mean']:+.2f} ± {figure['std']:.2f} ({figure['won']})"
+
+    return [
+        text(row.get("difficulty_spearman"), 2, low=True),
+        text(row.get("difficulty_auc"), 2),
+        text(row.get("saliency"), 2),
+        text(row["knn"], 2),
+        text(row["linear"], 2),
+        gain(row.get("gain"), "knn"),
+        gain(row.get("gain"), "linear"),
+        gain(row.get("gain_same_cost"), "knn"),
+    ]
+
+
+def write_tables(arguments: argparse.Namespace, runs: Sequence[dict[str, Any]]) -> None:
+    """JSON and Markdown of the runs that are there, each replaced as a whole."""
+    result = {"settings": settings_of(arguments), "machine": machine(), "summary": summarise(runs), "runs": list(runs)}
+    write_both(arguments.output, result, markdown(result))
+
+
+def build_parser() -> Parser:
+    """The command line."""
+    parser = Parser(prog="bench.evidence_difficulty", description=__doc__)
+    parser.add_argument("--set", choices=list(SETS), default="fashion", help="what is trained on")
+    parser.add_argument("--data", type=Path, default=Path("data/fashion_mnist"), help="where it is")
+    parser.add_argument("--work", type=Path, default=Path("runs/difficulty"), help="where the runs are kept")
+    parser.add_argument("--length", choices=list(LENGTHS), default="short")
+    usual = [name for name in METHODS if not name.endswith("_hardest")]
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=usual)
+    parser.add_argument("--seeds", type=int, default=5, help="runs of each method")
+    parser.add_argument("--bank", type=int, default=10000, help="labelled training samples of the probes")
+    parser.add_argument("--extra", default="", help="further flags of every run, as one string")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch in a run")
+    parser.add_argument("--deepspeed_config", default="zero1_bf16")
+    parser.add_argument("--one", default="", help=argparse.SUPPRESS)  # METHOD:SEED, in the process started for it
+    parser.add_argument("-o", "--output", type=Path, default=None, help="default: bench/results/difficulty_….json")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`python -m bench.evidence_difficulty`."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    arguments = build_parser().parse_args(given)
+    if arguments.one:
+        method, _, seed = arguments.one.partition(":")
+        run_one(arguments, method, int(seed), folder_of(arguments, method, int(seed)))
+        return
+    for name in ("seeds", "bank", "threads"):
+        if getattr(arguments, name) < 1:
+            raise UserError(f"{name} is {getattr(arguments, name)}, expected 1 or more")
+    for path in SETS[arguments.set].paths:
+        if not (arguments.data / path).exists():
+            raise UserError(f"{arguments.data} has no {path}; see the sets in --help for how to make it")
+    if arguments.output is None:
+        arguments.output = Path(f"bench/results/difficulty_{arguments.set}_{arguments.length}.json")
+    fill_table(
+        arguments,
+        settings_of(arguments),
+        start_one=lambda method, seed: start(arguments, given, method, seed, "bench.evidence_difficulty"),
+        write=lambda runs: write_tables(arguments, runs),
+    )
+
+
+if __name__ == "__main__":
+    run_command(main)

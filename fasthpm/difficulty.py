@@ -1,0 +1,190 @@
+"""How a teacher is asked what is hard: records, as masks are.
+
+The papers' loss predictor is trained on mask tokens, and their teacher reads it off visible ones: a question that it
+never learnt to answer. Each record here is another question, or another one who answers.
+
+Letters: B batch, L patches, V visible and M = L - V masked ones of the student, D width.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fasthpm.mask import num_masked, sample_noise, spread_units
+
+if TYPE_CHECKING:
+    from fasthpm.model import HPMViT
+
+HEAD = "difficulty_head"  # the part of a model that answers `in_place`
+HEAD_SHARE = 16  # where maps are kept it learns on one of so many samples of a batch
+VIEW_SEED = 0x51EED  # apart from the noise of the masks
+LEAST_VIEWS = 2
+
+
+@dataclass(frozen=True)
+class Difficulty:
+    """A way to learn how hard each patch of an image is, and all that the package must know of it.
+
+    - `read`: (model, tokens [B, 1 + L, D] that `encode` gives of all patches, scale) -> float32 [B, L], higher is
+      harder; `scale` as in `HPMViT.predict_loss`
+    - `look`: instead of it, for those that encode by themselves: (model, patches [B, L, t*P*P*C], noise [B, L]) ->
+      float32 [B, L]
+    - `predictor`: the loss predictor answers, so the model needs one
+    - `head`: a small head on the teacher's features answers, which learns beside the student
+    - `scales`: also answers for images made smaller (teacher_scale)
+    - `mask_tokens_in_encoder`: also answers for models whose mask tokens enter the encoder (SimMIM)
+    """
+
+    name: str
+    summary: str  # one line for the docs
+    read: Callable[["HPMViT", Tensor, int], Tensor] | None = None
+    look: Callable[["HPMViT", Tensor, Tensor], Tensor] | None = None
+    predictor: bool = False
+    head: bool = False
+    scales: bool = False
+    mask_tokens_in_encoder: bool = True
+
+
+DIFFICULTIES: dict[str, Difficulty] = {}
+
+
+def register(way: Difficulty) -> Difficulty:
+    """Make `way` known under its name, as a --difficulty. **Raises:** `ValueError` for a record that cannot work."""
+    if way.name in DIFFICULTIES:
+        raise ValueError(f"there is a difficulty {way.name} already; give the new one another name")
+    if (way.read is None) == (way.look is None):
+        raise ValueError(f"difficulty {way.name} has both of read and look, or none; give it one of them")
+    DIFFICULTIES[way.name] = way
+    return way
+
+
+def question_of(name: str, decoder_attention: str) -> str:
+    """The question that difficulty `name` is in a model: cross decoders know masked_query and not paper."""
+    return "masked_query" if (name, decoder_attention) == ("paper", "cross") else name
+
+
+# ------------------------------------------------------------------------------------------------- the ways
+def _paper(model: "HPMViT", tokens: Tensor, scale: int) -> Tensor:
+    """The loss predictor on visible tokens, of each patch itself (CVPR 3.3)."""
+    return model.predictor_on(model.decoder_tokens(tokens, scale), tokens.shape[1] - model.num_prefix_tokens)
+
+
+def _masked_query(model: "HPMViT", tokens: Tensor, scale: int) -> Tensor:
+    """The loss predictor on a mask token at every place, as it was trained to be asked.
+
+    In cross attention these attend to all visible tokens, and not to each other. In self-attention, which mixes all,
+    as many visible tokens are beside them as the student leaves, evenly spread: L + V tokens, not 2 L.
+    """
+    prefix, count = model.num_prefix_tokens, tokens.shape[1] - model.num_prefix_tokens
+    known = model.decoder_tokens(tokens, scale)
+    if model.decoder_attention == "self":
+        visible = max(1, count - num_masked(count, model.mask_ratio))
+        kept = torch.arange(visible, device=known.device) * count // visible + count // visible // 2
+        known = torch.cat([known[:, :prefix], known[:, prefix:][:, kept]], dim=1)
+    return model.predictor_on(torch.cat([known, model.queries(len(tokens), scale)], dim=1), count)
+
+
+def _in_place(model: "HPMViT", tokens: Tensor, scale: int) -> Tensor:
+    """The head on the features of each visible patch."""
+    return model.difficulty_head(tokens[:, model.num_prefix_tokens :])
+
+
+class View(NamedTuple):
+    """A look at part of an image: patch numbers, ascending."""
+
+    visible: Tensor  # int64 [B, V]
+    asked: Tensor  # int64 [B, A], where the loss is wanted
+    masked: Tensor  # int64 [B, M or A], what is masked: the asked ones, and more where the model needs them
+
+
+def views(noise: Tensor, grid_size: tuple[int, int], mask_ratio: float, unit: int = 1) -> Iterator[View]:
+    """Looks at an image with the student's eyes: as many visible patches as the student has, and every patch asked for
+    in exactly one look, in which it is masked.
+
+    The patches are put in a random order, and the looks are windows of it: some visible ones, then the asked ones. Two
+    looks, more where the student masks less than half; they see different patches.
+
+    - `noise`: [B, L] in [0, 1); `unit`: side of the squares in patches that are masked as a whole
+    """
+    count = noise.shape[1] // unit**2
+    visible = count - num_masked(count, mask_ratio)
+    looks = max(LEAST_VIEWS, -(-count // (count - visible)))
+    order = noise[:, :count].argsort(dim=1).argsort(dim=1)
+    for look in range(looks):
+        first, last = look * count // looks, (look + 1) * count // looks
+        place = (order - first) % count
+        asked = (place >= visible) & (place < visible + last - first)
+        parts = [spread_units(part, grid_size, unit) for part in (place < visible, asked, place >= visible)]
+        sizes = [unit**2 * size for size in (visible, last - first, count - visible)]
+        yield View(*(_numbers(part, size) for part, size in zip(parts, sizes, strict=True)))
+
+
+def _numbers(chosen: Tensor, size: int) -> Tensor:
+    """Where bool [B, L] is True, `size` times per row: int64 [B, size], ascending. No host synchronisation."""
+    return (~chosen).to(torch.uint8).argsort(dim=1, stable=True)[:, :size]
+
+
+def _measured(model: "HPMViT", patches: Tensor, noise: Tensor) -> Tensor:
+    """The loss itself: the model reconstructs every patch from a look in which it is masked.
+
+    Mask tokens that nobody asks for are left out, except in SimMIM, where they are part of the image.
+    """
+    found = torch.zeros(patches.shape[:2], device=patches.device)
+    for view in views(noise, model.grid_size, model.mask_ratio, model.mask_unit):
+        if model.encoder_mask_tokens:
+            losses = found.scatter(1, view.masked, model.reconstruction_losses(patches, view.visible, view.masked))
+            losses = losses.gather(1, view.asked)
+        else:
+            losses = model.reconstruction_losses(patches, view.visible, view.asked)
+        found = found.scatter(1, view.asked, losses)
+    return found
+
+
+def view_noise(step: Tensor, ids: Tensor, num_patches: int, seed: int = 0) -> Tensor:
+    """The noise of `views`, [B, L]: of (seed, update, sample) alone. Arguments as in `sample_noise`."""
+    return sample_noise(seed ^ VIEW_SEED, step, ids, num_patches, draws=1)[0]
+
+
+def fixed_noise(patches: Tensor) -> Tensor:
+    """The noise of `views` where nothing else is given: [B, L], the same for all images."""
+    zero = torch.zeros((), dtype=torch.int64, device=patches.device)
+    return view_noise(zero, zero.expand(len(patches)), patches.shape[1])
+
+
+register(
+    Difficulty(
+        "paper",
+        "the loss predictor reads every patch where it is visible (HPM)",
+        read=_paper,
+        predictor=True,
+        scales=True,
+    )
+)
+register(
+    Difficulty(
+        "masked_query",
+        "the loss predictor is asked with a mask token at every place, as it was trained (ours)",
+        read=_masked_query,
+        predictor=True,
+        scales=True,
+        mask_tokens_in_encoder=False,
+    )
+)
+register(
+    Difficulty(
+        "in_place",
+        "a small head on the teacher's features, which learns from the step's losses (ours)",
+        _in_place,
+        head=True,
+    )
+)
+register(
+    Difficulty(
+        "measured",
+        "the teacher reconstructs every patch where it is masked, and the loss is measured (ours)",
+        look=_measured,
+    )
+)
