@@ -100,7 +100,7 @@ def table(recipe: Recipe) -> list[tuple[str, ...]]:
     """A head and a row for every difficulty: FLOPs over MAE's (MB of memory traffic per sample) in each of `FORMS`; "-"
     for what the recipe cannot have."""
     mae = work_of(mae_of(recipe))
-    rows = [("difficulty", *FORMS)]
+    rows: list[tuple[str, ...]] = [("difficulty", *FORMS)]
     for way, fields in ways(recipe).items():
         made = [changed(recipe, {**fields, **form}) for form in forms(recipe).values()]
         if any(made):
