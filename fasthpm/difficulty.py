@@ -132,15 +132,18 @@ def _measured(model: "HPMViT", patches: Tensor, noise: Tensor) -> Tensor:
 
     Mask tokens that nobody asks for are left out, except in SimMIM, where they are part of the image.
     """
-    found = torch.zeros(patches.shape[:2], device=patches.device)
+    ids: list[Tensor] = []
+    losses: list[Tensor] = []
     for view in views(noise, model.grid_size, model.mask_ratio, model.mask_unit):
+        hidden = view.masked if model.encoder_mask_tokens else view.asked
+        found = model.reconstruction_losses(patches, view.visible, hidden)
         if model.encoder_mask_tokens:
-            losses = found.scatter(1, view.masked, model.reconstruction_losses(patches, view.visible, view.masked))
-            losses = losses.gather(1, view.asked)
-        else:
-            losses = model.reconstruction_losses(patches, view.visible, view.asked)
-        found = found.scatter(1, view.asked, losses)
-    return found
+            whole = found.new_zeros(patches.shape[:2]).scatter(1, hidden, found)
+            found = whole.gather(1, view.asked)
+        ids.append(view.asked)
+        losses.append(found)
+    values = torch.cat(losses, dim=1)
+    return torch.empty_like(values).scatter(1, torch.cat(ids, dim=1), values)
 
 
 def view_noise(step: Tensor, ids: Tensor, num_patches: int, seed: int = 0) -> Tensor:
