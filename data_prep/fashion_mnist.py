@@ -88,17 +88,22 @@ def is_prepared(path: Path) -> bool:
         return False
 
 
-def prepare_split(split: str, source: Path, out: Path, num_workers: int) -> None:
-    """Write `split`.beton, replacing one that does not fit its sidecar."""
-    started = time.monotonic()
+def read_split(split: str, source: Path) -> tuple[Array, Array]:
+    """Images uint8 [N, 28, 28] and labels [N] of train or val. **Raises:** `UserError` if they do not fit together."""
     images = read_idx(source, f"{SPLITS[split]}-images-idx3-ubyte", IMAGES_MAGIC)
     labels = read_idx(source, f"{SPLITS[split]}-labels-idx1-ubyte", LABELS_MAGIC)
     if len(images) != len(labels):
         raise UserError(f"{source} has {len(images)} {split} images but {len(labels)} labels; download it again")
+    return images, labels
+
+
+def prepare_split(split: str, source: Path, out: Path, num_workers: int) -> None:
+    """Write `split`.beton, replacing one that does not fit its sidecar."""
+    started = time.monotonic()
     path = out / f"{split}.beton"
     options = WriteOptions(write_mode="raw")
     sidecar = write_beton(
-        Arrays(images, labels), path, CLASSES, options=options, num_workers=num_workers, overwrite=True
+        Arrays(*read_split(split, source)), path, CLASSES, options=options, num_workers=num_workers, overwrite=True
     )
     print(summary(path, sidecar, time.monotonic() - started), flush=True)
 
