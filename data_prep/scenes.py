@@ -11,7 +11,7 @@ photographs and different garments, those of Fashion-MNIST's own splits.
 OUT/{train,val}/images/NAME.png    RGB
 OUT/{train,val}/masks/NAME.png     class of every pixel: 0 ground, 1..10 the garments in the order of classes.txt
 OUT/{train,val}/objects/NAME.png   255 where a garment is, what `fasthpm maps --masks` reads
-OUT/{train,val}.json               COCO's form: boxes, areas, run-length masks, class 1..10 of every garment
+OUT/annotations/{train,val}.json   COCO's form: boxes, areas, run-length masks, class 1..10 of every garment
 OUT/{train,val}.txt                path and class of the largest garment, what `data_prep.images` reads
 OUT/classes.txt                    the classes by name, 1 first
 
@@ -294,7 +294,7 @@ def _write_chunk(numbers: Sequence[int]) -> list[tuple[int, list[dict[str, Any]]
 
 
 def write_split(task: Task, split: str, count: int, num_workers: int) -> None:
-    """Write the images of a split, its list and its COCO file beside its folder.
+    """Write the images of a split, its list and its COCO file.
 
     **Raises:** `UserError` if a process dies; `KeyboardInterrupt` if told to stop.
     """
@@ -320,7 +320,9 @@ def write_split(task: Task, split: str, count: int, num_workers: int) -> None:
             pool.shutdown(cancel_futures=True)
     lines = [f"{split}/images/{file_name(number)}\t{CLASSES[label]}\n" for number, (label, _) in enumerate(made)]
     write_text(task.folder.with_suffix(".txt"), "".join(lines))
-    write_text(task.folder.with_suffix(".json"), json.dumps(coco(task.size, [things for _, things in made])) + "\n")
+    annotations = task.folder.parent / "annotations" / f"{split}.json"  # train.json is train.beton's, if it lies there
+    annotations.parent.mkdir(exist_ok=True)
+    write_text(annotations, json.dumps(coco(task.size, [things for _, things in made])) + "\n")
 
 
 def write_scenes(args: argparse.Namespace, out: Path) -> None:
