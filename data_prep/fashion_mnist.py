@@ -46,7 +46,9 @@ def read_idx(folder: Path, name: str, magic: int) -> Array:
     """
     path = next((p for p in (folder / f"{name}.gz", folder / name) if p.is_file()), None)
     if path is None:
-        raise UserError(f"{folder} has no {name}.gz; apt-get install dataset-fashion-mnist, or give --source")
+        raise UserError(
+            f"{folder} has no {name}.gz; apt-get install dataset-fashion-mnist, or name a folder that has it"
+        )
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError) as error:
@@ -73,7 +75,7 @@ def find_source(asked: Path | None, out: Path) -> Path:
     except Exception as error:  # torchvision's or the network's, whichever
         raise UserError(
             f"Fashion-MNIST is not in {DEBIAN} and torchvision cannot download it ({error}); apt-get "
-            f"install dataset-fashion-mnist, or give --source with the four idx files"
+            f"install dataset-fashion-mnist, or name a folder with its four idx files"
         ) from error
     return out / "download" / "FashionMNIST" / "raw"
 

@@ -1,7 +1,7 @@
 """Garments on photographs: a seeded test set with exact truth, made without a network.
 
     python -m data_prep.scenes OUT --number 20000 --val_number 4000 --size 64 --seed 0
-    python -m data_prep.images OUT/train.txt train.beton --write_mode raw
+    python -m data_prep.images OUT/train.txt OUT/train.beton --write_mode raw --classes OUT/classes.txt
 
 This is no benchmark: nobody has published figures on it. It is small, its labels, boxes and masks are exact because it
 is drawn, and any machine with Debian's packages can make it again. Fashion-MNIST's garments, in grey or tinted, are
@@ -21,6 +21,7 @@ seed, split and number alone (and of the files). OUT appears when all is there.
 
 import argparse
 import json
+import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -43,7 +44,7 @@ from fasthpm.data.keys import Stream
 from fasthpm.data.options import count_workers
 from fasthpm.data.sampling import Array, key_of, uniforms
 from fasthpm.errors import UserError
-from fasthpm.files import remove, replacing, write_text, writing
+from fasthpm.files import replacing, write_text, writing
 
 STREAMS = {"train": 3, "val": 4}  # in the place of an epoch in the keys of what is drawn; moving garments have 1 and 2
 VALIDATION = 4  # every how many-th photograph is val's
@@ -56,8 +57,8 @@ SMALLEST, LARGEST = 0.3, 0.6  # a garment's longer side, as a share of the image
 GREY, DIMMEST = 0.25, 0.3  # share of garments without a tint; least of the other two channels of a tint
 MOST, PLACES = 10, 8  # garments of an image; places tried for one, of which the one that hides least is taken
 BOX, GARMENT = 4, 8 + 2 * PLACES  # numbers drawn per crop, and per garment
-LEAST = {"number": len(CLASSES), "val_number": len(CLASSES), "size": 32, "seed": 0, "num_workers": 0}
-MOST_OF = {"number": 10**8 - 1, "val_number": 10**8 - 1, "size": 512, "seed": 2**63 - 1, "num_workers": 1024}
+IMAGES = (len(CLASSES), 10**8 - 1)  # of a split: one of each class, and what the names have digits for
+RANGES = {"number": IMAGES, "val_number": IMAGES, "size": (32, 512), "seed": (0, 2**63 - 1), "num_workers": (0, 1024)}
 CHUNK = 64  # images handed to a process at a time
 KINDS = ("images", "masks", "objects")
 
@@ -109,8 +110,11 @@ def crop(photograph: Image.Image, size: int, draws: Array) -> Array:
 
 
 def read_photograph(file: Path) -> Image.Image:
-    """A photograph with a shorter side of `SHORTER_SIDE` at most."""
-    image = read_source(file)
+    """A photograph with a shorter side of `SHORTER_SIDE` at most. **Raises:** `UserError` if it is damaged."""
+    try:
+        image = read_source(file)
+    except OSError as error:
+        raise UserError(f"photograph {file} cannot be read ({error}); install its package again") from error
     ratio = min(SHORTER_SIDE / min(image.size), 1.0)
     return image.resize((round(image.width * ratio), round(image.height * ratio)), Image.Resampling.BICUBIC)
 
@@ -325,18 +329,21 @@ def write_split(task: Task, split: str, count: int, num_workers: int) -> None:
     write_text(annotations, json.dumps(coco(task.size, [things for _, things in made])) + "\n")
 
 
-def write_scenes(args: argparse.Namespace, out: Path) -> None:
-    """Both splits into the new folder `out`."""
+def gather(args: argparse.Namespace) -> dict[str, Material]:
+    """What both splits are made of."""
     grounds = read_photographs(photographs(sources()))
-    out.mkdir(parents=True)
-    source = find_source(args.garments, out)
-    garments = {split: read_garments(split, source) for split in STREAMS}
-    remove(out / "download")  # torchvision's, if it had to
-    write_text(out / "classes.txt", "".join(f"{name}\n" for name in CLASSES))
+    with tempfile.TemporaryDirectory() as download:
+        source = find_source(args.garments, Path(download))
+        return {split: Material(grounds[split], *read_garments(split, source)) for split in STREAMS}
+
+
+def write_scenes(material: dict[str, Material], args: argparse.Namespace, out: Path) -> None:
+    """Both splits, into the new folder `out`."""
     for split, count in (("train", args.number), ("val", args.val_number)):
         key = key_of(args.seed, STREAMS[split], Stream.PREPARATION)
-        material = Material(grounds[split], *garments[split])
-        write_split(Task(material, key, args.size, tuple(args.objects), out / split), split, count, args.num_workers)
+        task = Task(material[split], key, args.size, tuple(args.objects), out / split)
+        write_split(task, split, count, args.num_workers)
+    write_text(out / "classes.txt", "".join(f"{name}\n" for name in CLASSES))
 
 
 # -------------------------------------------------------------------------------------------------- command line
@@ -364,10 +371,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _check(args: argparse.Namespace) -> None:
-    for name, least in LEAST.items():
+    for name, (least, most) in RANGES.items():
         value = getattr(args, name)
-        if not least <= value <= MOST_OF[name]:
-            raise UserError(f"{name} is {value}, expected {least} to {MOST_OF[name]}")
+        if not least <= value <= most:
+            raise UserError(f"{name} is {value}, expected {least} to {most}")
     low, high = args.objects
     if not 1 <= low <= high <= MOST:
         raise UserError(f"objects are {low} to {high}, expected LOW and HIGH with 1 <= LOW <= HIGH <= {MOST}")
@@ -381,12 +388,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     _check(args)
     check_opencv()
     started = time.monotonic()
+    material = gather(args)
     with writing(args.out, "make room, or choose another OUT"), replacing(args.out) as aside:
-        write_scenes(args, aside)
+        write_scenes(material, args, aside)
     print(
         f"wrote {args.out}: {args.number} images of train, {args.val_number} of val, {args.size} x {args.size} pixels, "
         f"{len(CLASSES)} classes, in {time.monotonic() - started:.0f} s\n"
-        f"      next: python -m data_prep.images {args.out / 'train.txt'} train.beton --write_mode raw"
+        f"      next: python -m data_prep.images {args.out}/train.txt {args.out}/train.beton --write_mode raw "
+        f"--classes {args.out}/classes.txt"
     )
 
 
