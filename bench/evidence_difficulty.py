@@ -78,6 +78,7 @@ LENGTHS = {  # epochs, updates per epoch, batch size
     "short": (20, 32, 32),
     "long": (20, 160, 64),
 }
+PAPER: dict[str, Any] = {"difficulty": "paper", "predict_loss": "relative"}  # where a row does not say otherwise
 RANDOM: dict[str, Any] = {"mask_policy": "random", "difficulty": "paper"}
 ALONE: dict[str, Any] = {"predict_loss": "none"}  # no loss predictor
 PLAIN: dict[str, Any] = {**RANDOM, **ALONE}
@@ -149,6 +150,7 @@ def fields_of(arguments: argparse.Namespace, method: str) -> dict[str, Any]:
         "ema_ramp_epochs": epochs,
         "warmup_epochs": 0.05 * epochs,
         "difficulty_every": steps * epochs // 4,
+        **PAPER,
         **row.fields,
     }
     if row.fields.get("predict_loss") == "none":
