@@ -83,7 +83,7 @@ RANDOM: dict[str, Any] = {"mask_policy": "random", "difficulty": "paper"}
 ALONE: dict[str, Any] = {"predict_loss": "none"}  # no loss predictor
 PLAIN: dict[str, Any] = {**RANDOM, **ALONE}
 CROSS: dict[str, Any] = {"decoder_attention": "cross"}
-KEPT: dict[str, Any] = {"teacher_maps": True, "map_refresh_epochs": 2}
+KEPT: dict[str, Any] = {"teacher_maps": True, "map_refresh_epochs": 10}
 HARD: dict[str, Any] = {"alpha_start": 1.0, "alpha_end": 1.0}
 
 
