@@ -38,6 +38,7 @@ from fasthpm.files import file_hash, write_text
 from fasthpm.patches import NormalizedPatches
 from fasthpm.probes import knn
 
+PAPERS: dict[str, Any] = {"difficulty": "paper", "predict_loss": "relative"}  # where a method does not say otherwise
 METHODS: dict[str, dict[str, Any]] = {
     "mae": {"model": "mae_vit_nano_patch4_28", "mask_policy": "random", "predict_loss": "none"},
     "random": {"mask_policy": "random"},
@@ -100,7 +101,7 @@ def train_flags(arguments: argparse.Namespace, method: str, seed: int, out: Path
         "num_workers": 1,
         "deepspeed_config": arguments.deepspeed_config,
     }
-    pairs = {**length, **where, **METHODS[method]}
+    pairs = {**length, **where, **PAPERS, **METHODS[method]}
     flags = [part for name, value in pairs.items() for part in flag(name, value)]
     return ["--recipe", "hpm_demo", *flags, *arguments.extra.split()]
 

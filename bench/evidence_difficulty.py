@@ -10,8 +10,9 @@ methods, finished runs are kept, interrupted ones resume, and the tables are rew
 
 Of every run: `difficulty_spearman` and the AUC of the hardest quarter at its end (true difficulty: the mean loss over
 12 random masks of 64 held-out samples), on scenes also how well the map finds the object (AUC against its mask); k-NN
-and logistic regression on the mean of the patch tokens. Differences are taken seed by seed: to the method's own
-control, which has random masks and the same architecture, and to MAE given the same compute.
+and logistic regression on the mean of the patch tokens, on scenes on every patch token: is most of it the object? (50 =
+chance). Differences are taken seed by seed: to the method's own control, which has random masks and the same
+architecture, and to MAE given the same compute.
 """
 
 import argparse
@@ -24,8 +25,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from bench.common import machine, table, write_json
@@ -35,6 +38,7 @@ from fasthpm.checkpoint.weights import load_weights
 from fasthpm.cli import Parser, run_command
 from fasthpm.data import build_loader
 from fasthpm.data.names import sample_names
+from fasthpm.data.sampling import Array
 from fasthpm.errors import UserError
 from fasthpm.model import HPMViT
 from fasthpm.patches import NormalizedPatches
@@ -53,7 +57,7 @@ class Set:
     fields: dict[str, Any]
     paths: tuple[str, str]  # train and val, below --data
     plain: str  # the model without a loss predictor
-    objects: str = ""  # folder of object masks of val
+    masks: bool = False  # whether train/ and val/ have object masks (objects/)
     maps: bool = True  # whether a teacher's maps can be kept
 
 
@@ -64,7 +68,7 @@ SETS = {
         {"input_size": 64, "patch_size": 8, "channels": 3},
         ("train.beton", "val.beton"),
         "mae_vit_nano_patch4_28",
-        objects="val/objects",
+        masks=True,
     ),
     "video": Set(
         "hpm_video_demo", {"video_decoder": "turbojpeg"}, ("train", "val"), "videomae_vit_nano_patch8_32", maps=False
@@ -74,11 +78,12 @@ LENGTHS = {  # epochs, updates per epoch, batch size
     "short": (20, 32, 32),
     "long": (20, 160, 64),
 }
+PAPER: dict[str, Any] = {"difficulty": "paper", "predict_loss": "relative"}  # where a row does not say otherwise
 RANDOM: dict[str, Any] = {"mask_policy": "random", "difficulty": "paper"}
 ALONE: dict[str, Any] = {"predict_loss": "none"}  # no loss predictor
 PLAIN: dict[str, Any] = {**RANDOM, **ALONE}
 CROSS: dict[str, Any] = {"decoder_attention": "cross"}
-KEPT: dict[str, Any] = {"teacher_maps": True, "map_refresh_epochs": 2}
+KEPT: dict[str, Any] = {"teacher_maps": True, "map_refresh_epochs": 10}
 HARD: dict[str, Any] = {"alpha_start": 1.0, "alpha_end": 1.0}
 
 
@@ -145,6 +150,7 @@ def fields_of(arguments: argparse.Namespace, method: str) -> dict[str, Any]:
         "ema_ramp_epochs": epochs,
         "warmup_epochs": 0.05 * epochs,
         "difficulty_every": steps * epochs // 4,
+        **PAPER,
         **row.fields,
     }
     if row.fields.get("predict_loss") == "none":
@@ -206,14 +212,55 @@ def run_one(arguments: argparse.Namespace, method: str, seed: int, out: Path) ->
 
 
 def probe(arguments: argparse.Namespace, out: Path) -> dict[str, float]:
-    """Every accuracy of `PROBES`, in percent: the first --bank training samples vote or train."""
+    """Every accuracy of `PROBES`, in percent: the first --bank training samples, or patches, vote or train."""
     train, val = (arguments.data / path for path in SETS[arguments.set].paths)
-    bank, bank_labels = encode(out, train, arguments.bank)
-    queries, labels = encode(out, val, 0)
+    if SETS[arguments.set].masks:
+        bank, bank_labels = balanced(*encode_patches(arguments, out, "train", arguments.bank))
+        queries, labels = balanced(*encode_patches(arguments, out, "val", arguments.bank))
+    else:
+        bank, bank_labels = encode(out, train, arguments.bank)
+        queries, labels = encode(out, val, 0)
     classes = int(bank_labels.max()) + 1
     rows = [F.normalize(side, dim=1) for side in (bank, queries)]
     votes = knn.knn_accuracy(rows[0], bank_labels, rows[1], labels, classes)
     return {"knn": max(votes.values()), "linear": linear_accuracy(bank, bank_labels, queries, labels)}
+
+
+def balanced(rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """As many rows [N, D] of every class as of the rarest, the first ones; and their labels."""
+    places = [(labels == number).nonzero()[:, 0] for number in labels.unique().tolist()]
+    kept = torch.cat([place[: min(map(len, places))] for place in places])
+    return rows[kept], labels[kept]
+
+
+@torch.no_grad()
+def encode_patches(arguments: argparse.Namespace, out: Path, split: str, images: int) -> tuple[Tensor, Tensor]:
+    """The student's patch tokens, float32 [N, D], of the first `images` images, and whether they are of the object
+    (1) or not (0): int64 [N]."""
+    model, recipe = load_weights(out, "student")
+    path = arguments.data / SETS[arguments.set].paths[split == "val"]
+    loader = build_loader(path, recipe.loader_options(batch_size=ENCODE_BATCH, train=False, num_workers=1))
+    patches_of = NormalizedPatches(recipe, loader.info)
+    names = sample_names(str(path), loader.info.num_samples)
+    rows: list[Tensor] = []
+    labels: list[Tensor] = []
+    try:
+        for batch in loader:
+            rows.append(model.encode(patches_of(batch.images))[:, model.num_prefix_tokens :].flatten(0, 1))
+            files = [arguments.data / split / "objects" / Path(names[sample]).name for sample in batch.ids.tolist()]
+            labels += [covered(np.asarray(Image.open(file)), recipe.patch_size) for file in files]
+            if len(labels) >= images:
+                break
+    finally:
+        loader.close()
+    return torch.cat(rows), torch.cat(labels)
+
+
+def covered(mask: Array, side: int) -> Tensor:
+    """Whether an object mask, uint8 [H, W] of 0 and 255, covers most of each patch: int64 [L] of 0 and 1."""
+    rows, columns = mask.shape[0] // side, mask.shape[1] // side
+    share = mask.reshape(rows, side, columns, side).mean(axis=(1, 3)) / 255
+    return torch.from_numpy((share > 0.5).astype(np.int64).ravel())
 
 
 @torch.no_grad()
@@ -240,13 +287,13 @@ def encode(out: Path, path: Path, limit: int) -> tuple[Tensor, Tensor]:
 def saliency(model: HPMViT, recipe: Recipe, arguments: argparse.Namespace) -> float | None:
     """Mean AUC of the difficulty against the object masks of held-out images; None where there are none of either."""
     chosen = SETS[arguments.set]
-    if not chosen.objects or not recipe.answers_difficulty:
+    if not chosen.masks or not recipe.answers_difficulty:
         return None
     path = arguments.data / chosen.paths[1]
     loader = build_loader(path, recipe.loader_options(batch_size=ENCODE_BATCH, train=False, num_workers=1))
     patches_of = NormalizedPatches(recipe, loader.info)
     names = sample_names(str(path), loader.info.num_samples)
-    scores = Saliency(arguments.data / chosen.objects, recipe.image_size)
+    scores = Saliency(arguments.data / "val" / "objects", recipe.image_size)
     seen = 0
     try:
         for batch in loader:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from bench.common import machine, table, write_json
 from bench.evidence import (
+    PAPERS,
     RESULT,
     check_complete,
     fill_table,
@@ -79,6 +80,7 @@ def train_flags(arguments: argparse.Namespace, method: str, seed: int, out: Path
         "seed": seed,
         "num_workers": 1,
         "deepspeed_config": arguments.deepspeed_config,
+        **PAPERS,
         **METHODS[method],
     }
     flags = [part for name, value in pairs.items() for part in (f"--{name}", str(value))]

@@ -4,10 +4,10 @@
         ukui-wallpapers
     python -m bench.photos photos [--count 2000]
 
-Installing them (170 MB) is up to you. The script finds their large JPEG files under /usr/share, cuts boxes at random
-places and scales, shrinks them to 500 x 375 or 375 x 500 pixels and saves them as JPEG, in 20 class folders. A cut that
-is too smooth or too busy for ImageNet's 100 kB or so (a sky, a lawn) is drawn again. The same files, count and seed
-give the same photographs.
+Installing them (170 MB) is up to you. The script finds their large JPEG files (`data_prep.photographs`), cuts boxes at
+random places and scales, shrinks them to 500 x 375 or 375 x 500 pixels and saves them as JPEG, in 20 class folders. A
+cut that is too smooth or too busy for ImageNet's 100 kB or so (a sky, a lawn) is drawn again. The same files, count and
+seed give the same photographs.
 """
 
 import io
@@ -19,46 +19,15 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from data_prep.photographs import read_source, sources
 from fasthpm.cli import Parser, run_command
 from fasthpm.errors import UserError
 
-FOLDERS = (Path("/usr/share/backgrounds"), Path("/usr/share/wallpapers"))
-PACKAGES = (
-    "lomiri-wallpapers-16.04",
-    "lomiri-wallpapers-20.04",
-    "mate-backgrounds",
-    "plasma-workspace-wallpapers",
-    "ukui-wallpapers",
-)
-CLASSES, FEWEST_SOURCES = 20, 20
+CLASSES = 20
 LONG, SHORT, PORTRAITS, QUALITY = 500, 375, 0.25, 96
 SMALLEST, LARGEST = 60_000, 180_000  # bytes of a JPEG; ImageNet's are 110 kB on average
 PROBES, FEWEST_GOOD = 12, 3  # a source is used if so many of its first cuts have that size
 TRIES = 12  # cuts per photograph, on average, before a source is given up
-DECODED = (1600, 1200)  # JPEG files are decoded at 1/2 or 1/4 while that leaves more than this
-
-
-def sources(folders: Sequence[Path] = FOLDERS) -> list[Path]:
-    """Large JPEG files below `folders`, one of each subfolder's repeated sizes, in the order of their names.
-
-    **Raises:** `UserError` naming the packages if there are fewer than `FEWEST_SOURCES`.
-    """
-    files = sorted(file for folder in folders for file in folder.rglob("*.jp*g") if not file.is_symlink())
-    large = [file for file in files if min(_size(file)) >= 2 * LONG]
-    if len(large) < FEWEST_SOURCES:
-        raise UserError(
-            f"{len(large)} large photographs under {', '.join(map(str, folders))}, expected {FEWEST_SOURCES} or more; "
-            f"install them with: apt-get install {' '.join(PACKAGES)}"
-        )
-    return large
-
-
-def _size(file: Path) -> tuple[int, int]:
-    try:
-        with Image.open(file) as image:
-            return image.size
-    except OSError:
-        return 0, 0
 
 
 def cut(source: Image.Image, generator: np.random.Generator) -> bytes:
@@ -79,13 +48,6 @@ def good_cuts(source: Image.Image, generator: np.random.Generator, tries: int) -
         data = cut(source, generator)
         if SMALLEST <= len(data) <= LARGEST:
             yield data
-
-
-def read_source(file: Path) -> Image.Image:
-    """A source in RGB, large ones at a half or a quarter of their sides."""
-    image = Image.open(file)
-    image.draft("RGB", DECODED)
-    return image.convert("RGB")
 
 
 def detailed(files: Sequence[Path], seed: int) -> list[Path]:

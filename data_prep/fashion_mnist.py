@@ -46,7 +46,9 @@ def read_idx(folder: Path, name: str, magic: int) -> Array:
     """
     path = next((p for p in (folder / f"{name}.gz", folder / name) if p.is_file()), None)
     if path is None:
-        raise UserError(f"{folder} has no {name}.gz; apt-get install dataset-fashion-mnist, or give --source")
+        raise UserError(
+            f"{folder} has no {name}.gz; apt-get install dataset-fashion-mnist, or name a folder that has it"
+        )
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError) as error:
@@ -73,7 +75,7 @@ def find_source(asked: Path | None, out: Path) -> Path:
     except Exception as error:  # torchvision's or the network's, whichever
         raise UserError(
             f"Fashion-MNIST is not in {DEBIAN} and torchvision cannot download it ({error}); apt-get "
-            f"install dataset-fashion-mnist, or give --source with the four idx files"
+            f"install dataset-fashion-mnist, or name a folder with its four idx files"
         ) from error
     return out / "download" / "FashionMNIST" / "raw"
 
@@ -88,17 +90,22 @@ def is_prepared(path: Path) -> bool:
         return False
 
 
-def prepare_split(split: str, source: Path, out: Path, num_workers: int) -> None:
-    """Write `split`.beton, replacing one that does not fit its sidecar."""
-    started = time.monotonic()
+def read_split(split: str, source: Path) -> tuple[Array, Array]:
+    """Images uint8 [N, 28, 28] and labels [N] of train or val. **Raises:** `UserError` if they do not fit together."""
     images = read_idx(source, f"{SPLITS[split]}-images-idx3-ubyte", IMAGES_MAGIC)
     labels = read_idx(source, f"{SPLITS[split]}-labels-idx1-ubyte", LABELS_MAGIC)
     if len(images) != len(labels):
         raise UserError(f"{source} has {len(images)} {split} images but {len(labels)} labels; download it again")
+    return images, labels
+
+
+def prepare_split(split: str, source: Path, out: Path, num_workers: int) -> None:
+    """Write `split`.beton, replacing one that does not fit its sidecar."""
+    started = time.monotonic()
     path = out / f"{split}.beton"
     options = WriteOptions(write_mode="raw")
     sidecar = write_beton(
-        Arrays(images, labels), path, CLASSES, options=options, num_workers=num_workers, overwrite=True
+        Arrays(*read_split(split, source)), path, CLASSES, options=options, num_workers=num_workers, overwrite=True
     )
     print(summary(path, sidecar, time.monotonic() - started), flush=True)
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from data_prep.partial import Chunk, Job
 from data_prep.sets import progress_bar
@@ -24,6 +24,8 @@ from fasthpm.errors import UserError
 AHEAD = 3  # chunks per process that are under way or wait for their turn
 PR_SET_PDEATHSIG = 1
 fork = multiprocessing.get_context("fork")
+Item = TypeVar("Item")
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,8 @@ def _explain(error: BaseException, work: Work, done: int, total: int) -> None:
 
 
 def in_order(
-    pool: ProcessPoolExecutor, work: Callable[[Array], Chunk], items: Iterable[Array], window: int
-) -> Iterator[Chunk]:
+    pool: ProcessPoolExecutor, work: Callable[[Item], Made], items: Iterable[Item], window: int
+) -> Iterator[Made]:
     """Results of `work` in order, with at most `window` of them under way or waiting."""
     waiting: deque[Any] = deque()
     items = iter(items)
@@ -126,12 +128,13 @@ def asked_to_stop() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def become_worker(lock: int) -> None:
-    """Die with the parent, leave Ctrl-C to it, and let go of its lock."""
+def become_worker(lock: int | None = None) -> None:
+    """Die with the parent, leave Ctrl-C to it, and let go of its lock, if it holds one."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    os.close(lock)  # else it would stay locked for a moment after the parent has been killed
+    if lock is not None:
+        os.close(lock)  # else it would stay locked for a moment after the parent has been killed
 
 
 def reason_of(error: Exception) -> str:

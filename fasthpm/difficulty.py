@@ -8,20 +8,37 @@ Letters: B batch, L patches, V visible and M = L - V masked ones of the student,
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from fasthpm.mask import num_masked, sample_noise, spread_units
 
-if TYPE_CHECKING:
-    from fasthpm.model import HPMViT
-
 HEAD = "difficulty_head"  # the part of a model that answers `in_place`
 HEAD_SHARE = 16  # where maps are kept it learns on one of so many samples of a batch
 VIEW_SEED = 0x51EED  # apart from the noise of the masks
 LEAST_VIEWS = 2
+
+
+class Asked(Protocol):
+    """What is asked: the part of `fasthpm.model.HPMViT` that is needed for it, which says what each is."""
+
+    num_prefix_tokens: int
+    grid_size: tuple[int, int]
+    decoder_attention: str
+    encoder_mask_tokens: bool
+    mask_ratio: float
+    mask_unit: int
+    difficulty_head: Any
+
+    def decoder_tokens(self, tokens: Tensor, scale: int = 1) -> Tensor: ...
+
+    def queries(self, batch: int, scale: int = 1) -> Tensor: ...
+
+    def predictor_on(self, tokens: Tensor, last: int) -> Tensor: ...
+
+    def reconstruction_losses(self, patches: Tensor, visible: Tensor, masked: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -40,8 +57,8 @@ class Difficulty:
 
     name: str
     summary: str  # one line for the docs
-    read: Callable[["HPMViT", Tensor, int], Tensor] | None = None
-    look: Callable[["HPMViT", Tensor, Tensor], Tensor] | None = None
+    read: Callable[[Asked, Tensor, int], Tensor] | None = None
+    look: Callable[[Asked, Tensor, Tensor], Tensor] | None = None
     predictor: bool = False
     head: bool = False
     scales: bool = False
@@ -67,12 +84,12 @@ def question_of(name: str, decoder_attention: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------------- the ways
-def _paper(model: "HPMViT", tokens: Tensor, scale: int) -> Tensor:
+def _paper(model: Asked, tokens: Tensor, scale: int) -> Tensor:
     """The loss predictor on visible tokens, of each patch itself (CVPR 3.3)."""
     return model.predictor_on(model.decoder_tokens(tokens, scale), tokens.shape[1] - model.num_prefix_tokens)
 
 
-def _masked_query(model: "HPMViT", tokens: Tensor, scale: int) -> Tensor:
+def _masked_query(model: Asked, tokens: Tensor, scale: int) -> Tensor:
     """The loss predictor on a mask token at every place, as it was trained to be asked.
 
     In cross attention these attend to all visible tokens, and not to each other. In self-attention, which mixes all,
@@ -87,7 +104,7 @@ def _masked_query(model: "HPMViT", tokens: Tensor, scale: int) -> Tensor:
     return model.predictor_on(torch.cat([known, model.queries(len(tokens), scale)], dim=1), count)
 
 
-def _in_place(model: "HPMViT", tokens: Tensor, scale: int) -> Tensor:
+def _in_place(model: Asked, tokens: Tensor, scale: int) -> Tensor:
     """The head on the features of each visible patch."""
     return model.difficulty_head(tokens[:, model.num_prefix_tokens :])
 
@@ -127,20 +144,23 @@ def _numbers(chosen: Tensor, size: int) -> Tensor:
     return (~chosen).to(torch.uint8).argsort(dim=1, stable=True)[:, :size]
 
 
-def _measured(model: "HPMViT", patches: Tensor, noise: Tensor) -> Tensor:
+def _measured(model: Asked, patches: Tensor, noise: Tensor) -> Tensor:
     """The loss itself: the model reconstructs every patch from a look in which it is masked.
 
     Mask tokens that nobody asks for are left out, except in SimMIM, where they are part of the image.
     """
-    found = torch.zeros(patches.shape[:2], device=patches.device)
+    ids: list[Tensor] = []
+    losses: list[Tensor] = []
     for view in views(noise, model.grid_size, model.mask_ratio, model.mask_unit):
+        hidden = view.masked if model.encoder_mask_tokens else view.asked
+        found = model.reconstruction_losses(patches, view.visible, hidden)
         if model.encoder_mask_tokens:
-            losses = found.scatter(1, view.masked, model.reconstruction_losses(patches, view.visible, view.masked))
-            losses = losses.gather(1, view.asked)
-        else:
-            losses = model.reconstruction_losses(patches, view.visible, view.asked)
-        found = found.scatter(1, view.asked, losses)
-    return found
+            whole = found.new_zeros(patches.shape[:2]).scatter(1, hidden, found)
+            found = whole.gather(1, view.asked)
+        ids.append(view.asked)
+        losses.append(found)
+    values = torch.cat(losses, dim=1)
+    return torch.empty_like(values).scatter(1, torch.cat(ids, dim=1), values)
 
 
 def view_noise(step: Tensor, ids: Tensor, num_patches: int, seed: int = 0) -> Tensor:

@@ -283,11 +283,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         validate(self)
-        self._check_schedule()
-        self._check_predictor()
-        self._check_target()
-        self._check_patches()
-        self._check_masks()
+        rules.check(self)
 
     # ---------------------------------------------------------------------------------------------- derived
     @property
@@ -433,58 +429,6 @@ class Recipe:
             names += ["seed", "crop_min", "flip", "interpolation", "color_jitter", "sample_order", "max_bad_samples"]
             asked["decoder"] = self.video_decoder
         return LoaderOptions(**{name: getattr(self, name) for name in names} | asked | changes)
-
-    # ---------------------------------------------------------------------------------------------- checks
-    def _check_schedule(self) -> None:
-        rules.kept_checkpoints_are_saved(self.keep_every, self.save_every)
-        rules.warmup_ends(self.warmup_epochs, self.epochs)
-
-    def _check_predictor(self) -> None:
-        rules.width_fits_heads("decoder_dim", self.decoder_dim, self.decoder_heads)
-        rules.width_fits_heads("predictor_dim", self.predictor_dim, self.decoder_heads)
-        rules.model_has_predictor(self.model, self.predict_loss)
-        rules.predictor_is_used(self.predict_loss, self.predictor_dim, self.predictor_depth)
-        self._check_fast_modes()
-        self._check_difficulty()
-        rules.losses_are_standardized(self.absolute_standardize, self.predict_loss)
-
-    def _check_difficulty(self) -> None:
-        follows, question = self.masks_by_difficulty, self.question
-        if follows:
-            rules.difficulty_is_learnt(self.mask_policy, question.predictor, self.predict_loss)
-        rules.head_learns_from_masks(self.difficulty, question.head, self.mask_policy, follows)
-        rules.question_suits_model(self.difficulty, question.mask_tokens_in_encoder, self.model)
-        rules.question_suits_target(self.difficulty, question.look is not None, self.target, bool(self.target_teacher))
-        rules.question_has_scales(self.difficulty, question.scales, self.teacher_scale)
-
-    def _check_fast_modes(self) -> None:
-        follows = self.masks_by_difficulty
-        rules.shared_predictor_is_used(self.predictor, self.predict_loss)
-        rules.shared_predictor_has_no_shape(self.predictor, self.predictor_dim, self.predictor_depth)
-        rules.decoder_has_blocks(self.model, self.predictor, self.decoder_attention)
-        rules.teacher_maps_are_of_images(self.teacher_maps, self.mask_policy, follows, self.num_frames)
-        rules.teacher_is_asked(self.mask_policy, follows, self.teacher_scale, self.teacher_precision)
-
-    def _check_target(self) -> None:
-        teacher = self.target_teacher
-        rules.target_has_weights(self.target, teacher, self.target_weights, self.target_model, self.target_dim)
-        if teacher:
-            rules.features_are_of_images(self.target, self.model, self.num_frames)
-            rules.ema_features_are_whole(teacher, self.teacher_scale, self.teacher_maps)
-            rules.loss_is_of_pixels(self.target, self.pixel_loss, self.norm_pix_loss)
-
-    def _check_patches(self) -> None:
-        rules.patches_fill_image(self.input_size, self.image_size, self.patch_size)
-        rules.is_multiple("num_frames", self.num_frames, "tubelet_size", self.tubelet_size)
-        rules.is_multiple("mask_unit", self.mask_unit, "patch_size", self.patch_size)
-        rules.small_teacher_sees_images(self.teacher_scale, self.num_frames, self.grid_size)
-
-    def _check_masks(self) -> None:
-        patches, plan = self.num_patches, self.mask_plan
-        rules.some_stay_visible(self.mask_ratio, plan.num_masked, self.throw_ratio, plan.num_thrown, patches)
-        rules.some_are_masked(self.mask_ratio, plan.num_masked, patches)
-        if self.uses_maps:
-            rules.some_are_masked_before_maps(self.warmup_mask_ratio, self.warmup_plan.num_masked, patches)
 
 
 # -------------------------------------------------------------------------------------------------- to and from text

@@ -3,7 +3,76 @@
 Arguments are named as the fields are; what one field may be by itself stands with the field (`options.option`).
 """
 
+from typing import Any
+
 from fasthpm.errors import UserError
+
+
+def check(recipe: Any) -> None:
+    """All of them, of a `Recipe` (which imports this module) whose fields are right by themselves."""
+    _check_schedule(recipe)
+    _check_predictor(recipe)
+    _check_target(recipe)
+    _check_patches(recipe)
+    _check_masks(recipe)
+
+
+def _check_schedule(recipe: Any) -> None:
+    kept_checkpoints_are_saved(recipe.keep_every, recipe.save_every)
+    warmup_ends(recipe.warmup_epochs, recipe.epochs)
+
+
+def _check_predictor(recipe: Any) -> None:
+    width_fits_heads("decoder_dim", recipe.decoder_dim, recipe.decoder_heads)
+    width_fits_heads("predictor_dim", recipe.predictor_dim, recipe.decoder_heads)
+    model_has_predictor(recipe.model, recipe.predict_loss)
+    if recipe.masks_by_difficulty:
+        difficulty_is_learnt(recipe.mask_policy, recipe.question.predictor, recipe.predict_loss)
+    predictor_is_used(recipe.predict_loss, recipe.predictor_dim, recipe.predictor_depth)
+    _check_fast_modes(recipe)
+    _check_difficulty(recipe)
+    losses_are_standardized(recipe.absolute_standardize, recipe.predict_loss)
+
+
+def _check_difficulty(recipe: Any) -> None:
+    name, question = recipe.difficulty, recipe.question
+    head_learns_from_masks(name, question.head, recipe.mask_policy, recipe.masks_by_difficulty)
+    question_suits_model(name, question.mask_tokens_in_encoder, recipe.model)
+    question_suits_target(name, question.look is not None, recipe.target, bool(recipe.target_teacher))
+    question_has_scales(name, question.scales, recipe.teacher_scale)
+
+
+def _check_fast_modes(recipe: Any) -> None:
+    policy, follows = recipe.mask_policy, recipe.masks_by_difficulty
+    shared_predictor_is_used(recipe.predictor, recipe.predict_loss)
+    shared_predictor_has_no_shape(recipe.predictor, recipe.predictor_dim, recipe.predictor_depth)
+    decoder_has_blocks(recipe.model, recipe.predictor, recipe.decoder_attention)
+    teacher_maps_are_of_images(recipe.teacher_maps, policy, follows, recipe.num_frames)
+    teacher_is_asked(policy, follows, recipe.teacher_scale, recipe.teacher_precision)
+
+
+def _check_target(recipe: Any) -> None:
+    teacher = recipe.target_teacher
+    target_has_weights(recipe.target, teacher, recipe.target_weights, recipe.target_model, recipe.target_dim)
+    if teacher:
+        features_are_of_images(recipe.target, recipe.model, recipe.num_frames)
+        ema_features_are_whole(teacher, recipe.teacher_scale, recipe.teacher_maps)
+        loss_is_of_pixels(recipe.target, recipe.pixel_loss, recipe.norm_pix_loss)
+
+
+def _check_patches(recipe: Any) -> None:
+    patches_fill_image(recipe.input_size, recipe.image_size, recipe.patch_size)
+    is_multiple("num_frames", recipe.num_frames, "tubelet_size", recipe.tubelet_size)
+    is_multiple("mask_unit", recipe.mask_unit, "patch_size", recipe.patch_size)
+    small_teacher_sees_images(recipe.teacher_scale, recipe.num_frames, recipe.grid_size)
+
+
+def _check_masks(recipe: Any) -> None:
+    patches, plan = recipe.num_patches, recipe.mask_plan
+    some_stay_visible(recipe.mask_ratio, plan.num_masked, recipe.throw_ratio, plan.num_thrown, patches)
+    some_are_masked(recipe.mask_ratio, plan.num_masked, patches)
+    if recipe.uses_maps:
+        some_are_masked_before_maps(recipe.warmup_mask_ratio, recipe.warmup_plan.num_masked, patches)
 
 
 # --------------------------------------------------------------------------------------------------- schedule

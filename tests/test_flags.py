@@ -23,7 +23,7 @@ from fasthpm.probes.finetune.settings import FineTune
 from fasthpm.recipe import Recipe
 
 GOLDEN = Path(__file__).parent / "golden" / "flags.json"
-PREPARATION = ("copy", "fashion_mnist", "images", "moving_fashion", "torchvision_sets", "verify", "videos")
+PREPARATION = ("copy", "fashion_mnist", "images", "moving_fashion", "scenes", "torchvision_sets", "verify", "videos")
 MODULES = {f"fasthpm {name}": module for name, (module, _) in COMMANDS.items()}
 KINDS = (Recipe, FineTune, LoaderOptions)
 HOW = (

@@ -65,7 +65,9 @@ def test_two_deepspeed_ranks_run_every_preset(name: str, tmp_path: Path) -> None
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [event.step for event in board.Scalars("predictor/teacher_spearman")] == [2, 4]
     shown = {tag.partition("/")[2] for tag in board.Tags()["scalars"]}
-    assert shown == set(records[0]) - {"step", "epoch", "time"}
+    assert shown == set(records[-1]) - {"step", "epoch", "time"}
+    assert set(records[-1]) - set(records[0]) == {"difficulty_spearman", "difficulty_auc"}  # at the end, at least
+    assert -1 < records[-1]["difficulty_spearman"] < 1
     assert board.Tags()["images"] == ["panel"]
     folder = newest_valid(tmp_path, pytest.fail)
     assert folder is not None

@@ -17,6 +17,9 @@ class BadSample(NamedTuple):
     why: str
 
 
+_told: set[BadSample] = set()  # each is named once, whichever loader of this process meets it
+
+
 def allowed(share: float, num_samples: int) -> int:
     """How many distinct bad samples a set may have: `share` of it, but at least `FEWEST`; none if `share` is 0."""
     return max(int(share * num_samples), FEWEST) if share > 0 else 0
@@ -60,7 +63,9 @@ class Quarantine:
             if self._share is None:
                 raise UserError(f"{bad.name} {bad.why}; repair or remove it, copy the set again, or prepare it again")
             self._met[sample] = bad
-            warn(f"{bad.name} {bad.why}; another sample takes its place")
+            if bad not in _told:
+                warn(f"{bad.name} {bad.why}; another sample takes its place")
+            _told.add(bad)
         error = self._share is not None and too_many(
             self._source, self.met(), self._share, self._num_samples, "all are named in the warnings above"
         )

@@ -48,6 +48,7 @@ def fast(recipe: Recipe, name: str, refresh_epochs: int) -> Recipe:
     return replace(
         recipe,
         recipe=name,
+        difficulty="masked_query",
         teacher_maps=True,
         map_refresh_epochs=refresh_epochs,
         predictor="shared",

@@ -3,11 +3,9 @@
 from pathlib import Path
 
 import numpy as np
-import pytest
 from PIL import Image
 
 from bench import common, photos
-from fasthpm.errors import UserError
 
 
 def test_photographs_are_cut_from_large_files(tmp_path: Path) -> None:
@@ -29,8 +27,3 @@ def test_photographs_are_cut_from_large_files(tmp_path: Path) -> None:
 def _size(file: Path) -> tuple[int, int]:
     with Image.open(file) as image:
         return image.size
-
-
-def test_too_few_sources_name_the_packages(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="apt-get install lomiri-wallpapers"):
-        photos.sources([tmp_path])

@@ -11,26 +11,11 @@ from data_prep import fashion_mnist
 from fasthpm.data import read_info
 from fasthpm.data.ffcv.beton import open_beton
 from fasthpm.errors import UserError
-from tests.helpers.prepared_sets import stored
-
-
-def small_source(folder: Path, count: int = 40) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """idx files like Fashion-MNIST's, but few and, for val, not compressed."""
-    rng, made = np.random.default_rng(0), {}
-    folder.mkdir()
-    for name in ("train", "t10k"):
-        pixels = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8)
-        labels = rng.integers(0, 10, count, dtype=np.uint8)
-        made[name] = (pixels, labels)
-        for kind, array in (("images-idx3", pixels), ("labels-idx1", labels)):
-            data = (2048 + array.ndim).to_bytes(4, "big") + np.array(array.shape, ">i4").tobytes() + array.tobytes()
-            packed = gzip.compress(data) if name == "train" else data
-            (folder / f"{name}-{kind}-ubyte{'.gz' if name == 'train' else ''}").write_bytes(packed)
-    return made
+from tests.helpers.prepared_sets import idx_files, stored
 
 
 def test_fashion_mnist_values_are_those_of_the_idx_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    made = small_source(tmp_path / "source")
+    made = idx_files(tmp_path / "source")
     flags = [str(tmp_path / "out"), "--source", str(tmp_path / "source")]
     fashion_mnist.main(flags)
     for split, name in (("train", "train"), ("val", "t10k")):
@@ -66,7 +51,7 @@ def test_bad_fashion_mnist_sources_are_refused(tmp_path: Path) -> None:
     flags = [str(tmp_path / "out"), "--source", str(tmp_path / "source")]
     with pytest.raises(UserError, match="apt-get install dataset-fashion-mnist"):
         fashion_mnist.main(flags)
-    small_source(tmp_path / "source")
+    idx_files(tmp_path / "source")
     path = tmp_path / "source" / "train-images-idx3-ubyte.gz"
     whole = path.read_bytes()
     path.write_bytes(whole[:-50])

@@ -1,5 +1,6 @@
 """What a prepared set holds, and flags that the tests of preparing share."""
 
+import gzip
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,21 @@ def stored(path: Path) -> list[np.ndarray]:
     pixels = [image.numpy() for batch in loader for image in batch.images]
     loader.close()
     return pixels
+
+
+def idx_files(folder: Path, count: int = 40) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """idx files like Fashion-MNIST's, but few and, for val, not compressed."""
+    rng, made = np.random.default_rng(0), {}
+    folder.mkdir()
+    for name in ("train", "t10k"):
+        pixels = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        labels = rng.integers(0, 10, count, dtype=np.uint8)
+        made[name] = (pixels, labels)
+        for kind, array in (("images-idx3", pixels), ("labels-idx1", labels)):
+            data = (2048 + array.ndim).to_bytes(4, "big") + np.array(array.shape, ">i4").tobytes() + array.tobytes()
+            packed = gzip.compress(data) if name == "train" else data
+            (folder / f"{name}-{kind}-ubyte{'.gz' if name == 'train' else ''}").write_bytes(packed)
+    return made
 
 
 def leftovers(folder: Path) -> list[str]:

@@ -1,0 +1,88 @@
+"""The evidence on difficulty: rows that can be run, controls of the same architecture, differences seed by seed."""
+
+import argparse
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bench import evidence_difficulty as evidence
+from fasthpm import recipes
+from fasthpm.patches import model_of
+from fasthpm.recipe import Recipe
+
+
+def recipe_of(chosen: str, method: str) -> Recipe:
+    arguments = argparse.Namespace(set=chosen, length="short")
+    fields = evidence.typed(evidence.fields_of(arguments, method))
+    return dataclasses.replace(recipes.from_name(evidence.SETS[chosen].recipe), **fields)
+
+
+@pytest.mark.parametrize("chosen", evidence.SETS)
+def test_every_row_is_a_recipe_and_its_control_differs_in_the_masks_alone(chosen: str) -> None:
+    for name, method in evidence.METHODS.items():
+        recipe = recipe_of(chosen, name)
+        if not method.control or name in evidence.CONTROLS:
+            continue
+        control = recipe_of(chosen, method.control)
+        assert not control.masks_by_difficulty
+        assert recipe.masks_by_difficulty
+        shapes = [
+            {key: value.shape for key, value in model_of(one).state_dict().items() if "difficulty_head" not in key}
+            for one in (recipe, control)
+        ]
+        assert shapes[0] == shapes[1], name
+        for field in ("epochs", "steps_per_epoch", "batch_size", "lr", "mask_ratio", "predict_loss", "seed"):
+            assert getattr(recipe, field) == getattr(control, field), (name, field)
+
+
+def test_the_same_cost_is_more_updates_of_mae() -> None:
+    more, usual = recipe_of("fashion", "mae_same_cost"), recipe_of("fashion", "mae")
+    assert more.steps_per_epoch == round(usual.steps_per_epoch * 1.6)
+    assert dataclasses.replace(more, steps_per_epoch=usual.steps_per_epoch) == usual
+
+
+def run(method: str, seed: int, knn: float, truth: float | None = None) -> dict[str, Any]:
+    found = {} if truth is None else {"difficulty_spearman": truth, "difficulty_auc": 0.9}
+    return {
+        "method": method,
+        "seed": seed,
+        "probes": {"knn": knn, "linear": knn + 5},
+        "truth": found,
+        "saliency": None if truth is None else 0.7,
+    }
+
+
+def test_differences_are_taken_seed_by_seed() -> None:
+    runs = [
+        run("mae", 0, 70.0),
+        run("mae", 1, 60.0),
+        run("mae_same_cost", 0, 72.0),
+        run("measured", 0, 71.0, 0.8),
+        run("measured", 1, 63.0, 0.6),
+        run("measured", 2, 99.0, 0.7),  # without a partner
+    ]
+    summary = evidence.summarise(runs)
+    row = summary["measured"]
+    assert row["difficulty_spearman"]["mean"] == pytest.approx(0.7)
+    assert row["difficulty_spearman"]["low"] == 0.6
+    assert row["gain"]["knn"] == {"mean": 2.0, "std": pytest.approx(2**0.5), "low": 1.0, "high": 3.0, "won": 2}
+    assert row["gain_same_cost"]["knn"]["mean"] == -1.0
+    assert "gain" not in summary["mae"]
+    text = evidence.markdown({"summary": summary, "settings": {"set": "fashion", "length": "short"}})
+    assert "| +2.00 ± 1.41 (2) | +2.00 ± 1.41 (2) | -1.00 ± 0.00 (0) |" in text
+    assert "| 0.70 (0.60) | 0.90 ± 0.00 | 0.70 ± 0.00 | 77.67 ± 18.90 |" in text
+
+
+def test_patches_are_of_the_object_where_it_covers_most() -> None:
+    mask = np.zeros((4, 6), np.uint8)
+    mask[:2, :2] = 255
+    mask[2:, 2] = 255  # half of a patch
+    mask[2:, 4:] = 255
+    mask[3, 5] = 0
+    assert evidence.covered(mask, 2).tolist() == [1, 0, 0, 0, 0, 1]
+    rows, labels = evidence.balanced(torch.arange(6.0)[:, None], torch.tensor([1, 0, 0, 0, 0, 1]))
+    assert rows[:, 0].tolist() == [1, 2, 0, 5]
+    assert labels.tolist() == [0, 0, 1, 1]
