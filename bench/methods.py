@@ -37,7 +37,7 @@ METHODS = {
     "mae": Method("own MAE"),
     "hpm": Method("exact HPM", "paper", "separate"),
     "hpm_masked_query": Method("masked_query HPM", "masked_query", "separate"),
-    "hpm_fast": Method("fast HPM", "paper", "shared", cross=True, maps=True),
+    "hpm_fast": Method("fast HPM", "masked_query", "shared", cross=True, maps=True),
     "in_place": Method("in_place HPM", "in_place", "separate"),
     "in_place_alone": Method("in_place alone", "in_place"),
     "in_place_maps": Method("in_place, kept maps", "in_place", maps=True),
