@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from fasthpm import recipes
 from fasthpm.checkpoint import folder as checkpoint_folder
-from fasthpm.checkpoint import weights
+from fasthpm.checkpoint import shards, weights
 from fasthpm.checkpoint.weights import has_teacher, load_weights
 from fasthpm.errors import UserError
 from fasthpm.patches import model_of
@@ -72,6 +72,15 @@ def test_a_loaded_model_answers_by_the_runs_own_mode(tmp_path: Path, changes: di
             assert torch.equal(answers[-1], own.predictor_on(own.decoder_tokens(own.encode(images)), 9))
     assert not torch.equal(*answers)
     assert has_teacher(next((run / "checkpoints").iterdir()))
+
+
+@pytest.mark.parametrize("kinds", [("master", "ema"), ("master",)])
+def test_a_checkpoint_to_resume_tells_whether_it_has_a_teacher(tmp_path: Path, kinds: tuple[str, ...]) -> None:
+    layout = {"optimizer_step": 1, "groups": [{"slots": {"student.w": [[5], 0, 0]}, "shards": 1, "index": 0}]}
+    part = shards.Snapshot({f"0/{kind}": torch.zeros(5) for kind in kinds}, layout)
+    (tmp_path / "shards").mkdir()
+    shards.write(part, tmp_path / "shards" / "rank-00000.safetensors")
+    assert has_teacher(tmp_path) == ("ema" in kinds)
 
 
 @pytest.mark.parametrize("predict_loss", ["relative", "none"])

@@ -288,6 +288,8 @@ def test_a_difficulty_head_leaves_with_the_whole_model_alone(tmp_path: Path, pre
         file = tmp_path / written if form == "timm" else tmp_path / written / "model.safetensors"
         assert not [name for name in load_file(file) if "difficulty" in name]
     run_import(whole, tmp_path / "encoder", "--encoder_only")
+    note = json.loads(next((tmp_path / "encoder").glob("checkpoints/*/import.json")).read_text())
+    assert "difficulty_head.fc.weight" in note["keys"]["student"]["ignored"]["not part of the encoder"]
     assert torch.equal(load_weights(tmp_path / "encoder")[0].encode(images), model.encode(images))
 
 
