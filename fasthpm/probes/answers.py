@@ -70,7 +70,8 @@ def load_asked(source: Path, asked: str = AUTO, weights: str = AUTO) -> tuple[HP
     """The model of a run or a checkpoint, asked in the best way that it has, or as `asked`.
 
     The best way is the run's own, unless that is `paper`, whose map is nearly unrelated to the true difficulty, or
-    nobody can answer: then a head beside the run (`difficulty_head`), else `masked_query`, else `measured`.
+    nobody can answer: then a head beside the run (`difficulty_head`), else `masked_query`, else `measured`. A head that
+    agreed less than what comes next, when it was fitted, is passed over.
 
     - `asked`: "auto", or a name in `DIFFICULTIES`
     - `weights`: "student", "teacher", or "auto": the student, or what the head beside the run was fitted on
@@ -83,6 +84,8 @@ def load_asked(source: Path, asked: str = AUTO, weights: str = AUTO) -> tuple[HP
     kept = None
     if asked == "in_place" or (asked == AUTO and (own == "paper" or not recipe.answers_difficulty)):
         kept = None if recipe.question.head else difficulty_head.read(run)
+    if kept and asked == AUTO and _outdone(kept.notes):
+        kept = None
     chosen = (kept.notes.weights if kept else "student") if weights == AUTO else weights
     model, _ = checkpoint.load_weights(folder, chosen)
     if kept:
@@ -97,6 +100,12 @@ def load_asked(source: Path, asked: str = AUTO, weights: str = AUTO) -> tuple[HP
         "" if problem else model.difficulty, own if recipe.answers_difficulty else "", chosen, problem=problem
     )
     return model, recipe, _figures(found, run, step, kept)
+
+
+def _outdone(notes: difficulty_head.HeadNotes) -> bool:
+    """Whether the next best way agreed better, on the same samples."""
+    found = [notes.others[name] for name in BEST_AFTER_OWN if name in notes.others]
+    return bool(found) and found[0] > notes.difficulty_spearman
 
 
 def _best(model: HPMViT, own: str) -> str:

@@ -135,11 +135,13 @@ def test_a_head_is_fitted_and_asked(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert (
         f"the head {head.difficulty_spearman:.3f} ({head.before:.3f} before), paper {head.others['paper']:.3f}" in shown
     )
-    result = fasthpm.maps(run, fit_head=1, output=tmp_path / "out", overlays=0, **flags)
+    assert "from now on: difficulty " in shown
+    flags |= {"overlays": 0, "difficulty": "in_place"}
+    result = fasthpm.maps(run, fit_head=1, output=tmp_path / "out", **flags)
     assert (result.difficulty, result.head.updates, result.images) == ("in_place", 1, 90)
     assert result.difficulty_spearman == result.head.difficulty_spearman != head.difficulty_spearman
     assert difficulty_of(tmp_path / "out")["measured"].startswith("when difficulty_head.safetensors was fitted")
-    assert fasthpm.maps(run, output=tmp_path / "more", overlays=0, **flags).difficulty == "in_place"
+    assert fasthpm.maps(run, output=tmp_path / "more", **flags).difficulty_auc == result.head.difficulty_auc
 
 
 @pytest.mark.parametrize(

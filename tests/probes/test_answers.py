@@ -172,6 +172,22 @@ def test_a_head_answers_only_where_the_run_has_no_better(tmp_path: Path) -> None
     assert torch.equal(model.difficulty_head.fc.weight, load_weights(own)[0].difficulty_head.fc.weight)
 
 
+@pytest.mark.parametrize(
+    ("others", "way"),
+    [
+        ({"paper": 0.9, "masked_query": 0.4, "measured": 0.9}, "in_place"),
+        ({"paper": 0.1, "masked_query": 0.6, "measured": 0.1}, "masked_query"),
+    ],
+)
+def test_a_head_that_agrees_less_than_what_comes_next_is_passed_over(
+    tmp_path: Path, others: dict[str, float], way: str
+) -> None:
+    run = run_with(tmp_path)
+    with_head(run, others=others)
+    assert load_asked(run)[2].way == way
+    assert load_asked(run, "in_place")[2].way == "in_place"
+
+
 def test_a_head_of_another_time_or_other_weights_is_used_with_a_warning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
