@@ -2,8 +2,8 @@
 
 RUN/difficulty_head.safetensors    the head's weights; in its metadata what it fits, and how well it agrees
 
-It learns, as the head of difficulty `in_place` does while a run trains, to rank the patches of an image, seen whole, as
-the losses of random masks rank them. Nothing else learns. Letters: B batch, L patches, M masked ones, D width.
+It learns, as the head of difficulty `in_place` does while a run trains, to rank the patches of an image, all visible,
+as the losses of random masks rank them. Nothing else learns. Letters: B batch, L patches, M masked ones, D width.
 """
 
 import dataclasses
