@@ -29,9 +29,16 @@ class Asked(Protocol):
     grid_size: tuple[int, int]
     decoder_attention: str
     encoder_mask_tokens: bool
+    predict_loss_kind: str
+    target_dim: int
+    difficulty: str
     mask_ratio: float
     mask_unit: int
     difficulty_head: Any
+
+    def patchify(self, images: Tensor) -> Tensor: ...
+
+    def predict_loss(self, images: Tensor, scale: int = 1, noise: Tensor | None = None) -> Tensor: ...
 
     def decoder_tokens(self, tokens: Tensor, scale: int = 1) -> Tensor: ...
 
@@ -85,7 +92,7 @@ def question_of(name: str, decoder_attention: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------------- asking a model
-def refusal(model: "HPMViT", name: str) -> str:
+def refusal(model: Asked, name: str) -> str:
     """Why `model` cannot be asked by difficulty `name`: the rest of a sentence; an empty string if it can."""
     way = DIFFICULTIES[name]
     if way.predictor and model.predict_loss_kind == "none":
@@ -99,7 +106,7 @@ def refusal(model: "HPMViT", name: str) -> str:
     return ""
 
 
-def ask_by(model: "HPMViT", name: str) -> None:
+def ask_by(model: Asked, name: str) -> None:
     """Let `model.predict_loss` answer by difficulty `name` from now on, whatever it was trained with.
 
     **Raises:** `UserError` for an unknown name, and for one that the model cannot answer by; the model stays as it was.
@@ -115,7 +122,7 @@ def ask_by(model: "HPMViT", name: str) -> None:
     model.difficulty = question
 
 
-def averaged(model: "HPMViT", images: Tensor, looks: int) -> Tensor:
+def averaged(model: Asked, images: Tensor, looks: int) -> Tensor:
     """`model.predict_loss(images)`, where the model looks by itself averaged over `looks` sets of looks: float32
     [B, L]."""
     if DIFFICULTIES[model.difficulty].look is None:
