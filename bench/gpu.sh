@@ -44,15 +44,16 @@ else
     nvidia-smi > "$out/nvidia-smi.txt" 2>&1
     device=(--device cuda --rounds 5)
     train=(--data_path "$data" --batch_size 256 --updates 40 --rounds 1)
+    few=(--variants mae hpm hpm_fast measured_alone measured_fast eager_mae)
     part no_sync 60 "$python" -m pytest -q tests/test_step_fast.py tests/speed/test_fp8.py -k "sync or fp8"
-    part step_base 100 "$python" -m bench.step --size base --batch_size 256 --precision bf16 --rounds 3 --repeats 5 \
+    part step_base 130 "$python" -m bench.step --size base --batch_size 256 --precision bf16 --rounds 3 --repeats 5 \
         -o "$out/step_base_bf16.json"
     part step_large 100 "$python" -m bench.step --size large --batch_size 128 --precision bf16 --rounds 3 --repeats 3 \
-        -o "$out/step_large_bf16.json"
+        "${few[@]}" -o "$out/step_large_bf16.json"
     part step_video 90 "$python" -m bench.step --size base --video --batch_size 32 --precision bf16 --rounds 2 \
-        --repeats 3 -o "$out/step_video_base_bf16.json"
+        --repeats 3 "${few[@]}" -o "$out/step_video_base_bf16.json"
     part step_base_compiled 150 "$python" -m bench.step --size base --batch_size 256 --precision bf16 --rounds 3 \
-        --repeats 5 --compile -o "$out/step_base_compiled.json"
+        --repeats 5 --compile "${few[@]}" -o "$out/step_base_compiled.json"
 fi
 part end_to_end 120 "$python" -m bench.end_to_end "${train[@]}" -o "$out/end_to_end.json"
 part losses 60 "$python" -m bench.losses "${device[@]}" -o "$out/losses.json"

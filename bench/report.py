@@ -91,8 +91,9 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> bool:
         return False
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 1 + 1.6 * len(groups)), layout="constrained")
-    axes = figure.subplots(len(groups), 1, squeeze=False)[:, 0]
+    bars_of = [len(values) for _, values in groups]
+    figure = Figure(figsize=(8, 1 + 0.5 * len(groups) + 0.25 * sum(bars_of)), layout="constrained")
+    axes = figure.subplots(len(groups), 1, squeeze=False, height_ratios=bars_of)[:, 0]
     for axis, (title, values) in zip(axes, groups, strict=True):
         bars = axis.barh(list(values), list(values.values()))
         axis.bar_label(bars, fmt="%.2f")

@@ -16,17 +16,20 @@ from pathlib import Path
 from typing import Any
 
 from bench.common import table, write_json
+from bench.methods import METHODS
 from fasthpm.cli import Parser, run_command
+from fasthpm.difficulty import HEAD_SHARE
 from fasthpm.errors import UserError
-from fasthpm.recipes.images import FAST_REFRESH_EPOCHS
+from fasthpm.recipes import FAST_REFRESH_EPOCHS
 from fasthpm.speed.flops import blocks_flops, cross_flops, last_block_saving
+from fasthpm.speed.traffic import TRAFFIC
 
-TRAFFIC = 38.0  # bytes per token, channel, block and pass
 REACHED = 0.8  # share of matmul rate and of bandwidth, "realistic"
+LOOKS = 2  # of the teacher that measures losses, where half of the patches or more are masked
 GPUS = (1, 8, 64)
 LINKS = {"NVLink": 370e9, "InfiniBand": 45e9}  # bytes per second and GPU
 DECODING = {"JPEG to 500": 914, "JPEG to 256": 2848, "raw 256": 4688}  # images per second and core, bench.loader
-METHODS = ("mae", "hpm", "hpm_fast")
+SCALED = ("mae", "hpm", "hpm_fast", "measured_alone", "measured_maps", "measured_fast")  # in the table of epochs
 
 
 @dataclass(frozen=True)
@@ -65,10 +68,11 @@ SHAPES = {
 }
 
 
-def encoder(shape: Shape, tokens: int) -> float:
-    """FLOPs of the encoder on `tokens` tokens, patch embedding and map to the decoder's width included."""
+def encoder(shape: Shape, tokens: int, decoded: bool = True) -> float:
+    """FLOPs of the encoder on `tokens` tokens with its patch embedding, and map to the decoder's width if `decoded`."""
     embed = 2 * (tokens - shape.prefix) * shape.dim * shape.values
-    return embed + blocks_flops(shape.depth, tokens, shape.dim) + 2 * tokens * shape.dim * shape.decoder_dim
+    narrowed = 2 * tokens * shape.dim * shape.decoder_dim if decoded else 0
+    return embed + blocks_flops(shape.depth, tokens, shape.dim) + narrowed
 
 
 def decoder(shape: Shape, outputs: int, cross: bool, seen: int, asked: int) -> float:
@@ -79,48 +83,81 @@ def decoder(shape: Shape, outputs: int, cross: bool, seen: int, asked: int) -> f
     return whole - last_block_saving(seen + asked, outputs, shape.decoder_dim)
 
 
-def work(shape: Shape, method: str, refresh: int = FAST_REFRESH_EPOCHS) -> dict[str, float]:
-    """FLOPs per sample of a step, as `fasthpm.speed.flops.step_flops`; `hpm_fast`: a teacher every `refresh` epochs."""
-    cross, decoders = method == "hpm_fast", 2 if method == "hpm" else 1
-    one = decoder(shape, shape.masked, cross, shape.seen, shape.masked)
-    heads = 2 * shape.masked * shape.decoder_dim * (shape.values + (method != "mae"))
+def work(shape: Shape, name: str, refresh: int = FAST_REFRESH_EPOCHS) -> dict[str, float]:
+    """FLOPs per sample of a step, as `fasthpm.speed.flops.step_flops`; kept maps: a teacher every `refresh` epochs."""
+    method, width = METHODS[name], shape.decoder_dim
+    decoders = 2 if method.predictor == "separate" else 1
+    one = decoder(shape, shape.masked, method.cross, shape.seen, shape.masked)
+    heads = 2 * shape.masked * width * (shape.values + (method.predictor != "none"))
     student = encoder(shape, shape.seen) + decoders * one + heads
-    everything = shape.patches + shape.prefix
-    teacher = encoder(shape, everything) + 2 * shape.patches * shape.decoder_dim
-    teacher += decoder(shape, shape.patches, cross, everything, 0)
-    teacher = {"mae": 0.0, "hpm": teacher, "hpm_fast": teacher / refresh}[method]
+    everything, half = shape.patches + shape.prefix, shape.patches // LOOKS
+    head = 2 * shape.patches * shape.dim * (shape.dim + 1) if method.difficulty == "in_place" else 0.0
+    query = method.difficulty == "masked_query" and not method.cross
+    known, asked = (shape.seen, shape.patches) if query else (everything, 0)
+    answer = decoder(shape, shape.patches, method.cross, known, asked) + 2 * shape.patches * width
+    look = decoder(shape, half, method.cross, shape.seen, half) + 2 * half * width * shape.values
+    teacher = {
+        "": 0.0,
+        "paper": encoder(shape, everything) + answer,
+        "masked_query": encoder(shape, everything) + answer,
+        "in_place": encoder(shape, everything, decoded=False) + head,
+        "measured": LOOKS * (encoder(shape, shape.seen) + look),
+    }[method.difficulty]
+    if method.maps:
+        head /= HEAD_SHARE
+        teacher /= refresh
+        teacher += encoder(shape, everything, decoded=False) / HEAD_SHARE if head else 0.0
+    student += head
     return {"teacher": teacher, "student": 3 * student, "total": teacher + 3 * student}
 
 
-def traffic(shape: Shape, method: str) -> float:
-    """Bytes of memory traffic per sample beside the matrix products."""
-    decoded = shape.patches + shape.prefix if method != "hpm_fast" else shape.masked
-    decoders = 2 if method == "hpm" else 1
-    student = shape.seen * shape.dim * shape.depth + decoders * decoded * shape.decoder_dim * shape.decoder_depth
-    everything = shape.patches + shape.prefix
-    teacher = everything * (shape.dim * shape.depth + shape.decoder_dim * shape.decoder_depth)
-    share = {"mae": 0.0, "hpm": 1.0, "hpm_fast": 1 / FAST_REFRESH_EPOCHS}[method]
-    return TRAFFIC * (3 * student + share * teacher)
+def traffic(shape: Shape, name: str) -> float:
+    """Bytes of memory traffic per sample beside the matrix products, as `fasthpm.speed.traffic.step_bytes`."""
+    method, everything, half = METHODS[name], shape.patches + shape.prefix, shape.patches // LOOKS
+    decoders = 2 if method.predictor == "separate" else 1
+    student = passes(shape, shape.seen, decoders * (shape.masked if method.cross else everything))
+    query = shape.seen + shape.patches if method.difficulty == "masked_query" else everything
+    answer = passes(shape, everything, shape.patches if method.cross else query)
+    teacher = {
+        "": 0.0,
+        "paper": answer,
+        "masked_query": answer,
+        "in_place": passes(shape, everything, 0),
+        "measured": LOOKS * passes(shape, shape.seen, half if method.cross else shape.seen + half),
+    }[method.difficulty]
+    if method.maps:
+        head = method.difficulty == "in_place"
+        teacher = teacher / FAST_REFRESH_EPOCHS + (passes(shape, everything, 0) / HEAD_SHARE if head else 0.0)
+    return TRAFFIC * (3 * student + teacher)
 
 
-def parameters(shape: Shape, method: str) -> tuple[float, float]:
+def passes(shape: Shape, encoded: int, decoded: int) -> float:
+    """Tokens times channels times blocks of a forward pass."""
+    return encoded * shape.dim * shape.depth + decoded * shape.decoder_dim * shape.decoder_depth
+
+
+def parameters(shape: Shape, name: str) -> tuple[float, float]:
     """(of the student, of what the teacher's forward reads)."""
-    encoder_weights = shape.depth * 12 * shape.dim**2 + shape.values * shape.dim + shape.dim * shape.decoder_dim
-    one = shape.decoder_depth * 12 * shape.decoder_dim**2
-    head = shape.decoder_dim * shape.values
-    student = encoder_weights + one * (2 if method == "hpm" else 1) + head
-    return student, 0.0 if method == "mae" else encoder_weights + one
+    method = METHODS[name]
+    embedding = shape.depth * 12 * shape.dim**2 + shape.values * shape.dim
+    narrowed, one = shape.dim * shape.decoder_dim, shape.decoder_depth * 12 * shape.decoder_dim**2
+    pixels = shape.decoder_dim * shape.values
+    head = shape.dim**2 if method.difficulty == "in_place" else 0
+    student = embedding + narrowed + one * (2 if method.predictor == "separate" else 1) + pixels + head
+    asked = {"": 0, "in_place": embedding + head, "measured": embedding + narrowed + one + pixels}
+    return student, asked.get(method.difficulty, embedding + narrowed + one)
 
 
 def model(shape: Shape, method: str, tflops: float, bandwidth: float) -> dict[str, Any]:
     """Everything that is modelled of one method; seconds are per sample on one GPU."""
-    flop, rate, memory = work(shape, method)["total"], tflops * 1e12, bandwidth * 1e12
+    flop, moved, rate, memory = work(shape, method)["total"], traffic(shape, method), tflops * 1e12, bandwidth * 1e12
     ideal = flop / rate
-    realistic = ideal / REACHED + traffic(shape, method) / memory / REACHED
+    realistic = ideal / REACHED + moved / memory / REACHED
     student, teacher = parameters(shape, method)
     step = realistic * shape.batch
     return {
         "gflop": flop / 1e9,
+        "traffic_mb": moved / 1e6,
         "ideal_per_second": 1 / ideal,
         "realistic_per_second": 1 / realistic,
         "mfu": ideal / realistic,
@@ -160,6 +197,7 @@ def report(result: dict[str, Any]) -> str:
                     name,
                     method,
                     f"{one['gflop']:.0f}",
+                    f"{one['traffic_mb']:.0f}",
                     f"{one['ideal_per_second']:,.0f}",
                     f"{one['realistic_per_second']:,.0f}",
                     f"{one['mfu']:.0%}",
@@ -167,13 +205,15 @@ def report(result: dict[str, Any]) -> str:
                     f"{ratio:.2f}",
                 ]
             )
+            if method not in SCALED:
+                continue
             epochs = " / ".join(f"{value:.1f}" for value in one["epoch_seconds"].values())
             cores = " / ".join(f"{value:.1f}" for value in one["cores_per_gpu"].values()) if "video" not in name else ""
             links = [" / ".join(f"{value:.1f}" for value in one[kind].values()) for kind in ("zero_ms", "ema_ms")]
             rate = f"{one['data_gb_per_second_per_gpu']:.2f}"
             scale.append([name, method, epochs, rate, cores, f"{one['step_ms']:.0f}", *links])
     lines = [
-        table(("size", "method", "GFLOP", "ideal/s", "realistic/s", "MFU", "over MAE, FLOPs", "over MAE"), speed),
+        table(("size", "method", "GFLOP", "MB", "ideal/s", "realistic/s", "MFU", "over MAE, FLOPs", "over MAE"), speed),
         "",
         table(
             (

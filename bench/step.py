@@ -1,14 +1,16 @@
-"""Whole training steps, interleaved: exact HPM, its fast preset, MAE, and both as the published code is structured.
+"""Whole training steps, interleaved: MAE, HPM, ways to ask what is hard, and MAE and HPM as published code is built.
 
     python -m bench.step [--size base] [--video] [--batch_size 8] [--precision fp32 bf16] [--rounds 5] [-o step.json]
+        [--variants mae eager_mae measured_alone …]
 
 A step is everything between two batches: normalisation, teacher, mask, student, backward, clipping, AdamW, EMA. Ours
-go through the DeepSpeed engine; `eager_mae` and `eager_hpm` are `bench.baselines`. The variants take turns within a
-round, so drift and noise hit all alike, and a ratio is the median of the rounds' ratios.
+go through the DeepSpeed engine and are those of `bench.methods`; `eager_mae` and `eager_hpm` are `bench.baselines`. The
+variants take turns within a round, so drift and noise hit all alike, and a ratio is the median of the rounds' ratios.
+Each keeps its weights, moments and average in memory (2 to 3 GiB at ViT-B): `--variants` takes fewer at a time.
 
-`hpm_fast` reads its difficulty from maps that are refreshed every K epochs, by a teacher's pass over all images: a K-th
-of that pass' forward, timed in the same rounds, is added to its step. With --video all are of clips of 16 frames, MAE
-is VideoMAE, and `hpm_fast` has its teacher in every step, because maps are of images.
+Methods with kept maps read their difficulty from maps that are refreshed every K epochs, by a teacher's pass over all
+images: a K-th of that pass' forward, timed in the same rounds, is added to their steps. With --video all are of clips
+of 16 frames, MAE is VideoMAE, and the fast ones have their teacher in every step, because maps are of images.
 """
 
 import argparse
@@ -29,16 +31,18 @@ from torch import Tensor
 
 from bench.common import ratios, say, show, table, write_json
 from bench.eager import eager_update
+from bench.methods import METHODS
 from bench.overhead import loop_share
 from fasthpm import ranks, recipes, schedule
 from fasthpm.cli import Parser, run_command
 from fasthpm.data import DatasetInfo
+from fasthpm.difficulty import HEAD
 from fasthpm.errors import UserError
 from fasthpm.patches import model_of
 from fasthpm.recipe import Recipe
 from fasthpm.run.metrics import measure_matmul_rate, memory_gib, wait_for
 from fasthpm.run.versions import versions
-from fasthpm.speed import flops
+from fasthpm.speed import flops, traffic
 from fasthpm.step import Step
 from fasthpm.teacher import EMATeacher
 
@@ -49,18 +53,16 @@ SIZES = {
     "nano": "vit_nano_patch4_28",
 }
 CONFIGS = {"fp32": "zero0_fp32", "bf16": "zero1_bf16"}
-VARIANTS = ("mae", "hpm", "hpm_fast", "eager_mae", "eager_hpm")
-FAST: dict[str, Any] = {
-    "predictor": "shared",
-    "decoder_attention": "cross",
-    "teacher_maps": True,
-    "map_refresh_epochs": recipes.FAST_REFRESH_EPOCHS,
-}
-REFRESH = "teacher_pass"  # timed beside the variants: the forward that refreshes maps
+EAGER = {"eager_mae": "mae", "eager_hpm": "hpm"}  # and the method that they are
+VARIANTS = (*METHODS, *EAGER)
+USUAL = (
+    *("mae", "hpm", "hpm_masked_query", "hpm_fast", "in_place_alone", "measured_alone", "measured_maps"),
+    *("measured_fast", "eager_mae", "eager_hpm"),
+)
+REFRESH = "_teacher_pass"  # timed beside a variant with kept maps: the forward that refreshes them
 RATIOS = (  # name, of, over
-    ("exact HPM / own MAE", "hpm", "mae"),
-    ("fast HPM / own MAE", "hpm_fast", "mae"),
-    ("exact HPM / eager MAE", "hpm", "eager_mae"),
+    *((f"{one.title} / own MAE", name, "mae") for name, one in METHODS.items() if name != "mae"),
+    *((f"{one.title} / eager MAE", name, "eager_mae") for name, one in METHODS.items() if name != "mae"),
     ("eager HPM / exact HPM", "eager_hpm", "hpm"),
     ("eager HPM / fast HPM", "eager_hpm", "hpm_fast"),
     ("eager HPM / eager MAE", "eager_hpm", "eager_mae"),
@@ -76,18 +78,21 @@ class Built(NamedTuple):
 
     update: Update  # one whole update
     gflops: dict[str, float]  # per sample, by the formula of what the method needs
+    traffic_mb: dict[str, float]  # per sample, by the formula
+    refresh: Update | None = None  # the pass that refreshes its maps
     loop: Callable[[int], dict[str, float]] | None = None  # so many updates in the training loop; see bench.overhead
 
 
 def recipe_of(variant: str, arguments: argparse.Namespace, deepspeed_config: str = "") -> Recipe:
     """The published 200-epoch recipe of a variant at the bench's size and batch, with this JSON or the arguments'."""
-    method = "mae" if variant.endswith("mae") else "hpm"
+    method = METHODS[EAGER.get(variant, variant)]
+    kind = "hpm" if method.difficulty else "mae"
     video = {"mae": "videomae_vit_base_k400_800e", "hpm": "hpm_video_vit_base_k400_800e"}
-    base = recipes.from_name(video[method] if arguments.video else f"{method}_vit_base_in1k_200e")
-    changes = dict(FAST) if variant == "hpm_fast" else {}
+    base = recipes.from_name(video[kind] if arguments.video else f"{kind}_vit_base_in1k_200e")
+    changes = method.fields
     name = base.model.replace(SIZES["base"], SIZES[arguments.size])
     if arguments.video:
-        changes.pop("teacher_maps", None)
+        changes = {field: value for field, value in changes.items() if field != "teacher_maps"}
         name = name.replace("patch4_28", "patch8_32")
         if arguments.size == "large":
             changes |= {"decoder_dim": 512, "decoder_depth": 12, "decoder_heads": 8}
@@ -114,25 +119,24 @@ def pixels(recipe: Recipe, device: torch.device) -> Tensor:
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).to(device)
 
 
-def build(variant: str, recipe: Recipe, launch: ranks.Launch, precision: str) -> dict[str, Built]:
-    """The variant, and for `hpm_fast` the pass that refreshes its maps."""
+def build(variant: str, recipe: Recipe, launch: ranks.Launch, precision: str) -> Built:
+    """The variant, ready to be timed."""
     images = pixels(recipe, launch.device)
-    if variant.startswith("eager"):
+    if variant in EAGER:
         floats = images.movedim(-1, 1).float().div_(127.5).sub_(1).contiguous()
         student = model_of(recipe)
         update, _ = eager_update(student, recipe, floats, alpha=ALPHA, half=precision == "bf16")
-        return {variant: Built(update, gflops_of(student, recipe))}
+        return Built(update, *work_of(student, recipe))
     step = Step(model_of(recipe), recipe, INFO)
     config = ranks.merge_config(recipe.deepspeed_config, recipe, 1)
     deepspeed_engine = ranks.build_engine(step, recipe, config, launch)
-    extra: dict[str, Built] = {}
-    teacher = None
+    teacher, refresh = None, None
     maps = torch.rand(recipe.batch_size, recipe.num_patches).to(launch.device) if recipe.teacher_maps else None
     if recipe.uses_teacher:
-        teacher = EMATeacher(deepspeed_engine, step.student, "student.", model_of(recipe), 0.999)
+        teacher = EMATeacher(deepspeed_engine, step.student, "student.", model_of(recipe), 0.999, HEAD)
         step.attach_teacher(teacher.module)
-        if recipe.teacher_maps:
-            extra[REFRESH] = Built(lambda number: teacher_pass(step, images), {})
+    if recipe.teacher_maps:
+        refresh = functools.partial(teacher_pass, step, images)
     ids = torch.arange(recipe.batch_size, device=launch.device)
 
     def update_ours(number: int) -> None:
@@ -143,18 +147,20 @@ def build(variant: str, recipe: Recipe, launch: ranks.Launch, precision: str) ->
         deepspeed_engine.step()
 
     loop = functools.partial(loop_share, recipe, launch, deepspeed_engine, step, teacher, images)
-    return {variant: Built(update_ours, gflops_of(step.student, recipe), loop)} | extra
+    return Built(update_ours, *work_of(step.student, recipe), refresh, loop)
 
 
 @torch.no_grad()
-def teacher_pass(step: Step, images: Tensor) -> None:
+def teacher_pass(step: Step, images: Tensor, number: int) -> None:
     """The forward that makes one batch's maps."""
     step.difficulty(images)
 
 
-def gflops_of(student: Any, recipe: Recipe) -> dict[str, float]:
-    """GFLOP per sample of a step; of a teacher whose maps are kept, its share."""
-    return {name: value / 1e9 for name, value in flops.step_flops(student, recipe).items()}
+def work_of(student: Any, recipe: Recipe) -> tuple[dict[str, float], dict[str, float]]:
+    """GFLOP and MB of memory traffic per sample of a step; of a teacher whose maps are kept, its share."""
+    counted = (flops.step_flops(student, recipe), 1e9), (traffic.step_bytes(student, recipe), 1e6)
+    gflops, megabytes = ({name: value / unit for name, value in found.items()} for found, unit in counted)
+    return gflops, megabytes
 
 
 def measure(
@@ -189,15 +195,17 @@ def one_precision(precision: str, arguments: argparse.Namespace, launch: ranks.L
     for variant in arguments.variants:
         say(f"{precision}: building {variant}")
         recipe = dataclasses.replace(recipe_of(variant, arguments, CONFIGS[precision]), compile=arguments.compile)
-        built |= build(variant, recipe, launch, precision)
+        built[variant] = build(variant, recipe, launch, precision)
     repeats = arguments.repeats or (10 if launch.device.type == "cuda" else 1)
     updates = {name: one.update for name, one in built.items()}
+    updates |= {f"{name}{REFRESH}": one.refresh for name, one in built.items() if one.refresh}
     seconds, cpu_seconds = measure(updates, arguments.rounds, repeats, launch.device)
     result: dict[str, Any] = {"raw_seconds": {name: list(values) for name, values in seconds.items()}}
+    result["raw_cpu_seconds"] = {name: list(values) for name, values in cpu_seconds.items()}
     for times in (seconds, cpu_seconds):
-        if REFRESH in times:
-            share = [value / recipes.FAST_REFRESH_EPOCHS for value in times.pop(REFRESH)]
-            times["hpm_fast"] = [step + part for step, part in zip(times["hpm_fast"], share, strict=True)]
+        for name in [name for name in built if f"{name}{REFRESH}" in times]:
+            share = [value / recipes.FAST_REFRESH_EPOCHS for value in times.pop(f"{name}{REFRESH}")]
+            times[name] = [step + part for step, part in zip(times[name], share, strict=True)]
     exact = built.get("hpm")
     loop = exact.loop(2 * repeats) if exact and exact.loop else None
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -212,6 +220,7 @@ def one_precision(precision: str, arguments: argparse.Namespace, launch: ranks.L
         "cpu_ratios": ratios_of(cpu_seconds),
         "ratios": ratios_of(seconds),
         "gflops_per_sample": work,
+        "traffic_mb_per_sample": {name: built[name].traffic_mb for name in seconds},
         "flop_ratios": {
             name: work[a]["total"] / work[b]["total"]
             for name, a, b in RATIOS
@@ -266,11 +275,12 @@ def report(result: dict[str, Any]) -> str:
                 f"{value:.3f}",
                 f"{found['images_per_second'][name]:.2f}",
                 f"{found['gflops_per_sample'][name]['total']:.1f}",
+                f"{found['traffic_mb_per_sample'][name]['total']:.0f}" if "traffic_mb_per_sample" in found else "",
                 f"{found['mfu'][name]:.0%}",
             ]
             for name, value in found["median_seconds"].items()
         ]
-        lines += [f"{precision}:", "", table(("step", "s", "images/s", "GFLOP per image", "MFU"), rows), ""]
+        lines += [f"{precision}:", "", table(("step", "s", "images/s", "GFLOP per image", "MB", "MFU"), rows), ""]
         work = found["flop_ratios"]
         rows = [
             [name, show(value), show(found["cpu_ratios"][name]), f"{work[name]:.2f}" if name in work else ""]
@@ -287,6 +297,16 @@ def report(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def chosen(variants: Sequence[str] | None, video: bool) -> list[str]:
+    """The variants to time, each once. **Raises:** `UserError` for clips with kept maps alone."""
+    wrong = {name for name, one in METHODS.items() if one.maps and not one.cross} if video else set()
+    if asked := wrong.intersection(variants or ()):
+        raise UserError(
+            f"variants {' '.join(sorted(asked))} keep maps, which are of images; leave them out, or leave out --video"
+        )
+    return [name for name in dict.fromkeys(variants or USUAL) if name not in wrong]
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """`python -m bench.step`."""
     parser = Parser(prog="python -m bench.step", description=__doc__)
@@ -294,7 +314,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--video", action="store_true", help="clips of 16 frames, against VideoMAE; not --size huge")
     parser.add_argument("--batch_size", type=int, default=8, help="images or clips per step")
     parser.add_argument("--precision", nargs="+", choices=tuple(CONFIGS), default=["fp32", "bf16"])
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=None, help=f"default: {' '.join(USUAL)}")
     parser.add_argument("--rounds", type=int, default=5, help="measured rounds")
     parser.add_argument("--repeats", type=int, default=0, help="updates per round and variant (0: 1 on CPU, 10 on GPU)")
     parser.add_argument("--threads", type=int, default=0, help="threads of torch on the CPU (0: all cores)")
@@ -305,6 +325,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("batch_size and rounds must be 1 or more")
     if arguments.video and arguments.size == "huge":
         raise UserError("size is huge, but there is no recipe of clips with it; use --size base or large")
+    arguments.variants = chosen(arguments.variants, arguments.video)
     if len(arguments.precision) > 1:
         result = each_by_itself(sys.argv[1:] if argv is None else argv, arguments.precision)
     else:

@@ -24,7 +24,7 @@ COMMANDS = {
     "export": ("fasthpm.exchange.exporting", "write a run's weights for timm, torchvision or Hugging Face"),
     "visualize": ("fasthpm.pictures.visualize", "pictures: image, reconstruction, true and predicted loss, mask"),
     "maps": ("fasthpm.pictures.map_images", "difficulty maps of any images, and the images ranked by them"),
-    "recipes": ("fasthpm.recipes.listing", "list the recipes, show one, compare two"),
+    "recipes": ("fasthpm.commands.listing", "list the recipes, show one, compare two"),
     "report": ("fasthpm.pictures.report", "report.md and curves of a run"),
     "doctor": ("fasthpm.commands.doctor", "what this machine is, what is installed, and what bounds training"),
 }

@@ -112,7 +112,7 @@ class Step(nn.Module):
                     answer = self.run_teacher(images, noise)
             elif recipe.uses_teacher and recipe.question.head:
                 with self.stopwatch.measure(images.device):
-                    answer = self.run_teacher(images[: -(-len(images) // HEAD_SHARE)])._replace(difficulty=None)
+                    answer = self.run_teacher(images[: -(-len(images) // HEAD_SHARE)])
             if self._frozen:
                 with self.stopwatch.measure(images.device):
                     answer = answer._replace(features=self._frozen[0](images))
@@ -123,13 +123,15 @@ class Step(nn.Module):
         return torch.zeros(len(images), self.recipe.num_patches, device=images.device)
 
     def teach(self, images: Tensor, noise: Tensor | None = None) -> TeacherOutput:
-        """One pass of the EMA teacher, for difficulty, features or both; `noise`: as in `HPMViT.predict_loss`."""
+        """One pass of the EMA teacher, for difficulty (unless its maps are kept), features or both; `noise`: as in
+        `HPMViT.predict_loss`."""
         features, head = self.recipe.target_teacher == "ema", self.recipe.question.head
+        asked = self.recipe.masks_by_difficulty and not self.recipe.teacher_maps
         if not (features or head):
             return TeacherOutput(self.difficulty(images, noise), None)
         teacher = self._teacher[0]
         tokens = teacher.encode(self.normalized_patches(images))
-        difficulty = teacher.difficulty_of(tokens) if self.recipe.masks_by_difficulty else None
+        difficulty = teacher.difficulty_of(tokens) if asked else None
         patches = tokens[:, teacher.num_prefix_tokens :]
         return TeacherOutput(difficulty, patches if features else None, patches if head else None)
 

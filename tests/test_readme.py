@@ -18,9 +18,9 @@ import pytest
 
 from fasthpm.__main__ import COMMANDS, dispatch
 from fasthpm.cli import Parser
+from fasthpm.commands import listing
 from fasthpm.errors import UserError
 from fasthpm.recipe import Recipe
-from fasthpm.recipes import listing
 from tests.helpers.launch import ROOT, check_ranks
 
 PAGES = [

@@ -1,1 +1,1 @@
-"""Commands that look at the machine rather than at a run."""
+"""Commands that are of no run: this machine, the recipes."""

@@ -7,15 +7,50 @@ import pytest
 import torch
 
 from fasthpm import frozen, recipes
-from fasthpm import mask as masks
 from fasthpm.frozen import FrozenTeacher
 from fasthpm.layers import attend_plain
 from fasthpm.patches import model_of
 from fasthpm.recipe import Recipe
 from fasthpm.speed import flops
+from fasthpm.step import Step
 from tests.helpers.fast_modes import MODES
 from tests.helpers.features import FAMILIES, images, small
+from tests.helpers.steps import ALPHA, INFO
 from tests.helpers.videos import tiny
+
+BATCH = 4
+ALONE: dict[str, Any] = {"predict_loss": "none"}  # no loss predictor
+SEEN_WHOLE: dict[str, Any] = {"teacher_maps": True, "map_refresh_epochs": 3}
+CROSS: dict[str, Any] = {"decoder_attention": "cross"}
+UNITS: dict[str, Any] = {"input_size": "32", "mask_unit": 8}
+
+
+def counted(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> float:
+    """FLOPs per sample of one whole step, with its share of the pass that renews kept maps, by torch's own counter."""
+    monkeypatch.setattr("fasthpm.layers.attend", attend_plain)  # torch does not count its fused CPU kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    step = Step(model_of(recipe), recipe, INFO)
+    if recipe.uses_teacher:
+        step.attach_teacher(model_of(recipe).requires_grad_(False))
+    shape = (BATCH, *([recipe.num_frames] if recipe.num_frames > 1 else []), *recipe.image_size, 1)
+    pixels = torch.randint(0, 256, shape, dtype=torch.uint8)
+    scores = torch.rand(BATCH, recipe.num_patches) if recipe.uses_maps else None
+    with FlopCounterMode(display=False) as counter:
+        step(pixels, torch.arange(BATCH), torch.tensor(3), ALPHA, scores).loss.backward()
+    total = counter.get_total_flops()
+    if recipe.teacher_maps:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            step.difficulty(pixels)
+        total += counter.get_total_flops() / recipe.map_refresh_epochs
+    return total / BATCH
+
+
+def toy(method: str, **changes: Any) -> Recipe:
+    """A nano recipe of images."""
+    sizes = {"patch_size": 4, "channels": 1, "decoder_dim": 64, "decoder_depth": 2, "decoder_heads": 4}
+    usual = {"input_size": "28", "batch_size": BATCH, **sizes}
+    return Recipe(model=f"{method}_vit_nano_patch4_28", **{**usual, **changes})
 
 
 @pytest.mark.parametrize(
@@ -24,55 +59,76 @@ from tests.helpers.videos import tiny
         ("hpm", {}),
         ("hpm", {"predictor_dim": 32, "predictor_depth": 3}),
         ("hpm", {"predictor": "shared"}),
-        ("hpm", {"decoder_attention": "cross"}),
-        ("hpm", {"decoder_attention": "cross", "predictor_dim": 32, "predictor_depth": 3}),
-        ("hpm", {"decoder_attention": "cross", "predictor": "shared"}),
+        ("hpm", CROSS),
+        ("hpm", {**CROSS, "predictor_dim": 32, "predictor_depth": 3}),
+        ("hpm", {**CROSS, "predictor": "shared"}),
+        ("hpm", {**CROSS, **SEEN_WHOLE, "predictor": "shared"}),
         ("hpm", {"input_size": "32", "teacher_scale": 2}),
-        ("mae", {"mask_policy": "random", "predict_loss": "none"}),
-        ("simmim", {"mask_policy": "random", "predict_loss": "none"}),
+        ("mae", {"mask_policy": "random", **ALONE}),
+        ("simmim", {"mask_policy": "random", **ALONE}),
         ("simmim", {"predictor_depth": 1}),
         ("hpm", {"mask_policy": "attention", "mask_ratio": 0.45, "throw_ratio": 0.4}),
         ("hpm", {"target": "ema"}),
-        ("mae", {"mask_policy": "random", "predict_loss": "none", "target": "ema"}),
+        ("mae", {"mask_policy": "random", **ALONE, "target": "ema"}),
     ],
 )
 def test_flop_formula_counts_what_runs(method: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """The formula against torch's own counter over one whole step, within 1 %."""
-    monkeypatch.setattr("fasthpm.layers.attend", attend_plain)  # torch does not count its fused CPU kernel
-    from torch.utils.flop_counter import FlopCounterMode
-
-    sizes = {"patch_size": 4, "channels": 1, "decoder_dim": 64, "decoder_depth": 2, "decoder_heads": 4}
-    recipe = Recipe(model=f"{method}_vit_nano_patch4_28", **{"input_size": "28", **sizes, **changes})
-    model = model_of(recipe)
-    images, plan = torch.randn(4, 1, *recipe.image_size), recipe.mask_plan
-    length = recipe.num_patches
-    mask, thrown = masks.draw_sets(plan, torch.rand(2, 4, length), torch.rand(4, length))
-    with FlopCounterMode(display=False) as counter:
-        with torch.no_grad():
-            if recipe.masks_by_difficulty:
-                model.predict_loss(images, recipe.teacher_scale)
-            elif recipe.uses_teacher:
-                model.encode(images)
-        target = torch.randn(4, length, model.target_dim) if model.target_dim else None
-        model(images, mask, thrown=thrown, num_thrown=plan.num_thrown, target=target).loss.backward()
-    assert counter.get_total_flops() / 4 == pytest.approx(flops.step_flops(model, recipe)["total"], rel=0.01)
+    recipe = toy(method, **changes)
+    assert counted(recipe, monkeypatch) == pytest.approx(flops.step_flops(model_of(recipe), recipe)["total"], rel=0.01)
 
 
-def test_flop_formula_counts_what_runs_of_a_video(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The formula against torch's own counter over one whole step, within 1 %."""
-    monkeypatch.setattr("fasthpm.layers.attend", attend_plain)  # torch does not count its fused CPU kernel
-    from torch.utils.flop_counter import FlopCounterMode
+@pytest.mark.parametrize(
+    ("difficulty", "method", "changes"),
+    [
+        ("masked_query", "hpm", {}),
+        ("masked_query", "hpm", {"mask_ratio": 0.4, "predictor_dim": 32, "predictor_depth": 3}),
+        ("masked_query", "hpm", {"predictor": "shared"}),
+        ("masked_query", "hpm", CROSS),
+        ("masked_query", "hpm", {**CROSS, "predictor": "shared"}),
+        ("masked_query", "hpm", {"input_size": "32", "teacher_scale": 2}),
+        ("masked_query", "hpm", {"target": "ema"}),
+        ("masked_query", "hpm", SEEN_WHOLE),
+        ("in_place", "hpm", {}),
+        ("in_place", "hpm", {**CROSS, "predictor": "shared"}),
+        ("in_place", "mae", ALONE),
+        ("in_place", "mae", {**ALONE, "target": "ema"}),
+        ("in_place", "mae", {**ALONE, **SEEN_WHOLE}),
+        ("in_place", "simmim", {**ALONE, **UNITS}),
+        ("measured", "hpm", {}),
+        ("measured", "hpm", {**CROSS, "predictor": "shared"}),
+        ("measured", "mae", ALONE),
+        ("measured", "mae", {**ALONE, **CROSS, **SEEN_WHOLE}),
+        ("measured", "mae", {**ALONE, "mask_ratio": 0.4}),
+        ("measured", "mae", {**ALONE, "mask_ratio": 0.2}),
+        ("measured", "simmim", {**ALONE, **UNITS}),
+        ("measured", "simmim", {**ALONE, **UNITS, "mask_ratio": 0.3}),
+        ("measured", "simmim", {"predictor_depth": 1}),
+    ],
+)
+def test_flop_formula_counts_every_question(
+    difficulty: str, method: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same of every way to ask what is hard."""
+    recipe = toy(method, difficulty=difficulty, **changes)
+    assert counted(recipe, monkeypatch) == pytest.approx(flops.step_flops(model_of(recipe), recipe)["total"], rel=0.01)
 
-    for changes in ({}, {"model": "videomae_vit_nano_patch8_32", "mask_policy": "tube", "predict_loss": "none"}):
-        recipe = tiny(input_size="32", channels=1, mask_ratio=0.9, **changes)
-        model = model_of(recipe)
-        clips, mask = torch.randn(2, 1, 8, 32, 32), torch.arange(64).repeat(2, 1) < recipe.num_masked
-        with FlopCounterMode(display=False) as counter:
-            if recipe.uses_teacher:
-                with torch.no_grad():
-                    model.predict_loss(clips)
-            model(clips, mask).loss.backward()
-        assert counter.get_total_flops() / 2 == pytest.approx(flops.step_flops(model, recipe)["total"], rel=0.01)
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"model": "videomae_vit_nano_patch8_32", "mask_policy": "tube", **ALONE},
+        {"difficulty": "masked_query"},
+        {"difficulty": "in_place", **ALONE},
+        {"difficulty": "measured", **ALONE},
+        {"difficulty": "measured", **CROSS, "mask_policy": "hpm_tube"},
+    ],
+)
+def test_flop_formula_counts_what_runs_of_a_video(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same of clips."""
+    recipe = tiny(input_size="32", channels=1, mask_ratio=0.9, **changes)
+    assert counted(recipe, monkeypatch) == pytest.approx(flops.step_flops(model_of(recipe), recipe)["total"], rel=0.01)
 
 
 def test_the_cost_is_logged_beside_mae() -> None:

@@ -1,7 +1,7 @@
 """What recipes there are, what one of them sets and where each number comes from, and how two differ.
 
     fasthpm recipes                       # all, one line each
-    fasthpm recipes NAME                  # its command, its description, all fields
+    fasthpm recipes NAME                  # its command, its description, what a step costs, all fields
     fasthpm recipes NAME --diff OTHER     # the fields in which two differ
     fasthpm recipes --markdown            # all of it as a page: docs/recipes.md
 
@@ -16,9 +16,11 @@ from collections.abc import Sequence
 
 from fasthpm import recipes
 from fasthpm.cli import Parser
+from fasthpm.commands import costs
 from fasthpm.errors import UserError
 from fasthpm.options import OURS, PAPER, RELEASED
 from fasthpm.recipe import Recipe, science_of
+from fasthpm.recipes import FAST_REFRESH_EPOCHS
 
 FIELDS = {field.name: field for field in dataclasses.fields(Recipe)}
 
@@ -62,7 +64,7 @@ def listing() -> list[str]:
 
 
 def show(name: str) -> list[str]:
-    """Command, description and all fields of one recipe, each with its value and where that comes from."""
+    """Command, description and cost of one recipe, and all fields, each with its value and where that comes from."""
     recipe = recipes.from_name(name)
     about = entry(recipe.recipe)
     command = f"deepspeed --module fasthpm.pretrain --recipe {name} --data_path X.beton --output_dir OUT"
@@ -70,7 +72,14 @@ def show(name: str) -> list[str]:
     if command.split(" --data_path")[0] not in about.text:
         head += [command, ""]
     rows = [(f.name, _text(getattr(recipe, f.name)), origin(recipe, f.name)) for f in dataclasses.fields(Recipe)[1:]]
-    return [*head, *_aligned([("field", "value", "from"), *rows])]
+    return [*head, *cost(recipe), "", *_aligned([("field", "value", "from"), *rows])]
+
+
+def cost(recipe: Recipe) -> list[str]:
+    """What a step costs, and what it would cost with other ways to ask what is hard, if the recipe asks."""
+    asked = "By how the teacher is asked, FLOPs over MAE's (MB of memory traffic per sample):"
+    table = [asked, "", *_aligned(costs.table(recipe))] if recipe.masks_by_difficulty else []
+    return [costs.sentence(recipe), *table]
 
 
 def origin(recipe: Recipe, field: str) -> str:
@@ -110,6 +119,13 @@ A recipe is a function in `fasthpm/recipes/` that returns every number of *what*
 field. The papers' figures are top-1 accuracies on the validation set. **None of the published runs has been run with
 this code**: the last column says so, and will be filled by results with their machine, never by expectations.
 """
+PAGE_COSTS = f"""## What it costs to ask what is hard
+
+FLOPs of a step over those of MAE with the same encoder, decoder and mask ratio, and in brackets MB of memory traffic
+per sample beside the matrix products, both by arithmetic (`fasthpm recipes NAME` has them for any recipe). The teacher
+is asked in every step; the same with cross-attention decoders; for maps that are kept, which are of images and renewed
+every {FAST_REFRESH_EPOCHS} epochs; both. "no loss predictor": `--predict_loss none`. [Ways to ask](method.md).
+"""
 PAGE_FLAGS = """## Every flag of pretraining
 
 Each is a field of `Recipe`; "base" is its value where a recipe doesn't set it. The last column says where the base
@@ -125,7 +141,7 @@ def markdown() -> str:
         cells = (f"[`{name}`](#{name})", *(_one_cell(text) for text in (about.what, about.paper, about.ours)))
         table.append(f"| {' | '.join(cells)} |")
     sections = [line for name in recipes.RECIPES for line in _section(name)]
-    return "\n".join([PAGE_HEAD, *table, "", *sections, PAGE_FLAGS, *_flags(), ""])
+    return "\n".join([PAGE_HEAD, *table, "", *sections, PAGE_COSTS, *costs.page(), "", PAGE_FLAGS, *_flags(), ""])
 
 
 def _section(name: str) -> list[str]:

@@ -1,15 +1,16 @@
 """`fasthpm recipes`: the list, one recipe with the origin of its numbers, two compared."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from fasthpm import recipes
 from fasthpm.__main__ import dispatch
+from fasthpm.commands import listing
 from fasthpm.errors import UserError
 from fasthpm.recipe import Recipe
-from fasthpm.recipes import listing
 
 
 def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
@@ -35,6 +36,18 @@ def test_a_recipe_is_shown_with_the_origin_of_its_numbers(capsys: pytest.Capture
     assert rows["ema_momentum_end"] == ["0.9999", "released code"]
     assert rows["num_workers"] == ["0", "how it is run, not what"]
     assert set(vars(Recipe())) - {"recipe"} <= set(rows)
+
+
+def test_a_recipe_is_shown_with_what_a_step_costs(capsys: pytest.CaptureFixture[str]) -> None:
+    """One that asks its teacher with what other ways would cost, too; one with random masks without."""
+    lines = shown(capsys, "hpm_vit_base_in1k_200e_fast")
+    assert "A step: 51 GFLOP and 131 MB of memory traffic per sample, 0.89 x MAE's FLOPs." in lines
+    rows = [re.split(r"  +", line) for line in lines]
+    assert ["difficulty", "in every step", "cross decoders", "kept maps", "both"] in rows
+    assert any(row[0] == "measured, no loss predictor" and row[-1] == "0.86 (128)" for row in rows)
+    lines = shown(capsys, "mae_vit_base_in1k_200e")
+    assert "A step: 57 GFLOP and 145 MB of memory traffic per sample, 1.00 x MAE's FLOPs." in lines
+    assert not any("in every step" in line for line in lines)
 
 
 def test_a_description_tags_what_its_recipe_sets(monkeypatch: pytest.MonkeyPatch) -> None:
