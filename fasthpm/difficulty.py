@@ -65,6 +65,7 @@ class Difficulty:
 
     name: str
     summary: str  # one line for the docs
+    likely: str = ""  # which difficulty_spearman to expect: what small runs had, bench.evidence_difficulty
     read: Callable[[Asked, Tensor, int], Tensor] | None = None
     look: Callable[[Asked, Tensor, Tensor], Tensor] | None = None
     predictor: bool = False
@@ -226,6 +227,7 @@ register(
     Difficulty(
         "paper",
         "the loss predictor reads every patch where it is visible (HPM)",
+        likely="-0.1 to 0.3",
         read=_paper,
         predictor=True,
         scales=True,
@@ -235,6 +237,7 @@ register(
     Difficulty(
         "masked_query",
         "the loss predictor is asked with a mask token at every place, as it was trained (ours)",
+        likely="0.4 to 0.8",
         read=_masked_query,
         predictor=True,
         scales=True,
@@ -245,7 +248,8 @@ register(
     Difficulty(
         "in_place",
         "a small head on the teacher's features, which learns from the step's losses (ours)",
-        _in_place,
+        likely="0.6 to 0.7",
+        read=_in_place,
         head=True,
     )
 )
@@ -253,6 +257,7 @@ register(
     Difficulty(
         "measured",
         "the teacher reconstructs every patch where it is masked, and the loss is measured (ours)",
+        likely="0.8 to 0.9",
         look=_measured,
     )
 )
