@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from fasthpm.errors import UserError, nearest
 from fasthpm.mask import num_masked, sample_noise, spread_units
 
 HEAD = "difficulty_head"  # the part of a model that answers `in_place`
@@ -28,9 +29,16 @@ class Asked(Protocol):
     grid_size: tuple[int, int]
     decoder_attention: str
     encoder_mask_tokens: bool
+    predict_loss_kind: str
+    target_dim: int
+    difficulty: str
     mask_ratio: float
     mask_unit: int
     difficulty_head: Any
+
+    def patchify(self, images: Tensor) -> Tensor: ...
+
+    def predict_loss(self, images: Tensor, scale: int = 1, noise: Tensor | None = None) -> Tensor: ...
 
     def decoder_tokens(self, tokens: Tensor, scale: int = 1) -> Tensor: ...
 
@@ -57,6 +65,7 @@ class Difficulty:
 
     name: str
     summary: str  # one line for the docs
+    likely: str = ""  # which difficulty_spearman to expect: what small runs had, bench.evidence_difficulty
     read: Callable[[Asked, Tensor, int], Tensor] | None = None
     look: Callable[[Asked, Tensor, Tensor], Tensor] | None = None
     predictor: bool = False
@@ -81,6 +90,46 @@ def register(way: Difficulty) -> Difficulty:
 def question_of(name: str, decoder_attention: str) -> str:
     """The question that difficulty `name` is in a model: cross decoders know masked_query and not paper."""
     return "masked_query" if (name, decoder_attention) == ("paper", "cross") else name
+
+
+# ------------------------------------------------------------------------------------------------- asking a model
+def refusal(model: Asked, name: str) -> str:
+    """Why `model` cannot be asked by difficulty `name`: the rest of a sentence; an empty string if it can."""
+    way = DIFFICULTIES[name]
+    if way.predictor and model.predict_loss_kind == "none":
+        return "needs a loss predictor, which this model lacks"
+    if way.head and not hasattr(model, HEAD):
+        return "needs a difficulty head, which this model lacks"
+    if model.encoder_mask_tokens and not way.mask_tokens_in_encoder:
+        return "asks with mask tokens in the decoder, and those of this model enter its encoder"
+    if way.look and model.target_dim:
+        return "measures losses of pixels, and this model reconstructs features"
+    return ""
+
+
+def ask_by(model: Asked, name: str) -> None:
+    """Let `model.predict_loss` answer by difficulty `name` from now on, whatever it was trained with.
+
+    **Raises:** `UserError` for an unknown name, and for one that the model cannot answer by; the model stays as it was.
+    """
+    if name not in DIFFICULTIES:
+        raise UserError(
+            f"difficulty is {name!r}, expected one of {', '.join(DIFFICULTIES)}{nearest(name, DIFFICULTIES)}"
+        )
+    question = question_of(name, model.decoder_attention)
+    if reason := refusal(model, question):
+        able = [other for other in DIFFICULTIES if not refusal(model, question_of(other, model.decoder_attention))]
+        raise UserError(f"difficulty {name} {reason}; expected {' or '.join(able) or 'another model'}")
+    model.difficulty = question
+
+
+def averaged(model: Asked, images: Tensor, looks: int) -> Tensor:
+    """`model.predict_loss(images)`, where the model looks by itself averaged over `looks` sets of looks: float32
+    [B, L]."""
+    if DIFFICULTIES[model.difficulty].look is None:
+        return model.predict_loss(images)
+    patches = model.patchify(images)
+    return torch.stack([model.predict_loss(patches, noise=fixed_noise(patches, k)) for k in range(looks)]).mean(0)
 
 
 # ------------------------------------------------------------------------------------------------- the ways
@@ -168,16 +217,17 @@ def view_noise(step: Tensor, ids: Tensor, num_patches: int, seed: int = 0) -> Te
     return sample_noise(seed ^ VIEW_SEED, step, ids, num_patches, draws=1)[0]
 
 
-def fixed_noise(patches: Tensor) -> Tensor:
-    """The noise of `views` where nothing else is given: [B, L], the same for all images."""
+def fixed_noise(patches: Tensor, number: int = 0) -> Tensor:
+    """The noise of `views` where nothing else is given: [B, L], the same for all images; another per `number`."""
     zero = torch.zeros((), dtype=torch.int64, device=patches.device)
-    return view_noise(zero, zero.expand(len(patches)), patches.shape[1])
+    return view_noise(zero + number, zero.expand(len(patches)), patches.shape[1])
 
 
 register(
     Difficulty(
         "paper",
         "the loss predictor reads every patch where it is visible (HPM)",
+        likely="-0.1 to 0.3",
         read=_paper,
         predictor=True,
         scales=True,
@@ -187,6 +237,7 @@ register(
     Difficulty(
         "masked_query",
         "the loss predictor is asked with a mask token at every place, as it was trained (ours)",
+        likely="0.4 to 0.8",
         read=_masked_query,
         predictor=True,
         scales=True,
@@ -197,7 +248,8 @@ register(
     Difficulty(
         "in_place",
         "a small head on the teacher's features, which learns from the step's losses (ours)",
-        _in_place,
+        likely="0.6 to 0.7",
+        read=_in_place,
         head=True,
     )
 )
@@ -205,6 +257,7 @@ register(
     Difficulty(
         "measured",
         "the teacher reconstructs every patch where it is masked, and the loss is measured (ours)",
+        likely="0.8 to 0.9",
         look=_measured,
     )
 )

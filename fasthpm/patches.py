@@ -1,9 +1,12 @@
 """Pixels and patches: the model of a recipe, and images cut into normalised patches for it."""
 
+from contextlib import suppress
+
 import torch
 from torch import Tensor
 
-from fasthpm.data import DatasetInfo
+from fasthpm.data import DatasetInfo, read_info
+from fasthpm.errors import UserError
 from fasthpm.model import HPMViT, create_model, width_of
 from fasthpm.recipe import Recipe
 from fasthpm.targets import TARGETS
@@ -40,6 +43,13 @@ def pixel_statistics(info: DatasetInfo, channels: int) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation per channel on the 0..255 scale, float32 [C] each."""
     mean, std = torch.tensor(info.mean) * 255, torch.tensor(info.std) * 255
     return mean[:channels], std[:channels].clamp_min(1e-3)
+
+
+def training_info(recipe: Recipe, other: DatasetInfo) -> DatasetInfo:
+    """Mean and standard deviation that a recipe's model was trained with, or, if its data is gone, those of `other`."""
+    with suppress(UserError):
+        return read_info(recipe.data_path)
+    return other
 
 
 def target_width(recipe: Recipe) -> int:

@@ -215,6 +215,8 @@ def after_update(run: Run[Step], metrics: Metrics, last: int) -> None:
     drawing = recipe.panel_every > 0 and (ending or (epoch_ends and epoch % recipe.panel_every == 0))
     probing = any(observer.due(run.done) for observer in run.observers)
     if run.done % recipe.log_every == 0 or saving or drawing or probing:
+        with metrics.paused():
+            observed = {name: value for observer in run.observers for name, value in observer.read(run.done).items()}
         metrics.read(
             run.done,
             run.done / epoch_length,
@@ -225,7 +227,7 @@ def after_update(run: Run[Step], metrics: Metrics, last: int) -> None:
             skipped_updates=len(run.skipped),
             bad_samples=run.bad_samples.update(run.loader),
             **map_agreement(run),
-            **{name: value for observer in run.observers for name, value in observer.read(run.done).items()},
+            **observed,
         )
     if drawing:
         draw_panel(run, metrics)

@@ -43,6 +43,8 @@ step "4/4 report"
 "$fasthpm" report "$out"
 cat <<END
 
+The teacher's difficulty: $(sed -n 's/^Difficulty: //p' "$out/report.md")
+
 Done. Look at
   checkpoint   $(printf '%s\n' "$out"/checkpoints/step-* | tail -n 1)
   encoder      $out/encoder.safetensors (loads into timm)

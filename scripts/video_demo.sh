@@ -39,6 +39,8 @@ step "4/4 pictures and report"
 "$fasthpm" report "$out"
 cat <<END
 
+The teacher's difficulty: $(sed -n 's/^Difficulty: //p' "$out/report.md")
+
 Done. Look at
   checkpoint   $(printf '%s\n' "$out"/checkpoints/step-* | tail -n 1)
   animation    $out/clips.gif

@@ -20,7 +20,7 @@ from fasthpm.checkpoint.folder import (
     rotate,
 )
 from fasthpm.checkpoint.foreign import load_reference
-from fasthpm.checkpoint.weights import checkpoint_of, initial_model, load_weights
+from fasthpm.checkpoint.weights import checkpoint_of, has_teacher, initial_model, load_weights
 
 __all__ = [
     "FINETUNE_NOTES",
@@ -36,6 +36,7 @@ __all__ = [
     "continued",
     "cpu_state",
     "find_resume",
+    "has_teacher",
     "initial_model",
     "load_reference",
     "load_weights",

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fasthpm.difficulty import HEAD
 from fasthpm.errors import UserError, nearest
 from fasthpm.model import LOSS_HEAD, HPMViT
 
@@ -216,7 +217,8 @@ def load_reference(
 
     - `source`: "hpm" (its P*P*C-wide loss head becomes the average of its rows, the same function), "mae" or "amt" (a
       model with a loss predictor keeps its own for the keys that they lack), or "videomae" (the same; the biases of
-      the keys, which it lacks, become zeros, and positions are computed)
+      the keys, which it lacks, become zeros, and positions are computed). A difficulty head (difficulty in_place) is
+      taken where both have one, and stays as it is where the weights have none
     - `encoder_only`: leave out decoders and a classifier's head
     - `ignore`: prefixes of further keys to leave out
 
@@ -227,6 +229,9 @@ def load_reference(
     report = KeyReport()
     own = model.state_dict()
     given = _translated(our_names(strip_wrappers(state_dict), source), report, encoder_only, tuple(ignore))
+    for key in [key for key in given if key.startswith(f"{HEAD}.") and key not in own]:
+        report.ignored.setdefault("a difficulty head, which the model lacks", []).append(key)
+        del given[key]
     if source == "videomae":
         if not model.video:
             raise UserError("source videomae: the model takes images; create a video model (videomae_…, hpm_…_video)")
@@ -287,7 +292,7 @@ def _ignorable(key: str, encoder_only: bool, ignore: tuple[str, ...]) -> str:
         return "as asked"
     if encoder_only and key.startswith(HEAD_PREFIXES):
         return "a classifier's head"
-    if encoder_only and (key == "mask_token" or key.startswith("decoder_")):
+    if encoder_only and (key == "mask_token" or key.startswith(("decoder_", f"{HEAD}."))):
         return "not part of the encoder"
     return ""
 
@@ -295,6 +300,8 @@ def _ignorable(key: str, encoder_only: bool, ignore: tuple[str, ...]) -> str:
 def _may_lack(key: str, source: str, encoder_only: bool) -> bool:
     if encoder_only:
         return not key.startswith(ENCODER_PREFIXES)
+    if key.startswith(f"{HEAD}."):
+        return True
     return source in WITHOUT_PREDICTOR and "losspred" in key
 
 

@@ -51,6 +51,13 @@ def load_weights(source: Path, which: str = "student") -> tuple[HPMViT, Recipe]:
     return model, recipe
 
 
+def has_teacher(folder: Path) -> bool:
+    """Whether a checkpoint has the weights of a teacher."""
+    if (folder / shards.FOLDER).is_dir():
+        return shards.SavedState(folder).has("ema")
+    return (folder / "teacher.safetensors").is_file()
+
+
 def _read_weights(folder: Path, which: str) -> dict[str, Tensor]:
     path = folder / f"{which}.safetensors"
     if path.is_file():
@@ -69,7 +76,7 @@ POSITION_TOLERANCE = 1e-3  # half-precision files round the fixed table
 def initial_model(recipe: Recipe) -> HPMViT:
     """The model that a run starts from: drawn from its seed, or with the student's weights of `recipe.init_from`.
 
-    A loss predictor that the source lacks (MAE) keeps its fresh weights.
+    A loss predictor that the source lacks (MAE) keeps its fresh weights, and so does a difficulty head.
 
     **Raises:** `UserError` if the weights do not fit the recipe's model, or were trained with other positions.
     """

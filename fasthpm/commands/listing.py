@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from fasthpm import recipes
 from fasthpm.cli import Parser
 from fasthpm.commands import costs
+from fasthpm.difficulty import DIFFICULTIES
 from fasthpm.errors import UserError
 from fasthpm.options import OURS, PAPER, RELEASED
 from fasthpm.recipe import Recipe, science_of
@@ -79,7 +80,17 @@ def cost(recipe: Recipe) -> list[str]:
     """What a step costs, and what it would cost with other ways to ask what is hard, if the recipe asks."""
     asked = "By how the teacher is asked, FLOPs over MAE's (MB of memory traffic per sample):"
     table = [asked, "", *_aligned(costs.table(recipe))] if recipe.masks_by_difficulty else []
-    return [costs.sentence(recipe), *table]
+    return [costs.sentence(recipe), *truth(recipe), *table]
+
+
+def truth(recipe: Recipe) -> list[str]:
+    """A line on how true the difficulty is likely to be that the recipe's masks follow, if they do."""
+    way = recipe.question
+    if not recipe.masks_by_difficulty or not way.likely:
+        return []
+    better = [f"--difficulty {other.name} {other.likely}" for other in DIFFICULTIES.values() if other.name != way.name]
+    others = f"; {', '.join(better)}" if way.name == "paper" else ""
+    return [f"difficulty {way.name}: difficulty_spearman is likely to be {way.likely}{others} (1 = true)."]
 
 
 def origin(recipe: Recipe, field: str) -> str:
@@ -154,7 +165,9 @@ def _section(name: str) -> list[str]:
         if getattr(recipe, field.name) != getattr(base, field.name)
     ]
     values = ", ".join(f"`{field} {_text(getattr(recipe, field))}`" for field in changed)
-    return [f"## {name}", "", *indented, "", f"Sets {values}." if values else "Sets nothing: it is the base.", ""]
+    sets = f"Sets {values}." if values else "Sets nothing: it is the base."
+    true = [line for sentence in truth(recipe) for line in (_one_cell(sentence), "")]
+    return [f"## {name}", "", *indented, "", *true, sets, ""]
 
 
 def _flags() -> list[str]:

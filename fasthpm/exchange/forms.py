@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fasthpm.checkpoint.foreign import EMBEDDED_RECIPE, ENCODER_PREFIXES
+from fasthpm.difficulty import HEAD
 from fasthpm.errors import UserError
 from fasthpm.files import save_tensors, write_json
 from fasthpm.layers import LAYER_NORM_EPS, Block
@@ -222,7 +223,7 @@ class HuggingFaceViT(Form):
 
 
 class HuggingFaceMAE(HuggingFaceViT):
-    """`transformers.ViTMAEForPreTraining`: encoder and reconstructor; there is no place for a loss predictor."""
+    """`transformers.ViTMAEForPreTraining`: encoder and reconstructor; no loss predictor, no difficulty head."""
 
     name = "hf_vitmae"
     summary = "encoder and reconstructor for Hugging Face's ViTMAEForPreTraining (a folder, square images)"
@@ -381,7 +382,9 @@ class Plain(Form):
 
     def ours(self, model: HPMViT, images: Tensor, mask: Tensor) -> Tensor:
         out = model(images, mask)
-        parts = (model.encode(images), out.reconstruction, out.predicted_difficulty, out.loss)
+        parts = [model.encode(images), out.reconstruction, out.predicted_difficulty, out.loss]
+        if hasattr(model, HEAD):
+            parts.append(model.predict_loss(images))
         return torch.cat([part.flatten() for part in parts])
 
     def usage(self, path: Path) -> str:

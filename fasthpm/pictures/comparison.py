@@ -11,7 +11,9 @@ from typing import Any
 
 from fasthpm import files
 from fasthpm.recipe import Recipe, load_recipe
-from fasthpm.run.records import gpu_hours, read_metrics
+from fasthpm.run.records import gpu_hours, latest, read_metrics
+
+AGREEMENT = ("teacher_spearman", "difficulty_spearman", "difficulty_auc")
 
 
 @dataclass(frozen=True)
@@ -63,12 +65,15 @@ def label_of(result: dict[str, Any], path: Path) -> str:
 def markdown(runs: Sequence[RunSummary]) -> str:
     """One row per run."""
     evaluations = list(dict.fromkeys(name for run in runs for name in run.results))
-    heads = ["run", "recipe", "mask", "epochs", "GPU-hours", "reconstruction loss", "teacher_spearman", *evaluations]
+    heads = ["run", "recipe", "mask", "epochs", "GPU-hours", "reconstruction loss", "difficulty", *AGREEMENT]
+    heads += evaluations
     rows = [" | ".join(heads), "|".join(["---"] * len(heads)), *(" | ".join(row_of(run, evaluations)) for run in runs)]
     table = "\n".join(f"| {row} |" for row in rows)
     return (
         f"# {len(runs)} runs\n\n{table}\n\nGPU-hours are of pretraining, from the logged rates; accuracies are top-1 "
-        f"in percent, of several k the best. Losses compare only between runs with the same target.\n\n"
+        f"in percent, of several k the best. Losses compare only between runs with the same target. "
+        f"difficulty_spearman compares what a run asks with the mean loss over random masks, difficulty_auc with its "
+        f"hardest quarter; teacher_spearman with the losses of the patches that it had masked.\n\n"
         f"![curves](comparison.png)\n"
     )
 
@@ -76,7 +81,9 @@ def markdown(runs: Sequence[RunSummary]) -> str:
 def row_of(run: RunSummary, evaluations: Sequence[str]) -> list[str]:
     """The cells of one run."""
     last = run.records[-1]
-    figures = [f"{last[name]:.4g}" if name in last else "" for name in ("reconstruction_loss", "teacher_spearman")]
+    agreement = [latest(run.records, name).get(name) for name in AGREEMENT]
+    figures = ["" if value is None else f"{value:.4g}" for value in (last.get("reconstruction_loss"), *agreement)]
+    figures.insert(1, run.recipe.question.name if run.recipe.answers_difficulty else "")
     scores = [f"{run.results[name]:.2f}" if name in run.results else "" for name in evaluations]
     mask = f"{run.recipe.mask_policy} {run.recipe.mask_ratio:.0%}"
     return [run.name, run.recipe.recipe, mask, f"{run.epochs:.2f}", f"{run.gpu_hours[-1]:.3g}", *figures, *scores]

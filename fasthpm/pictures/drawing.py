@@ -14,7 +14,7 @@ from fasthpm.files import replacing
 
 Pictures = dict[str, Array]
 IMAGE_SIDE, FRAME_SIDE = 112, 56  # smaller ones are enlarged to at least this many pixels
-GAP, HEADER = 4, 18
+GAP, HEADER, LINE = 4, 18, 14
 MILLISECONDS = 120  # that a frame of the animation is shown
 
 
@@ -55,7 +55,14 @@ def sheet(pictures: Pictures, tubelet_size: int = 0) -> Array:
 def _panel(pictures: Pictures) -> Array:
     cells = _enlarged(np.stack(list(pictures.values()), axis=1)[:, :, 0], IMAGE_SIDE)
     pitch = cells.shape[-2] + GAP
-    return _labelled(_paper(cells, above_all=HEADER), {(GAP + x * pitch, 3): name for x, name in enumerate(pictures)})
+    names = [_in_width(name, pitch) for name in pictures]
+    header = HEADER + LINE * max(name.count("\n") for name in names)
+    return _labelled(_paper(cells, above_all=header), {(GAP + x * pitch, 3): name for x, name in enumerate(names)})
+
+
+def _in_width(name: str, width: int) -> str:
+    """A name in one line, or, if it is wider than `width` pixels, with what is in brackets in a line of its own."""
+    return name if ImageDraw.Draw(Image.new("L", (1, 1))).textlength(name) < width else name.replace(" (", "\n(", 1)
 
 
 def _contact_sheet(pictures: Pictures, tubelet_size: int) -> Array:

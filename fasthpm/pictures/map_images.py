@@ -1,21 +1,28 @@
 """Difficulty maps of any images: how hard each patch is to reconstruct, which images are hardest, which hold nothing.
 
 fasthpm maps RUN --data_path FOLDER_OR_BETON -o OUT [--true_loss 10] [--masks DIR]
+fasthpm maps RUN --data_path FOLDER_OR_BETON --fit_head 1000 [-o OUT]
 
 OUT/maps.npz        names [N], predicted and true_loss float32 [N, rows, columns] (whole images, squeezed to input_size)
 OUT/images.csv      the images, hardest first: mean difficulty, its spread, true loss, how empty, near_constant
 OUT/overlays/…png   image, predicted difficulty over it, true loss over it
+OUT/difficulty.json how the run was asked what is hard, and how well that agrees with the true loss
 OUT/saliency.json   with --masks: how well the maps find the masked objects (AUC; max-F with beta^2 = 0.3)
 
 The predicted difficulty ranks the patches of one image (Eq. 5); images are ranked by their true loss where --true_loss
 gives it. OUT appears whole or not at all.
+
+--fit_head N first trains a small head on the run's frozen encoder, for N updates on the images of --data_path, and
+keeps it beside the run: RUN/difficulty_head.safetensors. From then on maps and visualize ask it, if the run's own way
+is paper or none, and it agrees better than what they would ask without it.
 """
 
 import argparse
 import csv
+import dataclasses
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -26,20 +33,25 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fasthpm import files
-from fasthpm.checkpoint.weights import load_weights
+from fasthpm.checkpoint import RECIPE, checkpoint_of
 from fasthpm.cli import Arguments, Parser
 from fasthpm.data import DatasetInfo, build_loader, read_info
 from fasthpm.data.names import sample_names
 from fasthpm.data.plain import read_pixels
 from fasthpm.data.sampling import Array, area_resize
+from fasthpm.difficulty import averaged, refusal
 from fasthpm.entry import Result
 from fasthpm.errors import UserError
-from fasthpm.model import HPMViT
-from fasthpm.patches import NormalizedPatches
+from fasthpm.model import HPMViT, is_video
+from fasthpm.patches import NormalizedPatches, training_info
 from fasthpm.pictures import drawing, panels
-from fasthpm.recipe import Recipe
+from fasthpm.probes import answers
+from fasthpm.probes.answers import Answers
+from fasthpm.probes.difficulty_head import HeadResult, agreement, fit_beside, target_features
+from fasthpm.recipe import Recipe, load_recipe
 
 EMPTY_PATCH, CONSTANT_IMAGE = 4.0, 8.0  # standard deviation of grey levels, 0..255, below which there is nothing to see
+LOOKS = 4  # sets of looks at an image that `measured` difficulties are averaged over
 BETA_SQUARED, THRESHOLDS = 0.3, 256  # of the F-measure, as the saliency literature has them
 
 
@@ -53,6 +65,10 @@ class MapsResult(Result):
     ranking: Path
     overlays: Path
     saliency: dict[str, dict[str, float]]  # of each kind of map, with masks
+    difficulty: str  # how the run was asked; empty: only the true loss was measured
+    difficulty_spearman: float | None  # on these images with true_loss, else as it was measured before; None: never
+    difficulty_auc: float | None
+    head: HeadResult | None  # with fit_head
 
 
 class ImageMaps(NamedTuple):
@@ -60,23 +76,30 @@ class ImageMaps(NamedTuple):
 
     ids: Array  # int64 [B]
     images: Array  # uint8 [B, H, W, C]
-    predicted: Array  # float32 [B, R, C], zeros without a loss predictor
+    predicted: Array  # float32 [B, R, C], zeros of a run that can't be asked
     true_loss: Array  # float32 [B, R, C], zeros if not asked for
     empty: Array  # float64 [B], share of patches with nothing in them
     deviation: Array  # float64 [B], of the grey levels
 
 
+Features = Callable[[Tensor, Tensor], Tensor | None]  # see `difficulty_head.target_features`
+
+
 @torch.no_grad()
-def difficulty(model: HPMViT, recipe: Recipe, info: DatasetInfo, images: Tensor, masks: int) -> tuple[Tensor, Tensor]:
+def difficulty(
+    model: HPMViT, recipe: Recipe, info: DatasetInfo, images: Tensor, masks: int, features: Features
+) -> tuple[Tensor, Tensor]:
     """Predicted difficulty, and the true loss averaged over `masks` random masks (0: zeros): float32 [B, L] each.
 
     - `images`: uint8 [B, H, W, C] on the model's device
     """
     patches = NormalizedPatches(recipe, info)(images)
     zeros = torch.zeros_like(patches[:, :, 0])
-    predicted = model.predict_loss(patches) if recipe.predict_loss != "none" else zeros
-    true = panels.average_loss(model, patches, panels.random_masks(recipe, len(patches), masks)) if masks else zeros
-    return predicted, true
+    predicted = zeros if refusal(model, model.difficulty) else averaged(model, patches, LOOKS)
+    if not masks:
+        return predicted, zeros
+    hiding = panels.random_masks(recipe, len(patches), masks)
+    return predicted, panels.average_loss(model, patches, hiding, features(images, patches))
 
 
 def map_batches(model: HPMViT, recipe: Recipe, arguments: argparse.Namespace) -> Iterator[ImageMaps]:
@@ -91,24 +114,18 @@ def map_batches(model: HPMViT, recipe: Recipe, arguments: argparse.Namespace) ->
         max_bad_samples=1.0,
     )
     loader = build_loader(arguments.data_path, options)
-    info, grid, device = training_info(recipe, loader.info), recipe.grid_size, model.cls_token.device
+    info, grid, device = training_info(recipe, loader.info), recipe.grid_size, model.mask_token.device
+    features: Features = target_features(model, recipe) if arguments.true_loss else lambda images, patches: None
     try:
         for batch in tqdm(loader, desc="maps", unit="batch"):
             keep = ~batch.replaced  # others stand in for what does not decode
             images = batch.images[keep]
-            values = difficulty(model, recipe, info, images.to(device), arguments.true_loss)
+            values = difficulty(model, recipe, info, images.to(device), arguments.true_loss, features)
             predicted, true = (x.float().cpu().numpy().reshape(-1, *grid) for x in values)
             pixels = images.numpy()
             yield ImageMaps(batch.ids[keep].numpy(), pixels, predicted, true, *emptiness(pixels, recipe.patch_size))
     finally:
         loader.close()
-
-
-def training_info(recipe: Recipe, other: DatasetInfo) -> DatasetInfo:
-    """Mean and standard deviation that the model was trained with, or, if its data is gone, those of `other`."""
-    with suppress(UserError):
-        return read_info(recipe.data_path)
-    return other
 
 
 def emptiness(images: Array, patch_size: int) -> tuple[Array, Array]:
@@ -212,9 +229,13 @@ def write_ranking(path: Path, names: Sequence[str], columns: dict[str, Array], t
             writer.writerow([names[row], *(ranks[row] for ranks in ranked.values()), int(constant[row]), *figures])
 
 
-def write_maps(model: HPMViT, recipe: Recipe, arguments: argparse.Namespace, out: Path) -> int:
-    """Everything that belongs into the folder `out`. **Returns:** the number of images."""
-    predicts, wants_true = recipe.predict_loss != "none", arguments.true_loss > 0
+def write_maps(
+    model: HPMViT, recipe: Recipe, arguments: argparse.Namespace, out: Path, asked: Answers
+) -> tuple[int, Answers]:
+    """Everything that belongs into the folder `out`.
+
+    **Returns:** the number of images, and `asked` with what was measured here.
+    """
     saliency = Saliency(arguments.masks, recipe.image_size) if arguments.masks else None
     with _output(arguments):
         (out / "overlays").mkdir(parents=True)
@@ -224,8 +245,7 @@ def write_maps(model: HPMViT, recipe: Recipe, arguments: argparse.Namespace, out
         if not names:
             names = sample_names(arguments.data_path, read_info(arguments.data_path).num_samples)
         for row, sample in enumerate(part.ids.tolist()):
-            kinds = {"predicted": part.predicted[row]} if predicts else {}
-            kinds |= {"true_loss": part.true_loss[row]} if wants_true else {}
+            kinds = {kind: values[row] for kind, values in kinds_of(part, asked, arguments).items()}
             if saliency:
                 saliency.add(names[sample], kinds)
             if arguments.overlays < 0 or sample < arguments.overlays:
@@ -236,9 +256,26 @@ def write_maps(model: HPMViT, recipe: Recipe, arguments: argparse.Namespace, out
     whole = ImageMaps(*(np.concatenate(column) for column in zip(*parts, strict=True)))
     if not len(whole.ids):
         raise UserError(f"{arguments.data_path} has no image that decodes")
-    kept = [names[sample] for sample in whole.ids.tolist()]
-    kinds = {"predicted": whole.predicted} if predicts else {}
-    kinds |= {"true_loss": whole.true_loss} if wants_true else {}
+    asked = measured_here(parts, asked, arguments)
+    scores = saliency.scores() if saliency else None
+    with _output(arguments):
+        write_arrays(out, whole, [names[sample] for sample in whole.ids.tolist()], asked, arguments)
+        files.write_json(out / "difficulty.json", asked.figures)
+        if scores:
+            files.write_json(out / "saliency.json", scores)
+    return len(whole.ids), asked
+
+
+def kinds_of(maps: ImageMaps, asked: Answers, arguments: argparse.Namespace) -> dict[str, Array]:
+    """The maps that there are: float32 [B, R, C] each."""
+    kinds = {"predicted": maps.predicted} if asked.way else {}
+    return kinds | ({"true_loss": maps.true_loss} if arguments.true_loss else {})
+
+
+def write_arrays(
+    out: Path, whole: ImageMaps, names: Sequence[str], asked: Answers, arguments: argparse.Namespace
+) -> None:
+    """maps.npz and images.csv, of all images."""
     columns = {
         "difficulty": whole.predicted.mean((1, 2)),
         "difficulty_spread": whole.predicted.std((1, 2)),
@@ -246,13 +283,23 @@ def write_maps(model: HPMViT, recipe: Recipe, arguments: argparse.Namespace, out
         "empty_patches": whole.empty,
         "deviation": whole.deviation,
     }
-    scores = saliency.scores() if saliency else None
-    with _output(arguments):
-        np.savez_compressed(out / "maps.npz", names=np.array(kept), ids=whole.ids, **kinds)
-        write_ranking(out / "images.csv", kept, columns, wants_true)
-        if scores:
-            files.write_json(out / "saliency.json", scores)
-    return len(kept)
+    kinds = kinds_of(whole, asked, arguments)
+    np.savez_compressed(out / "maps.npz", names=np.array(names), ids=whole.ids, **kinds)  # type: ignore[arg-type]
+    write_ranking(out / "images.csv", names, columns, arguments.true_loss > 0)
+
+
+def measured_here(parts: Sequence[ImageMaps], asked: Answers, arguments: argparse.Namespace) -> Answers:
+    """`asked` with its agreement with the true loss of these images, if that was measured."""
+    if not (asked.way and arguments.true_loss):
+        return asked
+    found, count = np.zeros(2), 0
+    for part in parts:
+        if len(part.ids):
+            predicted, true = (torch.from_numpy(x).flatten(1) for x in (part.predicted, part.true_loss))
+            found, count = found + len(part.ids) * np.array(agreement(predicted, true)), count + len(part.ids)
+    spearman, auc = (found / count).tolist()
+    where = f"on these {count} images, over {arguments.true_loss} masks"
+    return dataclasses.replace(asked, spearman=spearman, auc=auc, source=where)
 
 
 def _output(arguments: argparse.Namespace) -> AbstractContextManager[None]:
@@ -264,36 +311,82 @@ def parse_arguments(argv: Arguments) -> argparse.Namespace:
     parser = Parser(prog="fasthpm maps", description=__doc__)
     parser.add_argument("run", type=Path, help="output_dir of a run, or one of its checkpoints")
     parser.add_argument("--data_path", required=True, help="image folder, .txt list or prepared set")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="new folder for the maps")
-    parser.add_argument("--weights", choices=("student", "teacher"), default="student")
+    parser.add_argument("-o", "--output", type=Path, default=None, help="new folder for the maps")
+    answers.add_flags(parser)
     parser.add_argument("--true_loss", type=int, default=0, metavar="N", help="measure the loss too, over N masks")
+    parser.add_argument(
+        "--fit_head",
+        type=int,
+        default=0,
+        metavar="N",
+        help="first train a difficulty head on the run's encoder (the teacher's, if there is one) for N updates, and "
+        "keep it beside the run; without -o nothing else",
+    )
     parser.add_argument("--masks", type=Path, default=None, help="folder of object masks, named like the images")
     parser.add_argument("--overlays", type=int, default=-1, metavar="N", help="draw the first N images (default: all)")
-    parser.add_argument("--batch_size", type=int, default=64, help="images per forward")
+    parser.add_argument("--batch_size", type=int, default=64, help="images per forward, and per update of fit_head")
     parser.add_argument("--num_workers", type=int, default=0, help="decoding threads; 0 = all cores")
     arguments = parser.parse_args(argv)
-    if arguments.true_loss < 0 or arguments.batch_size < 1:
-        raise UserError(
-            f"true_loss is {arguments.true_loss}, expected 0 or more; batch_size is {arguments.batch_size}, expected "
-            f"1 or more"
-        )
-    if arguments.output.exists():
+    for name, least in (("true_loss", 0), ("fit_head", 0), ("batch_size", 1)):
+        if getattr(arguments, name) < least:
+            raise UserError(f"{name} is {getattr(arguments, name)}, expected {least} or more")
+    if arguments.output is None and not arguments.fit_head:
+        raise UserError("-o is missing; say where the maps go, or use --fit_head N to train a head only")
+    if arguments.output is not None and arguments.output.exists():
         raise UserError(f"output {arguments.output} is there already; choose another -o, or remove it")
     return arguments
 
 
-def main(argv: Arguments = None) -> MapsResult:
-    """`fasthpm maps` and `fasthpm.maps`."""
+def fit_head(arguments: argparse.Namespace) -> HeadResult:
+    """Fit a head beside the run, and tell how well it agrees."""
+    head = fit_beside(
+        arguments.run,
+        arguments.data_path,
+        arguments.fit_head,
+        weights="" if arguments.weights == answers.AUTO else arguments.weights,
+        batch_size=arguments.batch_size,
+        num_workers=arguments.num_workers,
+    )
+    others = "".join(f", {name} {spearman:.3f}" for name, spearman in head.others.items())
+    print(
+        f"difficulty_spearman on samples held out of {arguments.data_path}: the head {head.difficulty_spearman:.3f} "
+        f"({head.before:.3f} before){others}; difficulty_auc {head.difficulty_auc:.3f}\nwritten to {head.path}"
+    )
+    return head
+
+
+def main(argv: Arguments = None) -> MapsResult | HeadResult:
+    """`fasthpm maps` and `fasthpm.maps`; with `fit_head` and without `output` the result is the head's."""
     arguments = parse_arguments(argv)
-    model, recipe = load_weights(arguments.run, arguments.weights)
-    if recipe.predict_loss == "none" and not arguments.true_loss:
-        raise UserError(f"{arguments.run} has no loss predictor ({recipe.model}); add --true_loss 10")
+    trained = load_recipe(checkpoint_of(arguments.run) / RECIPE)
+    if is_video(trained.model) and arguments.output is not None:
+        raise UserError(f"maps are of images, and {arguments.run} was trained on videos; use fasthpm visualize")
+    head = fit_head(arguments) if arguments.fit_head else None
+    if head and arguments.output is None:
+        print(f"from now on: {answers.load_asked(arguments.run)[2].line}")
+        return head
+    model, recipe, asked = answers.load_asked(arguments.run, arguments.difficulty, arguments.weights)
+    if asked.problem and not arguments.true_loss:
+        raise UserError(f"{arguments.run} {asked.problem}, or add --true_loss 10 for the loss alone")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     with files.replacing(arguments.output) as aside:
-        count = write_maps(model, recipe, arguments, aside)
+        count, asked = write_maps(model, recipe, arguments, aside, asked)
     out = arguments.output
-    print(f"maps of {count} images written to {out}: maps.npz, images.csv, overlays/")
+    print(f"maps of {count} images written to {out}: maps.npz, images.csv, overlays/\n{asked.line}")
+    if asked.way and asked.spearman is None:
+        print("--true_loss 10 measures it on these images")
     saliency = (out / "saliency.json").read_text() if arguments.masks else "{}"
     if arguments.masks:
         print(saliency)
-    return MapsResult(out, count, out / "maps.npz", out / "images.csv", out / "overlays", json.loads(saliency))
+    return MapsResult(
+        out,
+        count,
+        out / "maps.npz",
+        out / "images.csv",
+        out / "overlays",
+        json.loads(saliency),
+        asked.way,
+        asked.spearman,
+        asked.auc,
+        head,
+    )

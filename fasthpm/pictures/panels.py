@@ -9,6 +9,7 @@ from torch import Tensor
 from fasthpm import mask as masks
 from fasthpm.data import DatasetInfo, build_loader
 from fasthpm.data.sampling import Array
+from fasthpm.difficulty import refusal
 from fasthpm.frozen import FrozenTeacher
 from fasthpm.loss import EPS
 from fasthpm.maps.attention import attention_weights, cls_attention
@@ -55,6 +56,7 @@ def pictures(
     alpha: float,
     frozen: FrozenTeacher | None = None,
     names: Sequence[str] = (),
+    spearman: float | None = None,
 ) -> Pictures:
     """One picture of every image or frame per name: uint8 [N, T, H, W, 3] each, under the names that readers see.
 
@@ -63,17 +65,19 @@ def pictures(
       own features
     - `names`: of `COLUMNS` and `MORE_COLUMNS`, none: `columns_of(recipe)`; "hardest" masks the recipe's share of
       patches, hardest first
+    - `spearman`: difficulty_spearman of the model's difficulty, if it is known, for the predicted loss's name
 
     Visible patches are pasted back into the reconstruction, and `norm_pix_loss` is undone with the true patches'
-    statistics. The true loss of a patch is averaged over the masks that hide it. Without a loss predictor its picture
-    stays empty.
+    statistics. The true loss of a patch is averaged over the masks that hide it. Of a model that
+    can't be asked the predicted loss stays empty.
     """
     plan, patches_of = recipe.mask_plan, NormalizedPatches(recipe, info)
     images = images.to(model.mask_token.device)
     patches = patches_of(images)
     target = frozen(images) if frozen else model.encode(patches)[:, 1:] if recipe.target_teacher == "ema" else None
     noise = _noise(plan, len(patches), recipe.seed).to(patches.device)
-    predicted = model.predict_loss(patches) if recipe.predict_loss != "none" else torch.zeros_like(patches[:, :, 0])
+    mute = bool(refusal(model, model.difficulty))
+    predicted = torch.zeros_like(patches[:, :, 0]) if mute else model.predict_loss(patches)
     mask = masks.draw_mask(plan, noise, predicted, alpha)
     original = images.cpu().numpy().reshape(len(images), model.num_frames, *images.shape[-3:])
 
@@ -94,8 +98,15 @@ def pictures(
         "hardest": lambda: drawing.as_rgb(hidden(model, original, hardest())),
         "attention": lambda: drawing.heat(per_pixel(model, attention_weights(cls_attention(model, patches)))),
     }
-    shown = {"image": "clip"} if model.video else {}
+    shown = {"predicted_loss": "predicted loss" if mute else predicted_name(model.difficulty, spearman)}
+    shown |= {"image": "clip"} if model.video else {}
     return {shown.get(name, name.replace("_", " ")): draw[name]() for name in names or columns_of(recipe)}
+
+
+def predicted_name(difficulty: str, spearman: float | None) -> str:
+    """What readers see over the predicted loss: by which way, and its difficulty_spearman; neither of `paper` alone."""
+    figure = "" if spearman is None else f", {spearman:.2f}"
+    return f"predicted loss ({difficulty}{figure})" if figure or difficulty != "paper" else "predicted loss"
 
 
 def reconstruct(model: HPMViT, patches: Tensor, mask: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from fasthpm import schedule
 from fasthpm.patches import model_of
 from fasthpm.pictures import drawing, panels
 from fasthpm.run.metrics import Metrics
+from fasthpm.run.records import METRICS_FILE, latest, read_records
 from fasthpm.run.state import Run
 from fasthpm.step import Step
 
@@ -22,7 +23,9 @@ def draw_panel(run: Run[Step], metrics: Metrics) -> None:
     images, info = panels.fixed_images(run.recipe, PANEL_CLIPS if model.video else PANEL_IMAGES)
     alpha = schedule.alpha_at(run.recipe, run.done - 1)
     path = Path(run.recipe.output_dir) / "panels" / f"step-{run.done:08d}.png"
-    pictures = panels.pictures(model, run.recipe, info, images, alpha, run.step.frozen)
+    found = latest(read_records(Path(run.recipe.output_dir) / METRICS_FILE), "difficulty_spearman", run.done)
+    spearman = found.get("difficulty_spearman")
+    pictures = panels.pictures(model, run.recipe, info, images, alpha, run.step.frozen, spearman=spearman)
     picture = drawing.sheet(pictures, model.tubelet_size if model.video else 0)
     animation = drawing.animation(pictures) if model.video else b""
     with metrics.surviving_the_disk(run.done, "the panel"):

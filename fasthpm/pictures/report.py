@@ -11,12 +11,12 @@ from typing import Any
 
 from fasthpm import files
 from fasthpm.cli import Parser
-from fasthpm.recipe import load_recipe
-from fasthpm.run.records import read_metrics
+from fasthpm.recipe import Recipe, load_recipe
+from fasthpm.run.records import latest, read_metrics
 
 CURVES = (
     ("loss", ("reconstruction_loss", "difficulty_loss")),
-    ("predictor health", ("spearman", "pair_accuracy", "teacher_spearman")),
+    ("predictor health", ("spearman", "pair_accuracy", "teacher_spearman", "difficulty_spearman")),
     ("images per second", ("images_per_second",)),
     ("learning rate", ("lr",)),
     ("schedules", ("alpha", "ema_momentum")),
@@ -29,6 +29,8 @@ TABLE = (
     "spearman",
     "pair_accuracy",
     "teacher_spearman",
+    "difficulty_spearman",
+    "difficulty_auc",
     "grad_norm",
     "images_per_second",
     "data_wait_percent",
@@ -62,10 +64,11 @@ def draw_curves(records: list[dict[str, float]], path: Path) -> None:
 
     figure = Figure(figsize=(12, 6), layout="constrained")
     axes = figure.subplots(2, 3)
-    epochs = [record["epoch"] for record in records]
     for axis, (title, names) in zip(axes.flat, CURVES, strict=True):
         for name in names:
-            axis.plot(epochs, [record[name] for record in records], label=name, linewidth=1.2)
+            points = [(record["epoch"], record[name]) for record in records if name in record]
+            if points:
+                axis.plot(*zip(*points, strict=True), label=name, linewidth=1.2, marker="." if len(points) < 10 else "")
         axis.set_title(title)
         axis.set_xlabel("epoch")
         axis.grid(alpha=0.3)
@@ -83,20 +86,43 @@ def _head(run: Path, records: list[dict[str, float]]) -> str:
         f"{recipe.model}, {recipe.input_size} px, patch {recipe.patch_size}, mask {recipe.mask_policy} "
         f"{recipe.mask_ratio:.0%}, predict_loss {recipe.predict_loss}; global batch {recipe.global_batch_size}, "
         f"lr {recipe.lr:.2e}; update {last['step']:.0f} of {recipe.total_steps} (epoch {last['epoch']:.2f}).\n\n"
+        f"Difficulty: {difficulty_line(recipe, records)}.\n\n"
         f"Data {recipe.data_path}; {versions['world_size']} x {versions['device']}; torch {versions['torch']}, "
         f"deepspeed {versions['deepspeed']}, fasthpm {versions['fasthpm']} ({versions['commit'][:12]}).\n"
     )
 
 
+def difficulty_line(recipe: Recipe, records: list[dict[str, float]]) -> str:
+    """How the run asks what is hard, and how true that was in the end."""
+    if not recipe.answers_difficulty:
+        return "none, for nobody learns it"
+    found = latest(records, "difficulty_spearman")
+    if not found:
+        return f"{recipe.question.name}; difficulty_spearman not measured"
+    return (
+        f"{recipe.question.name}; difficulty_spearman {found['difficulty_spearman']:.3f}, difficulty_auc "
+        f"{found['difficulty_auc']:.3f} at update {found['step']:.0f}"
+    )
+
+
 def _figures(records: list[dict[str, float]]) -> str:
     first, last = records[0], records[-1]
-    rows = "\n".join(f"| {name} | {first[name]:.4g} | {last[name]:.4g} |" for name in TABLE)
+    known = [name for name in TABLE if any(name in record for record in records)]
+    rows = "\n".join(f"| {name} | {_cell(first, name)} | {_cell(last, name)} |" for name in known)
     return (
         f"## Figures\n\n| | update {first['step']:.0f} | update {last['step']:.0f} |\n|---|---|---|\n{rows}\n\n"
         "Spearman and pair accuracy compare the student's predicted with its real loss of the masked patches; "
-        "teacher_spearman compares the teacher's prediction, the one that makes the masks, with the same. MFU counts "
-        "the matrix products that the method needs, teacher included, over the matmul rate measured on this machine.\n"
+        "teacher_spearman compares the teacher's prediction, the one that makes the masks, with the same; "
+        "difficulty_spearman compares it with the mean loss over random masks of samples held out, and difficulty_auc "
+        "is the chance that it ranks one of the hardest quarter of an image's patches above one of the others. MFU "
+        "counts the matrix products that the method needs, teacher included, over the matmul rate measured on this "
+        "machine.\n"
     )
+
+
+def _cell(record: dict[str, float], name: str) -> str:
+    """A figure, empty where the record lacks it."""
+    return f"{record[name]:.4g}" if name in record else ""
 
 
 def _probes(run: Path) -> str:

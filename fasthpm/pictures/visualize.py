@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fasthpm.checkpoint.weights import load_weights
 from fasthpm.cli import Parser
 from fasthpm.data import DatasetInfo, read_info
 from fasthpm.data.pixels import render
@@ -23,6 +22,7 @@ from fasthpm.files import writing
 from fasthpm.frozen import build_frozen
 from fasthpm.model import HPMViT
 from fasthpm.pictures import drawing, panels
+from fasthpm.probes import answers
 from fasthpm.recipe import Recipe
 
 
@@ -50,7 +50,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--columns", nargs="+", choices=(*panels.COLUMNS, *panels.MORE_COLUMNS), default=[])
     parser.add_argument("--attention", action="store_true", help="a further column: where the cls token attends to")
     parser.add_argument("--num_images", type=int, default=8, help="rows of the picture")
-    parser.add_argument("--weights", choices=("student", "teacher"), default="student")
+    answers.add_flags(parser)
     parser.add_argument(
         "--alpha",
         type=float,
@@ -84,14 +84,14 @@ def check_model(model: HPMViT, recipe: Recipe, arguments: argparse.Namespace, co
 def main(argv: Sequence[str] | None = None) -> None:
     """`fasthpm visualize`."""
     arguments = parse_arguments(argv)
-    model, recipe = load_weights(arguments.run, arguments.weights)
+    model, recipe, asked_by = answers.load_asked(arguments.run, arguments.difficulty, arguments.weights)
     asked = arguments.columns or panels.columns_of(recipe)
     columns = [*asked, *(["attention"] if arguments.attention else [])]
     check_model(model, recipe, arguments, columns)
     images, info = chosen_images(recipe, arguments)
     alpha = recipe.alpha_end if arguments.alpha < 0 else arguments.alpha
     frozen = build_frozen(recipe, torch.device("cpu"), torch.float32)
-    pictures = panels.pictures(model, recipe, info, images, alpha, frozen, columns)
+    pictures = panels.pictures(model, recipe, info, images, alpha, frozen, columns, asked_by.spearman)
     with writing(arguments.output, "make room, or choose another -o"):
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         if arguments.output.suffix.lower() == ".gif":
@@ -99,4 +99,4 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             drawing.save_png(drawing.sheet(pictures, model.tubelet_size if model.video else 0), arguments.output)
     kind = "clips" if model.video else "images"
-    print(f"{len(images)} {kind} ({', '.join(columns)}) written to {arguments.output}")
+    print(f"{len(images)} {kind} ({', '.join(columns)}) written to {arguments.output}\n{asked_by.line}")

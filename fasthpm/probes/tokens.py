@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fasthpm.checkpoint.weights import load_weights
 from fasthpm.errors import UserError
+from fasthpm.probes.answers import AUTO, load_asked
 
 POLICIES = ("random", "easiest", "hardest")
 
@@ -54,21 +54,24 @@ class KeptTokens(nn.Module):
 class TokenChooser:
     """Sets which patches a ViT sees, image by image.
 
-    - `run`: pretrained with a loss predictor, whose difficulty decides; not needed for "random"
+    - `run`: pretrained, whose difficulty decides, asked as `difficulty` says (`answers.load_asked`); not needed for
+      "random"
 
-    **Raises:** `UserError` for a run without a loss predictor, or with another patch grid or channels than `vit`.
+    **Raises:** `UserError` for a run that can't say what is hard, or with another patch grid or channels than `vit`.
     """
 
-    def __init__(self, vit: Any, policy: str, keep: float, run: Path | None, device: torch.device) -> None:
+    def __init__(
+        self, vit: Any, policy: str, keep: float, run: Path | None, device: torch.device, difficulty: str = AUTO
+    ) -> None:
         self.policy, self.keep, self.kept = policy, keep, KeptTokens()
         self.num_patches = vit.patch_embed.num_patches
-        self.model = self._load(run, vit).to(device).eval().requires_grad_(False) if run else None
+        self.model = self._load(run, vit, difficulty).to(device).eval().requires_grad_(False) if run else None
         vit.patch_drop = self.kept
 
-    def _load(self, run: Path, vit: Any) -> Any:
-        model, _ = load_weights(run)
-        if model.predict_loss_kind == "none":
-            raise UserError(f"difficulty_run {run} has no loss predictor; give a run of an HPM recipe")
+    def _load(self, run: Path, vit: Any, difficulty: str) -> Any:
+        model, _, answers = load_asked(run, difficulty)
+        if answers.problem:
+            raise UserError(f"difficulty_run {run} {answers.problem}")
         ours = (model.img_size, model.patch_size, model.in_chans)
         embed = vit.patch_embed
         theirs = (tuple(embed.img_size), embed.patch_size[0], embed.proj.in_channels)

@@ -97,6 +97,13 @@ class Metrics(Journal):
             self._sum = self._sum + values
 
     @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave what happens inside out of the rates: it is no training."""
+        begin = time.perf_counter()
+        yield
+        self._begin += time.perf_counter() - begin
+
+    @contextmanager
     def waiting_for_data(self) -> Iterator[None]:
         """Measure the time that this host waits for its loader."""
         begin = time.perf_counter()

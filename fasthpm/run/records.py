@@ -55,6 +55,12 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     return records
 
 
+def latest(records: Sequence[dict[str, Any]], name: str, step: float = float("inf")) -> dict[str, Any]:
+    """The last record at or before update `step` that has the figure `name`, which not every record does; {} if none
+    has."""
+    return next((record for record in reversed(records) if record["step"] <= step and name in record), {})
+
+
 def gpu_hours(records: Sequence[dict[str, Any]], global_batch_size: int, world_size: int) -> list[float]:
     """GPU-hours (devices x hours) of the updates up to each record, from the rates that were logged."""
     seconds, step, out = 0.0, 0.0, []

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,13 +10,13 @@ from safetensors.torch import load_file
 
 from fasthpm import recipes
 from fasthpm.checkpoint import folder as checkpoint_folder
-from fasthpm.checkpoint import weights
-from fasthpm.checkpoint.weights import load_weights
+from fasthpm.checkpoint import shards, weights
+from fasthpm.checkpoint.weights import has_teacher, load_weights
 from fasthpm.errors import UserError
 from fasthpm.patches import model_of
 from fasthpm.recipe import Recipe
 from tests.helpers.published import imported_debug
-from tests.helpers.runs import write
+from tests.helpers.runs import away, recipe_in, run_of, write
 
 
 def test_initial_weights(tmp_path: Path) -> None:
@@ -40,6 +41,65 @@ def test_learned_positions_are_no_start(tmp_path: Path) -> None:
         weights.initial_model(Recipe(**{**vars(recipes.debug()), "init_from": str(start)}))
 
 
+MODES: list[dict[str, Any]] = [
+    {},
+    {"decoder_attention": "cross"},
+    {"difficulty": "masked_query"},
+    {"difficulty": "in_place"},
+    {"difficulty": "measured"},
+    {"difficulty": "measured", "predict_loss": "none"},
+    {"difficulty": "in_place", "predict_loss": "none"},
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changes", MODES)
+def test_a_loaded_model_answers_by_the_runs_own_mode(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """Student and teacher, each with its own weights, those of its head too."""
+    recipe = recipe_in(tmp_path, input_size="12", **changes)
+    teacher = away(recipe, seed=6)
+    run, student = run_of(tmp_path / "run", recipe, teacher)
+    images, answers = torch.randn(2, 1, 12, 12), []
+    for which, own in (("student", student), ("teacher", teacher)):
+        model, _ = load_weights(run, which)
+        assert model.difficulty == recipe.question.name
+        answers.append(model.predict_loss(images))
+        assert torch.equal(answers[-1], own.predict_loss(images))
+        if recipe.question.head:
+            tokens = own.encode(images)[:, 1:]
+            assert torch.equal(answers[-1], own.difficulty_head(tokens))
+        elif recipe.question.name == "paper":
+            assert torch.equal(answers[-1], own.predictor_on(own.decoder_tokens(own.encode(images)), 9))
+    assert not torch.equal(*answers)
+    assert has_teacher(next((run / "checkpoints").iterdir()))
+
+
+@pytest.mark.parametrize("kinds", [("master", "ema"), ("master",)])
+def test_a_checkpoint_to_resume_tells_whether_it_has_a_teacher(tmp_path: Path, kinds: tuple[str, ...]) -> None:
+    layout = {"optimizer_step": 1, "groups": [{"slots": {"student.w": [[5], 0, 0]}, "shards": 1, "index": 0}]}
+    part = shards.Snapshot({f"0/{kind}": torch.zeros(5) for kind in kinds}, layout)
+    (tmp_path / "shards").mkdir()
+    shards.write(part, tmp_path / "shards" / "rank-00000.safetensors")
+    assert has_teacher(tmp_path) == ("ema" in kinds)
+
+
+@pytest.mark.parametrize("predict_loss", ["relative", "none"])
+def test_a_start_from_a_run_with_a_head_or_without(tmp_path: Path, predict_loss: str) -> None:
+    """The donor's head is taken, where both have one; else it is a fresh one, or left alone."""
+    with_head: dict[str, Any] = {"difficulty": "in_place", "predict_loss": predict_loss}
+    without = {**with_head, "difficulty": "paper", **({"mask_policy": "random"} if predict_loss == "none" else {})}
+    for kind, changes in {"with": with_head, "without": without}.items():
+        run_of(tmp_path / kind, recipe_in(tmp_path, **changes))
+    for donor in ("with", "without"):
+        given = load_weights(tmp_path / donor)[0].state_dict()
+        for taker in (with_head, without):
+            recipe = recipe_in(tmp_path, init_from=str(tmp_path / donor), **taker)
+            found, fresh = weights.initial_model(recipe).state_dict(), model_of(recipe).state_dict()
+            for name, value in found.items():
+                assert torch.equal(value, given.get(name, fresh[name])), name
+            assert any(name.startswith("difficulty_head.") for name in found) == (taker is with_head)
+
+
 def test_load_weights(tmp_path: Path) -> None:
     folder = write(tmp_path, 1)
     model, recipe = weights.load_weights(tmp_path)
@@ -49,6 +109,7 @@ def test_load_weights(tmp_path: Path) -> None:
     untrained, _ = weights.load_weights(folder, "untrained")
     assert torch.equal(untrained.blocks[0].attn.qkv.weight, model_of(recipe).blocks[0].attn.qkv.weight)
     shutil.rmtree(folder / "shards")
+    assert not has_teacher(folder)
     with pytest.raises(UserError, match="has no teacher weights; use --weights student"):
         weights.load_weights(folder, "teacher")
     with pytest.raises(UserError, match="holds no valid checkpoint"):

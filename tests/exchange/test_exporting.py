@@ -10,7 +10,7 @@ import pytest
 import timm.models
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fasthpm import recipes
@@ -269,3 +269,49 @@ def test_exports_of_videos_to_image_libraries_are_refused(tmp_path: Path) -> Non
     again, recipe = weights.load_weights(tmp_path / "back")
     assert recipe == weights.load_weights(run)[1]
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in again.state_dict().items())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("predict_loss", ["relative", "none"])
+def test_a_difficulty_head_leaves_with_the_whole_model_alone(tmp_path: Path, predict_loss: str) -> None:
+    """And comes back with it; Hugging Face's MAE and the encoders have no place for one."""
+    run, model = run_with(tmp_path / "run", difficulty="in_place", predict_loss=predict_loss)
+    images, whole = pictures(model), tmp_path / "model.safetensors"
+    dispatch(["export", str(run), "--format", "safetensors", "-o", str(whole)])
+    assert {name for name in load_file(whole) if "difficulty_head" in name}
+    run_import(whole, tmp_path / "again")
+    again, recipe = load_weights(tmp_path / "again")
+    assert (recipe.difficulty, again.difficulty) == ("in_place", "in_place")
+    assert torch.equal(again.predict_loss(images), model.predict_loss(images))
+    for form, written in (("timm", "encoder.safetensors"), ("hf_vitmae", "hf")):
+        dispatch(["export", str(run), "--format", form, "-o", str(tmp_path / written)])
+        file = tmp_path / written if form == "timm" else tmp_path / written / "model.safetensors"
+        assert not [name for name in load_file(file) if "difficulty" in name]
+    run_import(whole, tmp_path / "encoder", "--encoder_only")
+    note = json.loads(next((tmp_path / "encoder").glob("checkpoints/*/import.json")).read_text())
+    assert "difficulty_head.fc.weight" in note["keys"]["student"]["ignored"]["not part of the encoder"]
+    assert torch.equal(load_weights(tmp_path / "encoder")[0].encode(images), model.encode(images))
+
+
+def test_a_broken_difficulty_head_is_not_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is read back is asked what is hard, too."""
+    run, _ = run_with(tmp_path / "run", difficulty="in_place")
+    original = forms.save_tensors
+
+    def damaging(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+        tensors["difficulty_head.fc.weight"] += 0.1
+        original(tensors, path, metadata)
+
+    monkeypatch.setattr(forms, "save_tensors", damaging)
+    with pytest.raises(RuntimeError, match="outputs differ from ours"):
+        dispatch(["export", str(run), "--format", "safetensors", "-o", str(tmp_path / "model.safetensors")])
+
+
+def test_a_difficulty_head_without_its_recipe_is_left_in_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, model = run_with(tmp_path / "run", difficulty="in_place")
+    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, tmp_path / "some.safetensors")
+    run_import(tmp_path / "some.safetensors", tmp_path / "again", "--decoder_heads", "4")
+    assert "a difficulty head, which the model lacks" in capsys.readouterr().out
+    assert load_weights(tmp_path / "again")[1].difficulty == "paper"

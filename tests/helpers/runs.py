@@ -28,15 +28,25 @@ def run_with_random_weights(output: Path, recipe: Recipe) -> Path:
     return output
 
 
-def run_of(folder: Path, recipe: Recipe) -> tuple[Path, HPMViT]:
-    """A run whose weights, biases and norms are all away from their initial values, and its model."""
+def away(recipe: Recipe, seed: int = 5) -> HPMViT:
+    """The recipe's model, whose weights, biases and norms are all away from their initial values."""
     model = model_of(recipe).eval()
-    generator = torch.Generator().manual_seed(5)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def run_of(folder: Path, recipe: Recipe, teacher: HPMViT | None = None) -> tuple[Path, HPMViT]:
+    """A run of update 3 with the weights of `away`, and its model; with the weights of `teacher`, too."""
+    model = away(recipe)
     aside = checkpoint_folder.begin(folder, 3)
-    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, aside / "student.safetensors")
+    for name, each in {"student": model, "teacher": teacher}.items():
+        if each is not None:
+            save_file(
+                {key: value.contiguous() for key, value in each.state_dict().items()}, aside / f"{name}.safetensors"
+            )
     checkpoint_folder.commit(aside, recipe, checkpoint_folder.RunState(3, {}, 1, 1))
     return folder, model
 

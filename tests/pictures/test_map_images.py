@@ -1,16 +1,28 @@
 """Difficulty maps of image folders: the right map to the right image, rankings, saliency, nothing half-written."""
 
 import csv
+import dataclasses
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from fasthpm.checkpoint import weights as checkpoint_weights
+import fasthpm
+from fasthpm import recipes
 from fasthpm.data import build_loader, read_info
+from fasthpm.difficulty import ask_by, fixed_noise
 from fasthpm.errors import UserError
+from fasthpm.patches import NormalizedPatches
 from fasthpm.pictures import map_images
+from fasthpm.probes import difficulty_head
+from fasthpm.probes.answers import load_asked
+from tests.helpers import reference
+from tests.helpers.runs import run_of
+from tests.helpers.videos import video_run
 
 
 def test_a_folder_becomes_maps_ranking_and_overlays(run: Path, folder: Path, tmp_path: Path) -> None:
@@ -20,14 +32,16 @@ def test_a_folder_becomes_maps_ranking_and_overlays(run: Path, folder: Path, tmp
     names = [Path(name).stem for name in found["names"]]
     assert names == ["flat", "half", "noise", "small", "wide"]
     assert found["predicted"].shape == found["true_loss"].shape == (5, 7, 7)
-    model, recipe = checkpoint_weights.load_weights(run)
+    model, recipe, asked = load_asked(run)
+    assert asked.way == "masked_query"
     loader = build_loader(
         str(folder), batch_size=6, image_size=(28, 28), channels=1, train=False, whole=True, max_bad_samples=1.0
     )
     batch = next(iter(loader))
     loader.close()
     images = batch.images[~batch.replaced]
-    want = map_images.difficulty(model, recipe, read_info("synthetic:128"), images, 2)
+    features = difficulty_head.target_features(model, recipe)
+    want = map_images.difficulty(model, recipe, read_info("synthetic:128"), images, 2, features)
     for kind, values in zip(("predicted", "true_loss"), want, strict=True):
         if kind == "predicted":  # the true loss draws its masks per batch
             np.testing.assert_allclose(found[kind].reshape(5, 49), values, atol=1e-5)
@@ -46,6 +60,109 @@ def test_a_folder_becomes_maps_ranking_and_overlays(run: Path, folder: Path, tmp
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     with pytest.raises(UserError, match="is there already"):
         map_images.main([str(run), "--data_path", str(folder), "-o", str(out)])
+
+
+def difficulty_of(out: Path) -> dict[str, Any]:
+    return json.loads((out / "difficulty.json").read_text())  # type: ignore[no-any-return]
+
+
+def test_maps_say_how_they_were_asked_and_how_true_they_are(
+    run: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Measured on these images with --true_loss, else said not to be."""
+    result = fasthpm.maps(run, data_path=folder, output=tmp_path / "plain", overlays=0)
+    assert (result.difficulty, result.difficulty_spearman, result.head) == ("masked_query", None, None)
+    shown = capsys.readouterr().out
+    assert "difficulty masked_query (the run's own: paper), by the student; difficulty_spearman not measured" in shown
+    assert "--true_loss 10 measures it on these images" in shown
+    assert difficulty_of(tmp_path / "plain")["difficulty_spearman"] is None
+    keywords = {"data_path": folder, "overlays": 0, "difficulty": "paper", "true_loss": 12, "batch_size": 2}
+    result = fasthpm.maps(run, output=tmp_path / "paper", **keywords)
+    found = np.load(tmp_path / "paper" / "maps.npz")
+    predicted, true = (torch.from_numpy(found[kind]).flatten(1) for kind in ("predicted", "true_loss"))
+    assert result.difficulty_spearman == pytest.approx(reference.spearman(predicted, true), abs=1e-5)
+    figures = difficulty_of(tmp_path / "paper")
+    assert figures == {
+        "difficulty": "paper",
+        "own": "paper",
+        "weights": "student",
+        "difficulty_spearman": result.difficulty_spearman,
+        "difficulty_auc": result.difficulty_auc,
+        "measured": "on these 5 images, over 12 masks",
+    }
+    assert f"difficulty_spearman {result.difficulty_spearman:.3f}, difficulty_auc" in capsys.readouterr().out
+
+
+@torch.no_grad()
+def test_measured_maps_are_averaged_over_looks(folder: Path, tmp_path: Path) -> None:
+    """MAE's, too, which has nobody to ask but itself."""
+    changes: dict[str, Any] = {"mask_policy": "random", "predict_loss": "none"}
+    run, model = run_of(tmp_path / "run", dataclasses.replace(recipes.debug(), **changes))
+    result = fasthpm.maps(run, data_path=folder, output=tmp_path / "out", overlays=0)
+    assert result.difficulty == "measured"
+    found = np.load(tmp_path / "out" / "maps.npz")
+    assert list(found) == ["names", "ids", "predicted"]
+    loader = build_loader(
+        str(folder), batch_size=6, image_size=(28, 28), channels=1, train=False, whole=True, max_bad_samples=1.0
+    )
+    batch = next(iter(loader))
+    loader.close()
+    patches = NormalizedPatches(recipes.debug(), read_info("synthetic:128"))(batch.images[~batch.replaced])
+    ask_by(model, "measured")
+    looks = [model.predict_loss(patches, noise=fixed_noise(patches, number)) for number in range(4)]
+    np.testing.assert_allclose(found["predicted"].reshape(5, 49), sum(looks) / 4, atol=1e-4)
+
+
+def test_the_loss_alone_of_a_run_that_nobody_can_ask(folder: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"mask_policy": "random", "predict_loss": "none", "target": "ema"}
+    run, _ = run_of(tmp_path / "run", dataclasses.replace(recipes.debug(), **changes))
+    flags: dict[str, Any] = {"data_path": folder, "output": tmp_path / "out", "overlays": 1}
+    with pytest.raises(UserError, match=r"has no loss predictor, .* SET, or add --true_loss 10 for the loss alone"):
+        fasthpm.maps(run, **flags)
+    result = fasthpm.maps(run, true_loss=2, **flags)
+    assert (result.difficulty, result.difficulty_spearman) == ("", None)
+    assert list(np.load(tmp_path / "out" / "maps.npz")) == ["names", "ids", "true_loss"]
+
+
+def test_a_head_is_fitted_and_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = dataclasses.replace(recipes.debug(), input_size="12")
+    run, _ = run_of(tmp_path / "run", recipe)
+    flags: dict[str, Any] = {"data_path": "synthetic:90", "batch_size": 16}
+    head = fasthpm.maps(run, fit_head=2, **flags)
+    assert isinstance(head, difficulty_head.HeadResult)
+    assert (head.path, head.updates) == (run / "difficulty_head.safetensors", 2)
+    shown = capsys.readouterr().out
+    assert (
+        f"the head {head.difficulty_spearman:.3f} ({head.before:.3f} before), paper {head.others['paper']:.3f}" in shown
+    )
+    assert "from now on: difficulty " in shown
+    flags |= {"overlays": 0, "difficulty": "in_place"}
+    result = fasthpm.maps(run, fit_head=1, output=tmp_path / "out", **flags)
+    assert (result.difficulty, result.head.updates, result.images) == ("in_place", 1, 90)
+    assert result.difficulty_spearman == result.head.difficulty_spearman != head.difficulty_spearman
+    assert difficulty_of(tmp_path / "out")["measured"].startswith("when difficulty_head.safetensors was fitted")
+    assert fasthpm.maps(run, output=tmp_path / "more", **flags).difficulty_auc == result.head.difficulty_auc
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["-o", "out", "--fit_head", "-1"], "fit_head is -1, expected 0 or more"),
+        (["-o", "out", "--true_loss", "-1"], "true_loss is -1, expected 0 or more"),
+        (["-o", "out", "--batch_size", "0"], "batch_size is 0, expected 1 or more"),
+        ([], "-o is missing; say where the maps go, or use --fit_head N to train a head only"),
+        (["-o", "out", "--difficulty", "hardly"], "invalid choice: 'hardly'"),
+    ],
+)
+def test_arguments_that_are_refused(run: Path, folder: Path, flags: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        map_images.main([str(run), "--data_path", str(folder), *flags])
+
+
+def test_maps_of_videos_are_refused_before_a_head_is_fitted(tmp_path: Path) -> None:
+    run, _ = video_run(tmp_path)
+    with pytest.raises(UserError, match=r"maps are of images, and .* was trained on videos; use fasthpm visualize"):
+        fasthpm.maps(run, data_path="synthetic:90", output=tmp_path / "out", fit_head=1)
 
 
 def test_a_failure_leaves_nothing(run: Path, folder: Path, tmp_path: Path) -> None:

@@ -120,6 +120,38 @@ def test_columns_are_what_was_asked_for() -> None:
     assert set(hidden.nonzero()[0].tolist()) == set(predicted.argsort(descending=True)[:37].tolist())
 
 
+@pytest.mark.parametrize(
+    ("changes", "spearman", "name"),
+    [
+        ({}, None, "predicted loss"),
+        ({}, -0.071, "predicted loss (paper, -0.07)"),
+        ({"difficulty": "measured"}, None, "predicted loss (measured)"),
+        ({"difficulty": "masked_query"}, 0.777, "predicted loss (masked_query, 0.78)"),
+        ({"mask_policy": "random", "predict_loss": "none"}, None, "predicted loss"),
+        (
+            {"mask_policy": "random", "predict_loss": "none", "difficulty": "measured"},
+            0.5,
+            "predicted loss (measured, 0.50)",
+        ),
+    ],
+)
+def test_the_predicted_loss_says_by_which_way(changes: dict[str, Any], spearman: float | None, name: str) -> None:
+    """And draws what that way answers; a name wider than its column takes two lines."""
+    recipe = dataclasses.replace(recipes.debug(), **changes)
+    model, images = model_of(recipe).eval(), torch.randint(0, 256, (1, 28, 28, 1), dtype=torch.uint8)
+    drawn = panels.pictures(model, recipe, INFO, images, 0.5, names=["predicted_loss", "mask"], spearman=spearman)
+    assert list(drawn) == [name, "mask"]
+    if recipe.answers_difficulty:
+        with torch.no_grad():
+            values = model.predict_loss(Step(model, recipe, INFO).normalized_patches(images))
+        want = drawing.heat(panels.per_pixel(model, values))
+    else:
+        want = drawing.heat(np.zeros((1, 1, 28, 28)))
+    assert np.array_equal(drawn[name], want)
+    lines = 1 if "(" in name else 0
+    assert drawing.sheet(drawn).shape[0] == 112 + 2 * drawing.GAP + drawing.HEADER + lines * drawing.LINE
+
+
 def test_hardest_of_a_policy_with_numbers_of_its_own() -> None:
     """Blocks take more random numbers than there are patches; the hardest patches are the same."""
     images = torch.randint(0, 256, (2, 28, 28, 1), dtype=torch.uint8)

@@ -1,13 +1,16 @@
 """Reports: figures from what a run wrote."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from fasthpm import recipes
 from fasthpm.errors import UserError
 from fasthpm.pictures import report
+from fasthpm.recipe import save_recipe
 from fasthpm.run import records as run_records
 from tests.helpers.reports import written_run
 
@@ -24,6 +27,36 @@ def test_report_tells_first_last_and_gain(tmp_path: Path) -> None:
     assert "+17.50 points over the untrained encoder with 1,000 labelled" in text
     with Image.open(run / "curves.png") as curves:
         assert curves.size == (1200, 600)
+
+
+@pytest.mark.parametrize(
+    ("changes", "figures", "line"),
+    [
+        ({}, {}, "Difficulty: paper; difficulty_spearman not measured."),
+        (
+            {"difficulty": "in_place"},
+            {"difficulty_spearman": 0.61, "difficulty_auc": 0.75},
+            "Difficulty: in_place; difficulty_spearman 0.610, difficulty_auc 0.750 at update 2.",
+        ),
+        ({"mask_policy": "random", "predict_loss": "none"}, {}, "Difficulty: none, for nobody learns it."),
+    ],
+)
+def test_report_of_records_that_not_all_have_every_figure(
+    tmp_path: Path, changes: dict[str, str], figures: dict[str, float], line: str
+) -> None:
+    """The difficulty is measured now and then; runs of earlier versions never did."""
+    run = written_run(tmp_path)
+    save_recipe(dataclasses.replace(recipes.debug(), steps_per_epoch=2, **changes), run / "recipe.json")  # type: ignore[arg-type]
+    records = run_records.read_metrics(run)
+    for record in records:
+        for name in ("difficulty_spearman", "difficulty_auc"):
+            del record[name]
+        record |= figures if record["step"] == 2 else {}
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
+    text = report.write(run).read_text()
+    assert line in text.splitlines()
+    assert ("| difficulty_spearman |" in text) == bool(figures)
+    assert not figures or "| difficulty_spearman |  |  |" in text  # neither at the first nor at the last reading
 
 
 def test_report_without_a_run_is_refused(tmp_path: Path) -> None:

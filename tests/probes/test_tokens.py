@@ -1,11 +1,18 @@
 """Tokens that a classifier keeps, against plain loops."""
 
+import dataclasses
+from pathlib import Path
+
 import pytest
 import torch
 
+from fasthpm import recipes
+from fasthpm.difficulty import ask_by
 from fasthpm.errors import UserError
-from fasthpm.probes.tokens import KeptTokens, select_tokens
+from fasthpm.probes.classifier import build_classifier
+from fasthpm.probes.tokens import KeptTokens, TokenChooser, select_tokens
 from tests.helpers.reference import selected_patches
+from tests.helpers.runs import run_of
 
 
 def test_selected_tokens_are_the_plain_loops() -> None:
@@ -33,3 +40,23 @@ def test_selected_tokens_are_the_plain_loops() -> None:
 def test_impossible_selections_are_refused(keep: float, policy: str) -> None:
     with pytest.raises(UserError, match="expected"):
         select_tokens(torch.zeros(1, 12), keep, policy=policy)
+
+
+@torch.no_grad()
+def test_tokens_are_chosen_by_the_best_way_that_the_run_has(tmp_path: Path) -> None:
+    recipe = dataclasses.replace(recipes.debug(), input_size="12")
+    run, model = run_of(tmp_path / "run", recipe)
+    vit, images = build_classifier(model, 3, image_size=(12, 12)), torch.randn(4, 1, 12, 12)
+    chosen = {}
+    for asked, way in (("auto", "masked_query"), ("paper", "paper"), ("measured", "measured")):
+        chooser = TokenChooser(vit, "hardest", 0.34, run, torch.device("cpu"), asked)
+        chooser.choose(images)
+        ask_by(model, way)
+        assert chooser.kept.ids is not None
+        chosen[way] = chooser.kept.ids.tolist()
+        assert chosen[way] == select_tokens(model.predict_loss(images), 3).tolist()
+    assert len({str(ids) for ids in chosen.values()}) == 3
+    silent = dataclasses.replace(recipe, mask_policy="random", predict_loss="none", target="ema")
+    other, _ = run_of(tmp_path / "other", silent)
+    with pytest.raises(UserError, match=r"difficulty_run .* has no loss predictor, and its losses are of ema features"):
+        TokenChooser(vit, "hardest", 0.34, other, torch.device("cpu"))

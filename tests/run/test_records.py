@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fasthpm.errors import UserError
-from fasthpm.run.records import METRICS_FILE, append_line, gpu_hours, read_metrics, read_records
+from fasthpm.run.records import METRICS_FILE, append_line, gpu_hours, latest, read_metrics, read_records
 from tests.helpers.disk import fill
 
 
@@ -26,6 +26,13 @@ def test_the_last_record_of_an_update_counts_and_unfinished_lines_do_not(tmp_pat
         append_line(path, json.dumps({"step": step, "loss": loss}))
     assert [(r["step"], r["loss"]) for r in read_metrics(tmp_path)] == [(2, 0.2), (3, 0.3), (4, 0.4)]
     assert lines(path)[:2] == ['{"step": 2, "lo', '{"step": 2, "loss": 0.5}']
+
+
+def test_the_latest_record_of_a_figure_that_not_all_have() -> None:
+    records = [{"step": 1, "auc": 0.1}, {"step": 2, "auc": 0.2}, {"step": 3, "loss": 1.0}]
+    assert latest(records, "auc") == latest(records, "auc", 2) == records[1]
+    assert latest(records, "auc", 1) == records[0]
+    assert latest(records, "auc", 0) == latest(records, "spearman") == {}
 
 
 def test_a_line_that_the_disk_does_not_take_leaves_the_file_as_it_was(small_disk: Path) -> None:

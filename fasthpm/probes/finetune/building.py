@@ -20,8 +20,9 @@ from fasthpm.errors import UserError
 from fasthpm.model import HPMViT
 from fasthpm.patches import model_of
 from fasthpm.probes import result
+from fasthpm.probes.answers import AUTO
 from fasthpm.probes.classifier import architecture, build_classifier, layer_decay_groups
-from fasthpm.probes.finetune.settings import FineTune, complete, image_size_of, preset
+from fasthpm.probes.finetune.settings import FineTune, complete, image_size_of, preset, stored
 from fasthpm.probes.tokens import TokenChooser
 from fasthpm.ranks import zero
 from fasthpm.recipe import Recipe
@@ -226,7 +227,7 @@ def refuse_other(output_dir: Path, notes: str) -> None:
             raise UserError(f"output_dir {output_dir} holds checkpoints of another kind; choose another --output_dir")
         return
     theirs, ours = json.loads(path.read_text()), json.loads(notes)
-    theirs["settings"] = FineTune().science | theirs["settings"]  # of an earlier version, with fewer
+    theirs["settings"] = stored(theirs["settings"])
     if theirs["model"] != ours["model"]:
         raise UserError(
             f"output_dir {output_dir} holds the classifier of another architecture "
@@ -274,4 +275,6 @@ def choose_tokens(
     if not settings.token_policy:
         return None
     run = Path(settings.difficulty_run) if settings.difficulty_run else None
-    return TokenChooser(vit, settings.token_policy, settings.keep_tokens, run, device)
+    return TokenChooser(
+        vit, settings.token_policy, settings.keep_tokens, run, device, settings.token_difficulty or AUTO
+    )

@@ -47,7 +47,7 @@ from fasthpm.probes.finetune.building import (
     network,
     thorough_loader,
 )
-from fasthpm.probes.finetune.settings import PRESETS, FineTune, complete, image_size_of, preset
+from fasthpm.probes.finetune.settings import PRESETS, FineTune, complete, image_size_of, preset, stored
 from fasthpm.probes.finetune.testing import test
 from fasthpm.probes.finetune.training import CLASSIFIER_FILE, Log, train
 from fasthpm.ranks import zero
@@ -175,10 +175,12 @@ def main(argv: Arguments = None) -> FinetuneResult:
                 prepare_output(run)
         plan = run.recipe
         if launch.rank == 0:
+            way = run.settings.token_difficulty
+            tokens = f", {run.settings.token_policy} tokens by difficulty {way}" if way else ""
             effective = f"{plan.global_batch_size} = {plan.batch_size} x {launch.world_size} x {plan.accum_iter}"
             print(
                 f"lr {plan.lr:.3e}, global batch {effective}, "
-                f"{plan.total_steps} updates, {len(run.info.classes)} classes",
+                f"{plan.total_steps} updates, {len(run.info.classes)} classes{tokens}",
                 file=sys.stderr,
             )
         log = Log(run, Path(run.settings.output_dir))
@@ -215,7 +217,7 @@ def evaluate_only(arguments: argparse.Namespace, given: dict[str, Any], launch: 
                 f"{folder} is of another architecture than {arguments.run} "
                 f"({differences(notes['model'], architecture(model))}); give the run that it came from"
             )
-        settings = dataclasses.replace(settings, **notes["settings"])
+        settings = dataclasses.replace(settings, **stored(notes["settings"]))
         image_size = image_size_of(settings, model)
         loader = thorough_loader(settings, loader_options(settings, recipe, image_size, launch))
         if list(loader.info.classes) != notes["classes"]:

@@ -9,15 +9,18 @@ from typing import Any
 import torch
 
 from fasthpm.data.video.sampling import FRAME_SAMPLINGS
+from fasthpm.difficulty import DIFFICULTIES
 from fasthpm.errors import UserError
 from fasthpm.machine import cpuinfo
 from fasthpm.model import HPMViT
 from fasthpm.options import option, validate
+from fasthpm.probes.answers import AUTO, load_asked
 from fasthpm.probes.classifier import POOLS
 from fasthpm.probes.tokens import POLICIES
 from fasthpm.rules import sides_of
 
 PRESETS = ("auto", "mae", "k400", "ssv2", "small")
+BY_DIFFICULTY = ("easiest", "hardest")  # of the token policies
 SMALL_SIDE = 96  # pixels: up to here --preset auto means small
 
 
@@ -81,7 +84,10 @@ class FineTune:
         "", "see only some patches, at random or by difficulty_run; empty = all", choices=("", *POLICIES)
     )
     keep_tokens: float = option(0.5, "share of the patches that are seen, with token_policy", above=0, high=1)
-    difficulty_run: str = option("", "pretrained run whose loss predictor says what is hard; empty = RUN")
+    difficulty_run: str = option("", "pretrained run that says what is hard; empty = RUN")
+    token_difficulty: str = option(
+        "", "how it is asked what is hard; empty = in the best way that it has", choices=("", *DIFFICULTIES)
+    )
     # the run itself
     num_workers: int = option(0, "augmenting processes per device; 0 = cores / devices on this machine", run_only=True)
     deepspeed_config: str = option(
@@ -184,13 +190,22 @@ def complete(settings: FineTune, run: Path) -> FineTune:
     folder = "finetune_scratch" if settings.from_scratch else "finetune"
     run_folder = run if (run / "checkpoints").is_dir() else run.parent.parent
     zero1 = "zero1_bf16" if has_bf16() else "zero1_fp32"
-    hard = settings.token_policy in ("easiest", "hardest")
+    hard = settings.token_policy in BY_DIFFICULTY
+    asked = (settings.difficulty_run or str(run)) if hard else ""
+    way = load_asked(Path(asked), settings.token_difficulty or AUTO)[2].way if asked else ""
     return dataclasses.replace(
         settings,
         output_dir=settings.output_dir or str(run_folder / folder),
         deepspeed_config=settings.deepspeed_config or zero1,
-        difficulty_run=(settings.difficulty_run or str(run)) if hard else "",
+        difficulty_run=asked,
+        token_difficulty=way,
     )
+
+
+def stored(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a fine-tuning, as `FineTune.science` was then, with what has come since."""
+    hard = settings.get("token_policy") in BY_DIFFICULTY
+    return FineTune().science | {"token_difficulty": "paper" if hard else ""} | settings
 
 
 def has_bf16() -> bool:

@@ -1,14 +1,18 @@
 """Presets of fine-tuning."""
 
+import dataclasses
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
+from fasthpm import recipes
 from fasthpm.errors import UserError
 from fasthpm.model import create_model
 from fasthpm.probes.finetune import settings
 from fasthpm.probes.finetune import settings as finetune_settings
+from tests.helpers.runs import run_of
 from tests.helpers.videos import small
 
 
@@ -41,3 +45,16 @@ def test_presets_of_videos_follow_the_run() -> None:
         assert (each.global_batch_size, each.weight_decay) == (512, 0.05)
     assert finetune_settings.preset("auto", large, False, True)["epochs"] == 35
     assert finetune_settings.preset("auto", small(), False, False)["flip"] is False
+
+
+def test_tokens_are_asked_for_in_a_way_that_is_settled_at_the_start(tmp_path: Path) -> None:
+    """So that a head that is fitted later changes nothing; fine-tunings of earlier versions asked as the paper does."""
+    run, _ = run_of(tmp_path / "run", dataclasses.replace(recipes.debug(), input_size="12"))
+    base = finetune_settings.FineTune(token_policy="hardest")
+    assert finetune_settings.complete(base, run).token_difficulty == "masked_query"
+    measured = dataclasses.replace(base, token_difficulty="measured")
+    assert finetune_settings.complete(measured, run).token_difficulty == "measured"
+    assert finetune_settings.complete(dataclasses.replace(base, token_policy="random"), run).token_difficulty == ""
+    assert finetune_settings.stored({"token_policy": "easiest", "lr": 2.0})["token_difficulty"] == "paper"
+    assert finetune_settings.stored({"lr": 2.0}) == {**finetune_settings.FineTune().science, "lr": 2.0}
+    assert finetune_settings.stored(measured.science) == measured.science
