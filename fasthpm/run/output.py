@@ -31,11 +31,10 @@ def announce(run: Run[Any]) -> None:
     """Say what is about to be trained (rank 0)."""
     recipe = run.recipe
     effective = f"{recipe.global_batch_size} = {recipe.batch_size} x {run.launch.world_size} x {recipe.accum_iter}"
-    if recipe.fast_modes:
-        print(
-            f"fast modes: {', '.join(recipe.fast_modes)}; {flops.cost_over_mae(recipe):.2f} x MAE's FLOPs",
-            file=sys.stderr,
-        )
+    asked = f"difficulty {recipe.question.name}; " if recipe.masks_by_difficulty else ""
+    fast = f"fast modes: {', '.join(recipe.fast_modes)}; " if recipe.fast_modes else ""
+    if asked or fast:
+        print(f"{asked}{fast}{flops.cost_over_mae(recipe):.2f} x MAE's FLOPs", file=sys.stderr)
     print(
         f"{recipe.recipe}: lr {recipe.lr:.3e}, global batch {effective}, {recipe.total_steps} updates, "
         f"{run.launch.device.type}",
