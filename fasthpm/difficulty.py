@@ -167,8 +167,8 @@ class View(NamedTuple):
 
 
 def views(noise: Tensor, grid_size: tuple[int, int], mask_ratio: float, unit: int = 1) -> Iterator[View]:
-    """Looks at an image with the student's eyes: as many visible patches as the student has (of a video, whose masks are
-    counted slot by slot, about as many), and every patch asked for in exactly one look, in which it is masked.
+    """Looks at an image with the student's eyes: as many visible patches as the student has (about as many of a video,
+    whose masks are counted slot by slot), and every patch asked for in exactly one look, in which it is masked.
 
     The patches are put in a random order, and the looks are windows of it: some visible ones, then the asked ones. Two
     looks, more where the student masks less than half; they see different patches.
