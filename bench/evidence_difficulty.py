@@ -32,7 +32,17 @@ from PIL import Image
 from torch import Tensor
 
 from bench.common import machine, table, write_json
-from bench.evidence import RESULT, check_complete, fill_table, flag, folder_of, linear_accuracy, start, write_both
+from bench.evidence import (
+    RESULT,
+    check_complete,
+    fill_table,
+    finished,
+    flag,
+    folder_of,
+    linear_accuracy,
+    start,
+    write_both,
+)
 from fasthpm import recipes
 from fasthpm.checkpoint.weights import load_weights
 from fasthpm.cli import Parser, run_command
@@ -400,6 +410,16 @@ def _cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
+def finished_runs(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """The runs of the table that are there. **Raises:** `UserError` if there are none, or some have other settings."""
+    cells = [(method, seed) for seed in range(arguments.seeds) for method in arguments.methods]
+    found = [finished(settings_of(arguments), folder_of(arguments, method, seed)) for method, seed in cells]
+    runs = [run for run in found if run is not None]
+    if not runs:
+        raise UserError(f"{arguments.work} has no finished run of these methods; leave out --finished to make them")
+    return runs
+
+
 def write_tables(arguments: argparse.Namespace, runs: Sequence[dict[str, Any]]) -> None:
     """JSON and Markdown of the runs that are there, each replaced as a whole."""
     result = {"settings": settings_of(arguments), "machine": machine(), "summary": summarise(runs), "runs": list(runs)}
@@ -420,6 +440,9 @@ def build_parser() -> Parser:
     parser.add_argument("--extra", default="", help="further flags of every run, as one string")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch in a run")
     parser.add_argument("--deepspeed_config", default="zero1_bf16")
+    parser.add_argument(
+        "--finished", action="store_true", help="run nothing; write the table of the runs that are there"
+    )
     parser.add_argument("--one", default="", help=argparse.SUPPRESS)  # METHOD:SEED, in the process started for it
     parser.add_argument("-o", "--output", type=Path, default=None, help="default: bench/results/difficulty_….json")
     return parser
@@ -441,6 +464,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError(f"{arguments.data} has no {path}; see the sets in --help for how to make it")
     if arguments.output is None:
         arguments.output = Path(f"bench/results/difficulty_{arguments.set}_{arguments.length}.json")
+    if arguments.finished:
+        write_tables(arguments, finished_runs(arguments))
+        return
     fill_table(
         arguments,
         settings_of(arguments),

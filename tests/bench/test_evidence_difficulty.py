@@ -2,6 +2,8 @@
 
 import argparse
 import dataclasses
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ import torch
 
 from bench import evidence_difficulty as evidence
 from fasthpm import recipes
+from fasthpm.errors import UserError
 from fasthpm.patches import model_of
 from fasthpm.recipe import Recipe
 
@@ -74,6 +77,24 @@ def test_differences_are_taken_seed_by_seed() -> None:
     text = evidence.markdown({"summary": summary, "settings": {"set": "fashion", "length": "short"}})
     assert "| +2.00 ± 1.41 (2) | +2.00 ± 1.41 (2) | -1.00 ± 0.00 (0) |" in text
     assert "| 0.70 (0.60) | 0.90 ± 0.00 | 0.70 ± 0.00 | 77.67 ± 18.90 |" in text
+
+
+def test_a_table_of_what_is_there(tmp_path: Path) -> None:
+    common = ["--data", str(tmp_path), "--work", str(tmp_path), "--finished", "-o", str(tmp_path / "table.json")]
+    for name in ("train.beton", "val.beton"):
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match="has no finished run of these methods"):
+        evidence.main(common)
+    for name, seed in (("mae", 0), ("mae", 3), ("measured", 3)):
+        folder = tmp_path / f"{name}-seed{seed}"
+        folder.mkdir()
+        settings = {"set": "fashion", "length": "short", "bank": 10000, "extra": ""}
+        (folder / evidence.RESULT).write_text(json.dumps({**run(name, seed, 70.0 + seed), "settings": settings}))
+    evidence.main(common)
+    summary = json.loads((tmp_path / "table.json").read_text())["summary"]
+    assert {name: row["seeds"] for name, row in summary.items()} == {"mae": [0, 3], "measured": [3]}
+    with pytest.raises(UserError, match="was made with"):
+        evidence.main([*common, "--bank", "5"])
 
 
 def test_patches_are_of_the_object_where_it_covers_most() -> None:
