@@ -227,7 +227,7 @@ register(
     Difficulty(
         "paper",
         "the loss predictor reads every patch where it is visible (HPM)",
-        likely="-0.1 to 0.3",
+        likely="-0.2 to 0.3",
         read=_paper,
         predictor=True,
         scales=True,
@@ -248,7 +248,7 @@ register(
     Difficulty(
         "in_place",
         "a small head on the teacher's features, which learns from the step's losses (ours)",
-        likely="0.6 to 0.7",
+        likely="0.5 to 0.7",
         read=_in_place,
         head=True,
     )
@@ -257,7 +257,7 @@ register(
     Difficulty(
         "measured",
         "the teacher reconstructs every patch where it is masked, and the loss is measured (ours)",
-        likely="0.8 to 0.9",
+        likely="0.6 to 0.9",
         look=_measured,
     )
 )
