@@ -401,6 +401,22 @@ def start(
         raise UserError(f"{method}, seed {seed} failed with status {status} ({' '.join(last)}); see {out / 'log.txt'}")
 
 
+def ran_one(arguments: argparse.Namespace, run_one: Callable[[argparse.Namespace, str, int, Path], None]) -> bool:
+    """Whether this process was started for one cell, --one METHOD:SEED, which `run_one` has then run."""
+    if not arguments.one:
+        return False
+    method, _, seed = arguments.one.partition(":")
+    run_one(arguments, method, int(seed), folder_of(arguments, method, int(seed)))
+    return True
+
+
+def require_positive(arguments: argparse.Namespace, names: Iterable[str]) -> None:
+    """**Raises:** `UserError` if one of these numbers is below 1."""
+    for name in names:
+        if getattr(arguments, name) < 1:
+            raise UserError(f"{name} is {getattr(arguments, name)}, expected 1 or more")
+
+
 def folder_of(arguments: argparse.Namespace, method: str, seed: int) -> Path:
     """Where one cell's run lives."""
     return Path(arguments.work) / f"{method}-seed{seed}"
@@ -430,13 +446,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """`python -m bench.evidence`."""
     given = list(sys.argv[1:] if argv is None else argv)
     arguments = build_parser().parse_args(given)
-    if arguments.one:
-        method, _, seed = arguments.one.partition(":")
-        run_one(arguments, method, int(seed), folder_of(arguments, method, int(seed)))
+    if ran_one(arguments, run_one):
         return
-    for name in ("seeds", "epochs", "steps_per_epoch", "batch_size", "bank", "threads"):
-        if getattr(arguments, name) < 1:
-            raise UserError(f"{name} is {getattr(arguments, name)}, expected 1 or more")
+    require_positive(arguments, ("seeds", "epochs", "steps_per_epoch", "batch_size", "bank", "threads"))
     if arguments.finetune < 0:
         raise UserError(f"finetune is {arguments.finetune}, expected a number of epochs, or 0")
     for split in ("train", "val"):

@@ -12,7 +12,8 @@ Of every run: `difficulty_spearman` and the AUC of the hardest quarter at its en
 12 random masks of 64 held-out samples), on scenes also how well the map finds the object (AUC against its mask); k-NN
 and logistic regression on the mean of the patch tokens, on scenes on every patch token: is most of it the object? (50 =
 chance). Differences are taken seed by seed: to the method's own control, which has random masks and the same
-architecture, and to MAE given the same compute.
+architecture (of clips over the whole clip, as `mask_policy random` has them: HPM masks slot by slot, a control of which
+is still to be made), and to MAE given the same compute.
 """
 
 import argparse
@@ -40,6 +41,8 @@ from bench.evidence import (
     flag,
     folder_of,
     linear_accuracy,
+    ran_one,
+    require_positive,
     start,
     write_both,
 )
@@ -452,13 +455,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """`python -m bench.evidence_difficulty`."""
     given = list(sys.argv[1:] if argv is None else argv)
     arguments = build_parser().parse_args(given)
-    if arguments.one:
-        method, _, seed = arguments.one.partition(":")
-        run_one(arguments, method, int(seed), folder_of(arguments, method, int(seed)))
+    if ran_one(arguments, run_one):
         return
-    for name in ("seeds", "bank", "threads"):
-        if getattr(arguments, name) < 1:
-            raise UserError(f"{name} is {getattr(arguments, name)}, expected 1 or more")
+    require_positive(arguments, ("seeds", "bank", "threads"))
     for path in SETS[arguments.set].paths:
         if not (arguments.data / path).exists():
             raise UserError(f"{arguments.data} has no {path}; see the sets in --help for how to make it")

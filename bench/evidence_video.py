@@ -29,9 +29,10 @@ from bench.evidence import (
     RESULT,
     check_complete,
     fill_table,
-    folder_of,
     last_metrics,
     linear_accuracy,
+    ran_one,
+    require_positive,
     start,
     summarise,
     write_both,
@@ -194,13 +195,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """`python -m bench.evidence_video`."""
     given = list(sys.argv[1:] if argv is None else argv)
     arguments = build_parser().parse_args(given)
-    if arguments.one:
-        method, _, seed = arguments.one.partition(":")
-        run_one(arguments, method, int(seed), folder_of(arguments, method, int(seed)))
+    if ran_one(arguments, run_one):
         return
-    for name in ("seeds", "epochs", "steps_per_epoch", "batch_size", "threads"):
-        if getattr(arguments, name) < 1:
-            raise UserError(f"{name} is {getattr(arguments, name)}, expected 1 or more")
+    require_positive(arguments, ("seeds", "epochs", "steps_per_epoch", "batch_size", "threads"))
     if not (arguments.data / "val" / "info.json").is_file():
         raise UserError(f"{arguments.data} has no prepared set val; make it with python -m data_prep.moving_fashion")
     fill_table(
