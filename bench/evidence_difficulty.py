@@ -12,8 +12,8 @@ Of every run: `difficulty_spearman` and the AUC of the hardest quarter at its en
 12 random masks of 64 held-out samples), on scenes also how well the map finds the object (AUC against its mask); k-NN
 and logistic regression on the mean of the patch tokens, on scenes on every patch token: is most of it the object? (50 =
 chance). Differences are taken seed by seed: to the method's own control, which has random masks and the same
-architecture (of clips over the whole clip, as `mask_policy random` has them: HPM masks slot by slot, a control of which
-is still to be made), and to MAE given the same compute.
+architecture (of clips with as many masked patches in every slot as HPM has, `*_slots`; `mask_policy random` draws them
+over the whole clip), and to MAE given the same compute.
 """
 
 import argparse
@@ -72,6 +72,7 @@ class Set:
     plain: str  # the model without a loss predictor
     masks: bool = False  # whether train/ and val/ have object masks (objects/)
     maps: bool = True  # whether a teacher's maps can be kept
+    slots: bool = False  # whether HPM masks slot by slot, where `mask_policy random` does not
 
 
 SETS = {
@@ -84,7 +85,12 @@ SETS = {
         masks=True,
     ),
     "video": Set(
-        "hpm_video_demo", {"video_decoder": "turbojpeg"}, ("train", "val"), "videomae_vit_nano_patch8_32", maps=False
+        "hpm_video_demo",
+        {"video_decoder": "turbojpeg"},
+        ("train", "val"),
+        "videomae_vit_nano_patch8_32",
+        maps=False,
+        slots=True,
     ),
 }
 LENGTHS = {  # epochs, updates per epoch, batch size
@@ -98,6 +104,7 @@ PLAIN: dict[str, Any] = {**RANDOM, **ALONE}
 CROSS: dict[str, Any] = {"decoder_attention": "cross"}
 KEPT: dict[str, Any] = {"teacher_maps": True, "map_refresh_epochs": 10}
 HARD: dict[str, Any] = {"alpha_start": 1.0, "alpha_end": 1.0}
+CHANCE: dict[str, Any] = {"alpha_start": 0.0, "alpha_end": 0.0}  # the teacher is asked, and nobody follows it
 
 
 @dataclass(frozen=True)
@@ -117,6 +124,14 @@ CONTROLS = {
     "random_fast": Method("random masks, predictor shared, cross decoder", {**RANDOM, **CROSS, "predictor": "shared"}),
     "mae_cross": Method("MAE with a cross decoder", {**PLAIN, **CROSS}, "mae"),
 }
+SLOTS = {  # the same with as many masked patches in every slot of a clip
+    f"{name}_slots": Method(
+        f"{CONTROLS[name].title}, slot by slot",
+        {**CONTROLS[name].fields, "mask_policy": "hpm", "difficulty": "measured", **CHANCE},
+        name,
+    )
+    for name in ("mae", "random", "random_fast", "mae_cross")
+}
 HARDEST = {
     "paper": Method("paper: the predictor on visible tokens", {"difficulty": "paper"}, "random"),
     "masked_query": Method("masked_query: the predictor on mask tokens", {"difficulty": "masked_query"}, "random"),
@@ -132,6 +147,7 @@ HARDEST = {
 }
 METHODS = {
     **CONTROLS,
+    **SLOTS,
     **HARDEST,
     **{
         f"{name}_quarter": dataclasses.replace(
@@ -179,6 +195,13 @@ def fields_of(arguments: argparse.Namespace, method: str) -> dict[str, Any]:
 def typed(fields: dict[str, Any]) -> dict[str, Any]:
     """Fields as a `Recipe` has them."""
     return {**fields, **({"input_size": str(fields["input_size"])} if "input_size" in fields else {})}
+
+
+def control_of(name: str, method: str) -> str:
+    """The row with random masks that a row of a set is compared with; empty where there is none."""
+    control = METHODS[method].control
+    slots = SETS[name].slots and method not in (*CONTROLS, *SLOTS)
+    return f"{control}_slots" if slots and f"{control}_slots" in SLOTS else control
 
 
 def train_flags(arguments: argparse.Namespace, method: str, seed: int, out: Path) -> list[str]:
@@ -334,23 +357,24 @@ def mean_and_spread(values: Sequence[float]) -> dict[str, float]:
     return {"mean": statistics.fmean(values), "std": spread, "low": min(values), "high": max(values), "won": won}
 
 
-def summarise(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """{method: {"seeds", probe or truth: summary, "gain" and "gain_same_cost": {probe: summary of differences}}}."""
+def summarise(runs: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
+    """Of the runs of the set `name`: {method: {"seeds", probe or truth: summary, "gain" and "gain_same_cost": {probe:
+    summary of differences}}}."""
     found: dict[str, dict[int, dict[str, Any]]] = {}
     for run in runs:
         found.setdefault(run["method"], {})[run["seed"]] = run
     rows: dict[str, Any] = {}
-    for method in (name for name in METHODS if name in found):
+    for method in (one for one in METHODS if one in found):
         seeds = found[method]
         row: dict[str, Any] = {"seeds": sorted(seeds)}
-        for name in PROBES:
-            row[name] = mean_and_spread([run["probes"][name] for run in seeds.values()])
-        for name in TRUTH:
-            values = [run["truth"][name] for run in seeds.values() if name in run["truth"]]
-            row |= {name: mean_and_spread(values)} if values else {}
+        for probe_name in PROBES:
+            row[probe_name] = mean_and_spread([run["probes"][probe_name] for run in seeds.values()])
+        for truth in TRUTH:
+            values = [run["truth"][truth] for run in seeds.values() if truth in run["truth"]]
+            row |= {truth: mean_and_spread(values)} if values else {}
         areas = [run["saliency"] for run in seeds.values() if run["saliency"] is not None]
         row |= {"saliency": mean_and_spread(areas)} if areas else {}
-        for title, other in (("gain", METHODS[method].control), ("gain_same_cost", "mae_same_cost")):
+        for title, other in (("gain", control_of(name, method)), ("gain_same_cost", "mae_same_cost")):
             row |= {title: differences(seeds, found[other])} if other in found and other != method else {}
         rows[method] = row
     return rows
@@ -425,7 +449,8 @@ def finished_runs(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 def write_tables(arguments: argparse.Namespace, runs: Sequence[dict[str, Any]]) -> None:
     """JSON and Markdown of the runs that are there, each replaced as a whole."""
-    result = {"settings": settings_of(arguments), "machine": machine(), "summary": summarise(runs), "runs": list(runs)}
+    settings, summary = settings_of(arguments), summarise(runs, arguments.set)
+    result = {"settings": settings, "machine": machine(), "summary": summary, "runs": list(runs)}
     write_both(arguments.output, result, markdown(result))
 
 
@@ -436,7 +461,7 @@ def build_parser() -> Parser:
     parser.add_argument("--data", type=Path, default=Path("data/fashion_mnist"), help="where it is")
     parser.add_argument("--work", type=Path, default=Path("runs/difficulty"), help="where the runs are kept")
     parser.add_argument("--length", choices=list(LENGTHS), default="short")
-    usual = [name for name in METHODS if not name.endswith("_hardest")]
+    usual = [name for name in METHODS if not name.endswith("_hardest") and name not in SLOTS]
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=usual)
     parser.add_argument("--seeds", type=int, default=5, help="runs of each method")
     parser.add_argument("--bank", type=int, default=10000, help="labelled training samples of the probes")

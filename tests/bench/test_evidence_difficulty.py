@@ -27,10 +27,11 @@ def recipe_of(chosen: str, method: str) -> Recipe:
 def test_every_row_is_a_recipe_and_its_control_differs_in_the_masks_alone(chosen: str) -> None:
     for name, method in evidence.METHODS.items():
         recipe = recipe_of(chosen, name)
-        if not method.control or name in evidence.CONTROLS:
+        if not method.control or name in (*evidence.CONTROLS, *evidence.SLOTS):
             continue
-        control = recipe_of(chosen, method.control)
-        assert not control.masks_by_difficulty
+        control = recipe_of(chosen, evidence.control_of(chosen, name))
+        assert not control.masks_by_difficulty or control.alpha_start == control.alpha_end == 0
+        assert (control.mask_policy == recipe.mask_policy) == evidence.SETS[chosen].slots
         assert recipe.masks_by_difficulty
         shapes = [
             {key: value.shape for key, value in model_of(one).state_dict().items() if "difficulty_head" not in key}
@@ -39,6 +40,13 @@ def test_every_row_is_a_recipe_and_its_control_differs_in_the_masks_alone(chosen
         assert shapes[0] == shapes[1], name
         for field in ("epochs", "steps_per_epoch", "batch_size", "lr", "mask_ratio", "predict_loss", "seed"):
             assert getattr(recipe, field) == getattr(control, field), (name, field)
+
+
+@pytest.mark.parametrize("name", evidence.SLOTS)
+def test_a_control_slot_by_slot_is_its_row_with_other_masks(name: str) -> None:
+    slots, whole = recipe_of("video", name), recipe_of("video", evidence.SLOTS[name].control)
+    masks = ("mask_policy", "difficulty", "alpha_start", "alpha_end")
+    assert dataclasses.replace(slots, **{field: getattr(whole, field) for field in masks}) == whole
 
 
 def test_the_same_cost_is_more_updates_of_mae() -> None:
@@ -67,7 +75,7 @@ def test_differences_are_taken_seed_by_seed() -> None:
         run("measured", 1, 63.0, 0.6),
         run("measured", 2, 99.0, 0.7),  # without a partner
     ]
-    summary = evidence.summarise(runs)
+    summary = evidence.summarise(runs, "fashion")
     row = summary["measured"]
     assert row["difficulty_spearman"]["mean"] == pytest.approx(0.7)
     assert row["difficulty_spearman"]["low"] == 0.6
