@@ -85,7 +85,7 @@ class Attention(nn.Module):
         """[B, N, D] -> [B, last, D]: the outputs of the last `last` tokens, which attend to all N."""
         batch, length, dim = tokens.shape
         qkv = self.qkv(tokens).reshape(batch, length, 3, self.num_heads, dim // self.num_heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        query, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))  # after a permute autograd would copy
         out = attend(query[:, :, length - last :], key, value)
         return self.proj(out.transpose(1, 2).reshape(batch, last, dim))
 
@@ -104,7 +104,7 @@ class CrossAttention(nn.Module):
         batch, length, dim = tokens.shape
         query, pairs = self.qkv(tokens, context)
         shape = (self.num_heads, dim // self.num_heads)
-        key, value = pairs.unflatten(2, (2, *shape)).permute(2, 0, 3, 1, 4).unbind(0)
+        key, value = (part.transpose(1, 2) for part in pairs.unflatten(2, (2, *shape)).unbind(2))
         out = attend(query.unflatten(2, shape).transpose(1, 2), key, value)
         return self.proj(out.transpose(1, 2).reshape(batch, length, dim))
 

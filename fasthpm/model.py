@@ -282,9 +282,8 @@ class HPMViT(nn.Module):
 
     def _positions(self, dim: int) -> Tensor:
         """[1, prefix tokens + L, dim]."""
-        if self.video:
-            return sinusoid_positions(dim, self.num_patches)[None]
-        return sincos_positions(dim, self.grid_size)[None]
+        made = sinusoid_positions(dim, self.num_patches) if self.video else sincos_positions(dim, self.grid_size)
+        return made[None].clone()  # no view: DeepSpeed casts buffers in place, which leaves the base of a view behind
 
     def _run(self, blocks: nn.ModuleList, tokens: Tensor, last: int = 0, cross: bool = False) -> Tensor:
         run = run_cross_blocks if cross else run_blocks

@@ -51,6 +51,8 @@ from fasthpm.speed import flops, fp8
 from fasthpm.step import Step
 from fasthpm.teacher import EMATeacher
 
+COMPILE_SECONDS = 1800.0  # that torch.compile may take on a rank
+
 entry.make_callable(__name__)  # `fasthpm.pretrain(recipe=…, …)` is the command too
 
 
@@ -189,7 +191,8 @@ def update(run: Run[Step], metrics: Metrics, watchdog: Watchdog) -> None:
         if left_out:
             continue
         scores = run.maps.scores(batch) if run.maps else None
-        output = run.engine(batch.images, batch.ids, number, alpha, scores)
+        with contextlib.nullcontext() if run.step.compiled else watchdog.doing("compiling", COMPILE_SECONDS):
+            output = run.engine(batch.images, batch.ids, number, alpha, scores)
         run.engine.backward(output.loss)
         run.engine.step()
         metrics.add(now, batch, output)

@@ -55,7 +55,7 @@ class Step(nn.Module):
         self._frozen: list[nn.Module] = []
         self.run_teacher: Callable[..., TeacherOutput] = self.teach
         self.run_student: Callable[..., StepOutput] = self.learn
-        self._gradients_tried = True
+        self.compiled = True  # False: the next forward compiles first
         if recipe.compile:
             self.compile_with("inductor")
 
@@ -63,7 +63,7 @@ class Step(nn.Module):
         """Compile the teacher's forward, and all from the mask to the losses and their gradients, with a backend."""
         self.run_teacher = Compiled(self.teach, "the teacher", backend)
         self.run_student = Compiled(self.learn, "the step", backend)
-        self._gradients_tried = False
+        self.compiled = False
 
     def attach_teacher(self, teacher: HPMViT) -> None:
         """Let `teacher` choose the hard patches (its `predict_loss`) and, with target ema, give the features."""
@@ -95,8 +95,8 @@ class Step(nn.Module):
             scores = answer.difficulty
         elif scores is None:
             scores, alpha = self._no_scores(images), torch.zeros_like(alpha)
-        if not self._gradients_tried:
-            self._try_gradients(plan, images, ids, step, alpha, scores, answer.features, answer.tokens)
+        if not self.compiled:
+            self._compile_now(images, ids, step, alpha, scores, answer.features, answer.tokens)
         return self.run_student(plan, images, ids, step, alpha, scores, answer.features, answer.tokens)
 
     def ask_teachers(self, images: Tensor, ids: Tensor, step: Tensor) -> TeacherOutput:
@@ -191,12 +191,18 @@ class Step(nn.Module):
         noise = sample_noise(self.recipe.seed, step, ids, plan.noise_size)
         return draw_sets(plan, noise, scores, alpha)
 
-    def _try_gradients(self, *arguments: Any) -> None:
-        """Let a compiler that fails do so here, where there is a way back: it meets the gradients at their first use.
+    def _compile_now(self, *arguments: Any) -> None:
+        """Compile the step for both plans, so that none is compiled in mid-run when the first maps arrive, and let a
+        compiler that fails do so here, where there is a way back: it meets the gradients at their first use.
 
         No hook of DeepSpeed's sees these gradients, and no weight has any afterwards.
         """
-        self._gradients_tried, learn = True, self.run_student
+        self.compiled = True
+        for plan in dict.fromkeys((self.warmup_plan, self.mask_plan)):
+            self._try_gradients(plan, *arguments)
+
+    def _try_gradients(self, *arguments: Any) -> None:
+        learn = self.run_student
         if isinstance(learn, Compiled) and not learn.failure and torch.is_grad_enabled():
             loss = learn(*arguments).loss
             try:

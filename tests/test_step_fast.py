@@ -37,6 +37,7 @@ def test_kept_maps_make_the_masks_and_there_is_no_teachers_pass() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch's sync debug mode watches a GPU, and there is none")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # torch calls it a prototype
 @pytest.mark.parametrize("mode", MODES)
 def test_no_sync_on_a_gpu(mode: str) -> None:
     device = torch.device("cuda")

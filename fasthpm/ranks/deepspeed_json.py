@@ -79,10 +79,13 @@ def merge_config(path: str | Path, recipe: Recipe, world_size: int) -> dict[str,
                 f'"auto" there, or change --{owner}'
             )
         config[key] = wanted
+    config["timers"] = {"throughput": {"enabled": False}}  # DeepSpeed's waits for the device twice a micro-step
     if _uses_bf16(config):
         config.setdefault("data_types", {}).setdefault("buffer_dtype", "bf16")
         if recipe.on_nonfinite == "skip":
             _check_gradients(config["bf16"], str(path))
+        elif _stage(config) in (1, 2):
+            config["bf16"].setdefault("check_grad_overflow", False)  # else 13 kernels and a wait for every parameter
     elif recipe.on_nonfinite == "skip" and not _stage(config):
         raise UserError(
             f"{path}: ZeRO stage 0 in float32 does not look at gradients before it uses them, but the recipe's "

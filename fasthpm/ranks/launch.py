@@ -194,10 +194,11 @@ def _device(accelerator: str, local_rank: int, local_world_size: int) -> torch.d
         raise UserError(
             f"DeepSpeed chose the accelerator {accelerator!r}, expected cuda or cpu; set DS_ACCELERATOR=cpu"
         )
-    if local_rank >= torch.cuda.device_count():
-        raise UserError(
-            f"local rank {local_rank} has no GPU, {torch.cuda.device_count()} are visible here; start fewer ranks"
-        )
+    visible = torch.cuda.device_count()
+    if visible == 1 and len(os.environ.get("CUDA_VISIBLE_DEVICES", ",").split(",")) == 1:
+        local_rank = 0  # the launcher shows every task its own GPU alone (SLURM --gpus-per-task)
+    if local_rank >= visible:
+        raise UserError(f"local rank {local_rank} has no GPU, {visible} are visible here; start fewer ranks")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 

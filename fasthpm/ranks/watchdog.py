@@ -33,6 +33,7 @@ class Watchdog:
         self.folder, self.rank, self.world_size, self.timeout = output_dir / FOLDER, rank, world_size, timeout
         self._interval = min(timeout / 5, 10.0)
         self._note: dict[str, Any] = {"update": 0, "phase": WAITING}
+        self._longer = 0.0  # seconds, while this rank does what takes longer than the timeout
         self._progress = time.monotonic()
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="fasthpm-watchdog", daemon=True)
@@ -54,18 +55,22 @@ class Watchdog:
         self._note = {"update": update, "phase": WAITING}
 
     @contextmanager
-    def doing(self, phase: str) -> Iterator[None]:
-        """This rank is busy with something of its own: the others may have to wait for it."""
+    def doing(self, phase: str, timeout: float = 0.0) -> Iterator[None]:
+        """This rank is busy with something of its own: the others may have to wait for it.
+
+        - `timeout`: seconds that it may take, if that is longer than the usual
+        """
         note = self._note
-        self._note = {**note, "phase": phase}
+        self._note, self._longer = {**note, "phase": phase}, timeout
         yield
-        self._note = note
+        self._note, self._longer, self._progress = note, 0.0, max(self._progress, time.monotonic() if timeout else 0.0)
 
     def _watch(self) -> None:
         while not self._end.wait(self._interval):
             self._write()
-            if time.monotonic() - self._progress > self.timeout:
-                self._give_up()
+            limit = max(self.timeout, self._longer)
+            if time.monotonic() - self._progress > limit:
+                self._give_up(limit)
 
     def _write(self) -> None:
         with contextlib.suppress(OSError):  # a full disk must not end the run
@@ -75,11 +80,11 @@ class Watchdog:
     def _path(self, rank: int) -> Path:
         return self.folder / f"rank-{rank:05d}.json"
 
-    def _give_up(self) -> NoReturn:
+    def _give_up(self, limit: float) -> NoReturn:
         notes = {rank: read_json(self._path(rank)) for rank in range(self.world_size)}
         culprit = blame(notes, time.time(), 3 * self._interval)
         print(
-            f"fasthpm: error: no update for {self.timeout:g} s after update {self._note['update']}: {culprit}; "
+            f"fasthpm: error: no update for {limit:g} s after update {self._note['update']}: {culprit}; "
             f"start the same command to resume from the last checkpoint",
             file=sys.stderr,
             flush=True,

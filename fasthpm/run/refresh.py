@@ -8,7 +8,7 @@ from fasthpm import checkpoint, ranks
 from fasthpm.data import build_loader
 from fasthpm.maps.attention import attention_weights, cls_attention
 from fasthpm.ranks.watchdog import Watchdog
-from fasthpm.run.state import Run
+from fasthpm.run.state import Run, endless
 from fasthpm.step import Step
 
 
@@ -40,5 +40,8 @@ def refresh_maps(run: Run[Step], watchdog: Watchdog) -> None:
         loader = build_loader(recipe.data_path, options)
     with watchdog.doing("making maps"):
         run.maps.refresh(epoch, loader, compute, launch, lambda: watchdog.progressed(run.done))
+    # Batches that were asked for ahead hold the maps before, or none.
+    run.loader.load_state_dict(run.loader.state_dict())
+    run.batches = endless(run.loader)
     if launch.rank == 0:
         run.maps.prune(checkpoint.oldest_step(Path(recipe.output_dir)) // recipe.steps_per_epoch)

@@ -36,6 +36,19 @@ def test_presets_take_everything_from_the_recipe(preset: Path) -> None:
     assert preset.stem in (preset.parent / "README.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("preset", "policy"),
+    [(p, policy) for p in PRESETS for policy in ("halt", "skip") if (p.stem, policy) != ("zero0_fp32", "skip")],
+    ids=lambda value: getattr(value, "stem", value),
+)
+def test_deepspeed_waits_for_no_device_of_its_own(preset: Path, policy: str) -> None:
+    recipe = Recipe(batch_size=4, global_batch_size=8, on_nonfinite=policy).resolve(100, world_size=2)
+    config = deepspeed_json.merge_config(preset, recipe, 2)
+    assert config["timers"] == {"throughput": {"enabled": False}}
+    if "bf16" in config and config["zero_optimization"]["stage"] in (1, 2):
+        assert config["bf16"]["check_grad_overflow"] is (policy == "skip")
+
+
 @given(batch=st.integers(1, 64), accum=st.integers(1, 8), ranks=st.integers(1, 16), clip=st.floats(0, 10))
 def test_a_literal_passes_only_if_it_agrees(
     tmp_path_factory: pytest.TempPathFactory, batch: int, accum: int, ranks: int, clip: float
@@ -47,7 +60,8 @@ def test_a_literal_passes_only_if_it_agrees(
         **{k: getattr(recipe, v) for k, v in deepspeed_json.RECIPE_OWNS.items()},
     }
     path.write_text(json.dumps(agreeing))
-    assert deepspeed_json.merge_config(path, recipe, ranks) == agreeing
+    merged = deepspeed_json.merge_config(path, recipe, ranks)
+    assert {key: merged[key] for key in agreeing} == agreeing
     for key, owner in deepspeed_json.RECIPE_OWNS.items():
         path.write_text(json.dumps({**agreeing, key: agreeing[key] + 1}))
         with pytest.raises(UserError) as raised:

@@ -138,3 +138,31 @@ def test_timeout_is_minutes() -> None:
 
 if __name__ == "__main__":
     run_rank(lambda _: main(sys.argv[1:]))
+
+
+@pytest.mark.parametrize(
+    ("visible", "devices", "local_rank", "expected"),
+    [
+        (1, "3", 3, 0),  # each task sees its own GPU alone
+        (1, "GPU-12ab", 2, 0),
+        (4, "0,1,2,3", 3, 3),
+        (4, None, 2, 2),
+        (1, None, 1, None),  # one GPU for all ranks
+        (2, "0,1", 2, None),
+    ],
+)
+def test_a_rank_s_gpu(
+    visible: int, devices: str | None, local_rank: int, expected: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen: list[int] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if devices is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", devices)
+    if expected is None:
+        with pytest.raises(UserError, match=f"local rank {local_rank} has no GPU, {visible} are visible here"):
+            ranks_launch._device("cuda", local_rank, 4)
+    else:
+        assert ranks_launch._device("cuda", local_rank, 4) == torch.device("cuda", expected)
+        assert chosen == [expected]

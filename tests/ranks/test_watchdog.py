@@ -42,6 +42,13 @@ def test_a_rank_that_goes_on_is_left_alone(tmp_path: Path) -> None:
     assert not list((tmp_path / FOLDER).iterdir())
 
 
+def test_what_takes_longer_may(tmp_path: Path) -> None:
+    with Watchdog(tmp_path, 0, 1, timeout=0.3) as watchdog:
+        with watchdog.doing("compiling", timeout=30):
+            time.sleep(0.8)
+        time.sleep(0.15)  # counted from here
+
+
 def test_a_rank_that_hangs_ends(tmp_path: Path) -> None:
     program = (
         "import time; from pathlib import Path; from fasthpm.ranks.watchdog import Watchdog\n"

@@ -38,6 +38,32 @@ def test_the_compiled_step_is_the_eager_one_and_compiled_once() -> None:
         assert not part.failure
 
 
+def test_buffers_that_deepspeed_casts_compile() -> None:
+    """DeepSpeed casts buffers through `.data`, which leaves the base of a view in float32; Dynamo refuses such."""
+    step = step_of()
+    for module in (step.student, step._teacher[0]):
+        for tensor in (*module.parameters(), *module.buffers()):
+            tensor.data = tensor.data.bfloat16()
+    step.compile_with("aot_eager")
+    step(*batch(), torch.tensor(0), ALPHA).loss.backward()
+    for part in (step.run_teacher, step.run_student):
+        assert isinstance(part, Compiled)
+        assert not part.failure
+
+
+def test_the_first_maps_compile_nothing() -> None:
+    step = step_of(teacher_maps=True)
+    counter = CompileCounterWithBackend("aot_eager")
+    step.compile_with(counter)
+    images, ids = batch()
+    assert not step.compiled
+    step(images, ids, torch.tensor(0), ALPHA).loss.backward()
+    assert step.compiled
+    before = counter.frame_count
+    step(images, ids, torch.tensor(1), ALPHA, torch.rand(len(ids), step.recipe.num_patches)).loss.backward()
+    assert counter.frame_count == before > 0
+
+
 def test_a_compiler_that_fails_is_named_once_and_the_step_runs(capsys: pytest.CaptureFixture[str]) -> None:
     def broken(graph: Any, inputs: Any) -> Any:
         raise RuntimeError("no compiler here\nand more")

@@ -25,6 +25,12 @@ from fasthpm.data.video.prepared import copied_file
 from fasthpm.errors import UserError
 
 CPU_CODECS = ("mjpeg", "vp8", "vp9")
+NO_SAMPLE = (
+    "out of memory",
+    "OUT_OF_MEMORY",
+    "bad_alloc",
+    "illegal memory access",
+)  # DALI's words for what is no fault of a sample
 
 _ALIVE: weakref.WeakSet[Any] = weakref.WeakSet()
 # What a forked process got of its parent's pipelines: their threads are not there, and ending them would crash it.
@@ -105,8 +111,12 @@ class DaliLoader(ClipLoader):
                 self._pipeline.feed_input(name, values)
             (output,) = self._pipeline.run()
             _copy(output, images)
-        except RuntimeError:  # DALI's, for whatever it cannot decode
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise
+        except RuntimeError as error:  # DALI's, for whatever it cannot decode
             self._pipeline = None
+            if any(word in str(error) for word in NO_SAMPLE):
+                raise
             return False
         return True
 

@@ -66,3 +66,30 @@ def test_gpu_pipelines_are_refused_without_a_gpu_and_defined_for_one(
                 assert loader._outputs().device == device
             assert loader._define(0).max_batch_size == 2 * (3 if decoder == "dali" else 1)
         loader.close()
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (torch.AcceleratorError("device-side assert"), True),
+        (RuntimeError("Critical error in pipeline: CUDA allocation failed: out of memory"), True),
+        (RuntimeError("Error in CPU operator `decoders.image`: cannot parse the JPEG"), False),
+    ],
+)
+def test_memory_that_runs_out_is_no_sample_s_fault(
+    error: RuntimeError, raised: bool, prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fasthpm.data.video import dali
+
+    def fails(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(dali, "_copy", fails)
+    loader = loader_of(prepared, decoder="dali", batch_size=2, max_bad_samples=1.0)
+    try:
+        with pytest.raises(type(error) if raised else UserError, match=str(error) if raised else "does not decode"):
+            next(iter(loader))
+        assert bool(loader.bad_samples()) is not raised
+    finally:
+        loader.close()
