@@ -1,4 +1,4 @@
-"""Maps that are renewed in mid-run, with batches asked for ahead as on a GPU (the thread is real, the device is not)."""
+"""Maps renewed in mid-run, with batches asked for ahead as on a GPU (a real thread, but no device)."""
 
 import sys
 from pathlib import Path
