@@ -66,7 +66,13 @@ class EMATeacher(Generic[Module]):
         masters = [master for group in optimizer.param_groups for master in group["params"]]
         if masters:
             averages = [self._state(master)[EMA] for master in masters]
-            torch._foreach_lerp_(averages, [master.detach() for master in masters], 1 - self.momentum)
+            left_out = getattr(optimizer, "found_inf", None)  # 1 on the device if the update was not finite
+            if left_out is None:
+                torch._foreach_lerp_(averages, [master.detach() for master in masters], 1 - self.momentum)
+            else:
+                weight = (1 - self.momentum) * (1 - left_out)
+                for average, master in zip(averages, masters, strict=True):
+                    average.lerp_(master.detach(), weight)
             self._follow(masters)
             self._publish(masters)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fasthpm.ranks.launch import Launch
-from fasthpm.ranks.zero import MasterLayout
+from fasthpm.ranks.zero import MasterLayout, update_without_waits
 from fasthpm.recipe import Recipe
 
 
@@ -67,6 +67,8 @@ def build_engine(
     MasterLayout(engine).create_optimizer_state()
     if engine.optimizer is optimizer:
         _clip_by_ourselves(engine, recipe.clip_grad)
+    if launch.device.type == "cuda" and recipe.on_nonfinite != "skip":  # which must know of every update at once
+        update_without_waits(engine)
     if launch.world_size == 1:
         _do_not_reduce(engine)
     set_lr(engine, recipe.lr)

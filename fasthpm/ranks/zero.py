@@ -22,6 +22,7 @@ from torch import Tensor
 from fasthpm.errors import UserError
 
 State = Literal["master", "ema", "exp_avg", "exp_avg_sq"]
+CLIP_EPS = 1e-6  # DeepSpeed's, in the ratio of norm and limit
 
 
 @dataclass(frozen=True)
@@ -281,6 +282,42 @@ def full_state(layout: MasterLayout, which: State) -> dict[str, Tensor] | None:
         if keep:
             state[name] = tensor.detach().to("cpu", copy=True)
     return state if keep else None
+
+
+def update_without_waits(engine: Any) -> bool:
+    """Give a ZeRO 1 engine in bfloat16 an update that never waits for the device; other engines keep theirs.
+
+    DeepSpeed's own takes the norm of every parameter, looks at it from the host and multiplies every gradient. Here
+    the norm is that of the flat gradients, and clipping and the leaving out of an update that is not finite happen
+    inside fused AdamW (its `grad_scale` and `found_inf`). The numbers are DeepSpeed's, up to the order of the sums in
+    the norm; `grad_norm` is infinite after an update that was left out, and `was_step_applied` does not know of it.
+
+    **Returns:** whether `engine` has it now.
+    """
+    wrapper, inner = engine.optimizer, engine.basic_optimizer
+    parts = ("fp32_groups_actual_gradients_flat", "fp32_groups_gradient_flat_partition", "update_lp_params")
+    if not all(hasattr(wrapper, part) for part in parts) or wrapper.grad_acc_dtype is not torch.float32:
+        return False
+    gradients, limit = wrapper.fp32_groups_actual_gradients_flat, float(wrapper.clip_grad)
+    own = list(zip(wrapper.fp32_groups_flat_partition, wrapper.fp32_groups_gradient_flat_partition, strict=True))
+
+    @torch.no_grad()
+    def step() -> None:
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        finite = norm.isfinite()
+        inner.found_inf = (~finite).float()
+        if limit:
+            inner.grad_scale = ((norm + CLIP_EPS) / limit).clamp_min(1.0)
+        wrapper._global_grad_norm = norm.where(finite, torch.inf)
+        for master, gradient in own:
+            master.grad = gradient
+        inner.step()
+        wrapper._lazy_init_hp_params_optimizer_state()
+        wrapper.update_lp_params()
+        wrapper.clear_hp_grads()
+
+    wrapper.step = step
+    return True
 
 
 def prepare_deepspeed(timeout: timedelta) -> None:
