@@ -26,6 +26,7 @@ COMMANDS = {
     "maps": ("fasthpm.pictures.map_images", "difficulty maps of any images, and the images ranked by them"),
     "recipes": ("fasthpm.commands.listing", "list the recipes, show one, compare two"),
     "report": ("fasthpm.pictures.report", "report.md and curves of a run"),
+    "plan": ("fasthpm.commands.plan", "memory, speed and GPU-hours of a recipe on GPUs that you name"),
     "doctor": ("fasthpm.commands.doctor", "what this machine is, what is installed, and what bounds training"),
 }
 FUNCTIONS = ("pretrain", "knn", "linear", "finetune", "embed", "export", "maps")  # of `import fasthpm`

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fasthpm import loss as losses
+from fasthpm.mask_loops import on_cpu
 
 LAYER_NORM_EPS = 1e-6
 
@@ -174,7 +175,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     In bfloat16 on a CPU plain matmuls are 2-4 times faster, forward and backward, at these token counts
     (bench/LOG.md).
     """
-    if query.device.type == "cpu" and query.dtype == torch.bfloat16:
+    if on_cpu(query) and query.dtype == torch.bfloat16:
         return attend_plain(query, key, value)
     return F.scaled_dot_product_attention(query, key, value)
 

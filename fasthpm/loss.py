@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fasthpm.mask_loops import on_cpu
+
 EPS = 1e-6
 # Pairs that `pair_blocks` holds at a time: 1 MiB of float32 on a CPU (about a core's cache), fewer launches elsewhere.
 BLOCK_ELEMENTS = {"cpu": 1 << 18}
-BLOCK_ELEMENTS_ELSEWHERE = 1 << 20
+BLOCK_ELEMENTS_ELSEWHERE = 1 << 25  # 128 MiB: two or three blocks for a batch of clips, one for images
 
 
 def full_precision(values: Tensor) -> Tensor:
@@ -97,7 +99,7 @@ def pair_blocks(predicted: Tensor, actual: Tensor) -> Iterator[tuple[slice, slic
     [B, rows, columns]. i = j and pairs of equal losses are not valid.
     """
     batch, count = predicted.shape
-    elements = BLOCK_ELEMENTS.get(predicted.device.type, BLOCK_ELEMENTS_ELSEWHERE)
+    elements = BLOCK_ELEMENTS["cpu"] if on_cpu(predicted) else BLOCK_ELEMENTS_ELSEWHERE
     height = max(1, min(count, elements // max(batch * count, 1)))
     for first in range(0, count - 1, height):
         rows, columns = slice(first, min(first + height, count)), slice(first, count)

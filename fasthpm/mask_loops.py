@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 LOW_32 = 0xFFFFFFFF
 BLOCK_ASPECT = 0.3  # a block's height / width lies between this and its inverse (BEiT)
@@ -16,7 +17,12 @@ BLOCK_ASPECT = 0.3  # a block's height / width lies between this and its inverse
 
 def numpy_is_faster(values: Tensor) -> bool:
     """On a CPU, unless a compiler is tracing, which cannot follow numpy."""
-    return values.device.type == "cpu" and not torch.compiler.is_compiling()
+    return on_cpu(values) and not torch.compiler.is_compiling()
+
+
+def on_cpu(values: Tensor) -> bool:
+    """Whether a CPU is what computes: not in a dry run (`speed.dry_run`), which stands for a GPU."""
+    return values.device.type == "cpu" and not isinstance(values, FakeTensor)
 
 
 def highest(scores: Tensor, count: int | Tensor, tie_noise: Tensor | None = None) -> Tensor:

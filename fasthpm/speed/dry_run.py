@@ -1,0 +1,167 @@
+"""A step that computes nothing: torch's own operations on tensors without values, counted as a GPU would run them.
+
+Every operation of a forward and backward pass of `Step` is dispatched as in training, eagerly; what it allocates is
+held and freed as the real one would be. That gives the peak of the memory and, with a roofline for every operation,
+a model of the time: neither is a measurement, and both follow the code as it is.
+"""
+
+import dataclasses
+import math
+import weakref
+from contextlib import nullcontext
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from fasthpm.data import DatasetInfo
+from fasthpm.patches import model_of
+from fasthpm.recipe import Recipe
+from fasthpm.speed.gpus import GPU
+from fasthpm.step import Step
+
+BLOCK = 512  # bytes: the allocator rounds up to it
+FREE = frozenset({  # operations that launch no kernel
+    "alias", "as_strided", "detach", "expand", "lift_fresh", "movedim", "permute", "reshape", "select", "slice",
+    "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unfold", "unsqueeze", "view",
+    "_reshape_alias", "_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided",
+    "is_same_size", "record_stream",
+})  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a step of one GPU comes to."""
+
+    activations: float  # bytes: peak beside weights and optimizer
+    kernels: int  # of forward and backward
+    flop: float
+    moved: float  # bytes of memory traffic
+    seconds: float  # by the GPU's roofline, forward and backward
+    parameters: int  # of the student, trainable
+    teacher_parameters: int
+
+
+class Meter(TorchDispatchMode):
+    """Counts what operations on tensors without values would do on `gpu`."""
+
+    def __init__(self, gpu: GPU) -> None:
+        super().__init__()
+        self.gpu = gpu
+        self.live = self.peak = 0.0
+        self.kernels, self.flop, self.moved, self.seconds = 0, 0.0, 0.0, 0.0
+        self._known: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def know(self, module: nn.Module) -> None:
+        """Leave a module's weights out of what is counted."""
+        for tensor in (*module.parameters(), *module.buffers()):
+            self._known.add(tensor.untyped_storage())
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        packet = function.overloadpacket
+        for tensor in _tensors(out):
+            self._hold(tensor)
+        if packet.__name__ not in FREE and function.namespace != "prim":
+            moved = sum(map(_touched, _tensors((args, kwargs, out))))
+            flop = _flop(packet, args, kwargs or {}, out)
+            self.kernels += 1
+            self.flop, self.moved = self.flop + flop, self.moved + moved
+            self.seconds += self.gpu.seconds(flop, moved)
+        return out
+
+    def _hold(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage not in self._known:
+            size = -(-storage.nbytes() // BLOCK) * BLOCK
+            self._known.add(storage)
+            self.live += size
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._free, size)
+
+    def _free(self, size: int) -> None:
+        self.live -= size
+
+
+def _flop(packet: Any, args: Any, kwargs: Any, out: Any) -> float:
+    """Of matrix products and fused attention; torch counts all but a CPU's attention, which stands for a GPU's."""
+    if packet.__name__ == "_scaled_dot_product_flash_attention_for_cpu":
+        return float(sdpa_flop_count(*(tensor.shape for tensor in args[:3])))
+    if packet.__name__ == "_scaled_dot_product_flash_attention_for_cpu_backward":
+        return float(sdpa_backward_flop_count(*(tensor.shape for tensor in args[:4])))
+    count = flop_registry.get(packet)
+    return float(count(*args, **kwargs, out_val=out)) if count else 0.0
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _touched(tensor: Tensor) -> int:
+    """Bytes of a tensor; what is expanded counts once."""
+    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    return tensor.element_size() * math.prod(size for size, stride in sizes if stride or not size)
+
+
+def dry_run(recipe: Recipe, gpu: GPU, *, bf16: bool = True) -> DryRun:
+    """One micro-step of `recipe.batch_size` samples, forward and backward, as `gpu` would run it.
+
+    - `bf16`: the forward pass is in bfloat16, else in float32
+    """
+    recipe = dataclasses.replace(recipe, compile=False, teacher_precision="model")
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    info = DatasetInfo(1 << 20, recipe.channels, (0.5,) * recipe.channels, (0.25,) * recipe.channels, ("",))
+    with FakeTensorMode(allow_non_fake_inputs=True), Meter(gpu) as meter:
+        student, teacher = _model(recipe, dtype), None
+        step = Step(student, recipe, info)
+        step.stopwatch = SimpleNamespace(measure=lambda device: nullcontext())  # type: ignore[assignment]
+        if recipe.uses_teacher:
+            teacher = _model(recipe, dtype).eval().requires_grad_(False)
+            step.attach_teacher(teacher)
+        for module in (step, teacher):
+            if module is not None:
+                meter.know(module)
+        meter.live = meter.peak = meter.flop = meter.moved = meter.seconds = 0.0
+        meter.kernels = 0
+        _train(step, recipe)
+    return DryRun(
+        activations=meter.peak,
+        kernels=meter.kernels,
+        flop=meter.flop,
+        moved=meter.moved,
+        seconds=meter.seconds,
+        parameters=sum(weight.numel() for weight in student.parameters() if weight.requires_grad),
+        teacher_parameters=sum(weight.numel() for weight in teacher.parameters()) if teacher else 0,
+    )
+
+
+def _model(recipe: Recipe, dtype: torch.dtype) -> Any:
+    """The recipe's model without values, weights and buffers in `dtype`."""
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        model = model_of(recipe)
+    finally:
+        torch.set_default_dtype(usual)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty_like(buffer, dtype=dtype))
+    return model
+
+
+def _train(step: Step, recipe: Recipe) -> None:
+    """Forward and backward, the gradients dropped as soon as they would have been added to the optimizer's."""
+    shape = (recipe.batch_size, *((recipe.num_frames,) if recipe.num_frames > 1 else ()), *recipe.image_size)
+    images = torch.empty(*shape, recipe.channels, dtype=torch.uint8)
+    ids, number = torch.empty(recipe.batch_size, dtype=torch.int64), torch.empty((), dtype=torch.int64)
+    scores = torch.empty(recipe.batch_size, recipe.num_patches) if recipe.uses_maps else None
+    for weight in step.parameters():
+        if weight.requires_grad:
+            weight.register_post_accumulate_grad_hook(lambda w: setattr(w, "grad", None))
+    step(images, ids, number, torch.empty((), dtype=torch.float64), scores).loss.backward()
