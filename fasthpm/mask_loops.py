@@ -21,7 +21,7 @@ def numpy_is_faster(values: Tensor) -> bool:
 
 
 def on_cpu(values: Tensor) -> bool:
-    """Whether a CPU is what computes: not in a dry run (`speed.dry_run`), which stands for a GPU."""
+    """Whether a CPU is what computes: not in a dry run (`commands.dry_run`), which stands for a GPU."""
     return values.device.type == "cpu" and not isinstance(values, FakeTensor)
 
 

@@ -17,10 +17,10 @@ from typing import Any
 
 from fasthpm import entry, ranks, recipes
 from fasthpm.cli import Arguments, Parser
+from fasthpm.commands.dry_run import DryRun, dry_run
 from fasthpm.data import read_info
 from fasthpm.errors import UserError, nearest
 from fasthpm.recipe import Recipe, build_recipe
-from fasthpm.speed.dry_run import DryRun, dry_run
 from fasthpm.speed.gpus import GIB, GPU, GPUS, LAUNCH, REACHED_BANDWIDTH, REACHED_FLOPS
 from fasthpm.speed.memory import CONTEXT, state_bytes
 

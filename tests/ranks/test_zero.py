@@ -1,13 +1,22 @@
-"""How ZeRO lays out the masters that the teacher follows."""
+"""How ZeRO lays out the masters that the teacher follows; and an update without waits, as GPUs take it, against
+DeepSpeed's own (on a CPU, whose fused AdamW does the same)."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fasthpm.errors import UserError
-from fasthpm.ranks.zero import Group, MasterLayout, Slot, _common_elements
+from fasthpm.ranks import deepspeed_json, engine
+from fasthpm.ranks import launch as ranks_launch
+from fasthpm.ranks.zero import Group, MasterLayout, Slot, _common_elements, full_state, update_without_waits
+from fasthpm.recipe import Recipe
+from fasthpm.teacher import EMATeacher
+
+STATES = ("master", "ema", "exp_avg", "exp_avg_sq")
+States = dict[str, dict[str, Tensor]]
 
 
 @pytest.mark.parametrize("stage", range(4))
@@ -33,3 +42,68 @@ def test_padding_behind_a_parameter_is_not_compared(rank: int, known: list[float
     assert torch.equal(*_common_elements(group, group.slots[0], stripe, weight))
     weight.ds_tensor[0] += 1  # type: ignore[attr-defined]
     assert not torch.equal(*_common_elements(group, group.slots[0], stripe, weight))
+
+
+# ------------------------------------------------------------------------------------------------------ the update
+class Step(nn.Module):
+    """A student whose gradient is `scale` times something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.student = nn.Sequential(nn.Linear(5, 7), nn.LayerNorm(7), nn.Linear(7, 3))
+
+    def forward(self, scale: float) -> Tensor:
+        x = torch.linspace(-1, 1, 20).view(4, 5).to(self.student[0].weight.dtype)
+        return (self.student(x).float() ** 2).mean() * scale
+
+
+def learnt(scales: list[float], limit: float, launch: ranks_launch.Launch, waits: bool) -> tuple[States, Any]:
+    """Every state after an update with each scale, and the engine."""
+    recipe = Recipe(batch_size=4, lr=1e-2, clip_grad=limit, deepspeed_config="zero1_bf16").resolve(4, world_size=1)
+    module = Step()
+    built = engine.build_engine(module, recipe, deepspeed_json.merge_config(recipe.deepspeed_config, recipe, 1), launch)
+    assert waits or update_without_waits(built)
+    teacher = EMATeacher(built, module.student, "student.", Step().student, 0.9)
+    for scale in scales:
+        built.backward(built(scale))
+        built.step()
+    return {which: full_state(teacher.layout, which) or {} for which in STATES}, built  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("limit", "bits"), [(0.0, True), (1e6, True), (0.01, False)])
+def test_the_update_is_deepspeeds(limit: float, bits: bool) -> None:
+    """Bit for bit where nothing is clipped; else up to the order of the sums in the norm."""
+    with ranks_launch.session() as launch:
+        ours, own = learnt([1.0, 3.0, 0.5], limit, launch, waits=False)
+        theirs, deepspeeds = learnt([1.0, 3.0, 0.5], limit, launch, waits=True)
+        torch.testing.assert_close(float(engine.grad_norm(own)), float(engine.grad_norm(deepspeeds)), rtol=1e-5, atol=0)
+    for which, wanted in theirs.items():
+        for name, values in wanted.items():
+            if bits and which != "ema":  # whose weight is a tensor here
+                assert torch.equal(ours[which][name], values), (which, name)
+            torch.testing.assert_close(ours[which][name], values, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_an_update_that_is_not_finite_is_left_out(bad: float) -> None:
+    with ranks_launch.session() as launch:
+        wanted, _ = learnt([1.0, 2.0], 0.01, launch, waits=False)
+        found, built = learnt([1.0, bad, 2.0], 0.01, launch, waits=False)
+        assert {float(built.basic_optimizer.state[m]["step"]) for m in MasterLayout(built).masters} == {2.0}
+        stopped, built = learnt([1.0, bad], 0.01, launch, waits=False)
+        assert float(engine.grad_norm(built)) == float("inf")
+    for which, values in wanted.items():
+        for name in values:
+            assert torch.equal(found[which][name], values[name]), (which, name)
+            assert stopped[which][name].isfinite().all()
+
+
+def test_other_engines_keep_deepspeeds_update() -> None:
+    with ranks_launch.session() as launch:
+        recipe = Recipe(batch_size=4, deepspeed_config="zero1_fp32").resolve(4, world_size=1)
+        config = deepspeed_json.merge_config(recipe.deepspeed_config, recipe, 1)
+        built = engine.build_engine(Step(), recipe, config, launch)
+        step = built.optimizer.step
+        assert not update_without_waits(built)
+        assert built.optimizer.step == step

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from fasthpm import recipes
+from fasthpm.commands.dry_run import dry_run
 from fasthpm.patches import model_of
 from fasthpm.recipe import Recipe
-from fasthpm.speed.dry_run import dry_run
 from fasthpm.speed.flops import step_flops
 from fasthpm.speed.gpus import GIB, GPUS
 from fasthpm.speed.memory import state_bytes
