@@ -5,6 +5,7 @@ The one place that decides which picture of a file is taken, what counts as dama
 
 import contextlib
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,13 +109,20 @@ def _open(data: bytes) -> Image.Image:
 def _why_unknown(data: bytes) -> str:
     for name in Image.ID:
         factory, accept = Image.OPEN[name]
+        if accept is None or not _accepts(accept, data):
+            continue
         try:
-            if accept is None or accept(data[:16]) is not True:
-                continue
             factory(io.BytesIO(data), "")
         except Exception as error:
             return f"Pillow cannot read this {name} ({' '.join(str(error).split()) or type(error).__name__})"
-    return f"is no image that Pillow knows (begins with {data[:BEGINNING].decode('latin-1')!r})"
+    return f"is no image that Pillow knows (begins with {repr(data[:BEGINNING])[1:]})"
+
+
+def _accepts(accept: Callable[[bytes], bool | str], data: bytes) -> bool:
+    try:
+        return accept(data[:16]) is True
+    except Exception:  # too short for it
+        return False
 
 
 def _open_page(data: bytes, image: Image.Image) -> Opened:

@@ -27,7 +27,6 @@ DHT, SOI, EOI, SOS, DQT, APP0, APP14 = 0xC4, 0xD8, 0xD9, 0xDA, 0xDB, 0xE0, 0xEE
 BARE = frozenset((0x00, 0x01, *range(0xD0, 0xD9)))  # no length follows
 RGB_ORDER, CMYK_ORDER, MAX_REDUCTION = 0, 11, 3
 SCAN_END = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]", re.DOTALL)
-PADDING = re.compile(rb"([^\xff])\1+$", re.DOTALL)
 MOST_KEPT = 2  # of the padding behind a scan: its first bytes may be the scan's last
 # Warnings that may not touch the pixels (libjpeg's texts).
 HARMLESS = ("extraneous bytes before marker", "unknown JFIF revision", "Unknown Adobe color transform")
@@ -116,8 +115,8 @@ def mend(data: bytes, kept: int) -> bytes:
         elif marker == APP14 and part[4:9] == b"Adobe" and len(part) > 15 and part[15] > 2:
             part = part[:15] + bytes([2 if components == 4 else 1]) + part[16:]  # what libjpeg takes it for
         elif marker == SOS:
-            padding = PADDING.search(part)
-            part = part[: padding.start() + kept] if padding else part
+            bare = len(part.rstrip(part[-1:]))
+            part = part[: bare + kept] if len(part) - bare > 1 else part
         parts.append(part)
     return b"".join(parts)
 

@@ -15,7 +15,8 @@ EXTENSIONS = frozenset(
     [".bmp", ".gif", ".jpeg", ".jpg", ".jp2", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"]
 )
 MAX_LABEL = 1_000_000
-BITS_PER_SAMPLE = 258  # a TIFF's tag
+BITS_PER_SAMPLE, SAMPLE_FORMAT, SIGNED = 258, 339, 2  # tags of a TIFF, and a value of the latter
+UNKNOWN_RANGE = "integers of 32 bits or with a sign, whose range is unknown ({span}); save 8 or 16 bits without a sign"
 SCALED = ("PNG", "PPM")  # formats whose wide integers PIL gives in 0..65535, whatever their mode
 
 
@@ -42,6 +43,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     source, image = image, _upright(image)
     if image.mode.startswith("I") or image.mode == "F":
         return _scaled(image, _white(source)).convert("RGB")
+    if SIGNED in getattr(source, "tag_v2", {}).get(SAMPLE_FORMAT, ()):
+        raise ValueError(UNKNOWN_RANGE.format(span=f"8 bits, mode {image.mode}"))
     if "transparency" in image.info or image.mode in ("LA", "La", "PA", "RGBA", "RGBa"):
         layer = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
@@ -71,7 +74,7 @@ def _scaled(image: Image.Image, white: float) -> Image.Image:
     values = np.asarray(image).astype(np.float64)
     span = f"pixels span {values.min():g} to {values.max():g}"
     if not white:
-        raise ValueError(f"integers of 32 bits or with a sign, whose range is unknown ({span}); save 8 or 16 bits")
+        raise ValueError(UNKNOWN_RANGE.format(span=span))
     if not (values.min() >= 0 and values.max() <= white):
         raise ValueError(f"{image.mode} {span}, expected 0 to {white:g}")
     return Image.fromarray(np.rint(values * (255 / white)).astype(np.uint8))

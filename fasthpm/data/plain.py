@@ -10,14 +10,15 @@ from PIL import Image
 
 from fasthpm.data.bad import BadSample
 from fasthpm.data.base import PrefetchLoader
-from fasthpm.data.decoding import read, size_of
+from fasthpm.data.decoding import Decoded, read, size_of
 from fasthpm.data.options import LoaderOptions
 from fasthpm.data.pixels import ImageList, is_grey, list_images, render
 from fasthpm.data.sampling import Array
 from fasthpm.data.types import DatasetInfo
-from fasthpm.errors import UserError
+from fasthpm.errors import UserError, warn
 
 PROBES = 256  # images that a folder's channels, mean and std are measured on, evenly spaced
+_told: set[str] = set()  # notes that have been passed on; all of them are not known until everything is read
 
 
 def read_pixels(path: str) -> Array:
@@ -25,10 +26,14 @@ def read_pixels(path: str) -> Array:
 
     **Raises:** `UserError` naming the file where it cannot be read.
     """
+    return _decode(path).pixels
+
+
+def _decode(path: str) -> Decoded:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PIL's remarks on odd but readable files
-            return read(Path(path).read_bytes()).pixels
+            return read(Path(path).read_bytes())
     except MemoryError:
         raise
     except Exception as error:  # PIL's decoders raise nearly anything for damaged files
@@ -57,8 +62,12 @@ def _readable(paths: list[str]) -> Iterator[Array]:
     error, found = None, False
     for path in paths:
         try:
-            yield read_pixels(path)
+            decoded = _decode(path)
             found = True
+            for note in [note for note in decoded.notes if note not in _told]:
+                _told.add(note)
+                warn(f"{path}: {note}; there may be more such files")
+            yield decoded.pixels
         except UserError as unreadable:
             error = error or unreadable
     if error and not found:
