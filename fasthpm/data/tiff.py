@@ -22,6 +22,7 @@ BIG = 43  # the version of files whose offsets have 8 bytes
 MOST_DIRECTORIES = 100_000
 MOST_BYTES = 1 << 34  # of a strip's pixels
 WORDS = 300
+PILLOWS_NAME = b"tempfile.tif"  # of every file
 
 
 # ------------------------------------------------------------------------------------------------------- the pictures
@@ -101,7 +102,8 @@ def _hear(module: bytes | None, form: bytes | None, values: Any) -> None:
         return
     text = ctypes.create_string_buffer(WORDS)
     _vsnprintf(text, WORDS, form, values)
-    words.append(f"{(module or b'libtiff').decode('ascii', 'replace')}: {text.value.decode('utf-8', 'replace')}")
+    name = "libtiff" if module in (None, b"", PILLOWS_NAME) else module.decode("ascii", "replace")
+    words.append(f"{name}: {text.value.decode('utf-8', 'replace')}")
 
 
 def _install() -> Any:
