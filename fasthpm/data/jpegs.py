@@ -10,7 +10,6 @@ the harmless ones out of the file and decodes once more: what is named then is d
 import contextlib
 import ctypes
 import importlib.util
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 DHT, SOI, EOI, SOS, DQT, APP0, APP14 = 0xC4, 0xD8, 0xD9, 0xDA, 0xDB, 0xE0, 0xEE
 BARE = frozenset((0x00, 0x01, *range(0xD0, 0xD9)))  # no length follows
 RGB_ORDER, CMYK_ORDER, MAX_REDUCTION = 0, 11, 3
-SCAN_END = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]", re.DOTALL)
+IN_SCAN = frozenset((0x00, *range(0xD0, 0xD8)))  # behind 0xFF: a stuffed byte, restart markers
 MOST_KEPT = 2  # of the padding behind a scan: its first bytes may be the scan's last
 # Warnings that may not touch the pixels (libjpeg's texts).
 HARMLESS = ("extraneous bytes before marker", "unknown JFIF revision", "Unknown Adobe color transform")
@@ -64,10 +63,23 @@ def segments(data: bytes) -> Iterator[tuple[int, int, int]]:
             continue
         end = at + 2 + max(int.from_bytes(data[at + 2 : at + 4], "big"), 2)
         if marker == SOS:
-            found = SCAN_END.search(data, end)
-            end = found.start() if found else len(data)
+            end = _scan_end(data, end)
         yield marker, at, min(end, len(data))
         at = end
+
+
+def _scan_end(data: bytes, at: int) -> int:
+    """Where the marker behind coded data stands, with the fill bytes in front of it."""
+    while 0 <= (at := data.find(b"\xff", at)) < len(data) - 1:
+        if data[at + 1] == 0xFF:
+            at += 1
+        elif data[at + 1] in IN_SCAN:
+            at += 2
+        else:
+            while data[at - 1] == 0xFF:
+                at -= 1
+            return at
+    return len(data)
 
 
 def frame_type(data: bytes) -> int:
