@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image, TiffImagePlugin, _imaging
 
 from fasthpm.data import jpegs
-from fasthpm.data.damage import DamagedImage, check_zlib
+from fasthpm.data.damage import PIECE, DamagedImage, check_zlib
 
 REDUCED, MASK = 1, 4  # bits of NewSubfileType
 OLD_REDUCED = 2  # of SubfileType
@@ -20,7 +20,7 @@ PIECES = ((273, 279), (324, 325))  # offsets and lengths of strips, and of tiles
 JPEG, DEFLATE = 7, (8, 32946)
 BIG = 43  # the version of files whose offsets have 8 bytes
 MOST_DIRECTORIES = 100_000
-MOST_BYTES = 1 << 34  # of a strip's pixels
+MOST_BYTES = 32  # of a pixel
 WORDS = 300
 PILLOWS_NAME = b"tempfile.tif"  # of every file
 
@@ -161,7 +161,7 @@ def check_tiff(data: bytes, image: Image.Image) -> None:
             if length and compression == JPEG:
                 _check_jpeg(tags.get(TABLES, b""), piece)
             elif length:
-                check_zlib([piece], MOST_BYTES)
+                check_zlib([piece], MOST_BYTES * image.width * image.height + PIECE)  # a tile may stand out
 
 
 def _check_jpeg(tables: bytes, piece: bytes) -> None:
