@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.sets import byte_bar, files_path, members, read_index, rejected_path
+from data_prep.sets import byte_bar, files_path, members, notes_path, read_index, rejected_path
 from fasthpm.cli import Parser, run_command
 from fasthpm.data.ffcv.beton import read_sidecar, sidecar_path
 from fasthpm.errors import UserError
@@ -52,7 +52,7 @@ def plan(path: Path) -> list[Item]:
         last.append(sidecar_path(member))
     if read_index(path) is not None:
         last.append(sidecar_path(path))
-    small += [extra for extra in (rejected_path(path),) if extra.exists()]
+    small += [extra for extra in (rejected_path(path), notes_path(path)) if extra.exists()]
     return data + [Item(file, file.stat().st_size) for file in (*small, *last)]
 
 

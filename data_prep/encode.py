@@ -1,18 +1,19 @@
 """One image as it will be stored: decoded, checked, shrunk, measured and encoded; or, if it may be, its own JPEG bytes.
 
 A JPEG is stored untouched when that is exact and safe to train from: sequential Huffman coding, 8 bits, grey or RGB,
-upright, not larger than asked for, at most `KEPT_BYTES_PER_PIXEL`, and decodable without a word from libjpeg.
+upright, not larger than asked for, at most `KEPT_BYTES_PER_PIXEL`, with tables of its own, and decodable without a word
+from libjpeg.
 """
 
 import importlib.util
-import io
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from data_prep import jpeg
+from fasthpm.data.decoding import read
 from fasthpm.data.ffcv.beton import JPEG, RAW
 from fasthpm.data.pixels import is_grey, to_rgb
 from fasthpm.data.sampling import Array
@@ -23,7 +24,6 @@ MAX_SIDE = 65535  # FFCV stores sides in 16 bits
 MAX_BYTES = 1 << 30  # of one stored sample
 MAX_PIXELS = 100_000_000
 KEPT_BYTES_PER_PIXEL = 1.0  # a JPEG of more is slow to decode for what it shows
-ORIENTATION = 0x0112  # the EXIF tag
 MCU = 16  # side of a 4:2:0 JPEG's smallest unit
 STRIDE = 16  # of the quick look whether an image has colours
 
@@ -80,6 +80,7 @@ class Stored:
     squares: tuple[int, ...]
     grey: bool
     kept: bool  # whether the blob is the source's own
+    notes: tuple[str, ...] = ()  # what is to be said of the source
 
 
 def encode(image: Any, options: WriteOptions, draw: float) -> Stored:
@@ -90,7 +91,12 @@ def encode(image: Any, options: WriteOptions, draw: float) -> Stored:
 
     **Raises:** `ValueError`, or whatever the decoder raises, for an image that cannot be read or is too large.
     """
-    pixels, own = _load(image, options) if isinstance(image, bytes) else (_rgb_pixels(image, options.grey), None)
+    own: bytes | None = None
+    notes: tuple[str, ...] = ()
+    if isinstance(image, bytes):
+        pixels, own, notes = _load(image, options)
+    else:
+        pixels = _rgb_pixels(image, options.grey)
     height, width = pixels.shape[:2]
     pixels = _shrink(pixels, options.max_resolution)
     if max(pixels.shape) > MAX_SIDE:
@@ -101,48 +107,18 @@ def encode(image: Any, options: WriteOptions, draw: float) -> Stored:
     if len(blob) > MAX_BYTES:
         raise ValueError(f"{len(blob)} bytes of pixels are more than {MAX_BYTES}; use --max_resolution")
     sums, squares = measure(pixels)
-    return Stored(blob, mode, pixels.shape[0], pixels.shape[1], sums, squares, _lacks_colour(pixels), kept)
+    return Stored(blob, mode, pixels.shape[0], pixels.shape[1], sums, squares, _lacks_colour(pixels), kept, notes)
 
 
 # ------------------------------------------------------------------------------------------------------- decoding
-def _load(data: bytes, options: WriteOptions) -> tuple[Array, bytes | None]:
-    """uint8 RGB pixels of an image file, and its bytes if they may be stored as they are."""
-    if not data:
-        raise ValueError("the file is empty")
-    image = Image.open(io.BytesIO(data))
-    if image.width * image.height > options.max_pixels:
-        raise ValueError(f"{image.width} x {image.height} pixels, more than --max_pixels {options.max_pixels}")
-    if image.format not in ("JPEG", "MPO") or image.mode not in ("RGB", "L") or jpeg.decode is None:
-        return _rgb_pixels(image, options.grey), None
-    upright = _orientation(image) in (None, 1)
-    halvings = jpeg.reduction(max(image.size), options.max_resolution)
-    try:
-        pixels = jpeg.decode(data, *image.size, halvings)
-    except jpeg.OddJpeg:
-        return _rgb_pixels(image, options.grey), None
-    if options.grey or not upright:
-        return _rgb_pixels(_turned(pixels, image), options.grey), None
-    return pixels, data if _may_keep(data, image, halvings, options) else None
-
-
-def _may_keep(data: bytes, image: Image.Image, halvings: int, options: WriteOptions) -> bool:
-    small = len(data) <= KEPT_BYTES_PER_PIXEL * image.width * image.height
-    return options.keep_jpeg and not halvings and small and jpeg.frame_type(data) in jpeg.BASELINE
-
-
-def _orientation(image: Image.Image) -> Any:
-    if "exif" not in image.info:
-        return None
-    try:
-        return image.getexif().get(ORIENTATION)
-    except Exception:  # EXIF that cannot be parsed says nothing about the pixels
-        return None
-
-
-def _turned(pixels: Array, source: Image.Image) -> Image.Image:
-    image = Image.fromarray(pixels)
-    image.getexif()[ORIENTATION] = _orientation(source) or 1
-    return ImageOps.exif_transpose(image)
+def _load(data: bytes, options: WriteOptions) -> tuple[Array, bytes | None, tuple[str, ...]]:
+    """uint8 RGB pixels of an image file, its bytes if they may be stored as they are, and what is to be said of it."""
+    decoded = read(data, max_pixels=options.max_pixels, target=options.max_resolution)
+    if options.grey:
+        return _rgb_pixels(decoded.pixels, grey=True), None, decoded.notes
+    small = len(data) <= KEPT_BYTES_PER_PIXEL * decoded.pixels.shape[0] * decoded.pixels.shape[1]
+    keep = options.keep_jpeg and decoded.plain_jpeg and small and jpeg.fits(data)
+    return decoded.pixels, data if keep else None, decoded.notes
 
 
 def _rgb_pixels(image: Any, grey: bool) -> Array:

@@ -8,14 +8,15 @@ SRC is one of
   Hugging Face parquet files      a folder of .parquet files or a pattern, 'data/train-*.parquet'
 
 Writes OUT.beton (FFCV; fields image and label, in seeded random order), OUT.json (counts, classes, mean and std, sizes,
-hash, options, versions), OUT.files.csv (the source of every sample) and, if files could not be read, OUT.rejected.csv.
+hash, options, versions), OUT.files.csv (the source of every sample) and, if files could not be read, OUT.rejected.csv;
+if there is something to know of some that were, OUT.notes.csv (16 bits of which few are used, several pictures in one).
 With --shards N it is OUT-00000-of-0000N.beton and so on, and OUT.json is their index; --data_path OUT.beton opens them.
 
 Every image is decoded once, to check and measure it, and re-encoded with restart markers, which let the loader decode
 only what a crop shows. With --keep_jpeg, a JPEG that needs no shrinking is stored untouched: no second loss, but larger
 and slower to train from. It must have sequential Huffman coding, 8 bits, grey or RGB, no EXIF rotation, and at most one
 byte per pixel. Transparency is laid over white, EXIF rotation applied, 16-bit grey scaled, CMYK and palettes converted;
-of an animation the first frame counts.
+of several pictures in a file the largest full one counts, of equal ones (an animation) the first.
 
 Ctrl-C, a kill or a full disk loses seconds: the same command goes on where it stopped, and the result has the same
 bytes. Rows of parquet files are shuffled by row groups, and within them.
@@ -40,7 +41,7 @@ import numpy as np
 
 from data_prep.encode import MAX_PIXELS, WRITE_MODES, WriteOptions
 from data_prep.plan import plan_outputs, stored_order
-from data_prep.sets import rejected_path, validation_path
+from data_prep.sets import notes_path, rejected_path, validation_path
 from data_prep.sources import Source, open_source
 from data_prep.writer import check_output, prepare
 from fasthpm.cli import Parser, run_command
@@ -259,6 +260,8 @@ def summary(out: Path, sidecar: dict[str, Any], seconds: float) -> str:
     ]
     if rejected:
         lines.append(f"      {_printable(rejected_path(out))}: {rejected} unreadable files were left out")
+    for note, count in sidecar.get("notes", {}).items():
+        lines.append(f"      {_printable(notes_path(out))}: {count} file{'s' if count > 1 else ''}: {note}")
     return "\n".join(lines)
 
 

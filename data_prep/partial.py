@@ -48,6 +48,7 @@ class Totals:
     squares: list[int] = field(default_factory=lambda: [0, 0, 0])
     coloured: int = 0
     kept: int = 0
+    notes: dict[str, int] = field(default_factory=dict)  # how many sources each is said of
 
     def add(self, stored: Stored) -> None:
         self.samples += 1
@@ -56,12 +57,17 @@ class Totals:
         self.squares = [a + b for a, b in zip(self.squares, stored.squares, strict=True)]
         self.coloured += not stored.grey
         self.kept += stored.kept
+        self._count(dict.fromkeys(stored.notes, 1))
 
     def merge(self, other: "Totals") -> None:
         self.samples, self.pixels = self.samples + other.samples, self.pixels + other.pixels
         self.sums = [a + b for a, b in zip(self.sums, other.sums, strict=True)]
         self.squares = [a + b for a, b in zip(self.squares, other.squares, strict=True)]
         self.coloured, self.kept = self.coloured + other.coloured, self.kept + other.kept
+        self._count(other.notes)
+
+    def _count(self, notes: dict[str, int]) -> None:
+        self.notes = {note: self.notes.get(note, 0) + notes.get(note, 0) for note in sorted({*self.notes, *notes})}
 
 
 @dataclass

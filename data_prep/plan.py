@@ -20,7 +20,7 @@ from fasthpm.data.keys import Stream
 from fasthpm.data.sampling import Array, sample_order
 from fasthpm.errors import UserError
 
-LAYOUT = 1  # raised when the same options give other bytes
+LAYOUT = 2  # raised when the same options give other bytes
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,10 @@ import ctypes
 import itertools
 import multiprocessing
 import os
+import re
 import signal
 import sys
+import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,6 +25,7 @@ from fasthpm.errors import UserError
 
 AHEAD = 3  # chunks per process that are under way or wait for their turn
 PR_SET_PDEATHSIG = 1
+PASSING = re.compile(rf"(?: at| @) 0x[0-9a-fA-F]{{6,}}|{re.escape(tempfile.gettempdir())}/[^\s'\":]*tmp\w{{8}}\S*")
 fork = multiprocessing.get_context("fork")
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -138,5 +141,7 @@ def become_worker(lock: int | None = None) -> None:
 
 
 def reason_of(error: Exception) -> str:
+    """One line, the same in every run: without addresses in memory and names of temporary files."""
     text = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    text = PASSING.sub("", text)
     return f"{type(error).__name__}: {' '.join(text.split())}"

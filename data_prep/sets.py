@@ -25,6 +25,11 @@ def rejected_path(out: Path) -> Path:
     return out.with_suffix(".rejected.csv")
 
 
+def notes_path(out: Path) -> Path:
+    """`OUT.notes.csv` of `OUT.beton`: what its owner should know of single sources that were stored."""
+    return out.with_suffix(".notes.csv")
+
+
 def validation_path(out: Path) -> Path:
     """`OUT_val.beton` of `OUT.beton`."""
     return out.with_name(f"{out.stem}_val{out.suffix}")

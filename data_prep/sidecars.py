@@ -40,6 +40,7 @@ def sidecar_of(task: Task, part: PartFile, records: Array, grey: bool) -> dict[s
         "max_height": int(image["height"].max()),
         "max_width": int(image["width"].max()),
         "kept_jpegs": part.totals.kept,
+        "notes": part.totals.notes,
         "bytes": part.path.stat().st_size,
         "sha256": "",
         **_shared(task),
@@ -57,6 +58,7 @@ def index_of(task: Task, shards: list[dict[str, Any]], totals: Totals, grey: boo
         "counts": np.sum([shard["counts"] for shard in shards], 0).tolist(),
         **{name: max(shard[name] for shard in shards) for name in ("max_height", "max_width")},
         **{name: sum(shard[name] for shard in shards) for name in ("kept_jpegs", "bytes")},
+        "notes": totals.notes,
         **_shared(task),
     }
 

@@ -20,7 +20,7 @@ from data_prep.encode import Stored, WriteOptions, check_opencv, encode
 from data_prep.partial import Chunk, Job, PartFile, Totals, locked, readable_write_errors
 from data_prep.plan import Output, Task, count_allowed, describe_job, partial_folder, stored_order
 from data_prep.pool import Work, append_all, become_worker, reason_of
-from data_prep.sets import byte_bar, files_path, read_index, rejected_path, write_csv
+from data_prep.sets import byte_bar, files_path, notes_path, read_index, rejected_path, write_csv
 from data_prep.sidecars import index_of, sidecar_of
 from data_prep.sources import Samples
 from fasthpm.data.ffcv.beton import sidecar_path
@@ -159,7 +159,12 @@ def check_output(out: Path, paths: Iterable[Path]) -> None:
         raise UserError(f"folder {out.parent} of output {out.name} does not exist; create it")
     if not os.access(out.parent, os.W_OK):
         raise UserError(f"folder {out.parent} of output {out.name} is not writable")
-    names = [rejected_path(out).name, partial_folder(out).name, *(files_path(path).name for path in paths)]
+    names = [
+        rejected_path(out).name,
+        notes_path(out).name,
+        partial_folder(out).name,
+        *(files_path(path).name for path in paths),
+    ]
     longest = max(len(os.fsencode(name)) for name in names)
     if longest > LONGEST_NAME:
         raise UserError(
@@ -173,7 +178,9 @@ def _old_files(task: Task) -> list[Path]:
     heads = {task.out, *(output.path for output in task.outputs)}
     with contextlib.suppress(UserError):
         heads |= {task.out.with_name(name) for name in (read_index(task.out) or {}).get("shards", [])}
-    candidates = {path for head in heads for path in (head, sidecar_path(head), files_path(head))}
+    candidates = {path for head in heads for path in (head, sidecar_path(head), files_path(head))} | {
+        notes_path(task.out)
+    }
     return sorted(path for path in candidates if path.exists())
 
 
@@ -236,7 +243,8 @@ def _encode_chunk(indices: Array) -> Chunk:
                 raise MemoryError(str(error)) from error
             rejected.append((index, reason_of(error)))
     columns = np.array([row[:2] for row in accepted], np.int64).reshape(-1, 2)
-    return Chunk(columns[:, 0], columns[:, 1], [row[2] for row in accepted], rejected)
+    notes = [(index, note) for index, _, stored in accepted for note in stored.notes]
+    return Chunk(columns[:, 0], columns[:, 1], [row[2] for row in accepted], rejected, notes)
 
 
 # ------------------------------------------------------------------------------------------------------- the end
@@ -278,6 +286,10 @@ def _finish(task: Task, job: Job, num_workers: int) -> None:
         index = sidecar_path(job.folder / task.out.name)
         write_json(index, index_of(task, shards, merged, grey), durable=True)
         sidecars.append(index.name)
+    if job.facts:
+        path = notes_path(job.folder / task.out.name)
+        write_csv(path, ("path", "note"), ((task.source.where(i), note) for i, note in sorted(map(tuple, job.facts))))
+        names.append(path.name)
     fsync(job.folder)
     job.plan_publishing(names + sidecars, [path.name for path in _old_files(task)])
 

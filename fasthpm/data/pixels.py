@@ -15,6 +15,9 @@ EXTENSIONS = frozenset(
     [".bmp", ".gif", ".jpeg", ".jpg", ".jp2", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"]
 )
 MAX_LABEL = 1_000_000
+BITS_PER_SAMPLE, SAMPLE_FORMAT, SIGNED = 258, 339, 2  # tags of a TIFF, and a value of the latter
+UNKNOWN_RANGE = "integers of 32 bits or with a sign, whose range is unknown ({span}); save 8 or 16 bits without a sign"
+SCALED = ("PNG", "PPM")  # formats whose wide integers PIL gives in 0..65535, whatever their mode
 
 
 @dataclass(frozen=True)
@@ -31,15 +34,17 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Any PIL image as upright 8-bit RGB.
 
     EXIF rotation is applied; transparency (alpha, or a palette or colour marked transparent) is laid over white;
-    16-bit grey is scaled by 1/257, not clipped; CMYK is converted without its colour profile; of an animation the
-    first frame is taken.
+    16-bit grey is scaled by 1/257, not clipped, that of fewer bits by its own range; CMYK is converted without its
+    colour profile; of an animation the first frame is taken.
 
-    **Raises:** `ValueError` for pixels whose range is unknown (32-bit integers above 65535, floats outside 0..1), and
-    what PIL raises for damaged files.
+    **Raises:** `ValueError` for pixels whose range is unknown (integers of 32 bits or with a sign, floats outside
+    0..1), and what PIL raises for damaged files.
     """
-    image = _upright(image)
+    source, image = image, _upright(image)
     if image.mode.startswith("I") or image.mode == "F":
-        return _scaled(image).convert("RGB")
+        return _scaled(image, _white(source)).convert("RGB")
+    if SIGNED in getattr(source, "tag_v2", {}).get(SAMPLE_FORMAT, ()):
+        raise ValueError(UNKNOWN_RANGE.format(span=f"8 bits, mode {image.mode}"))
     if "transparency" in image.info or image.mode in ("LA", "La", "PA", "RGBA", "RGBa"):
         layer = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
@@ -54,16 +59,25 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def _scaled(image: Image.Image) -> Image.Image:
+def _white(image: Image.Image) -> float:
+    """The value of white of grey with 16 bits or more, or float; 0 where nothing tells."""
+    if image.mode == "F":
+        return 1.0
+    if image.mode.startswith("I;16"):
+        (bits, *_) = getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, (16,))
+        return float(2**bits - 1)
+    return 65535.0 if image.format in SCALED else 0.0
+
+
+def _scaled(image: Image.Image, white: float) -> Image.Image:
     """Grey of 16 or 32 bits, or float, as 8-bit grey."""
     values = np.asarray(image).astype(np.float64)
-    if image.mode == "F":
-        limit = 1.0
-    else:
-        limit = 65535.0
-    if not (values.min() >= 0 and values.max() <= limit):
-        raise ValueError(f"{image.mode} pixels span {values.min():g} to {values.max():g}, expected 0 to {limit:g}")
-    return Image.fromarray(np.rint(values * (255 / limit)).astype(np.uint8))
+    span = f"pixels span {values.min():g} to {values.max():g}"
+    if not white:
+        raise ValueError(UNKNOWN_RANGE.format(span=span))
+    if not (values.min() >= 0 and values.max() <= white):
+        raise ValueError(f"{image.mode} {span}, expected 0 to {white:g}")
+    return Image.fromarray(np.rint(values * (255 / white)).astype(np.uint8))
 
 
 def is_grey(pixels: Array) -> bool:

@@ -10,26 +10,30 @@ from PIL import Image
 
 from fasthpm.data.bad import BadSample
 from fasthpm.data.base import PrefetchLoader
+from fasthpm.data.decoding import Decoded, read, size_of
 from fasthpm.data.options import LoaderOptions
-from fasthpm.data.pixels import ImageList, is_grey, list_images, render, to_rgb
+from fasthpm.data.pixels import ImageList, is_grey, list_images, render
 from fasthpm.data.sampling import Array
 from fasthpm.data.types import DatasetInfo
-from fasthpm.errors import UserError
+from fasthpm.errors import UserError, warn
 
 PROBES = 256  # images that a folder's channels, mean and std are measured on, evenly spaced
-SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap height and width
-ORIENTATION = 0x0112
+_told: set[str] = set()  # notes that have been passed on; all of them are not known until everything is read
 
 
 def read_pixels(path: str) -> Array:
-    """A file as uint8 RGB [h, w, 3]; see `to_rgb`.
+    """A file as uint8 RGB [h, w, 3]; see `decoding`.
 
     **Raises:** `UserError` naming the file where it cannot be read.
     """
+    return _decode(path).pixels
+
+
+def _decode(path: str) -> Decoded:
     try:
-        with warnings.catch_warnings(), Image.open(path) as image:
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PIL's remarks on odd but readable files
-            return np.asarray(to_rgb(image))
+            return read(Path(path).read_bytes())
     except MemoryError:
         raise
     except Exception as error:  # PIL's decoders raise nearly anything for damaged files
@@ -58,8 +62,12 @@ def _readable(paths: list[str]) -> Iterator[Array]:
     error, found = None, False
     for path in paths:
         try:
-            yield read_pixels(path)
+            decoded = _decode(path)
             found = True
+            for note in [note for note in decoded.notes if note not in _told]:
+                _told.add(note)
+                warn(f"{path}: {note}; there may be more such files")
+            yield decoded.pixels
         except UserError as unreadable:
             error = error or unreadable
     if error and not found:
@@ -84,13 +92,11 @@ class PlainLoader(PrefetchLoader):
         """Height and width of the upright image, from the file's header."""
         path = self._images.paths[index]
         try:
-            with warnings.catch_warnings(), Image.open(path) as image:
+            with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                width, height = image.size
-                sideways = image.getexif().get(ORIENTATION) in SIDEWAYS
+                return size_of(path)
         except Exception as error:
             raise UserError(f"{path} cannot be read as an image ({error}); repair or remove it") from error
-        return (width, height) if sideways else (height, width)
 
     def _describe(self, sample: int) -> BadSample:
         path = self._images.paths[sample]

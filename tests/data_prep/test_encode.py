@@ -8,9 +8,12 @@ import pytest
 from PIL import Image
 
 from data_prep import encode, jpeg
+from data_prep.copy import copy_sets
 from data_prep.encode import WriteOptions
+from data_prep.sets import notes_path, read_csv, read_index
 from fasthpm.data.ffcv.beton import open_beton
 from tests.helpers.data_fixtures import jpeg_bytes, picture, prepare
+from tests.helpers.odd_files import Tiff
 from tests.helpers.prepared_sets import RAW_FLAGS, stored
 
 
@@ -137,3 +140,33 @@ def test_images_too_large_are_rejected_by_their_header(tmp_path: Path, monkeypat
 @pytest.mark.parametrize(("width", "expected"), [(500, 2), (375, 2), (16, 1), (17, 2), (48, 3), (112, 1)])
 def test_restart_markers_divide_the_rows(width: int, expected: int) -> None:
     assert encode.restart_interval(width) == expected
+
+
+def test_what_should_be_known_is_said_counted_and_listed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    grey = np.asarray(picture(0, grey=True)).astype(np.uint16)
+    for k, bits in enumerate((10, 12, 12, 16)):
+        Image.fromarray(grey << (bits - 8) | 255).save(folder / f"deep{k}.png")
+    small = np.asarray(picture(1, (5, 6)))
+    (folder / "two.tif").write_bytes(Tiff().add(small, tags={254: 1}).add(np.asarray(picture(1))).bytes())
+    out = prepare(folder, folder.parent / "a.beton", "--shards", "2")
+    said = capsys.readouterr().out
+    listed = list(read_csv(notes_path(out)))
+    assert [Path(path).name for path, _ in listed[1:]] == ["deep0.png", "deep1.png", "deep2.png", "two.tif"]
+    notes = [note for _, note in listed[1:]]
+    assert [next(share for share in ("1/64", "1/16", "largest") if share in note) for note in notes] == [
+        "1/64",
+        "1/16",
+        "1/16",
+        "largest",
+    ]
+    index = read_index(out)
+    assert index["notes"] == {note: notes.count(note) for note in notes}
+    for note, count in index["notes"].items():
+        assert f"a.notes.csv: {count} file{'s' if count > 1 else ''}: {note}" in said
+    copy_sets([out], folder.parent / "copy")
+    assert (folder.parent / "copy" / "a.notes.csv").read_bytes() == notes_path(out).read_bytes()
+    for path in folder.glob("*"):
+        path.unlink()
+    picture(0).save(folder / "a.png")
+    prepare(folder, out, "--overwrite")
+    assert not notes_path(out).exists()

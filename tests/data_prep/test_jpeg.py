@@ -12,7 +12,9 @@ from data_prep import encode, jpeg, verify
 from data_prep.encode import WriteOptions
 from data_prep.sets import read_csv
 from fasthpm.data.ffcv.beton import JPEG, open_beton
+from fasthpm.errors import UserError
 from tests.helpers.data_fixtures import jpeg_bytes, picture, prepare
+from tests.helpers.odd_files import without_segments
 from tests.helpers.prepared_sets import KEEP, blobs, jpeg_folder, named
 
 
@@ -90,3 +92,42 @@ def test_harmless_warnings_are_no_damage(tmp_path: Path) -> None:
     stored = encode.encode(odd, WriteOptions(), 0.0)
     assert not stored.kept
     jpeg.decode(stored.blob, 80, 64)
+
+
+def unlike(seed: int, **options: Any) -> bytes:
+    return jpeg_bytes(picture(seed, (64, 80)), **options)
+
+
+def test_what_is_kept_decodes_in_training_and_does_not_depend_on_its_neighbours(tmp_path: Path) -> None:
+    """Photos with tables of their own, frames that rely on the standard ones, tiles that rely on the file they left."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for k in range(3):
+        (folder / f"photo{k}.jpg").write_bytes(unlike(k, optimize=True))
+        (folder / f"frame{k}.jpg").write_bytes(without_segments(unlike(9 + k), 0xC4))
+        (folder / f"tile{k}.jpg").write_bytes(without_segments(unlike(20 + k), 0xC4, 0xDB))
+    flags = ("--max_rejected", "3", "--keep_jpeg")
+    out, other = (prepare(folder, tmp_path / f"{n}.beton", *flags, "--num_workers", str(n)) for n in (1, 2))
+    assert out.read_bytes() == other.read_bytes()
+    assert open_beton(out).sidecar["kept_jpegs"] == 3
+    rejected = list(read_csv(tmp_path / "1.rejected.csv"))[1:]
+    assert [Path(path).name for path, _ in rejected] == [f"tile{k}.jpg" for k in range(3)]
+    assert {reason for _, reason in rejected} == {"DamagedJpeg: Quantization table 0x00 was not defined"}
+    verify.main([str(out)])
+    for name, data in zip(named(out), blobs(out), strict=True):
+        assert jpeg.fits(data)
+        truth = Image.open(io.BytesIO((folder / name).read_bytes() if "photo" in name else unlike(9 + int(name[-5]))))
+        assert np.abs(np.asarray(Image.open(io.BytesIO(data))).astype(int) - np.asarray(truth)).mean() < 4
+
+
+def test_verify_decodes_every_image_alone(tmp_path: Path) -> None:
+    """A set with a tile, as earlier versions wrote it: no neighbour lends its tables."""
+    folder = tmp_path / "in"
+    jpeg_folder(folder, 6)
+    out = prepare(folder, tmp_path / "a.beton", "--keep_jpeg")
+    beton, data = open_beton(out), bytearray(out.read_bytes())
+    start, length = int(beton.positions[3]), int(beton.lengths[3])
+    data[start : start + length] = without_segments(blobs(out)[3], 0xC4, 0xDB).ljust(length, b"\0")
+    out.write_bytes(data)
+    with pytest.raises(UserError, match="1 of 6 images do not decode, the first is sample 3"):
+        verify._check_pixels(beton, 1)

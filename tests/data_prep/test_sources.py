@@ -217,7 +217,7 @@ def test_tar_shards_with_class_names_and_odd_samples(tmp_path: Path) -> None:
     reasons = {Path(path).stem: why for path, why in list(read_csv(tmp_path / "a.rejected.csv"))[1:]}
     assert "no label" in reasons["nolabel"]
     assert "none of its members is an image" in reasons["noimage"]
-    assert "cannot identify" in reasons["broken"]
+    assert "is no image that Pillow knows" in reasons["broken"]
     (tmp_path / "classes.txt").write_text("cat\nant\n")
     flags = ("--max_rejected", "3", "--classes", str(tmp_path / "classes.txt"))
     assert open_beton(prepare(tmp_path / "in", tmp_path / "b.beton", *flags)).sidecar["counts"] == [2, 2]

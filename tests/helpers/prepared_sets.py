@@ -55,7 +55,7 @@ def spoil(folder: Path) -> dict[str, str]:
     return {
         "empty.png": "empty",
         "cut.jpg": "Premature end",
-        "notes.txt": "cannot identify",
+        "notes.txt": "is no image that Pillow knows (begins with 'not an im')",
         "gone.png": "No such file",
         "huge.png": "--max_pixels",
         "float.tif": "expected 0 to 1",
