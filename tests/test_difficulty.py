@@ -21,7 +21,7 @@ from fasthpm.checkpoint.shards import STATES, SavedState
 from fasthpm.checkpoint.weights import load_weights
 from fasthpm.cli import run_rank
 from fasthpm.errors import UserError
-from fasthpm.mask import num_masked
+from fasthpm.mask import num_masked, sample_noise
 from fasthpm.model import HPMViT
 from fasthpm.ranks import launch as ranks_launch
 from fasthpm.recipe import load_recipe, recipe_text, science_of
@@ -257,6 +257,15 @@ def test_the_masks_follow_the_answer_without_waiting(name: str) -> None:
         assert row[values.argsort(descending=True)[: int(0.5 * step.recipe.num_masked)]].all()
     other = step.ask_teachers(images, ids, torch.tensor(4)).difficulty
     assert torch.equal(answers, other) == (name != "measured")  # looks are drawn anew in every update
+
+
+def test_looks_are_drawn_from_the_seed_and_apart_from_the_masks() -> None:
+    step = step_of(difficulty="measured", seed=5)
+    (images, ids), update = batch(), torch.tensor(3)
+    noise = difficulty.view_noise(update, ids, 49, seed=5)
+    assert torch.equal(step.ask_teachers(images, ids, update).difficulty, step.difficulty(images, noise))
+    for masks in sample_noise(5, update, ids, 49):
+        assert (masks != noise).float().mean() > 0.99
 
 
 def test_the_other_weights_start_as_without_the_head() -> None:
