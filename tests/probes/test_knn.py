@@ -121,6 +121,8 @@ def test_every_weights_and_bank_have_figures_of_their_own(run: Path) -> None:
     """Against the vote on features of whole, undistorted sets."""
     found = knn.main([str(run), *DATA, "--k", "5", "--bank_size", "0", "8", "--weights", "student", "untrained"])
     assert len(set(found.files)) == 4
+    few = knn.main([str(run), *DATA, "--k", "5", "--bank_size", "8"])  # 8 voters, and still all queries
+    assert few.accuracies["student", 8] == found.accuracies["student", 8]
     for weights in ("student", "untrained"):
         model, recipe = load_weights(run, weights)
         sets = []
