@@ -7,7 +7,7 @@ from itertools import combinations, permutations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
@@ -280,6 +280,8 @@ def test_attention_mask_is_the_race(seed: int, length: int, masked: float, throw
     on_device=st.booleans(),
     policy=st.sampled_from(["random", "hpm", "hpm_easiest", "block", "blockwise"]),
 )
+@example(seed=1, rows=9, columns=64, ratio=0.5, alpha=0.5, ties=False, on_device=False, policy="blockwise")
+@example(seed=1, rows=9, columns=65, ratio=0.5, alpha=0.5, ties=False, on_device=False, policy="blockwise")
 def test_numpy_and_torch_draw_the_same(
     seed: int, rows: int, columns: int, ratio: float, alpha: float, ties: bool, on_device: bool, policy: str
 ) -> None:

@@ -232,3 +232,18 @@ def test_a_recipe_says_which_maps_when(tmp_path: Path) -> None:
         assert [epoch for epoch in range(9) if run.due(epoch)] == epochs
         assert [update for update in range(45) if run.due_at(update, 5)] == [5 * epoch for epoch in epochs]
     assert maps_run.for_recipe(recipes.debug(), INFO) is None
+
+
+def test_maps_of_before_stay_until_the_new_ones_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that was resumed at a refresh makes the same file again."""
+    run = refreshed(tmp_path)
+    whole = run.path(2).read_bytes()
+
+    def failing(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", failing)
+    with pytest.raises(UserError, match="No space left on device"):
+        run.refresh(2, whole_images(), lambda images: 0 * brightness(images), LAUNCH)
+    assert [path.name for path in tmp_path.iterdir()] == ["attention-00000002.maps"]
+    assert run.path(2).read_bytes() == whole
