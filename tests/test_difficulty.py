@@ -21,7 +21,7 @@ from fasthpm.checkpoint.shards import STATES, SavedState
 from fasthpm.checkpoint.weights import load_weights
 from fasthpm.cli import run_rank
 from fasthpm.errors import UserError
-from fasthpm.mask import num_masked
+from fasthpm.mask import num_masked, sample_noise
 from fasthpm.model import HPMViT
 from fasthpm.ranks import launch as ranks_launch
 from fasthpm.recipe import load_recipe, recipe_text, science_of
@@ -150,6 +150,12 @@ def test_looks_ask_for_every_patch_once(ratio: float, grid: tuple[int, int], slo
         assert all(len(set(row)) == len(row) for row in together.tolist())
 
 
+def test_there_are_two_looks_and_more_only_where_less_than_half_is_masked() -> None:
+    """Two also where the student sees nothing at all."""
+    for ratio, side, count in ((0.9, 10, 2), (0.75, 10, 2), (0.5, 10, 2), (0.4, 10, 3), (0.3, 10, 4), (0.9, 2, 2)):
+        assert len(list(difficulty.views(torch.rand(1, side**2), (side, side), ratio))) == count
+
+
 @torch.no_grad()
 def test_in_place_reads_each_patch_by_itself() -> None:
     model = doubled(difficulty="in_place", mask_policy="hpm")
@@ -198,6 +204,15 @@ def test_the_heads_gradient_is_its_own() -> None:
     loss.backward()
     for name, weight in step.student.difficulty_head.named_parameters():
         torch.testing.assert_close(found[f"difficulty_head.{name}"], weight.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_the_difficulty_loss_is_the_predictors_and_the_heads() -> None:
+    step = step_of(difficulty="in_place")
+    output = step(*batch(), torch.tensor(3), ALPHA)
+    found = dict(zip(METRICS, output.metrics.tolist(), strict=True))
+    parts = found["reconstruction_loss"] + found["difficulty_loss"]
+    assert found["loss"] == pytest.approx(parts, rel=1e-6) == pytest.approx(float(output.loss.detach()), rel=1e-6)
+    assert found["difficulty_loss"] > 1  # about ln 2 each
 
 
 def pairs_by_loop(step: Step, patches: Tensor, mask: Tensor, losses: Tensor) -> Tensor:
@@ -257,6 +272,15 @@ def test_the_masks_follow_the_answer_without_waiting(name: str) -> None:
         assert row[values.argsort(descending=True)[: int(0.5 * step.recipe.num_masked)]].all()
     other = step.ask_teachers(images, ids, torch.tensor(4)).difficulty
     assert torch.equal(answers, other) == (name != "measured")  # looks are drawn anew in every update
+
+
+def test_looks_are_drawn_from_the_seed_and_apart_from_the_masks() -> None:
+    step = step_of(difficulty="measured", seed=5)
+    (images, ids), update = batch(), torch.tensor(3)
+    noise = difficulty.view_noise(update, ids, 49, seed=5)
+    assert torch.equal(step.ask_teachers(images, ids, update).difficulty, step.difficulty(images, noise))
+    for masks in sample_noise(5, update, ids, 49):
+        assert (masks != noise).float().mean() > 0.99
 
 
 def test_the_other_weights_start_as_without_the_head() -> None:

@@ -149,12 +149,27 @@ def test_difficulty_losses_compute_in_float32_from_bfloat16() -> None:
     torch.testing.assert_close(loss.ranking_loss(predicted, actual), loss.ranking_loss(predicted.float(), actual))
 
 
+def test_many_blocks_lose_no_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """1,500 blocks of one row: the sum of float32's is as float64 has it, but for float32's last place."""
+    monkeypatch.setitem(loss.BLOCK_ELEMENTS, "cpu", 1)
+    predicted, actual = (x.detach().float() for x in scores(0, (1, 1500), ties=False))
+    truth = loss.ranking_loss_plain(predicted.double(), actual.double()).item()
+    assert loss.ranking_loss(predicted, actual).item() == pytest.approx(truth, rel=1e-7)
+
+
 @settings(max_examples=30, deadline=None)
 @given(seed=seeds, shape=st.tuples(st.integers(1, 3), st.integers(2, 9)))
 def test_predictor_health(seed: int, shape: tuple[int, int]) -> None:
     predicted, actual = scores(seed, shape, ties=False)
     assert loss.spearman(predicted, actual).item() == pytest.approx(reference.spearman(predicted, actual), abs=1e-5)
     assert loss.pair_accuracy(predicted, actual).item() == pytest.approx(reference.pair_accuracy(predicted, actual))
+
+
+def test_of_few_patches_one_is_the_hardest() -> None:
+    for count in (2, 3, 4):
+        actual = torch.rand(5, count, generator=torch.Generator().manual_seed(count))
+        assert loss.hardest_auc(actual, actual).item() == 1
+        assert loss.hardest_auc(-actual, actual).item() == 0
 
 
 def test_published_ties_and_saturation() -> None:

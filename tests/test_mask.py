@@ -7,7 +7,7 @@ from itertools import combinations, permutations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
@@ -280,6 +280,8 @@ def test_attention_mask_is_the_race(seed: int, length: int, masked: float, throw
     on_device=st.booleans(),
     policy=st.sampled_from(["random", "hpm", "hpm_easiest", "block", "blockwise"]),
 )
+@example(seed=1, rows=9, columns=64, ratio=0.5, alpha=0.5, ties=False, on_device=False, policy="blockwise")
+@example(seed=1, rows=9, columns=65, ratio=0.5, alpha=0.5, ties=False, on_device=False, policy="blockwise")
 def test_numpy_and_torch_draw_the_same(
     seed: int, rows: int, columns: int, ratio: float, alpha: float, ties: bool, on_device: bool, policy: str
 ) -> None:
@@ -369,6 +371,17 @@ def test_attention_draws_without_replacement_in_proportion_to_weight() -> None:
     chi_square = sum((observed[key] - want) ** 2 / want for key, want in expected.items())
     freedom = len(expected) - 1
     assert chi_square < freedom + 5 * math.sqrt(2 * freedom)
+
+
+def test_patches_without_weight_come_last_whatever_the_noise() -> None:
+    """Behind the smallest weight there is, and with the largest noise there is, 1 - 2^-24."""
+    weights = torch.tensor([[0.0] * 5 + [1e-38] * 5]).expand(500, 10)
+    noise = masks.sample_noise(0, torch.tensor(1), torch.arange(500), 10)[0]
+    for numbers in (noise, torch.where(weights > 0, noise, 1 - 2.0**-24)):
+        masked, thrown = masks.attention_mask(weights, 0.5, 0.2, numbers)
+        assert masked[:, 5:].all()
+        assert not masked[:, :5].any()
+        assert (thrown[:, :5].sum(1) == 2).all()
 
 
 def test_published_attention_counts() -> None:
@@ -483,6 +496,16 @@ def test_every_policy_masks_exactly_in_every_slot(
             for slot, row in enumerate(rows_of(frames[i])):
                 part = slice(slot * size, (slot + 1) * size)
                 assert row == reference.easy_to_hard_mask(values[slot], ratio, alpha, ties[part], rest[part], easiest)
+
+
+def test_the_hardest_tubes_are_hard_in_all_slots_together() -> None:
+    """Not in the one where they are hardest: 2 + 2 and 2 + 1 before 3 + 0 and 0 + 2.5."""
+    difficulty = torch.tensor([[3.0, 2.0, 2.0, 0.0, 0.0, 2.0, 1.0, 2.5]]).repeat(50, 1)
+    plan = masks.MaskPlan("hpm_tube", 0.5, (2, 2), slots=2)
+    noise = torch.rand(2, 50, plan.noise_size, generator=torch.Generator().manual_seed(0))
+    assert (masks.draw_mask(plan, noise, difficulty, 0.5).reshape(50, 2, 4)[:, :, 1]).all()
+    mask = masks.draw_mask(plan, noise, difficulty + torch.tensor([[0, 0, 0.25, 0, 0, 0, 0.25, 0]]), 1.0)
+    assert rows_of(mask) == [{1, 2, 5, 6}] * 50
 
 
 def test_videos_of_the_papers_size_are_masked_as_published() -> None:

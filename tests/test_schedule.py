@@ -47,3 +47,8 @@ def test_lr_matches_the_published_grids() -> None:
         )
         for epoch, want, _ in grid["points"]:
             assert schedule.lr_at(recipe, round(epoch * 1000)) == pytest.approx(want, rel=1e-9, abs=1e-12)
+
+
+def test_without_a_ramp_the_momentum_is_the_last_one_from_the_start() -> None:
+    recipe = resolved(ema_momentum=0.9, ema_momentum_end=0.99, ema_ramp_epochs=0)
+    assert [schedule.ema_momentum_at(recipe, step) for step in (0, 150, 19999)] == [pytest.approx(0.99)] * 3

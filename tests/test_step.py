@@ -22,7 +22,7 @@ from fasthpm.patches import model_of
 from fasthpm.ranks import deepspeed_json, engine
 from fasthpm.ranks import launch as ranks_launch
 from fasthpm.recipe import PREDICT_LOSSES, Recipe
-from fasthpm.step import METRICS, Step
+from fasthpm.step import HEALTH_SAMPLES, METRICS, Step
 from fasthpm.teacher import EMATeacher
 from tests.helpers import reference
 from tests.helpers.launch import ROOT, check_ranks
@@ -284,6 +284,26 @@ def test_metrics_are_what_they_are_called() -> None:
     got = dict(zip(METRICS, output.metrics.tolist(), strict=True))
     for name, value in want.items():
         assert got[name] == pytest.approx(float(value), abs=1e-5), name
+
+
+def test_the_health_of_a_large_batch_is_that_of_its_first_samples() -> None:
+    step = step_of()
+    images, ids = batch(HEALTH_SAMPLES + 4)
+    output = step(images, ids, torch.tensor(3), ALPHA)
+    patches, maps = step.normalized_patches(images), torch.rand(len(images), 49)
+    with torch.no_grad():
+        again = step.student(patches, output.mask)
+    seen = step._teacher[0].predict_loss(patches).gather(1, split_ids(output.mask, 37)[1])
+    some = slice(HEALTH_SAMPLES)
+    want = {
+        "spearman": loss.spearman(again.predicted_difficulty[some], again.per_patch_loss[some]),
+        "pair_accuracy": loss.pair_accuracy(again.predicted_difficulty[some], again.per_patch_loss[some]),
+        "teacher_spearman": loss.spearman(seen[some], again.per_patch_loss[some]),
+    }
+    got = dict(zip(METRICS, output.metrics.tolist(), strict=True))
+    for name, value in want.items():
+        assert got[name] == pytest.approx(float(value), abs=1e-5), name
+    assert torch.equal(step.map_spearman(images, maps), step.map_spearman(images[some], maps[some]))
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -39,3 +39,18 @@ def test_the_step_masks_alike_whatever_the_batch(policy: str) -> None:
     assert torch.equal(both[1:], run(recipe, slice(1, 2)))
     assert not torch.equal(both, run(dataclasses.replace(recipe, seed=7), slice(0, 2)))
     assert both.sum(1).tolist() == [recipe.num_masked] * 2
+
+
+def test_a_head_reads_all_patches_of_a_clip() -> None:
+    """No cls token stands before them."""
+    recipe = tiny(difficulty="in_place")
+    step = Step(model_of(recipe), recipe, INFO)
+    step.attach_teacher(model_of(dataclasses.replace(recipe, seed=1)).eval())
+    clips = torch.randint(0, 256, (2, 8, 16, 16, 3), dtype=torch.uint8)
+    answer = step.ask_teachers(clips, torch.tensor([5, 9]), torch.tensor(3))
+    tokens = step._teacher[0].encode(step.normalized_patches(clips))
+    assert tokens.shape[1] == recipe.num_patches
+    assert answer.tokens is not None
+    assert answer.difficulty is not None
+    assert torch.equal(answer.tokens, tokens)
+    assert torch.equal(answer.difficulty, step._teacher[0].difficulty_head(tokens))

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fasthpm import teacher as teacher_module
 from fasthpm.checkpoint import shards
 from fasthpm.cli import run_rank
 from fasthpm.ranks import deepspeed_json, engine
@@ -25,6 +26,7 @@ from fasthpm.recipe import Recipe
 from fasthpm.teacher import EMATeacher
 from tests.helpers import reference
 from tests.helpers.launch import check_ranks
+from tests.helpers.layouts import KINDS, group_of
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, CHECKPOINT_STEP = 20, 10
@@ -259,6 +261,63 @@ def main(out: Path) -> None:
             merged = deepspeed_json.merge_config(out / f"{name}-{launch.rank}.json", recipe, launch.world_size)
             found = measure(merged, recipe, launch, folder)
             (folder / f"rank{launch.rank}.json").write_text(json.dumps(found))
+
+
+# -------------------------------------------------------------------------------------------------- without ranks
+class Engine:
+    """As much of DeepSpeed's engine as a teacher of one rank needs: masters in float32, weights in bfloat16."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, student: nn.Module) -> None:
+        values = {f"student.{name}": weight.detach() for name, weight in student.named_parameters()}
+        group = group_of(values, "flat", 1, 0, torch.bfloat16)
+        self.optimizer = torch.optim.AdamW([group.master], lr=0.1)
+        self.groups, self.masters = [group], [group.master]
+        shape = torch.zeros_like(group.master)
+        self.optimizer.state[group.master] = {"step": torch.zeros(()), "exp_avg": shape, "exp_avg_sq": shape.clone()}
+
+
+def test_the_copy_is_the_average_and_follows_what_it_should(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After every step: the masters' average, rounded, but for what the teacher has as the student has it."""
+    monkeypatch.setattr(teacher_module, "MasterLayout", lambda engine: engine)
+    student, copy = Toy(), Toy()
+    engine = Engine(student)
+    (group,), (master,) = engine.groups, engine.masters
+    student.scale *= 2
+    teacher = EMATeacher(engine, student, "student.", copy, 0.75, followed="head.")
+    assert torch.equal(copy.scale, student.scale)
+    average, weights = master.double(), dict(copy.named_parameters())
+    for step in range(4):
+        teacher.momentum = 0.75 + 0.05 * step
+        master.grad = torch.sin(master * 9 + step)
+        engine.optimizer.step()
+        average = reference.ema(average, master.double(), teacher.momentum)
+        for slot in group.slots:
+            source = master.double() if slot.name.startswith("student.head.") else average
+            want = group.part(source, slot).view(slot.shape)
+            got = weights[slot.name.removeprefix("student.")]
+            torch.testing.assert_close(got.double(), want, rtol=2**-8, atol=1e-6)
+    assert (average - master.double()).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_followed_parameters_are_found_in_every_shard(kind: str, world: int) -> None:
+    """All of their elements, and none of another parameter's."""
+    shapes = {"student.a": (3, 5), "student.head.a": (7,), "student.head.b": (2, 3), "student.b": (4,)}
+    values = {name: torch.full(shape, 1.0 + ("head." in name)) for name, shape in shapes.items()}
+    found = 0
+    for rank in range(world):
+        group = group_of(values, kind, world, rank)
+        marked = torch.zeros_like(group.master)
+        for slot in group.slots:
+            if (span := teacher_module._span(group, slot, "student.head.")) is not None:
+                marked[span] = 1
+        found += int((group.master == 2).sum())
+        assert not marked[group.master == 1].any()
+        assert marked[group.master == 2].all()
+    assert found == 13
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["1_rank", "2_ranks"])

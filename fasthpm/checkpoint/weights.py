@@ -85,7 +85,7 @@ def initial_model(recipe: Recipe) -> HPMViT:
         return model
     donor, _ = load_weights(Path(recipe.init_from))
     given = donor.state_dict()
-    tables = {name: table for name, table in model.named_buffers() if name in given}
+    tables = {name: table.clone() for name, table in model.named_buffers() if name in given}
     for name, table in tables.items():
         if given[name].shape == table.shape and (given[name] - table).abs().max() > POSITION_TOLERANCE:
             raise UserError(

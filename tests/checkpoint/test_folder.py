@@ -3,11 +3,14 @@
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from fasthpm import files
 from fasthpm.checkpoint import folder as checkpoint_folder
+from fasthpm.checkpoint import shards
 from fasthpm.checkpoint.folder import RunState, require_space
 from fasthpm.errors import UserError
 from fasthpm.recipe import Recipe, save_recipe, science_of
@@ -28,6 +31,22 @@ def test_a_killed_save_is_never_seen(tmp_path: Path) -> None:
     (aside / "student.safetensors").write_bytes(b"half")
     assert checkpoint_folder.newest_valid(tmp_path, pytest.fail) == good
     assert write(tmp_path, 2).is_dir()  # the next attempt at the same step clears what the first one left
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every file that was not synced already, then the name: a machine that loses power keeps a whole one or none."""
+    final, seen = checkpoint_folder.checkpoint_path(tmp_path, 7), []
+    monkeypatch.setattr(checkpoint_folder, "fsync", lambda path: seen.append((path, final.exists())))
+    aside = checkpoint_folder.begin(tmp_path, 7)
+    for name in ("synced", "not synced"):
+        (aside / name).write_text(name)
+    synced = {"synced": [6, files.file_hash(aside / "synced")]}
+    checkpoint_folder.commit(aside, recipe_in(tmp_path), RunState(7, {}, 1, 1), synced)
+    names = {"not synced", "recipe.json", "state.json", "manifest.json"}
+    assert {path for path, named in seen if not named} == {aside / name for name in names}
+    assert [path for path, named in seen if named] == [final.parent]
+    assert set(json.loads((final / "manifest.json").read_text())) == {"synced", *names} - {"manifest.json"}
+    assert checkpoint_folder.damage(final) == ""
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "no manifest"])
@@ -139,3 +158,19 @@ def test_a_checkpoint_is_not_begun_without_space(tmp_path: Path) -> None:
         require_space(tmp_path, 10**13)
     assert str(tmp_path) in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_space_asked_for_is_that_of_a_state_with_a_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = {f"0/{state}": torch.zeros(100_000) for state in shards.STATES}
+    shards.write(shards.Snapshot(tensors, {}), tmp_path / "shards" / "part")
+    size = (tmp_path / "shards" / "part").stat().st_size
+    monkeypatch.setattr(checkpoint_folder.shutil, "disk_usage", lambda path: SimpleNamespace(free=size))
+    with pytest.raises(UserError, match="free some space"):
+        require_space(tmp_path, 100_000)
+
+
+def test_the_oldest_checkpoint_tells_which_maps_are_needed(tmp_path: Path) -> None:
+    assert checkpoint_folder.oldest_step(tmp_path) == 0
+    for step in (4, 12, 8):
+        write(tmp_path, step)
+    assert checkpoint_folder.oldest_step(tmp_path) == 4

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from fasthpm import recipes
+from fasthpm import checkpoint, recipes
 from fasthpm.checkpoint import folder as checkpoint_folder
+from fasthpm.checkpoint import saver as saver_module
 from fasthpm.checkpoint import shards
 from fasthpm.checkpoint.folder import RunState, damage, newest_valid
 from fasthpm.checkpoint.saver import Job, Saver
@@ -130,6 +131,46 @@ def test_old_checkpoints_go_but_those_to_keep(tmp_path: Path) -> None:
             saver.start(dataclasses.replace(job(tmp_path, rank, step=step), recipe=recipe))
         assert [saver.wait() for saver in savers] == ["", ""]
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step-00000004", "step-00000007"}
+
+
+def saved(folder: Path, step: int, keep: int = 1) -> list[str]:
+    """What two savers say of a checkpoint; so many are kept."""
+    recipe, savers = dataclasses.replace(recipes.debug(), keep_checkpoints=keep, steps_per_epoch=4), pair()
+    checkpoint_folder.begin(folder, step)
+    for rank, saver in enumerate(savers):
+        saver.start(dataclasses.replace(job(folder, rank, step=step), recipe=recipe))
+    return [saver.wait() for saver in savers]
+
+
+def test_no_checkpoint_goes_before_the_next_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert saved(tmp_path, 3) == ["", ""]
+
+    def full(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint, "commit", full)
+    assert saved(tmp_path, 4)[0] == "No space left on device"
+    assert newest_valid(tmp_path, pytest.fail) == checkpoint_folder.checkpoint_path(tmp_path, 3)
+
+
+def test_what_is_newer_and_damaged_costs_no_whole_one(tmp_path: Path) -> None:
+    """The run has gone back behind it, and what it writes now is the only one to resume from."""
+    assert saved(tmp_path, 9) == ["", ""]
+    (checkpoint_folder.checkpoint_path(tmp_path, 9) / "manifest.json").unlink()
+    assert saved(tmp_path, 6) == ["", ""]
+    assert newest_valid(tmp_path, lambda line: None) == checkpoint_folder.checkpoint_path(tmp_path, 6)
+
+
+def test_each_part_is_on_the_disk_before_it_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, bool]] = []
+
+    def synced(path: Path) -> None:
+        rank = int(path.stem[-5:])
+        seen.append((path.name, saver_module._marker(path.parent.parent, rank).exists()))
+
+    monkeypatch.setattr(saver_module, "fsync", synced)
+    assert saved(tmp_path, 3) == ["", ""]
+    assert sorted(seen) == [(f"rank-0000{rank}.safetensors", False) for rank in (0, 1)]
 
 
 @pytest.mark.parametrize("failing", [0, 1])

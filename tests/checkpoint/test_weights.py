@@ -41,6 +41,40 @@ def test_learned_positions_are_no_start(tmp_path: Path) -> None:
         weights.initial_model(Recipe(**{**vars(recipes.debug()), "init_from": str(start)}))
 
 
+def test_positions_may_be_rounded_and_in_no_direction_learned(tmp_path: Path) -> None:
+    """The fixed table is taken, not the rounded one."""
+    for number, (shift, refused) in enumerate(((-0.1, True), (-5e-4, False), (5e-4, False))):
+        (tmp_path / str(number)).mkdir()
+        start = imported_debug(tmp_path / str(number), lambda state, shift=shift: state["pos_embed"].add_(shift))
+        recipe = Recipe(**{**vars(recipes.debug()), "init_from": str(start)})
+        if refused:
+            with pytest.raises(UserError, match="has a learned pos_embed"):
+                weights.initial_model(recipe)
+        else:
+            assert torch.equal(weights.initial_model(recipe).pos_embed, model_of(recipe).pos_embed)
+
+
+def test_student_and_teacher_of_a_state_to_resume(tmp_path: Path) -> None:
+    """Each has its own weights, out of the one file that holds both."""
+    recipe = recipe_in(tmp_path, input_size="12")
+    models = {"student": away(recipe, seed=5), "teacher": away(recipe, seed=6)}
+    tensors, slots = {}, {}
+    for kind, model in zip(("master", "ema"), models.values(), strict=True):
+        offset, parts = 0, []
+        for name, weight in model.named_parameters():
+            slots[f"student.{name}"] = [list(weight.shape), offset, 0]
+            offset += weight.numel()
+            parts.append(weight.detach().flatten())
+        tensors[f"0/{kind}"] = torch.cat(parts)
+    aside = checkpoint_folder.begin(tmp_path, 3)
+    layout = {"optimizer_step": 3, "groups": [{"slots": slots, "shards": 1, "index": 0}]}
+    shards.write(shards.Snapshot(tensors, layout), shards.rank_file(aside, 0))
+    checkpoint_folder.commit(aside, recipe, checkpoint_folder.RunState(3, {}, 1, 1))
+    for which, model in models.items():
+        found = load_weights(tmp_path, which)[0].state_dict()
+        assert all(torch.equal(found[name], value) for name, value in model.state_dict().items())
+
+
 MODES: list[dict[str, Any]] = [
     {},
     {"decoder_attention": "cross"},

@@ -1,5 +1,6 @@
 """Orders, crops, colours and replacements: functions of seed, epoch and sample."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -134,6 +135,48 @@ def drawn_one_by_one(count: int) -> tuple[list[float], list[float]]:
 def test_extreme_shapes_fall_back_to_the_centre() -> None:
     crops = random_crops(0, 0, np.arange(2), np.array([[1000, 10], [10, 1000]]), 0.9, False)
     assert crops.tolist() == [[493, 0, 13, 10, 0], [0, 493, 10, 13, 0]]
+
+
+IDS, SIZES = np.arange(50), np.tile([[300, 400]], (50, 1))
+DRAWS: dict[str, Callable[[int, int], Any]] = {
+    "order": lambda seed, epoch: sample_order(seed, epoch, 50),
+    "order of blocks": lambda seed, epoch: block_order(seed, epoch, 50, 5, 1) // 5,
+    "order in a pool": lambda seed, epoch: block_order(seed, epoch, 50, 5, 99),
+    "crops": lambda seed, epoch: random_crops(seed, epoch, IDS, SIZES, 0.2, False),
+    "flips": lambda seed, epoch: random_crops(seed, epoch, IDS, SIZES, 0.2, True)[:, 4],
+    "colours": lambda seed, epoch: colour_factors(seed, epoch, IDS, 0.4, 3),
+    "replacements": lambda seed, epoch: replacements(seed, epoch, IDS, 1, 1000),
+}
+
+
+@pytest.mark.parametrize("draw", DRAWS)
+def test_every_draw_follows_seed_and_epoch(draw: str) -> None:
+    """What is the same in every epoch is learnt by heart, and no loss tells."""
+    first = DRAWS[draw](3, 0)
+    assert np.array_equal(first, DRAWS[draw](3, 0))
+    for other in (DRAWS[draw](3, 1), DRAWS[draw](4, 0)):
+        assert (first != other).mean() > 0.3
+
+
+def test_every_attempt_has_another_replacement() -> None:
+    tried = np.stack([replacements(0, 0, IDS, attempt, 1000) for attempt in range(1, 6)])
+    assert min(len(set(column.tolist())) for column in tried.T) >= 4
+
+
+@pytest.mark.parametrize(
+    ("size", "output", "share", "want"),
+    [
+        ((300, 400), (32, 32), 1.0, [0, 50, 300, 300]),
+        ((300, 400), (32, 48), 1.0, [16, 0, 267, 400]),
+        ((300, 400), (32, 64), 0.5, [100, 100, 100, 200]),
+        ((400, 300), (64, 32), 1.0, [0, 50, 400, 200]),
+        ((256, 256), (224, 224), 224 / 256, [16, 16, 224, 224]),
+    ],
+)
+def test_the_evaluation_crop_is_the_largest_box_of_the_outputs_shape(
+    size: tuple[int, int], output: tuple[int, int], share: float, want: list[int]
+) -> None:
+    assert centre_crops(np.array([size]), output, share).tolist() == [[*want, 0]]
 
 
 def test_orders_are_permutations_and_fixed_for_ever() -> None:

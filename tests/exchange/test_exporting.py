@@ -23,7 +23,7 @@ from fasthpm.model import HPMViT
 from fasthpm.patches import model_of
 from fasthpm.recipe import Recipe
 from tests.helpers.published import run_import
-from tests.helpers.runs import recipe_in, run_of
+from tests.helpers.runs import away, recipe_in, run_of
 from tests.helpers.videos import video_run
 
 
@@ -135,6 +135,51 @@ def test_a_difference_leaves_no_file(tmp_path: Path, form: str, monkeypatch: pyt
     assert not list(output.parent.iterdir())
     monkeypatch.setattr(forms, "save_tensors", original)
     assert exporting.export_weights(model, recipe, output, form) < 1e-12
+
+
+class Off(forms.Form):
+    """A library whose outputs are ours but for one, which is off by `error`."""
+
+    name, library, error = "off", "a library", 0.0
+
+    def write(self, model: HPMViT, recipe: Recipe, metadata: dict[str, str], path: Path) -> None:
+        path.write_text(json.dumps(metadata))
+
+    def ours(self, model: HPMViT, images: Tensor, mask: Tensor) -> Tensor:
+        return torch.linspace(-2, 4, 7, dtype=torch.float64)
+
+    def theirs(self, path: Path, images: Tensor, mask: Tensor) -> Tensor:
+        return self.ours(None, images, mask) + self.error * torch.eye(7, dtype=torch.float64)[2]  # type: ignore[arg-type]
+
+    def usage(self, path: Path) -> str:
+        return ""
+
+
+@pytest.mark.parametrize("error", [3e-7, -3e-7, float("nan"), 0.0, 1e-9])
+def test_small_differences_of_either_sign_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: float
+) -> None:
+    recipe = recipe_in(tmp_path, input_size="12")
+    form, path = Off(), tmp_path / "x.safetensors"
+    monkeypatch.setitem(forms.FORMS, "off", form)
+    form.error = error
+    if abs(error) < 1e-8:
+        assert exporting.export_weights(model_of(recipe), recipe, path, "off") == pytest.approx(error / 4, abs=1e-12)
+        return
+    with pytest.raises(RuntimeError, match="a library's outputs differ from ours by"):
+        exporting.export_weights(model_of(recipe), recipe, path, "off")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_weights_that_were_asked_for_leave(tmp_path: Path) -> None:
+    recipe = recipe_in(tmp_path, input_size="12")
+    teacher = away(recipe, seed=6)
+    run, student = run_of(tmp_path / "run", recipe, teacher)
+    for which, model in (("student", student), ("teacher", teacher)):
+        path = tmp_path / f"{which}.safetensors"
+        dispatch(["export", str(run), "--weights", which, "-o", str(path)])
+        assert torch.equal(load_file(path)["cls_token"], model.cls_token)
+        assert forms.metadata_of(path, "weights") == which
 
 
 def test_even_the_eps_of_a_norm_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

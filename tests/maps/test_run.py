@@ -1,6 +1,7 @@
 """Maps of samples as one file, and the runs that write and read it again."""
 
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fasthpm import recipes
 from fasthpm.data import DatasetInfo, build_loader
 from fasthpm.data.types import Batch
 from fasthpm.errors import UserError
@@ -113,6 +115,7 @@ def test_a_failed_refresh_leaves_the_maps_before(tmp_path: Path, monkeypatch: py
     [
         ({"info": dataclasses.replace(INFO, num_samples=41)}, "another samples: 40, and this run has 41"),
         ({"info": dataclasses.replace(INFO, mean=(0.31,))}, "of another data set"),
+        ({"info": dataclasses.replace(INFO, classes=("b",))}, "of another data set"),
         ({"grid": (7, 8)}, "another grid of patches"),
     ],
 )
@@ -171,3 +174,76 @@ def test_a_bad_samples_stand_in_writes_nothing(tmp_path: Path) -> None:
     rows = run.store.read(torch.arange(40)).flatten(1)
     assert rows[30].tolist() == [0.0] * 49
     assert (rows[torch.arange(40) != 30] == 100).all()
+
+
+def test_a_store_under_another_name_is_refused(tmp_path: Path) -> None:
+    """A copied file must not pass for maps of another kind, or of another epoch."""
+    whole = refreshed(tmp_path).path(2).read_bytes()
+    for kind, epoch, message in (
+        ("difficulty", 2, "another kind of map: attention, and this run has difficulty"),
+        ("attention", 4, "another epoch: 2, and this run has 4"),
+    ):
+        run = maps_run.RunMaps(tmp_path, kind, INFO, (7, 7), 2)
+        run.path(epoch).write_bytes(whole)
+        with pytest.raises(UserError, match=message):
+            run.open(epoch)
+
+
+def test_every_refresh_is_used_from_then_on(tmp_path: Path) -> None:
+    run, ids = refreshed(tmp_path), torch.arange(40)
+    assert run.store is not None
+    before = run.store.read(ids)
+    run.refresh(4, whole_images(), lambda images: brightness(images) / 2, LAUNCH)
+    assert run.store.header.epoch == 4
+    torch.testing.assert_close(run.store.read(ids), before / 2)
+
+
+def test_maps_are_on_the_disk_before_they_have_their_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    final, seen = tmp_path / "attention-00000002.maps", []
+    monkeypatch.setattr(maps_run.os, "fsync", lambda file: seen.append(final.exists()))
+    refreshed(tmp_path)
+    assert final.exists()
+    assert seen == [False]
+
+
+def test_a_disk_that_takes_a_few_bytes_at_a_time_gets_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, pwrite = refreshed(tmp_path / "a").path(2).read_bytes(), os.pwrite
+    monkeypatch.setattr(store.os, "pwrite", lambda file, data, offset: pwrite(file, data[:37], offset))
+    assert refreshed(tmp_path / "b").path(2).read_bytes() == whole
+
+
+def test_what_a_killed_refresh_left_goes(tmp_path: Path) -> None:
+    run = refreshed(tmp_path)
+    (tmp_path / ".writing-attention-00000004.maps").touch()
+    run.prune(2)
+    assert [path.name for path in tmp_path.iterdir()] == ["attention-00000002.maps"]
+
+
+def test_a_recipe_says_which_maps_when(tmp_path: Path) -> None:
+    attention: dict[str, Any] = {"mask_policy": "attention", "mask_ratio": 0.45, "predict_loss": "none"}
+    for changes, kind, epochs in (
+        ({**attention, "map_refresh_epochs": 3}, "attention", [3, 6]),
+        ({"teacher_maps": True, "map_refresh_epochs": 3}, "difficulty", [1, 4, 7]),
+    ):
+        recipe = dataclasses.replace(recipes.debug(), output_dir=str(tmp_path), **changes)
+        run = maps_run.for_recipe(recipe, INFO)
+        assert run is not None
+        assert run.path(3) == tmp_path / "maps" / f"{kind}-00000003.maps"
+        assert [epoch for epoch in range(9) if run.due(epoch)] == epochs
+        assert [update for update in range(45) if run.due_at(update, 5)] == [5 * epoch for epoch in epochs]
+    assert maps_run.for_recipe(recipes.debug(), INFO) is None
+
+
+def test_maps_of_before_stay_until_the_new_ones_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that was resumed at a refresh makes the same file again."""
+    run = refreshed(tmp_path)
+    whole = run.path(2).read_bytes()
+
+    def failing(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", failing)
+    with pytest.raises(UserError, match="No space left on device"):
+        run.refresh(2, whole_images(), lambda images: 0 * brightness(images), LAUNCH)
+    assert [path.name for path in tmp_path.iterdir()] == ["attention-00000002.maps"]
+    assert run.path(2).read_bytes() == whole

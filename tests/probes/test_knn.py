@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
@@ -12,6 +13,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
 from fasthpm import recipes
+from fasthpm.checkpoint.weights import load_weights
 from fasthpm.data import build_loader
 from fasthpm.patches import model_of
 from fasthpm.probes import features, knn
@@ -57,6 +59,13 @@ def test_accuracy_counts_queries() -> None:
     assert accuracy[10] == 100
     wrong = knn.knn_accuracy(bank, labels, bank, (labels + 1) % 3, 3)
     assert wrong[10] == 0
+
+
+def test_accuracy_is_over_the_queries_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other rank has 36 queries, all wrong."""
+    monkeypatch.setattr(knn.dist, "all_reduce", lambda hits: hits.add_(torch.tensor([0.0, 36.0])))
+    bank, labels = torch.eye(12), torch.arange(12) % 3
+    assert knn.knn_accuracy(bank, labels, bank, labels, 3, world_size=2)[10] == 25
 
 
 def test_a_limited_bank_is_the_first_samples_of_any_rank_count() -> None:
@@ -106,3 +115,32 @@ def test_knn_refuses_what_does_not_fit_and_says_where_it_comes_from(run: Path, t
     assert list(found["accuracy"]) == ["5", "7"]
     assert found["effective_epochs"] == 1.0
     assert len(found["checkpoint_hash"]) == 64
+
+
+def test_every_weights_and_bank_have_figures_of_their_own(run: Path) -> None:
+    """Against the vote on features of whole, undistorted sets."""
+    found = knn.main([str(run), *DATA, "--k", "5", "--bank_size", "0", "8", "--weights", "student", "untrained"])
+    assert len(set(found.files)) == 4
+    few = knn.main([str(run), *DATA, "--k", "5", "--bank_size", "8"])  # 8 voters, and still all queries
+    assert few.accuracies["student", 8] == found.accuracies["student", 8]
+    for weights in ("student", "untrained"):
+        model, recipe = load_weights(run, weights)
+        sets = []
+        for path in ("synthetic:48", "synthetic:21"):
+            loader = build_loader(path, batch_size=48, image_size=(28, 28), channels=1, train=False)
+            sets.append(features.features(model, recipe, loader, "cls", torch.device("cpu"), quiet=True))
+            loader.close()
+        bank, queries = sets
+        assert len(queries.rows) == 21
+        for size in (0, 8):
+            part = features.first(bank, size)
+            assert len(part.rows) == (size or 48)
+            want = knn.knn_accuracy(part.rows, part.labels, queries.rows, queries.labels, 10, neighbours=(5,))
+            assert found.accuracies[weights, size] == want
+    epochs = {path.name: read(path)["effective_epochs"] for path in found.files}
+    assert epochs == {
+        "knn_student_cls.json": 1.0,
+        "knn_student_cls_8.json": 1.0,
+        "knn_untrained_cls.json": 0,
+        "knn_untrained_cls_8.json": 0,
+    }

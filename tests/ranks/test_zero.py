@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from fasthpm.errors import UserError
-from fasthpm.ranks import deepspeed_json, engine
+from fasthpm.ranks import deepspeed_json, engine, zero
 from fasthpm.ranks import launch as ranks_launch
 from fasthpm.ranks.zero import Group, MasterLayout, Slot, _common_elements, full_state, update_without_waits
 from fasthpm.recipe import Recipe
 from fasthpm.teacher import EMATeacher
+
+from tests.helpers.layouts import KINDS, group_of, padded
 
 STATES = ("master", "ema", "exp_avg", "exp_avg_sq")
 States = dict[str, dict[str, Tensor]]
@@ -42,6 +44,66 @@ def test_padding_behind_a_parameter_is_not_compared(rank: int, known: list[float
     assert torch.equal(*_common_elements(group, group.slots[0], stripe, weight))
     weight.ds_tensor[0] += 1  # type: ignore[attr-defined]
     assert not torch.equal(*_common_elements(group, group.slots[0], stripe, weight))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_shard_claims_to_hold_is_compared_with_the_weights(kind: str, world: int) -> None:
+    """Every element of every parameter by exactly one rank, wherever it lies."""
+    values = {"a": torch.arange(15.0).reshape(3, 5), "b": torch.arange(20.0, 27), "c": torch.arange(30.0, 31)}
+    compared: dict[str, list[float]] = {name: [] for name in values}
+    for rank in range(world):
+        group = group_of(values, kind, world, rank)
+        for slot in group.slots:
+            weight = nn.Parameter(values[slot.name].clone())
+            weight.ds_tensor = padded(weight, world)[rank]  # type: ignore[attr-defined]
+            ours, theirs = _common_elements(group, slot, group.master, weight)
+            assert torch.equal(ours, theirs)
+            compared[slot.name] += theirs.tolist()
+    assert compared == {name: value.flatten().tolist() for name, value in values.items()}
+
+
+def layout_with(masters: list[torch.Tensor]) -> MasterLayout:
+    """Of whole masters and their AdamW, in two groups, as before the first update."""
+    layout = object.__new__(MasterLayout)
+    one, two = masters
+    layout.optimizer = torch.optim.AdamW(
+        [{"params": [one], "lr": 0.5}, {"params": [two], "lr": 0.25}], weight_decay=0.1
+    )
+    layout.groups = [
+        Group(master, torch.float32, (Slot(name, master.shape, 0, 0),), shards=1, index=0)
+        for name, master in zip("ab", masters, strict=True)
+    ]
+    return layout
+
+
+def test_a_state_before_the_first_update_changes_nothing() -> None:
+    masters = [torch.linspace(-1, 1, n).requires_grad_() for n in (5, 3)]
+    before = [master.detach().clone() for master in masters]
+    layout = layout_with(masters)
+    layout.create_optimizer_state()
+    for master, old in zip(masters, before, strict=True):
+        state = layout.optimizer.state[master]
+        assert torch.equal(master, old)
+        assert master.grad is None
+        assert int(state["step"]) == 0
+        assert not state["exp_avg"].any()
+        assert not state["exp_avg_sq"].any()
+    assert [(group["lr"], group["params"]) for group in layout.optimizer.param_groups] == [
+        (0.5, [masters[0]]),
+        (0.25, [masters[1]]),
+    ]
+
+
+def test_a_gathered_state_is_apart_from_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    masters = [torch.linspace(-1, 1, n) for n in (5, 3)]
+    before = [master.clone() for master in masters]
+    monkeypatch.setattr(zero.dist, "get_rank", lambda: 0)
+    found = zero.full_state(layout_with(masters), "master")
+    for master in masters:
+        master.add_(1)
+    assert found is not None
+    assert torch.equal(found["a"], before[0])
+    assert torch.equal(found["b"], before[1])
 
 
 # ------------------------------------------------------------------------------------------------------ the update
@@ -107,3 +169,6 @@ def test_other_engines_keep_deepspeeds_update() -> None:
         step = built.optimizer.step
         assert not update_without_waits(built)
         assert built.optimizer.step == step
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])

@@ -67,3 +67,23 @@ def test_multi_scale_crops_are_videomaes() -> None:
         [0, 40, 240, 240],
         [0, 80, 240, 240],
     ]
+
+
+IDS, FRAMES, SIZES = np.arange(4000), np.full(4000, 300), np.tile([[240, 320]], (4000, 1))
+
+
+def test_every_draw_follows_seed_and_epoch() -> None:
+    for draw in (
+        lambda seed, epoch: clip_starts(seed, epoch, IDS, FRAMES, 32),
+        lambda seed, epoch: segment_frames(seed, epoch, IDS, FRAMES, 8),
+        lambda seed, epoch: multi_scale_crops(seed, epoch, IDS, SIZES, (224, 224), True),
+    ):
+        assert np.array_equal(draw(3, 0), draw(3, 0))
+        for other in (draw(3, 1), draw(4, 0)):
+            assert (draw(3, 0) != other).mean() > 0.3
+
+
+def test_where_a_clip_begins_tells_nothing_of_its_crop() -> None:
+    drawn = np.column_stack([clip_starts(0, 0, IDS, FRAMES, 32), multi_scale_crops(0, 0, IDS, SIZES, (224, 224), True)])
+    assert np.abs(np.corrcoef(drawn.T)[0, 1:]).max() < 0.08
+    assert np.abs(np.corrcoef(drawn[:, [3, 5]].T)[0, 1]) < 0.08
