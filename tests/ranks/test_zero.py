@@ -46,6 +46,7 @@ def test_padding_behind_a_parameter_is_not_compared(rank: int, known: list[float
     assert not torch.equal(*_common_elements(group, group.slots[0], stripe, weight))
 
 
+@pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_a_shard_claims_to_hold_is_compared_with_the_weights(kind: str, world: int) -> None:
     """Every element of every parameter by exactly one rank, wherever it lies."""
@@ -169,6 +170,3 @@ def test_other_engines_keep_deepspeeds_update() -> None:
         step = built.optimizer.step
         assert not update_without_waits(built)
         assert built.optimizer.step == step
-
-
-@pytest.mark.parametrize("world", [1, 2, 3])
