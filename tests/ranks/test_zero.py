@@ -14,7 +14,6 @@ from fasthpm.ranks import launch as ranks_launch
 from fasthpm.ranks.zero import Group, MasterLayout, Slot, _common_elements, full_state, update_without_waits
 from fasthpm.recipe import Recipe
 from fasthpm.teacher import EMATeacher
-
 from tests.helpers.layouts import KINDS, group_of, padded
 
 STATES = ("master", "ema", "exp_avg", "exp_avg_sq")
