@@ -29,7 +29,7 @@ def is_beton(source: str) -> bool:
                     f"data_path {source} joins {name!r}, which is no .beton; only prepared sets can be joined"
                 )
         return True
-    if path.suffix == ".beton" or (path.is_file() and path.suffix.lower() != ".txt"):
+    if path.suffix == ".beton" or (path.is_file() and path.suffix.lower() not in (".txt", ".csv")):
         if path.suffix != ".beton":
             raise UserError(
                 f"data_path {source} is a file but no .beton; give a prepared .beton, an image folder, or synthetic:N"

@@ -21,6 +21,7 @@ import argparse
 import csv
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -51,6 +52,7 @@ from fasthpm.probes.difficulty_head import HeadResult, agreement, fit_beside, ta
 from fasthpm.recipe import Recipe, load_recipe
 
 EMPTY_PATCH, CONSTANT_IMAGE = 4.0, 8.0  # standard deviation of grey levels, 0..255, below which there is nothing to see
+LONGEST_NAME = 255  # bytes, of nearly every file system
 LOOKS = 4  # sets of looks at an image that `measured` difficulties are averaged over
 BETA_SQUARED, THRESHOLDS = 0.3, 256  # of the F-measure, as the saliency literature has them
 
@@ -221,7 +223,7 @@ def write_ranking(path: Path, names: Sequence[str], columns: dict[str, Array], t
     hardest = rank_of(columns["true_loss" if true_loss else "difficulty"])
     ranked = {"hardest": hardest, "emptiest": rank_of(columns["empty_patches"])}
     constant = columns["deviation"] < CONSTANT_IMAGE
-    with path.open("w", encoding="utf-8", newline="") as file:
+    with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["name", *ranked, "near_constant", *columns])
         for row in np.argsort(hardest):
@@ -251,7 +253,7 @@ def write_maps(
             if arguments.overlays < 0 or sample < arguments.overlays:
                 picture = overlay(part.images[row], list(kinds.values()))
                 with _output(arguments):
-                    drawing.save_png(picture, out / "overlays" / f"{sample:08d}-{Path(names[sample]).stem}.png")
+                    drawing.save_png(picture, out / "overlays" / file_name(f"{sample:08d}-{names[sample]}", ".png"))
         parts.append(part._replace(images=part.images[:0]))
     whole = ImageMaps(*(np.concatenate(column) for column in zip(*parts, strict=True)))
     if not len(whole.ids):
@@ -264,6 +266,15 @@ def write_maps(
         if scores:
             files.write_json(out / "saliency.json", scores)
     return len(whole.ids), asked
+
+
+def file_name(name: str, ending: str) -> str:
+    """The stem of a sample's name as a file's, cut to what file systems take, at a whole character."""
+    head, _, rest = name.partition("-")
+    stem = f"{head}-{Path(rest).stem}"
+    while len(os.fsencode(stem)) > LONGEST_NAME - len(ending):
+        stem = stem[:-1]
+    return stem + ending
 
 
 def kinds_of(maps: ImageMaps, asked: Answers, arguments: argparse.Namespace) -> dict[str, Array]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from fasthpm import checkpoint, files, ranks
 from fasthpm.checkpoint.foreign import IMPORT_NOTE
 from fasthpm.data import DatasetInfo, read_info
+from fasthpm.data.labels import UNLABELLED
 from fasthpm.errors import UserError
 from fasthpm.recipe import Recipe, load_recipe
 from fasthpm.run.records import METRICS_FILE, gpu_hours, read_records
@@ -25,9 +26,12 @@ SHOWN = ("recipe", "protocol", "accuracy", "effective_epochs", "pretraining_gpu_
 def check_sets(train: tuple[str, DatasetInfo], val: tuple[str, DatasetInfo]) -> None:
     """Refuse sets that no classifier can be trained and tested on; each is (path, what it holds).
 
-    **Raises:** `UserError` for one class only (which is what a set without labels has) and for different classes.
+    **Raises:** `UserError` for one class only (which is what a set without labels has), for unlabelled samples and for
+    different classes.
     """
     for path, info in (train, val):
+        if info.unlabelled:
+            raise UserError(_unlabelled(path, info.unlabelled, info.num_samples))
         if len(info.classes) < 2:
             name = f" ({info.classes[0]})" if info.classes else ""
             raise UserError(
@@ -41,6 +45,13 @@ def check_sets(train: tuple[str, DatasetInfo], val: tuple[str, DatasetInfo]) -> 
         )
 
 
+def _unlabelled(path: str, count: int, total: int) -> str:
+    return (
+        f"{count} of {total} samples of {path} are unlabelled (label -1), and a probe needs labels; prepare it without "
+        f"them, with --classes FILE"
+    )
+
+
 def check_labels(labels: Tensor, path: str, num_classes: int, *, several: bool = True) -> None:
     """Refuse labels, int64 [N], outside 0 .. num_classes - 1, and, with `several`, only one class among them.
 
@@ -49,6 +60,8 @@ def check_labels(labels: Tensor, path: str, num_classes: int, *, several: bool =
     if not len(labels):
         return
     low, high = int(labels.min()), int(labels.max())
+    if low == UNLABELLED:
+        raise UserError(_unlabelled(path, int((labels == low).sum()), len(labels)))
     if low < 0 or high >= num_classes:
         wrong = low if low < 0 else high
         raise UserError(

@@ -213,9 +213,11 @@ def test_tar_shards_with_class_names_and_odd_samples(tmp_path: Path) -> None:
         tar.write({"__key__": "noimage", "cls": b"ant"})
         tar.write({"__key__": "broken", "jpg": b"x", "cls": b"ant"})
     out = prepare(tmp_path / "in", tmp_path / "a.beton", "--max_rejected", "3")
-    assert open_beton(out).info.classes == ("ant", "bee", "cat")
+    beton = open_beton(out)
+    assert (beton.info.classes, beton.info.unlabelled) == (("ant", "bee", "cat"), 1)
+    assert [Path(name).stem for name, label in zip(named(out), beton.labels, strict=True) if label < 0] == ["nolabel"]
     reasons = {Path(path).stem: why for path, why in list(read_csv(tmp_path / "a.rejected.csv"))[1:]}
-    assert "no label" in reasons["nolabel"]
+    assert "nolabel" not in reasons
     assert "none of its members is an image" in reasons["noimage"]
     assert "cannot identify" in reasons["broken"]
     (tmp_path / "classes.txt").write_text("cat\nant\n")
