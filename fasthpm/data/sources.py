@@ -8,7 +8,8 @@ from fasthpm.errors import UserError
 
 def is_video_set(path: Path) -> bool:
     """Whether `path` is a folder that `data_prep.videos` wrote, or what is left of one."""
-    return (path / "info.json").is_file() and ((path / "frames.bin").exists() or (path / "videos.npy").exists())
+    info, *data = (os.path.join(path, name) for name in ("info.json", "frames.bin", "videos.npy"))
+    return os.path.isfile(info) and any(map(os.path.exists, data))  # False where we may not look, unlike Path's
 
 
 def split_sources(source: str) -> list[str]:
