@@ -244,7 +244,8 @@ def draw_validation(source: Source, fraction: float | None, count: int | None, s
     total = round(fraction * len(order)) if fraction is not None else int(count or 0)
     if not 0 < total < len(order):
         asked = f"--val_fraction {fraction:g}" if fraction is not None else f"--val_count {count}"
-        raise UserError(f"{asked} of {len(order)} labelled images is {total}; expected at least 1 on either side")
+        labelled = "labelled " if len(order) < source.chosen.sum() else ""
+        raise UserError(f"{asked} of {len(order)} {labelled}images is {total}; expected at least 1 on either side")
     labels = source.labels[order]
     sizes = np.bincount(labels, minlength=len(source.classes))
     quota = shares_of(total, sizes)

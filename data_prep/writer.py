@@ -37,10 +37,9 @@ from fasthpm.data.keys import Stream
 from fasthpm.data.options import count_workers
 from fasthpm.data.sampling import Array, key_of, uniforms
 from fasthpm.errors import UserError
-from fasthpm.files import file_hash, fsync, read_json, write_json
+from fasthpm.files import LONGEST_NAME, file_hash, fsync, read_json, write_json
 
 CHUNK, SMALL_CHUNK, LARGE_SIDE = 32, 4, 1024  # samples handed to a process at a time; fewer where they may be large
-LONGEST_NAME = 255
 
 
 # ------------------------------------------------------------------------------------------------------- all of it
@@ -171,12 +170,6 @@ def check_output(out: Path, paths: Sequence[Path]) -> None:
         raise UserError(f"folder {out.parent} of output {out.name} does not exist; create it")
     if not os.access(out.parent, os.W_OK):
         raise UserError(f"folder {out.parent} of output {out.name} is not writable")
-    written = (*paths, *(aside(path) for path in paths for aside in (sidecar_path, files_path)), rejected_path(out))
-    folder = next((path for path in (out, *written) if path.is_dir()), None)
-    if folder is not None:
-        raise UserError(f"output {folder} is a folder, expected a file to write; remove it, or choose another name")
-    if partial_folder(out).exists() and not partial_folder(out).is_dir():
-        raise UserError(f"{partial_folder(out)} is a file where unfinished work goes; remove it")
     names = [rejected_path(out).name, partial_folder(out).name, *(files_path(path).name for path in paths)]
     longest = max(len(os.fsencode(name)) for name in names)
     if longest > LONGEST_NAME:
@@ -184,6 +177,12 @@ def check_output(out: Path, paths: Sequence[Path]) -> None:
             f"output name {out.name[:40]}… is {longest - LONGEST_NAME} bytes too long for the files that go with it; "
             f"shorten it"
         )
+    written = (*paths, *(aside(path) for path in paths for aside in (sidecar_path, files_path)), rejected_path(out))
+    folder = next((path for path in (out, *written) if path.is_dir()), None)
+    if folder is not None:
+        raise UserError(f"output {folder} is a folder, expected a file to write; remove it, or choose another name")
+    if partial_folder(out).exists() and not partial_folder(out).is_dir():
+        raise UserError(f"{partial_folder(out)} is a file where unfinished work goes; remove it")
 
 
 def _old_files(task: Task) -> list[Path]:

@@ -50,9 +50,12 @@ class Parser(argparse.ArgumentParser):
 
 def finite(text: str) -> float:
     """A number of a command line; neither nan nor inf, which no flag means."""
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"invalid float value: {text!r}") from None
     if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text} is no number that is meant here, expected a finite one")
+        raise argparse.ArgumentTypeError(f"{text} is no number that can be meant, expected a finite one")
     return value
 
 

@@ -52,7 +52,6 @@ from fasthpm.probes.difficulty_head import HeadResult, agreement, fit_beside, ta
 from fasthpm.recipe import Recipe, load_recipe
 
 EMPTY_PATCH, CONSTANT_IMAGE = 4.0, 8.0  # standard deviation of grey levels, 0..255, below which there is nothing to see
-LONGEST_NAME = 255  # bytes, of nearly every file system
 LOOKS = 4  # sets of looks at an image that `measured` difficulties are averaged over
 BETA_SQUARED, THRESHOLDS = 0.3, 256  # of the F-measure, as the saliency literature has them
 
@@ -272,7 +271,7 @@ def file_name(name: str, ending: str) -> str:
     """The stem of a sample's name as a file's, cut to what file systems take, at a whole character."""
     head, _, rest = name.partition("-")
     stem = f"{head}-{Path(rest).stem}"
-    while len(os.fsencode(stem)) > LONGEST_NAME - len(ending):
+    while len(os.fsencode(stem)) > files.LONGEST_NAME - len(ending):
         stem = stem[:-1]
     return stem + ending
 

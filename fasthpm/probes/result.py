@@ -13,7 +13,6 @@ from torch import Tensor
 from fasthpm import checkpoint, files, ranks
 from fasthpm.checkpoint.foreign import IMPORT_NOTE
 from fasthpm.data import DatasetInfo, read_info
-from fasthpm.data.labels import UNLABELLED
 from fasthpm.errors import UserError
 from fasthpm.recipe import Recipe, load_recipe
 from fasthpm.run.records import METRICS_FILE, gpu_hours, read_records
@@ -31,7 +30,10 @@ def check_sets(train: tuple[str, DatasetInfo], val: tuple[str, DatasetInfo]) -> 
     """
     for path, info in (train, val):
         if info.unlabelled:
-            raise UserError(_unlabelled(path, info.unlabelled, info.num_samples))
+            raise UserError(
+                f"{info.unlabelled} of {info.num_samples} samples of {path} are unlabelled (label -1), and a probe "
+                f"needs labels; prepare it without them, with --classes FILE"
+            )
         if len(info.classes) < 2:
             name = f" ({info.classes[0]})" if info.classes else ""
             raise UserError(
@@ -45,13 +47,6 @@ def check_sets(train: tuple[str, DatasetInfo], val: tuple[str, DatasetInfo]) -> 
         )
 
 
-def _unlabelled(path: str, count: int, total: int) -> str:
-    return (
-        f"{count} of {total} samples of {path} are unlabelled (label -1), and a probe needs labels; prepare it without "
-        f"them, with --classes FILE"
-    )
-
-
 def check_labels(labels: Tensor, path: str, num_classes: int, *, several: bool = True) -> None:
     """Refuse labels, int64 [N], outside 0 .. num_classes - 1, and, with `several`, only one class among them.
 
@@ -60,13 +55,12 @@ def check_labels(labels: Tensor, path: str, num_classes: int, *, several: bool =
     if not len(labels):
         return
     low, high = int(labels.min()), int(labels.max())
-    if low == UNLABELLED:
-        raise UserError(_unlabelled(path, int((labels == low).sum()), len(labels)))
     if low < 0 or high >= num_classes:
         wrong = low if low < 0 else high
+        count = int((labels == wrong).sum())
         raise UserError(
             f"{path} has the label {wrong}, expected 0 to {num_classes - 1}; labels are missing or belong to other "
-            f"classes: prepare it again"
+            f"classes ({count} of {len(labels)} samples): prepare it again"
         )
     if several and low == high:
         raise UserError(f"all {len(labels)} samples of {path} have the label {low}; a probe needs two classes or more")

@@ -367,7 +367,7 @@ def test_parquet_rows_without_labels(
     table = pa.table({"image": pa.array(rows, kinds), "label": pa.array(values, kind)})
     pq.write_table(table.replace_schema_metadata(metadata), tmp_path / "x.parquet")
     if labels is None:
-        with pytest.raises(UserError, match="hold no rows|has label -2|has the label '-2'"):
+        with pytest.raises(UserError, match=r"hold no rows|has label -2|has the label '-2'"):
             open_source(str(tmp_path))
         return
     source = open_source(str(tmp_path))

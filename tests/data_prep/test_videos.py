@@ -274,3 +274,15 @@ def test_files_that_a_list_names_and_that_are_missing_are_counted_and_listed(sou
     out = prepare_videos(tmp_path / "train.csv", tmp_path / "set", "--video_root", str(source), "--max_rejected", "1")
     assert "the file is not there" in rejected(out / "rejected.csv")["nothing.mp4"]
     assert json.loads((out / "info.json").read_text())["num_rejected"] == 1
+
+
+def test_unlabelled_videos_are_kept_and_counted(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "train.csv").write_text("ant/000.mp4 -1\nbee/001.mp4 1\n")
+    out = prepare_videos(tmp_path / "train.csv", tmp_path / "set", "--video_root", str(source))
+    assert "2 videos, 1 unlabelled" in capsys.readouterr().out
+    data = open_videos(out)
+    assert (data.info.unlabelled, data.sidecar["counts"]) == (1, [0, 1])
+    assert sorted(data.videos["label"].tolist()) == [-1, 1]
+    assert verify.main([str(out)]) is None
