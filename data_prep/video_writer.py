@@ -248,6 +248,13 @@ def _check_output(out: Path) -> None:
         raise UserError(f"folder {out.parent} of output {out.name} does not exist; create it")
     if out.suffix == ".beton" or (out.exists() and not out.is_dir()):
         raise UserError(f"output {out} should be a folder to write; choose another name")
+    aside = (
+        (out.with_name(f"{out.name}.rejected.csv"), Path.is_dir),
+        (out.with_name(f".{out.name}.partial"), Path.is_file),
+    )
+    for path, taken in aside:
+        if taken(path):
+            raise UserError(f"{path} stands where preparation has to write; remove it, or choose another output")
     if not os.access(out.parent, os.W_OK):
         raise UserError(f"folder {out.parent} of output {out.name} is not writable")
 

@@ -112,6 +112,23 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
+def files_below(folder: Path) -> list[Path]:
+    """All files of a folder and of the folders in it, sorted; those that are hidden or a system's are left out.
+
+    **Raises:** `UserError` if one cannot be listed.
+    """
+    found, waiting, seen = [], [str(folder)], set()
+    while waiting:
+        place = waiting.pop()
+        if _identity(place) in seen:
+            continue
+        seen.add(_identity(place))
+        folders, files = scan(place)
+        found += [Path(place, name) for name in files if not is_helper(name)]
+        waiting += [os.path.join(place, name) for name in folders if not is_helper(name)]
+    return sorted(found)
+
+
 def _identity(folder: str) -> tuple[int, int]:
     try:
         status = os.stat(folder)

@@ -37,6 +37,7 @@ from fasthpm import files
 from fasthpm.checkpoint import RECIPE, checkpoint_of
 from fasthpm.cli import Arguments, Parser
 from fasthpm.data import DatasetInfo, build_loader, read_info
+from fasthpm.data.listing import files_below
 from fasthpm.data.names import sample_names
 from fasthpm.data.plain import read_pixels
 from fasthpm.data.sampling import Array, area_resize
@@ -167,7 +168,7 @@ class Saliency:
     def __init__(self, folder: Path, size: tuple[int, int]) -> None:
         if not folder.is_dir():
             raise UserError(f"masks {folder} is no folder; give one whose files are named like the images")
-        self._files = {path.stem: path for path in sorted(folder.rglob("*")) if path.is_file()}
+        self._files = {path.stem: path for path in files_below(folder)}
         self._size = size
         self._areas: dict[str, list[float]] = {}
         self._curves: dict[str, list[Array]] = {}

@@ -12,6 +12,7 @@ from PIL import Image, features
 from data_prep.sources import open_source
 from data_prep.video_sources import open_videos
 from fasthpm.data import read_info
+from fasthpm.data.listing import files_below
 from fasthpm.data.pixels import list_images
 from fasthpm.errors import UserError
 from tests.helpers.data_fixtures import image_folder, jpeg_bytes, picture
@@ -97,6 +98,8 @@ def test_a_folder_that_cannot_be_listed_is_an_error(
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", scan)
+    with pytest.raises(UserError, match="cannot be listed"):
+        files_below(folder)  # as --masks does
     with pytest.raises(UserError, match=rf"folder {folder / closed} cannot be listed \({error.strerror}\)"):
         listed(folder)
 

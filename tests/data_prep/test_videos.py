@@ -4,6 +4,7 @@ import contextlib
 import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 from fractions import Fraction
@@ -286,3 +287,12 @@ def test_unlabelled_videos_are_kept_and_counted(
     assert (data.info.unlabelled, data.sidecar["counts"]) == (1, [0, 1])
     assert sorted(data.videos["label"].tolist()) == [-1, 1]
     assert verify.main([str(out)]) is None
+
+
+@pytest.mark.parametrize("name", ["set.rejected.csv", ".set.partial"])
+def test_what_stands_in_the_way_is_found_before_any_work(source: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir() if name.endswith("csv") else (tmp_path / name).touch()
+    with pytest.raises(UserError, match=rf"{re.escape(name)} stands where preparation has to write"):
+        prepare_videos(source, tmp_path / "set", "--overwrite")
+    with pytest.raises(UserError, match="max_seconds: nan is no number"):
+        prepare_videos(source, tmp_path / "set", "--max_seconds", "nan")
