@@ -15,13 +15,13 @@ from fasthpm.errors import UserError
 HELPERS = frozenset(  # in lower case: of macOS, Windows, NAS servers, file systems
     [
         *("__macosx", "icon\r", "network trash folder", "temporary items"),
-        *("thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "recycler", "system volume information"),
+        *("thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information"),
         *("@eadir", "@__thumb", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "lost+found"),
     ]
 )
 BETON = ".beton"
 OURS = (BETON, ".files.csv", ".rejected.csv")  # endings of what preparation writes
-OUR_FOLDERS = ("recipe.json", "maps.npz")  # of a run, of `fasthpm maps`
+OUR_FOLDERS = (("metrics.jsonl", "checkpoints"), ("maps.npz", "images.csv"))  # a run's, those of `fasthpm maps`
 NAMED = 3  # names that one message tells
 MAGIC = 16  # bytes that tell a kind of file
 
@@ -139,7 +139,8 @@ def _identity(folder: str) -> tuple[int, int]:
 
 def is_our_folder(folder: str) -> bool:
     """Whether FastHPM wrote a folder: prepared videos, a run, maps."""
-    return is_video_set(Path(folder)) or any(os.path.isfile(os.path.join(folder, name)) for name in OUR_FOLDERS)
+    marks = ([os.path.join(folder, name) for name in names] for names in OUR_FOLDERS)
+    return is_video_set(Path(folder)) or any(all(map(os.path.exists, paths)) for paths in marks)
 
 
 def list_folder(source: Path, kind: Kind, *, every_file: bool) -> Listing:

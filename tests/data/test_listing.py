@@ -72,9 +72,10 @@ def test_what_preparation_writes_is_no_sample(tmp_path: Path) -> None:
         (flat / name).write_bytes(jpeg_bytes(picture(1)))
         (tree / name).write_bytes(jpeg_bytes(picture(1)))
     (tree / ".set.partial").mkdir()
-    for name, mark in (("run", "recipe.json"), ("maps", "maps.npz"), ("videos", "info.json")):
+    marks = {"run": ("metrics.jsonl", "checkpoints"), "maps": ("maps.npz", "images.csv")}
+    for name, files in (marks | {"videos": ("info.json", "frames.bin")}).items():
         (tree / name).mkdir()
-        for file in (mark, "frames.bin", "x.png"):
+        for file in (*files, "x.png"):
             (tree / name / file).touch()
     for folder in (flat, tree):
         assert len(list_images(folder).paths) == len(open_source(str(folder))) == {flat: 1, tree: 2}[folder]
