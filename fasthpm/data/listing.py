@@ -80,14 +80,12 @@ def is_helper(name: str) -> bool:
     return name.startswith(".") or name.lower() in HELPERS
 
 
-def is_ours(name: str, beside: Iterable[str]) -> bool:
-    """Whether preparation wrote a file of this name, `beside` being the names in its folder."""
+def is_ours(name: str, betons: Sequence[str]) -> bool:
+    """Whether preparation wrote a file of this name, `betons` being the prepared sets in its folder."""
     if name.endswith(OURS):
         return True
     stem, ending = os.path.splitext(name)
-    return ending == ".json" and any(
-        other == stem + BETON or (other.startswith(f"{stem}-0") and other.endswith(BETON)) for other in beside
-    )
+    return ending == ".json" and any(set_ == stem + BETON or set_.startswith(f"{stem}-0") for set_ in betons)
 
 
 def scan(folder: str | Path) -> tuple[list[str], list[str]]:
@@ -187,7 +185,8 @@ def _usable(folder: str, prefix: str, found: Listing) -> tuple[list[str], list[s
         if is_helper(name) and not name.startswith("."):
             found.leave_out("left out, a system's own", os.path.join(prefix, name))
     folders, files = ([name for name in names if not is_helper(name)] for names in (folders, files))
-    ours = {name for name in files if is_ours(name, files)}
+    betons = [name for name in files if name.endswith(BETON)]
+    ours = {name for name in files if is_ours(name, betons)}
     ours |= {name for name in folders if is_our_folder(os.path.join(folder, name))}
     for name in sorted(ours):
         found.leave_out("left out, FastHPM's own", os.path.join(prefix, name))
