@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import io
 import math
 import os
@@ -144,7 +145,7 @@ def run_rank(main: Callable[[Sequence[str] | None], object]) -> NoReturn:
 def run_command(main: Callable[[Sequence[str] | None], object], argv: Sequence[str] | None = None) -> NoReturn:
     """Run `main`, turn a `UserError` into one line on stderr and status 2, Ctrl-C into status 130.
 
-    Files and folders that the user has no rights to are wrong inputs, too.
+    Names of files that the user has no rights to, or that no file can have, are wrong inputs, too.
     """
     with heard_or_not():
         status = _status_of(main, argv)
@@ -160,10 +161,11 @@ def _status_of(main: Callable[[Sequence[str] | None], object], argv: Sequence[st
         else:
             print(f"fasthpm: error: {error}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
-    except PermissionError as error:
-        if error.filename is None:
+    except OSError as error:
+        if error.filename is None or error.errno not in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP):
             raise
-        line = f"{error.filename} cannot be used ({error.strerror}); give yourself the rights, or choose another"
+        remedy = "give yourself the rights, or choose" if isinstance(error, PermissionError) else "choose"
+        line = f"{error.filename} cannot be used ({error.strerror}); {remedy} another"
         print(f"fasthpm: error: {line}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:

@@ -114,9 +114,13 @@ def test_any_name_can_be_printed() -> None:
     assert stream.buffer.getvalue() == b"caf\\udce9 \\xe9\n"
 
 
-def test_missing_rights_are_one_line_and_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+def test_names_of_no_use_are_one_line_and_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def closed(_: Any) -> None:
         raise PermissionError(13, "Permission denied", "closed/x.beton")
+
+    with pytest.raises(SystemExit):
+        run_command(lambda _: (tmp_path / ("x" * 300)).is_dir())
+    assert "x cannot be used (File name too long); choose another\n" in capsys.readouterr().err
 
     with pytest.raises(SystemExit) as caught:
         run_command(closed)
@@ -125,11 +129,12 @@ def test_missing_rights_are_one_line_and_status_2(capsys: pytest.CaptureFixture[
     assert capsys.readouterr().err.startswith(words)
 
 
-def test_rights_of_our_own_keep_their_traceback() -> None:
+@pytest.mark.parametrize("error", [PermissionError("ours"), FileNotFoundError(2, "ours", "our.file")])
+def test_errors_of_our_own_keep_their_traceback(error: OSError) -> None:
     def broken(_: Any) -> None:
-        raise PermissionError("ours")
+        raise error
 
-    with pytest.raises(PermissionError, match="ours"):
+    with pytest.raises(type(error), match="ours"):
         run_command(broken)
 
 

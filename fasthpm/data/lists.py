@@ -13,7 +13,7 @@ from fasthpm.data.labels import LABEL_HEADS
 from fasthpm.errors import UserError
 
 LISTS = (".txt", ".csv")
-MARKS = ("\t", ",", " ")  # between path and label; of equals the first
+MARKS = ("\t", ",", ";", " ")  # between path and label; of equals the first
 SAMPLED = 64  # lines that are tried on the disk to find out which mark separates
 QUOTED = re.compile(r'"(?:[^"]|"")*"')
 PATH_HEADS = re.compile(
@@ -34,8 +34,8 @@ class Line(NamedTuple):
 def read_list(source: Path, root: Path) -> list[Line]:
     """The files that a list names, relative to `root`.
 
-    Path and label are separated by a tab, a comma or the last space: by what makes files that are there of the paths.
-    Either may stand in double quotes. Byte order marks, empty lines and comments (#) are left out.
+    Path and label are separated by a tab, a comma, a semicolon or the last space: by what makes files that are there
+    of the paths. Either may stand in double quotes. Byte order marks, empty lines and comments (#) are left out.
 
     **Raises:** `UserError` if it cannot be read, or begins with a header.
     """

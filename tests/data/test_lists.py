@@ -9,7 +9,7 @@ from data_prep.video_sources import open_videos
 from fasthpm.data.pixels import list_images
 from fasthpm.errors import UserError
 
-NAMES = ("0.x", "a b.x", "a, b.x", "#1.x", 'say "hi".x', "caf\udce9.x")
+NAMES = ("0.x", "a b.x", "a, b.x", "a;b.x", "#1.x", 'say "hi".x', "caf\udce9.x")
 Listed = Callable[[Path], tuple[list[str], list[int], tuple[str, ...]]]
 
 
@@ -32,7 +32,7 @@ def names(tmp_path: Path) -> list[str]:
 
 @pytest.mark.parametrize("listed", [of_images, of_videos])
 @pytest.mark.parametrize("ending", [".txt", ".csv"])
-@pytest.mark.parametrize("form", ["{}\t{}", "{},{}", "{} {}", '"{}",{}', '"{}" "{}"', '"{}"\t{}.0', "{} , {}"])
+@pytest.mark.parametrize("form", ["{}\t{}", "{},{}", "{};{}", "{} {}", '"{}",{}', '"{}" "{}"', '"{}"\t{}.0', "{} , {}"])
 @pytest.mark.parametrize("around", [b"", b"\xef\xbb\xbf", b"# made by hand\r\n", b"\n\n"])
 def test_names_and_numbers_of_any_form(
     names: list[str], tmp_path: Path, listed: Listed, ending: str, form: str, around: bytes
