@@ -14,6 +14,7 @@ import numpy as np
 
 from data_prep.encode import WriteOptions
 from data_prep.images import summary
+from data_prep.sets import make_folder
 from data_prep.writer import write_beton
 from fasthpm.cli import Parser, run_command
 from fasthpm.data.ffcv.beton import open_beton
@@ -121,10 +122,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not missing:
         print(f"{args.out} has train.beton and val.beton already; nothing to do", flush=True)
         return
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"folder {args.out} cannot be made ({error.strerror}); choose another") from error
+    make_folder(args.out)
     source = find_source(args.source, args.out)
     for split in missing:
         prepare_split(split, source, args.out, args.num_workers)

@@ -1,11 +1,15 @@
 """Images into a prepared set: `python -m data_prep.images SRC OUT.beton`.
 
 SRC is one of
-  a folder of class folders       sorted by name, they become the labels; every file that is not hidden counts
+  a folder of class folders       sorted by name, they become the labels; every file counts, hidden ones and a
+                                  system's or our own excepted
   a flat folder of images         one class, label 0
-  a .txt list                     a line `path` or `path<TAB>label` each, relative to the list's folder
+  a .txt or .csv list             a line `path` or `path label` each, relative to the list's folder; tab, comma or space
   WebDataset tar shards           a folder of .tar files or a pattern, 'train-{0000..0146}.tar'; the label is in .cls
   Hugging Face parquet files      a folder of .parquet files or a pattern, 'data/train-*.parquet'
+
+A label that is missing, empty or -1 means unlabelled: such images are kept, under the label -1, and counted; training
+takes them, probes do not. Where no image has a label, all are of one class.
 
 Writes OUT.beton (FFCV; fields image and label, in seeded random order), OUT.json (counts, classes, mean and std, sizes,
 hash, options, versions), OUT.files.csv (the source of every sample) and, if files could not be read, OUT.rejected.csv;
@@ -19,7 +23,8 @@ byte per pixel. Transparency is laid over white, EXIF rotation applied, 16-bit g
 of several pictures in a file the largest full one counts, of equal ones (an animation) the first.
 
 Ctrl-C, a kill or a full disk loses seconds: the same command goes on where it stopped, and the result has the same
-bytes. Rows of parquet files are shuffled by row groups, and within them.
+bytes. It notices files whose size or time has changed, or with --check_content any byte. Rows of parquet files are
+shuffled by row groups, and within them.
 
 presets (--preset; other flags override them), with bytes per image, and images per second and core that preparation
 encodes, both measured on photographs of 500 x 375 pixels and 92 kB
@@ -78,7 +83,17 @@ def build_parser() -> argparse.ArgumentParser:
         "--seed", type=int, default=0, help="seed of the sample order and of the validation split (default 0)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT.beton if it exists")
+    add_check_content(parser)
     return parser
+
+
+def add_check_content(parser: argparse.ArgumentParser) -> None:
+    """The flag that has files compared by their bytes."""
+    parser.add_argument(
+        "--check_content",
+        action="store_true",
+        help="tell changed files by a hash of all bytes, not by size and time: reads everything once more",
+    )
 
 
 def _add_storage(parser: argparse.ArgumentParser) -> None:
@@ -156,10 +171,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     options, started = _options(args), time.monotonic()
     check_output(args.out, [args.out])
     source = open_source(args.source, num_workers=args.num_workers, label_column=args.label_column)
+    source.by_hash = args.check_content
     if args.classes:
         source.select(read_classes(args.classes))
     chosen = int(source.chosen.sum())
     print(f"{_printable(args.source)}: {chosen} images, {len(source.classes)} classes", flush=True)
+    for line in source.words:
+        print(f"      {line}", flush=True)
     order = stored_order(source, options.seed)
     order = order[source.chosen[order]]
     validation = draw_validation(source, args.val_fraction, args.val_count, options.seed)
@@ -227,7 +245,8 @@ def draw_validation(source: Source, fraction: float | None, count: int | None, s
     total = round(fraction * len(order)) if fraction is not None else int(count or 0)
     if not 0 < total < len(order):
         asked = f"--val_fraction {fraction:g}" if fraction is not None else f"--val_count {count}"
-        raise UserError(f"{asked} of {len(order)} images is {total}; expected at least 1 on either side")
+        labelled = "labelled " if len(order) < source.chosen.sum() else ""
+        raise UserError(f"{asked} of {len(order)} {labelled}images is {total}; expected at least 1 on either side")
     labels = source.labels[order]
     sizes = np.bincount(labels, minlength=len(source.classes))
     quota = shares_of(total, sizes)
@@ -250,11 +269,13 @@ def summary(out: Path, sidecar: dict[str, Any], seconds: float) -> str:
     """The closing words about a set that was written."""
     mean, std = ([round(value, 4) for value in sidecar[name]] for name in ("mean", "std"))
     rejected, samples = sidecar["num_rejected"], sidecar["num_samples"]
+    unlabelled = f", {sidecar['num_unlabelled']} unlabelled" if sidecar.get("num_unlabelled") else ""
     shards = f" in {len(sidecar['shards'])} shards" if "shards" in sidecar else ""
     kept = f"; {sidecar['kept_jpegs']} JPEGs kept untouched" if sidecar["kept_jpegs"] else ""
     lines = [
-        f"wrote {_printable(out)}{shards}: {samples} images, {len(sidecar['classes'])} classes, {sidecar['channels']} "
-        f"channel{'s' if sidecar['channels'] > 1 else ''}, {sidecar['bytes']} bytes, in {seconds:.0f} s",
+        f"wrote {_printable(out)}{shards}: {samples} images{unlabelled}, {len(sidecar['classes'])} classes, "
+        f"{sidecar['channels']} channel{'s' if sidecar['channels'] > 1 else ''}, {sidecar['bytes']} bytes, in "
+        f"{seconds:.0f} s",
         f"      {_printable(sidecar_path(out))}: mean {mean}, std {std}, largest {sidecar['max_height']} x "
         f"{sidecar['max_width']}{kept}",
     ]

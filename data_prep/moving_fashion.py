@@ -17,7 +17,7 @@ import numpy as np
 from data_prep import videos
 from data_prep.fashion_mnist import IMAGES_MAGIC, SPLITS, find_source, read_idx
 from data_prep.ffmpeg import check_tools
-from data_prep.sets import progress_bar
+from data_prep.sets import make_folder, progress_bar
 from fasthpm.cli import Parser, run_command
 from fasthpm.data.keys import Stream
 from fasthpm.data.sampling import Array, key_of, uniforms
@@ -136,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     _check(args)
     check_tools()
-    args.out.mkdir(parents=True, exist_ok=True)
+    make_folder(args.out)
     asked = {n: getattr(args, n) for n in ("train", "val", "size", "num_frames", "directions", "speeds", "seed")}
     if read_json(args.out / "made.json") == asked and all((args.out / split / INFO).is_file() for split in SPLITS):
         print(f"{args.out} has train and val already; nothing to do", flush=True)

@@ -4,6 +4,7 @@
     journal.jsonl   one line per finished chunk: how far each file was, statistics, unreadable samples
     NAME.beton      pixels, in FFCV's layout; header and tables are filled in at the end
     NAME.rows       a fixed-size record per stored sample
+    contents.json   what tells the source's files from others of the same names
     publish.json    once all is complete: which files go where
 
 A line of the journal is written after the data that it tells of have reached the disk, so that whatever a kill or a
@@ -19,7 +20,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from data_prep.encode import Stored
+from data_prep.samples import have_changed
 from fasthpm.data.ffcv.beton import ALLOCATION, DESCRIPTOR, FIELDS, HEADER, IMAGE, ROW, VERSION
 from fasthpm.data.sampling import Array
 from fasthpm.errors import UserError
@@ -35,6 +37,7 @@ from fasthpm.files import fsync, read_json, write_text
 
 SMALL_PAGE, PAGE, SMALL_FILE = 1 << 21, 1 << 23, 1 << 26  # bytes; FFCV's own smallest and usual page
 COMMIT_SECONDS = 3.0
+CONTENTS = "contents.json"
 RECORD = np.dtype([("index", "<i8"), ("label", "<i8"), ("image", IMAGE), ("size", "<u8")])
 
 
@@ -186,8 +189,9 @@ class PartFile:
 class Job:
     """The folder with a preparation's unfinished files, ours alone while it is open."""
 
-    def __init__(self, folder: Path, parts: list[PartFile]) -> None:
-        self.folder, self.parts = folder, parts
+    def __init__(self, folder: Path, parts: list[PartFile], contents: dict[str, str] | None = None) -> None:
+        """`contents`: what tells the source's files from others of the same names; see `Source.contents`."""
+        self.folder, self.parts, self.contents = folder, parts, contents or {}
         self.chunks = 0  # finished ones
         self.rejected: list[tuple[int, str]] = []
         self.facts: list[Any] = []
@@ -220,7 +224,35 @@ class Job:
                 path.unlink()
         self.chunks, self.rejected, self.facts, self._pending = 0, [], [], []
         self.parts = [type(part)(part.path, part.num_listed) for part in self.parts]
+        (self.folder / CONTENTS).write_text(json.dumps(self.contents))
         (self.folder / "job.json").write_text(json.dumps(description))
+
+    def news(self) -> str:
+        """Why what was done before is of no use: files have changed since, though their names are the same."""
+        then = read_json(self.folder / CONTENTS)
+        if not then or not self.contents or not have_changed(then, self.contents):
+            return ""
+        return f"files have changed since they were read into {self.folder} (the newest is {self.contents['newest']})"
+
+    def resume_same(self, description: dict[str, Any], useless: Callable[[], str] = lambda: "") -> None:
+        """Go on with the same job of the same files, or start over and say why.
+
+        **Args:** `useless`: why the same job is of no use, asked when it has been read.
+        """
+        changed = self.resume(description)
+        if changed:
+            print(f"the unfinished preparation in {self.folder} differs in {', '.join(changed)}; starting over")
+            return
+        why = useless() or self.news()
+        if why:
+            print(f"{why}; starting over", flush=True)
+            self.start_over(description)
+        elif self.chunks and self.contents and not read_json(self.folder / CONTENTS):
+            print(
+                f"{self.folder} was begun before sizes and times of files were noted, so they are not compared; delete "
+                f"it to start over",
+                flush=True,
+            )
 
     def _read_journal(self) -> None:
         path, whole = self.folder / "journal.jsonl", 0
@@ -303,7 +335,8 @@ class Job:
 
     def is_complete(self, description: dict[str, Any]) -> bool:
         """Whether only moving the files is left to do."""
-        return read_json(self.folder / "job.json") == description and (self.folder / "publish.json").exists()
+        same = read_json(self.folder / "job.json") == description and not self.news()
+        return same and (self.folder / "publish.json").exists()
 
     def has_progress(self) -> bool:
         """Whether there is something to go on from."""

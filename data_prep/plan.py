@@ -7,15 +7,15 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from data_prep.encode import WriteOptions
+from data_prep.samples import Samples, have_changed
 from data_prep.sets import shard_path, validation_path
-from data_prep.sources import Samples
 from fasthpm.data.keys import Stream
 from fasthpm.data.sampling import Array, sample_order
 from fasthpm.errors import UserError
@@ -42,6 +42,7 @@ class Task:
     outputs: Sequence[Output]
     options: WriteOptions
     description: dict[str, Any]
+    contents: dict[str, str] = field(default_factory=dict)  # of the source's files, see `Source.contents`
 
     @property
     def total(self) -> int:
@@ -96,6 +97,31 @@ def describe_job(
         "versions": {"layout": LAYOUT} | package_versions("numpy", "pillow", "opencv-python"),
     }
     return json.loads(json.dumps(values | {f"--{name}": value for name, value in asdict(options).items()}))
+
+
+def contents_of(source: Samples) -> dict[str, str]:
+    """What tells the files of a source from others of the same names; empty where that is not known."""
+    asked = getattr(source, "contents", None)
+    return asked() if asked else {}
+
+
+def refuse_changed(out: Path, sidecar: dict[str, Any], contents: dict[str, str]) -> None:
+    """Compare the files of a source with those of the same names that the set at `out` was made of.
+
+    **Raises:** `UserError` if some have changed.
+    """
+    then = sidecar.get("contents") or {}
+    if contents and not then:
+        print(
+            f"{out} was prepared before sizes and times of files were noted, so they are not compared; --overwrite "
+            f"prepares it anew",
+            flush=True,
+        )
+    elif contents and have_changed(then, contents):
+        raise UserError(
+            f"{out} was prepared from files of these names, and some have changed since (the newest is "
+            f"{contents['newest']}); use --overwrite to prepare it anew, or another name"
+        )
 
 
 def partial_folder(out: Path) -> Path:

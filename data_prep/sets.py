@@ -63,6 +63,14 @@ def members(path: Path) -> list[Path]:
     return [path] if index is None else [path.with_name(name) for name in index["shards"]]
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder for output, if it is not there. **Raises:** `UserError` if that cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"folder {path} cannot be made ({error.strerror}); choose another") from error
+
+
 def write_csv(path: Path, header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
     """Write a table; names that are not UTF-8 keep their bytes."""
     with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:

@@ -11,6 +11,7 @@ from data_prep.partial import PartFile, Totals
 from data_prep.plan import Task, package_versions
 from data_prep.sets import SHARDED
 from fasthpm import __version__
+from fasthpm.data.labels import count_unlabelled, counts_of
 from fasthpm.data.sampling import Array
 
 
@@ -36,7 +37,8 @@ def sidecar_of(task: Task, part: PartFile, records: Array, grey: bool) -> dict[s
         "num_rejected": 0,
         **statistics(part.totals, grey),
         "classes": list(task.classes),
-        "counts": np.bincount(records["label"], minlength=len(task.classes)).tolist(),
+        "counts": counts_of(records["label"], len(task.classes)),
+        "num_unlabelled": count_unlabelled(records["label"]),
         "max_height": int(image["height"].max()),
         "max_width": int(image["width"].max()),
         "kept_jpegs": part.totals.kept,
@@ -52,7 +54,7 @@ def index_of(task: Task, shards: list[dict[str, Any]], totals: Totals, grey: boo
     return {
         "format": SHARDED,
         "shards": [output.path.name for output in task.outputs if output.shard],
-        **{name: sum(shard[name] for shard in shards) for name in ("num_samples", "num_rejected")},
+        **{name: sum(shard[name] for shard in shards) for name in ("num_samples", "num_rejected", "num_unlabelled")},
         **statistics(totals, grey),
         "classes": list(task.classes),
         "counts": np.sum([shard["counts"] for shard in shards], 0).tolist(),
@@ -69,5 +71,6 @@ def _shared(task: Task) -> dict[str, Any]:
         "versions": {"fasthpm": __version__, "python": sys.version.split()[0]}
         | package_versions("ffcv", "numpy", "pillow", "opencv-python"),
         "job": task.job_id,
+        "contents": task.contents,
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }

@@ -1,103 +1,43 @@
-"""Where images come from: folders and lists, WebDataset tar shards, Hugging Face parquet files.
+"""Where images come from: folders and lists, WebDataset tar shards (`tars.py`), Hugging Face parquet files.
 
 A source is a numbered list of encoded images with labels. Listing it reads no image; `sample(i)` reads one. Tar shards
 need the package webdataset, parquet files pyarrow.
 """
 
 import glob
-import hashlib
+import json
+import math
 import os
 import re
-import tarfile
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from data_prep.sets import progress_bar
-from fasthpm.data.options import count_workers
-from fasthpm.data.pixels import EXTENSIONS, MAX_LABEL, ImageList, list_images
+from data_prep.samples import Files, Source
+from data_prep.tars import open_tars, webdataset
+from fasthpm.data.labels import UNLABELLED, number_labels
+from fasthpm.data.listing import is_helper, scan
+from fasthpm.data.pixels import EXTENSIONS, ImageList, list_images
 from fasthpm.data.sampling import Array
-from fasthpm.errors import UserError, nearest
+from fasthpm.errors import UserError
 
 TAR, PARQUET = ".tar", ".parquet"
-MISSING = -1  # the label of a tar sample without one
+CLASS_FOLDERS = os.path.join("*", "")  # ends the name of a folder whose class folders are meant, not its shards
 MAX_ROW_GROUP = 1 << 30  # bytes: a worker holds a whole one
 SPLIT_NAME = re.compile(r"^(train|validation|valid|val|test)[-_.]")
 
 
-class Samples(Protocol):
-    """A numbered set: `sample(i)` is (bytes of an image file, PIL image or uint8 array; label), or raises."""
-
-    def __len__(self) -> int: ...
-
-    def sample(self, index: int) -> tuple[Any, int]: ...
-
-    def name(self, index: int) -> str: ...  # relative to the source's root
-
-    def where(self, index: int) -> str: ...  # for error messages and people
-
-    def fingerprint(self) -> str | None: ...  # of names and labels; None if they cannot be told apart
-
-
-class Source(ABC):
-    """A `Samples` with known labels; its kinds say how bytes are read."""
-
-    groups: Array | None = None  # int64 [N]: samples that must be read together
-
-    def __init__(self, root: str, names: Sequence[str], labels: Array, classes: Sequence[str]) -> None:
-        self.root, self.names = root, names
-        self.labels, self.classes = np.asarray(labels, np.int64), tuple(classes)
-        self.chosen = np.ones(len(names), bool)  # bool [N]: samples that count
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def sample(self, index: int) -> tuple[bytes, int]:
-        return self._bytes(index), int(self.labels[index])
-
-    @abstractmethod
-    def _bytes(self, index: int) -> bytes:
-        """The encoded image."""
-
-    def name(self, index: int) -> str:
-        return self.names[index]
-
-    def where(self, index: int) -> str:
-        return os.path.join(self.root, self.names[index])
-
-    def fingerprint(self) -> str:
-        digest = hashlib.sha256(self.labels.tobytes() + np.packbits(self.chosen).tobytes())
-        for name in (*self.classes, *self.names):
-            digest.update(os.fsencode(name) + b"\0")
-        return digest.hexdigest()
-
-    def select(self, names: Sequence[str]) -> None:
-        """Keep the classes called `names` and number them in that order.
-
-        **Raises:** `UserError` for a class that the source has not.
-        """
-        unknown = [name for name in names if name not in set(self.classes)]
-        if unknown:
-            raise UserError(
-                f"{len(unknown)} of {len(names)} classes asked for are not in {self.root}, the first is "
-                f"{unknown[0]!r}{nearest(unknown[0], self.classes)}"
-            )
-        number = {name: index for index, name in enumerate(names)}
-        table = np.array([number.get(name, MISSING) for name in self.classes], np.int64)
-        labels = np.where(self.labels >= 0, table[self.labels], MISSING)
-        self.chosen &= (labels >= 0) | (self.labels < 0)
-        self.labels, self.classes = labels, tuple(names)
-
-
 def open_source(source: str, *, num_workers: int = 0, label_column: str | None = None) -> Source:
-    """What `source` names: a folder of images, of .tar or of .parquet files, a .txt list, or a pattern of such files.
+    """What `source` names: a folder of images, of .tar or of .parquet files, a list, or a pattern of such files.
 
-    **Raises:** `UserError` if there is nothing, or it is ambiguous.
+    What exists is taken as it is, also if it could be a pattern; `FOLDER/*/` are the class folders of a folder.
+
+    **Raises:** `UserError` if there is nothing, it is ambiguous, or it cannot be listed.
     """
+    if source.endswith(CLASS_FOLDERS) and os.path.isdir(source.removesuffix(CLASS_FOLDERS) or "."):
+        return _open_images(Path(source.removesuffix(CLASS_FOLDERS) or "."))
     files = _packed_files(source)
     if not files:
         return _open_images(Path(source))
@@ -112,10 +52,15 @@ def _packed_files(source: str) -> list[str]:
         found = [_files_below(source, ending) for ending in (TAR, PARQUET)]
         if all(found):
             raise UserError(f"{source} holds both .tar and .parquet files; name the ones you want by a pattern")
+        packed = found[0] or found[1]
+        if packed:
+            _refuse_images_beside(source, packed)
         return found[0] or _one_split(source, found[1])
+    if os.path.exists(source):
+        return [source] if source.endswith((TAR, PARQUET)) else []
     if not source.endswith((TAR, PARQUET)) and not glob.has_magic(source):
         return []
-    files = sorted(path for pattern in _braces(source) for path in glob.glob(pattern) or [pattern])
+    files = sorted(path for pattern in _patterns(source) for path in glob.glob(pattern) or [_plain(pattern)])
     missing = [path for path in files if not os.path.isfile(path)]
     if missing:
         raise UserError(f"{missing[0]} is not there; expected files that {source!r} names")
@@ -126,11 +71,49 @@ def _packed_files(source: str) -> list[str]:
 
 def _files_below(folder: str, ending: str) -> list[str]:
     """Files of one kind in a folder, or in its folder `data`, as Hugging Face lays them out."""
-    for place in (Path(folder), Path(folder, "data")):
-        found = sorted(str(path) for path in place.glob(f"*{ending}") if path.is_file())
+    for place in (folder, os.path.join(folder, "data")):
+        names = scan(place)[1] if os.path.isdir(place) else []
+        found = [os.path.join(place, name) for name in names if name.endswith(ending) and not is_helper(name)]
         if found:
             return found
     return []
+
+
+def _refuse_images_beside(source: str, packed: list[str]) -> None:
+    """**Raises:** `UserError` for a folder with shards and images: what is meant, nobody can know."""
+    folders, files = scan(source)
+    usable = [os.path.join(source, name) for name in folders if not is_helper(name)]
+    image = next((name for name in files if not is_helper(name) and _is_image(name)), None) or next(
+        (found for folder in usable if (found := _first_image(folder))), None
+    )
+    if image is None:
+        return
+    ending, shown = os.path.splitext(packed[0])[1], os.path.relpath(packed[0], source)
+    pattern = os.path.join(os.path.dirname(packed[0]), f"*{ending}")
+    other = f"'{os.path.join(source, CLASS_FOLDERS)}' for the class folders"
+    if os.path.basename(image) == image:
+        other = f"move the {ending} files elsewhere for the images"
+    raise UserError(
+        f"{source} holds both {ending} files ({shown}, {len(packed)} in all) and images ({image}, …); say which: name "
+        f"'{pattern}' for the {ending} files, or {other}"
+    )
+
+
+def _first_image(folder: str) -> str | None:
+    """Some image file of a class folder, without looking at more than it takes."""
+    waiting, seen = [folder], 0
+    while waiting and (seen := seen + 1) <= 100:
+        place = waiting.pop()
+        folders, files = scan(place)
+        for name in files:
+            if not is_helper(name) and _is_image(name):
+                return os.path.relpath(os.path.join(place, name), os.path.dirname(folder))
+        waiting += [os.path.join(place, name) for name in reversed(folders) if not is_helper(name)]
+    return None
+
+
+def _is_image(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in EXTENSIONS
 
 
 def _one_split(source: str, files: list[str]) -> list[str]:
@@ -141,147 +124,29 @@ def _one_split(source: str, files: list[str]) -> list[str]:
     return files
 
 
-def _braces(pattern: str) -> list[str]:
-    if "{" not in pattern:
-        return [pattern]
-    return _webdataset("shardlists").expand_urls(pattern)
+def _patterns(source: str) -> list[str]:
+    """Patterns for glob: the folders that exist are meant as they are, whatever is in their names."""
+    folder, rest = os.path.split(source)
+    while folder and not os.path.isdir(folder):
+        folder, name = os.path.split(folder)
+        rest = os.path.join(name, rest)
+    literal = os.path.join(glob.escape(folder), "") if folder else ""
+    names = webdataset("shardlists").expand_urls(rest) if "{" in rest else [rest]
+    return [literal + name for name in names]
 
 
-def _webdataset(module: str) -> Any:
-    try:
-        return __import__(f"webdataset.{module}", fromlist=["webdataset"])
-    except ImportError as error:
-        raise UserError(f"tar shards need webdataset ({error}); pip install 'fasthpm[webdataset]'") from error
-
-
-def number_labels(texts: Sequence[str]) -> tuple[Array, tuple[str, ...]]:
-    """Whole numbers stand for themselves, names for their place in alphabetical order; "" for none: int64 [N].
-
-    **Raises:** `UserError` for an absurd number.
-    """
-    given = {text for text in texts if text}
-    if not given:
-        return np.zeros(len(texts), np.int64), ("all",)
-    if all(text.isdecimal() for text in given):
-        largest = max(map(int, given))
-        if largest > MAX_LABEL:
-            raise UserError(f"label {largest} is more than {MAX_LABEL}; number the classes from 0")
-        table = {text: int(text) for text in given}
-        classes = tuple(map(str, range(largest + 1)))
-    else:
-        classes = tuple(sorted(given))
-        table = {text: index for index, text in enumerate(classes)}
-    return np.array([table.get(text, MISSING) for text in texts], np.int64), classes
+def _plain(pattern: str) -> str:
+    """What `glob.escape` was given."""
+    return re.sub(r"\[([*?[])\]", r"\1", pattern)
 
 
 # ------------------------------------------------------------------------------------------------------- image files
-class Files(Source):
-    """Image files of a folder or a list."""
-
-    def _bytes(self, index: int) -> bytes:
-        with open(self.where(index), "rb") as file:
-            return file.read()
-
-
 def _open_images(source: Path) -> Files:
     images: ImageList = list_images(source, every_file=True)
     root = source if source.is_dir() else source.parent
     prefix = os.path.join(root, "") if str(root) != "." else ""
     names = [path.removeprefix(prefix) for path in images.paths]
-    return Files(str(root), names, np.array(images.labels), images.classes)
-
-
-# ------------------------------------------------------------------------------------------------------- tar shards
-class Tars(Source):
-    """Samples of WebDataset shards, read at the positions that the index found."""
-
-    files: Sequence[str]
-    table: Array  # int64 [N, 3]: shard, position, bytes
-
-    def _bytes(self, index: int) -> bytes:
-        shard, position, size = (int(value) for value in self.table[index])
-        if position < 0:
-            raise ValueError("none of its members is an image")
-        if self.labels[index] == MISSING:
-            raise ValueError("it has no label (.cls)")
-        with open(self.files[shard], "rb") as file:
-            return os.pread(file.fileno(), size, position)
-
-
-def open_tars(files: Sequence[str], num_workers: int = 0) -> Tars:
-    """Index tar shards: members of one name are a sample, of an image and its `.cls` (a number or a name).
-
-    **Raises:** `UserError` for a shard that is damaged or packed.
-    """
-    split: Callable[[str], tuple[str | None, str | None]] = _webdataset("tariterators").base_plus_ext
-    jobs = [(path, split) for path in files]
-    root, found = os.path.commonpath([os.path.dirname(path) for path in files]), []
-    with ProcessPoolExecutor(min(count_workers(num_workers), len(files)), _fork()) as pool:
-        with progress_bar(len(files), "index", "tar") as bar:
-            for rows in pool.map(_index_tar, jobs):
-                found.append(rows)
-                bar.update()
-    labels, classes = number_labels([text for rows in found for *_, text in rows])
-    names = [
-        os.path.join(os.path.relpath(path, root or "."), row[0])
-        for path, rows in zip(files, found, strict=True)
-        for row in rows
-    ]
-    source = Tars(root, names, labels, classes)
-    source.files = files
-    source.table = np.array([(k, row[1], row[2]) for k, rows in enumerate(found) for row in rows], np.int64)
-    if not names:
-        raise UserError(
-            f"{files[0]} (and {len(files) - 1} more) hold no samples; expected members like 0001.jpg, 0001.cls"
-        )
-    return source
-
-
-def _fork() -> Any:
-    import multiprocessing
-
-    return multiprocessing.get_context("fork")
-
-
-def _index_tar(job: tuple[str, Callable[[str], tuple[str | None, str | None]]]) -> list[tuple[str, int, int, str]]:
-    """(member or key, position, bytes, label text) of each sample of a shard."""
-    path, split = job
-    try:
-        with tarfile.open(path, "r:") as tar:
-            rows = [_row(tar, key, group) for key, group in _groups(tar, split)]
-        with open(path, "rb") as file:
-            if os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset) != bytes(tarfile.BLOCKSIZE):
-                raise EOFError("it ends without an end mark")  # tarfile does not mind
-        return rows
-    except (OSError, tarfile.TarError, EOFError) as error:
-        raise UserError(
-            f"{path} is no plain .tar file, or is damaged ({error}); unpack it or download it again"
-        ) from error
-
-
-def _groups(tar: Any, split: Callable[[str], tuple[str | None, str | None]]) -> Iterator[tuple[str, dict[str, Any]]]:
-    key: str | None = None
-    group: dict[str, Any] = {}
-    for member in tar:
-        base, extension = split(member.name) if member.isfile() else (None, None)
-        tar.members = []  # tarfile would keep them all
-        if base is None or extension is None:
-            continue
-        if base != key and group:
-            yield str(key), group
-            group = {}
-        key = base
-        group[extension.lower()] = member
-    if group:
-        yield str(key), group
-
-
-def _row(tar: Any, key: str, group: dict[str, Any]) -> tuple[str, int, int, str]:
-    text = tar.extractfile(group["cls"]).read().decode("utf-8", "replace").strip() if "cls" in group else ""
-    image = next((member for extension, member in group.items() if f".{extension}" in EXTENSIONS), None)
-    if image is None:
-        return key, -1, 0, text
-    return image.name, image.offset_data, image.size, text
+    return Files(str(root), names, np.array(images.labels), images.classes, images.words)
 
 
 # ------------------------------------------------------------------------------------------------------- parquet files
@@ -307,6 +172,9 @@ class Parquet(Source):
     def _read(self, file: int, group: int) -> Any:
         with _parquet().ParquetFile(self.files[file]) as opened:
             return opened.read_row_group(group, columns=[self.column], use_threads=False).column(0)
+
+    def _on_disk(self) -> Sequence[str]:
+        return self.files
 
     def name(self, index: int) -> str:
         return f"{self.names[index]}#{index - int(np.searchsorted(self.table[:, 0], self.table[index, 0]))}"
@@ -334,13 +202,14 @@ def open_parquet(files: Sequence[str], label_column: str | None = None) -> Parqu
         raise UserError(f"the columns or class names of {files[0]} and of other files differ; name files of one set")
     values = [value for _, _, labels in pieces for value in labels]
     if names:
-        labels, classes = np.array(values, np.int64), names
+        labels, classes = _described(values, f"column {label_name} of {files[0]}", names), names
     else:
-        labels, classes = number_labels(["" if value is None else str(value) for value in values])
-    if len(labels) and labels.max() >= len(classes):
-        raise UserError(f"column {label_name} of {files[0]} has label {labels.max()}, but {len(classes)} class names")
+        texts = ["" if value is None or value != value else str(value) for value in values]
+        labels, classes = number_labels(texts, lambda k: f"row {k} of {files[0]} and others, column {label_name},")
     root = os.path.commonpath([os.path.dirname(path) for path in files])
     relative = [os.path.relpath(path, root or ".") for path in files]
+    if not len(labels):
+        raise UserError(f"{files[0]} (and {len(files) - 1} more) hold no rows; expected images")
     source = Parquet(
         root, [relative[k] for k, (_, rows, _) in enumerate(pieces) for _ in range(len(rows))], labels, classes
     )
@@ -348,6 +217,23 @@ def open_parquet(files: Sequence[str], label_column: str | None = None) -> Parqu
     source.table = np.concatenate([np.insert(rows, 0, k, axis=1) for k, (_, rows, _) in enumerate(pieces)])
     source.groups = np.unique(source.table[:, :2], axis=0, return_inverse=True)[1].astype(np.int64)
     return source
+
+
+def _described(values: Sequence[Any], where: str, names: Sequence[str]) -> Array:
+    """Labels int64 [N] of a column whose classes have names: their numbers; none and -1 are unlabelled.
+
+    **Raises:** `UserError` for anything else.
+    """
+    absent = [value is None or value != value or value == UNLABELLED for value in values]
+    given = (value for value, none in zip(values, absent, strict=True) if not none)
+    wrong = [value for value in given if not (_is_whole(value) and 0 <= value < len(names))]
+    if wrong:
+        raise UserError(f"{where} has label {wrong[0]}, but {len(names)} class names; expected their numbers from 0")
+    return np.array([UNLABELLED if none else int(v) for v, none in zip(values, absent, strict=True)], np.int64)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) or (isinstance(value, float) and math.isfinite(value) and value == int(value))
 
 
 def _list_parquet(
@@ -375,8 +261,6 @@ def _list_parquet(
 
 def _columns(path: str, schema: Any, label_column: str | None) -> tuple[str, str | None, tuple[str, ...]]:
     """Image column, label column and class names, from Hugging Face's description, else by type and name."""
-    import json
-
     described = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     features = described.get("info", {}).get("features", {})
     kinds = {name: feature.get("_type") for name, feature in features.items() if isinstance(feature, dict)}

@@ -21,6 +21,7 @@ from data_prep import images
 from data_prep.encode import WriteOptions
 from data_prep.fashion_mnist import Arrays
 from data_prep.images import summary
+from data_prep.sets import make_folder
 from data_prep.writer import write_beton
 from fasthpm.cli import Parser, run_command
 from fasthpm.data.ffcv.beton import open_beton
@@ -225,14 +226,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.name == "tiny_imagenet":
         with tempfile.TemporaryDirectory() as lists:
             paths = list_tiny_imagenet(args.source, Path(lists))
-            args.out.mkdir(parents=True, exist_ok=True)
+            make_folder(args.out)
             for name, path in paths.items():
                 images.main(
                     [str(path), str(args.out / f"{name}.beton"), "--keep_jpeg", "--num_workers", str(args.num_workers)]
                 )
         return
     splits = READERS[args.name](args.source)
-    args.out.mkdir(parents=True, exist_ok=True)
+    make_folder(args.out)
     for name, split in splits.items():
         path = args.out / f"{name}.beton"
         if is_there(path, split):

@@ -19,6 +19,7 @@ from data_prep.verify_pixels import decode_jpeg
 from data_prep.video_verify import verify_videos
 from fasthpm.cli import Parser, run_command
 from fasthpm.data.ffcv.beton import AGAIN, JPEG, Beton, open_beton, sidecar_path
+from fasthpm.data.labels import UNLABELLED, count_unlabelled, counts_of
 from fasthpm.data.options import count_workers
 from fasthpm.data.sampling import Array
 from fasthpm.data.sources import is_video_set
@@ -26,7 +27,7 @@ from fasthpm.errors import UserError
 from fasthpm.files import file_hash
 
 CHUNK = 64
-SUMMED = ("num_samples", "counts", "pixels")  # entries of an index that the shards' must add up to
+SUMMED = ("num_samples", "counts", "num_unlabelled", "pixels")  # entries of an index that the shards' must add up to
 
 
 def verify(path: Path, num_workers: int = 0) -> list[Beton]:
@@ -53,7 +54,7 @@ def _check_index(path: Path, index: dict[str, Any], shards: list[dict[str, Any]]
         if other is not None:
             raise UserError(f"{sidecar_path(path)}: {name} differ from those of {index['shards'][other]}: {AGAIN}")
     for name in SUMMED:
-        if index.get(name) != np.sum([shard.get(name, 0) for shard in shards], 0).tolist():
+        if index.get(name, 0) != np.sum([shard.get(name, 0) for shard in shards], 0).tolist():
             raise UserError(f"{sidecar_path(path)}: {name} differ from the sum of the shards': {AGAIN}")
     weights = np.array([shard["pixels"] for shard in shards]) / index["pixels"]
     means = np.array([shard["mean"] for shard in shards])
@@ -66,15 +67,16 @@ def _check_index(path: Path, index: dict[str, Any], shards: list[dict[str, Any]]
 
 def _check_labels(beton: Beton) -> None:
     classes = len(beton.info.classes)
-    outside = (beton.labels < 0) | (beton.labels >= classes)
+    outside = (beton.labels < UNLABELLED) | (beton.labels >= classes)
     if outside.any():
         raise UserError(
             f"{beton.path}: sample {int(outside.argmax())} has label {beton.labels[outside][0]}, but there "
             f"are {classes} classes: {AGAIN}"
         )
-    counts = np.bincount(beton.labels, minlength=classes).tolist()
-    if counts != beton.sidecar.get("counts"):
+    if counts_of(beton.labels, classes) != beton.sidecar.get("counts"):
         raise UserError(f"{beton.path}: samples per class differ from the sidecar's counts: {AGAIN}")
+    if count_unlabelled(beton.labels) != beton.sidecar.get("num_unlabelled", 0):
+        raise UserError(f"{beton.path}: unlabelled samples differ from the sidecar's num_unlabelled: {AGAIN}")
 
 
 def _check_files(beton: Beton) -> None:

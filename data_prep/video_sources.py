@@ -2,20 +2,38 @@
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_prep.sources import Files, number_labels
-from fasthpm.data.pixels import list_images, require_inside
+from data_prep.samples import Files
+from fasthpm.data.labels import UNLABELLED, number_labels
+from fasthpm.data.listing import Kind, list_folder
+from fasthpm.data.lists import LISTS, read_list, require_inside
+from fasthpm.data.pixels import EXTENSIONS as PICTURES
 from fasthpm.errors import UserError
 
 EXTENSIONS = frozenset(
-    [".3gp", ".avi", ".flv", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm"]
+    [
+        *(".3g2", ".3gp", ".amv", ".asf", ".avi", ".divx", ".dv", ".f4v", ".flv", ".gif", ".h264", ".hevc", ".ivf"),
+        *(".m1v", ".m2ts", ".m2v", ".m4v", ".mjpeg", ".mjpg", ".mkv", ".mod", ".mov", ".mp4", ".mpe", ".mpeg", ".mpg"),
+        *(".mpv", ".mts", ".mxf", ".nut", ".ogm", ".ogv", ".qt", ".rm", ".rmvb", ".tod", ".ts", ".vob", ".webm"),
+        *(".wmv", ".wtv", ".y4m"),
+    ]
 )
-LISTS = (".csv", ".txt")
+
+
+def _looks_like_video(start: bytes) -> bool:
+    """Whether a file that begins so is a video of a common kind."""
+    matroska, asf, flash = b"\x1aE\xdf\xa3", b"0&\xb2u\x8ef\xcf\x11", b"FLV\1"
+    mp4 = start[4:8] in (b"ftyp", b"moov", b"mdat", b"wide") and start[8:12] not in (b"avif", b"avis", b"heic", b"M4A ")
+    avi = start[:4] == b"RIFF" and start[8:12] == b"AVI "
+    return start.startswith((matroska, asf, flash, b"\0\0\1\xba", b"\0\0\1\xb3")) or mp4 or avi
+
+
+VIDEO_FILES = Kind("videos", EXTENSIONS, _looks_like_video, ".csv", PICTURES - EXTENSIONS)
 SSV2_LABELS = ("something-something-v2-labels.json", "labels.json")
 SSV2_FOLDERS = ("20bn-something-something-v2", "videos", ".")
 SSV2_ENDING = ".webm"
@@ -41,44 +59,29 @@ def open_videos(source: Path, root: Path | None = None) -> Files:
 
 
 def _open_folder(source: Path) -> Files:
-    entries = [entry for entry in source.iterdir() if not entry.name.startswith(".")]
-    loose = sorted(entry.name for entry in entries if entry.is_file() and entry.suffix.lower() in EXTENSIONS)
-    if loose and any(entry.is_dir() for entry in entries):
-        raise UserError(
-            f"{source} holds both folders and videos ({loose[0]}, {len(loose)} in all); move those into class "
-            f"folders, or list the files you want in a .csv"
-        )
-    found = list_images(source, every_file=True)
-    prefix = os.path.join(source, "")
-    return Files(
-        str(source), [path.removeprefix(prefix) for path in found.paths], np.array(found.labels), found.classes
-    )
+    found = list_folder(source, VIDEO_FILES, every_file=True)
+    if not found.paths:
+        raise UserError(f"{source} holds no videos{'; '.join(('', *found.words))}; {EXPECTED}")
+    prefix = os.path.join(source, "") if str(source) != "." else ""
+    names = [path.removeprefix(prefix) for path in found.paths]
+    return Files(str(source), names, np.array(found.labels), found.classes, found.words)
 
 
 def _open_list(source: Path, root: Path) -> Files:
-    try:
-        lines = source.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-    except OSError as error:
-        raise UserError(f"{source} cannot be read ({error.strerror}); {EXPECTED}") from error
-    rows = [_split(source, number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
-    return _listed(source, root, rows)
+    lines = read_list(source, root)
+    bare = next((line for line in lines if line.label is None), None)
+    if bare is not None:
+        raise UserError(f"{source} line {bare.number} is {bare.path[:80]!r}, expected a path and a label")
+    rows = [(line.path, line.label or "") for line in lines]
+    return _listed(source, root, rows, lambda k: f"{source} line {lines[k].number}")
 
 
-def _split(source: Path, number: int, line: str) -> tuple[str, str]:
-    """Path and label of a line; a comma separates them, else a tab, else the last space."""
-    mark = next((mark for mark in (",", "\t") if mark in line), None)
-    path, _, label = line.rpartition(mark) if mark else line.rpartition(" ")
-    if not path.strip() or not label.strip():
-        raise UserError(f"{source} line {number} is {line[:80]!r}, expected a path and a label")
-    return path.strip(), label.strip()
-
-
-def _listed(source: Path, root: Path, rows: Iterable[tuple[str, str]]) -> Files:
+def _listed(source: Path, root: Path, rows: Iterable[tuple[str, str]], place: Callable[[int], str]) -> Files:
     rows = list(rows)
     if not rows:
         raise UserError(f"{source} lists no videos; {EXPECTED}")
     require_inside(root, (path for path, _ in rows), source, "give a folder that holds them all as --video_root")
-    labels, classes = number_labels([label for _, label in rows])
+    labels, classes = number_labels([label for _, label in rows], place)
     return Files(str(root), [path for path, _ in rows], labels, classes)
 
 
@@ -86,22 +89,22 @@ def _listed(source: Path, root: Path, rows: Iterable[tuple[str, str]]) -> Files:
 def _open_ssv2(source: Path, root: Path | None) -> Files:
     """Entries {"id", "template"}; `labels.json` beside them numbers the templates, else their alphabet does."""
     entries = _read(source)
-    if not isinstance(entries, list) or not all(
-        isinstance(e, dict) and {"id", "template"} <= e.keys() for e in entries
-    ):
+    if not isinstance(entries, list) or not all(isinstance(e, dict) and "id" in e for e in entries):
         raise UserError(f"{source} is no list of objects with id and template, as Something-Something V2's .json has")
     folder = root or next(source.parent / name for name in SSV2_FOLDERS if (source.parent / name).is_dir())
     numbers = next((_read(source.parent / name) for name in SSV2_LABELS if (source.parent / name).is_file()), None)
     names = [f"{entry['id']}{SSV2_ENDING}" for entry in entries]
     require_inside(folder, names, source, "download it again")
-    templates = [str(entry["template"]).replace("[", "").replace("]", "") for entry in entries]
+    templates = [str(entry.get("template", "")).replace("[", "").replace("]", "") for entry in entries]
     if not isinstance(numbers, dict):
-        return _listed(source, folder, zip(names, templates, strict=True))
-    unknown = next((template for template in templates if template not in numbers), None)
+        rows = zip(names, templates, strict=True)
+        return _listed(source, folder, rows, lambda k: f"{source} entry {k}")
+    unknown = next((template for template in templates if template and template not in numbers), None)
     if unknown is not None:
         raise UserError(f"{source} has the template {unknown!r}, which its labels.json lacks; download both again")
     classes = sorted(numbers, key=lambda name: int(numbers[name]))
-    return Files(str(folder), names, np.array([classes.index(template) for template in templates]), classes)
+    place = {name: index for index, name in enumerate(classes)} | {"": UNLABELLED}  # the test split has no templates
+    return Files(str(folder), names, np.array([place[template] for template in templates]), classes)
 
 
 def _read(path: Path) -> Any:

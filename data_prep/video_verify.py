@@ -3,10 +3,9 @@
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
-
 from data_prep.sets import byte_bar, progress_bar, read_csv
 from data_prep.verify_pixels import decode_jpeg
+from fasthpm.data.labels import count_unlabelled, counts_of
 from fasthpm.data.options import count_workers
 from fasthpm.data.video.prepared import AGAIN, INFO, MANIFEST, MANIFEST_FILE, VideoSet, copied_file, open_videos
 from fasthpm.errors import UserError
@@ -27,9 +26,11 @@ def verify_videos(path: Path, num_workers: int = 0) -> VideoSet:
 
 
 def _check_counts(data: VideoSet) -> None:
-    counts = np.bincount(data.videos["label"], minlength=len(data.info.classes)).tolist()
-    if counts != data.sidecar["counts"]:
+    labels = data.videos["label"]
+    if counts_of(labels, len(data.info.classes)) != data.sidecar["counts"]:
         raise UserError(f"{data.path / INFO}: videos per class differ from its counts: {AGAIN}")
+    if count_unlabelled(labels) != data.sidecar.get("num_unlabelled", 0):
+        raise UserError(f"{data.path / INFO}: unlabelled videos differ from its num_unlabelled: {AGAIN}")
 
 
 def _check_hashes(data: VideoSet) -> None:

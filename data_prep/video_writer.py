@@ -23,12 +23,13 @@ import numpy as np
 from data_prep.encode import Stored, WriteOptions, check_opencv, encode
 from data_prep.ffmpeg import Stream, check_tools, encode_h264, fits_nvdec, frames, probe, stored_size
 from data_prep.partial import Chunk, Job, PartFile, locked, readable_write_errors
-from data_prep.plan import count_allowed, package_versions, stored_order
+from data_prep.plan import count_allowed, package_versions, refuse_changed, stored_order
 from data_prep.pool import Work, append_all, become_worker, reason_of
+from data_prep.samples import Files
 from data_prep.sets import write_csv
 from data_prep.sidecars import statistics
-from data_prep.sources import Files
 from fasthpm import __version__
+from fasthpm.data.labels import count_unlabelled, counts_of
 from fasthpm.data.sampling import Array
 from fasthpm.data.sources import is_video_set
 from fasthpm.data.video import prepared
@@ -216,10 +217,13 @@ def prepare(
     _check_output(out)
     task = _Task(source, out, options, _describe(source, options, version))
     with readable_write_errors(out, task.folder), locked(task.folder) as lock:
-        job = Job(task.folder, [FramePack(task.folder / out.name / prepared.FRAMES, len(source))])
+        pack = FramePack(task.folder / out.name / prepared.FRAMES, len(source))
+        job = Job(task.folder, [pack], source.contents())
         try:
             if not job.is_complete(task.description):
-                if read_json(out / prepared.INFO).get("job") == task.job_id and not overwrite:
+                known = read_json(out / prepared.INFO)
+                if known.get("job") == task.job_id and not overwrite:
+                    refuse_changed(out, known, job.contents)
                     job.discard()
                     return None
                 _refuse_existing(out, overwrite)
@@ -244,6 +248,13 @@ def _check_output(out: Path) -> None:
         raise UserError(f"folder {out.parent} of output {out.name} does not exist; create it")
     if out.suffix == ".beton" or (out.exists() and not out.is_dir()):
         raise UserError(f"output {out} should be a folder to write; choose another name")
+    aside = (
+        (out.with_name(f"{out.name}.rejected.csv"), Path.is_dir),
+        (out.with_name(f".{out.name}.partial"), Path.is_file),
+    )
+    for path, taken in aside:
+        if taken(path):
+            raise UserError(f"{path} stands where preparation has to write; remove it, or choose another output")
     if not os.access(out.parent, os.W_OK):
         raise UserError(f"folder {out.parent} of output {out.name} is not writable")
 
@@ -258,12 +269,13 @@ def _refuse_existing(out: Path, overwrite: bool) -> None:
 
 def _run(task: _Task, job: Job, lock: int, max_rejected: float, num_workers: int) -> None:
     order, total = stored_order(task.source, task.options.seed), len(task.source)
-    changed = job.resume(task.description)
-    if changed:
-        print(f"the unfinished preparation in {job.folder} differs in {', '.join(changed)}; starting over", flush=True)
-    elif job.chunks == total and len(job.rejected) > count_allowed(max_rejected, total):
-        print(f"all videos were read before, {len(job.rejected)} of them unusable; starting over", flush=True)
-        job.start_over(task.description)
+
+    def useless() -> str:
+        if job.chunks == total and len(job.rejected) > count_allowed(max_rejected, total):
+            return f"all videos were read before, {len(job.rejected)} of them unusable"
+        return ""
+
+    job.resume_same(task.description, useless)
     copies = task.folder / task.out.name / COPIES if task.options.copy else None
     if copies:
         copies.mkdir(exist_ok=True)
@@ -347,7 +359,8 @@ def _info(task: _Task, job: Job, table: Array, records: Array) -> dict[str, Any]
         "num_rejected": len(job.rejected),
         **statistics(totals, grey=not totals.coloured),
         "classes": list(task.source.classes),
-        "counts": np.bincount(table["label"], minlength=len(task.source.classes)).tolist(),
+        "counts": counts_of(table["label"], len(task.source.classes)),
+        "num_unlabelled": count_unlabelled(table["label"]),
         "fewest_frames": int(table["frames"].min()),
         "max_height": int(table["height"].max()),
         "max_width": int(table["width"].max()),
@@ -356,6 +369,7 @@ def _info(task: _Task, job: Job, table: Array, records: Array) -> dict[str, Any]
         "options": dataclasses.asdict(task.options),
         "versions": {"fasthpm": __version__, "python": sys.version.split()[0], **task.description["versions"]},
         "job": task.job_id,
+        "contents": job.contents,
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 

@@ -1,10 +1,14 @@
 """Videos into a prepared set: `python -m data_prep.videos SRC OUT_DIR`.
 
 SRC is one of
-  a folder of class folders       sorted by name, they become the labels; every file that is not hidden counts
+  a folder of class folders       sorted by name, they become the labels; every file counts, pictures, hidden ones
+                                  and a system's or our own excepted
   a flat folder of videos         one class, label 0
-  a .csv or .txt list             a line `path label` each (VideoMAE, Kinetics), by a space, comma or tab
+  a .csv or .txt list             a line `path label` each (VideoMAE, Kinetics), by a tab, comma or space; # comments
   Something-Something V2's .json  with its labels.json beside it; the videos are looked for there too
+
+A label that is missing, empty or -1 means unlabelled: such videos are kept, under the label -1, and counted; training
+takes them, probes do not.
 
 Writes a folder: frames.bin, the JPEG frames that training samples, at any of which a loader can begin; tables of them;
 manifest.csv (source, frames, rate, size, label, codec, sha256); info.json (counts, classes, mean and std, settings,
@@ -12,8 +16,9 @@ versions, hashes); and, if videos could not be used, rejected.csv with the reaso
 decodes: at a constant rate, upright, deinterlaced, 8 bits, with square pixels, even sides and no sound.
 
 Ctrl-C, a kill or a full disk loses seconds: the same command goes on where it stopped, and the result has the same
-bytes. What ffmpeg finds damaged, ends early, has one frame, no picture or one of more than 100 million pixels is
-rejected. A list can't name files outside --video_root.
+bytes. It notices files whose size or time has changed, or with --check_content any byte. What ffmpeg finds damaged,
+ends early, has one frame, no picture or one of more than 100 million pixels is rejected. A list can't name files
+outside --video_root.
 
 Choose --frame_stride as training's --sampling_rate, or a divisor of it: 2 for Something-Something V2 and 4 for Kinetics
 as VideoMAE does; with 4, Kinetics takes about the originals' room.
@@ -25,7 +30,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.images import read_classes
+from data_prep.images import add_check_content, read_classes
 from data_prep.video_sources import open_videos
 from data_prep.video_writer import VideoOptions, prepare
 from fasthpm.cli import Parser, run_command
@@ -90,6 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--num_workers", type=int, default=0, metavar="N", help="processes; 0 = all cores (default)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the stored order (default 0)")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT_DIR if it is a prepared set")
+    add_check_content(parser)
     return parser
 
 
@@ -112,9 +118,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     options, started = VideoOptions(**{name: getattr(args, name) for name in names}), time.monotonic()
     source = open_videos(args.source, args.video_root)
+    source.by_hash = args.check_content
     if args.classes:
         source.classes = _named(read_classes(args.classes), source.classes)
     print(f"{args.source}: {len(source)} videos, {len(source.classes)} classes", flush=True)
+    for line in source.words:
+        print(f"      {line}", flush=True)
     info = prepare(
         source,
         args.out,
@@ -143,10 +152,11 @@ def summary(out: Path, info: dict[str, Any], seconds: float) -> str:
     """The closing words about a set that was written."""
     mean, std = ([round(value, 4) for value in info[name]] for name in ("mean", "std"))
     rejected = info["num_rejected"]
+    unlabelled = f", {info['num_unlabelled']} unlabelled" if info.get("num_unlabelled") else ""
     lines = [
-        f"wrote {out}: {info['num_samples']} videos, {info['num_frames']} frames (every {info['frame_stride']}. of "
-        f"theirs), {len(info['classes'])} classes, {info['channels']} channel{'s' if info['channels'] > 1 else ''}, "
-        f"{info['bytes']} bytes, in {seconds:.0f} s",
+        f"wrote {out}: {info['num_samples']} videos{unlabelled}, {info['num_frames']} frames (every "
+        f"{info['frame_stride']}. of theirs), {len(info['classes'])} classes, {info['channels']} "
+        f"channel{'s' if info['channels'] > 1 else ''}, {info['bytes']} bytes, in {seconds:.0f} s",
         f"      mean {mean}, std {std}, largest {info['max_height']} x {info['max_width']}, fewest frames "
         f"{info['fewest_frames']}",
     ]

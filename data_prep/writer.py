@@ -8,7 +8,7 @@ of processes or on kills. Sets appear under their names when all is complete, si
 import contextlib
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,20 +18,28 @@ from PIL import Image
 
 from data_prep.encode import Stored, WriteOptions, check_opencv, encode
 from data_prep.partial import Chunk, Job, PartFile, Totals, locked, readable_write_errors
-from data_prep.plan import Output, Task, count_allowed, describe_job, partial_folder, stored_order
+from data_prep.plan import (
+    Output,
+    Task,
+    contents_of,
+    count_allowed,
+    describe_job,
+    partial_folder,
+    refuse_changed,
+    stored_order,
+)
 from data_prep.pool import Work, append_all, become_worker, reason_of
+from data_prep.samples import Samples
 from data_prep.sets import byte_bar, files_path, notes_path, read_index, rejected_path, write_csv
 from data_prep.sidecars import index_of, sidecar_of
-from data_prep.sources import Samples
 from fasthpm.data.ffcv.beton import sidecar_path
 from fasthpm.data.keys import Stream
 from fasthpm.data.options import count_workers
 from fasthpm.data.sampling import Array, key_of, uniforms
 from fasthpm.errors import UserError
-from fasthpm.files import file_hash, fsync, read_json, write_json
+from fasthpm.files import LONGEST_NAME, file_hash, fsync, read_json, write_json
 
 CHUNK, SMALL_CHUNK, LARGE_SIDE = 32, 4, 1024  # samples handed to a process at a time; fewer where they may be large
-LONGEST_NAME = 255
 
 
 # ------------------------------------------------------------------------------------------------------- all of it
@@ -105,7 +113,7 @@ def prepare(
     if not sum(len(output.indices) for output in outputs):
         raise UserError("there is no image to prepare")
     description = describe_job(source, classes, outputs, options)
-    task = Task(source, out, classes, outputs, options, description)
+    task = Task(source, out, classes, outputs, options, description, contents_of(source))
     folder = partial_folder(out)
     with readable_write_errors(out, folder), locked(folder) as lock:
         job = _new_job(task)
@@ -119,7 +127,8 @@ def prepare(
 
 def _new_job(task: Task) -> Job:
     folder = partial_folder(task.out)
-    return Job(folder, [PartFile(folder / output.path.name, len(output.indices)) for output in task.outputs])
+    parts = [PartFile(folder / output.path.name, len(output.indices)) for output in task.outputs]
+    return Job(folder, parts, task.contents)
 
 
 def _prepare(
@@ -127,6 +136,7 @@ def _prepare(
 ) -> dict[str, Any] | None:
     if not job.is_complete(task.description):
         if _is_there(task) and not overwrite:
+            refuse_changed(task.out, read_json(sidecar_path(task.out)), task.contents)
             return None
         _refuse_existing(task, overwrite)
         chunks = _plan_chunks(task.outputs, task.options)
@@ -142,16 +152,17 @@ def _prepare(
 
 def _resume(task: Task, job: Job, chunks: int, allowed: int) -> None:
     """Find out what is done already, and say so where it does not help."""
-    changed = job.resume(task.description)
-    if changed:
-        print(f"the unfinished preparation in {job.folder} differs in {', '.join(changed)}; starting over", flush=True)
-    elif job.chunks == chunks and len(job.rejected) > allowed:
-        print(f"all images were read before, {len(job.rejected)} of them unreadable; starting over", flush=True)
-        job.start_over(task.description)
+
+    def useless() -> str:
+        if job.chunks == chunks and len(job.rejected) > allowed:
+            return f"all images were read before, {len(job.rejected)} of them unreadable"
+        return ""
+
+    job.resume_same(task.description, useless)
 
 
 # ------------------------------------------------------------------------------------------------------- outputs
-def check_output(out: Path, paths: Iterable[Path]) -> None:
+def check_output(out: Path, paths: Sequence[Path]) -> None:
     """Refuse an output that cannot be written, before any work is done."""
     if out.suffix != ".beton":
         raise UserError(f"output {out} does not end in .beton; use e.g. {out.with_suffix('.beton')}")
@@ -171,6 +182,12 @@ def check_output(out: Path, paths: Iterable[Path]) -> None:
             f"output name {out.name[:40]}… is {longest - LONGEST_NAME} bytes too long for the files that go with it; "
             f"shorten it"
         )
+    written = (*paths, *(aside(path) for path in paths for aside in (sidecar_path, files_path)), rejected_path(out))
+    folder = next((path for path in (out, *written) if path.is_dir()), None)
+    if folder is not None:
+        raise UserError(f"output {folder} is a folder, expected a file to write; remove it, or choose another name")
+    if partial_folder(out).exists() and not partial_folder(out).is_dir():
+        raise UserError(f"{partial_folder(out)} is a file where unfinished work goes; remove it")
 
 
 def _old_files(task: Task) -> list[Path]:

@@ -1,12 +1,16 @@
 """What every command line of the project shares: strict parsing, one-line errors, exit codes."""
 
 import argparse
+import contextlib
+import errno
+import io
+import math
 import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn, TextIO, cast
 
 from fasthpm.errors import UserError, nearest
 
@@ -20,6 +24,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options: object) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)  # type: ignore[arg-type]
+        self.register("type", float, finite)  # of all flags whose type is float, also of groups
 
     def parse_args(self, args: Arguments = None, namespace: object = None) -> argparse.Namespace:  # type: ignore[override]
         values, unknown = self.parse_known_args(self._spelled_out(args) if isinstance(args, Mapping) else args)
@@ -44,6 +49,17 @@ class Parser(argparse.ArgumentParser):
         return [word for action, value in given for word in _words(action, value)]
 
 
+def finite(text: str) -> float:
+    """A number of a command line; neither nan nor inf, which no flag means."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"invalid float value: {text!r}") from None
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is no number that can be meant, expected a finite one")
+    return value
+
+
 def _words(action: argparse.Action, value: Any) -> list[str]:
     """An argument and its value as they stand on a command line."""
     flag = next((option for option in action.option_strings if option.startswith("--")), "")
@@ -58,6 +74,54 @@ def _words(action: argparse.Action, value: Any) -> list[str]:
     if several:
         raise UserError(f"{action.dest} is {value!r}, expected one value")
     return [f"{flag}={value}" if flag else str(value)]
+
+
+class Patient:
+    """A text stream whose reader may leave (`… | head -1`): what comes after that is dropped, and the work goes on.
+
+    What the reader's encoding cannot show is written with backslashes.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        if isinstance(stream, io.TextIOWrapper):  # not one of someone else's making
+            stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text: str) -> int:
+        """As a file's."""
+        try:
+            self._stream.write(text)
+        except BrokenPipeError:
+            self._drop()
+        return len(text)
+
+    def flush(self) -> None:
+        """As a file's."""
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            self._drop()
+
+    def _drop(self) -> None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())  # so that Python's own flush at the end goes well, too
+        os.close(nowhere)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def heard_or_not() -> Iterator[None]:
+    """Let standard output and the error output be `Patient`."""
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (stream and cast(TextIO, Patient(stream)) for stream in streams)
+    try:
+        yield
+    finally:
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.flush()
+        sys.stdout, sys.stderr = streams
 
 
 def run_rank(main: Callable[[Sequence[str] | None], object]) -> NoReturn:
@@ -79,7 +143,16 @@ def run_rank(main: Callable[[Sequence[str] | None], object]) -> NoReturn:
 
 
 def run_command(main: Callable[[Sequence[str] | None], object], argv: Sequence[str] | None = None) -> NoReturn:
-    """Run `main`, turn a `UserError` into one line on stderr and status 2, Ctrl-C into status 130."""
+    """Run `main`, turn a `UserError` into one line on stderr and status 2, Ctrl-C into status 130.
+
+    Names of files that the user has no rights to, or that no file can have, are wrong inputs, too.
+    """
+    with heard_or_not():
+        status = _status_of(main, argv)
+    sys.exit(status)
+
+
+def _status_of(main: Callable[[Sequence[str] | None], object], argv: Sequence[str] | None) -> int:
     try:
         main(argv)
     except UserError as error:
@@ -87,8 +160,15 @@ def run_command(main: Callable[[Sequence[str] | None], object], argv: Sequence[s
             time.sleep(LINGER)
         else:
             print(f"fasthpm: error: {error}", file=sys.stderr, flush=True)
-        sys.exit(EXIT_USER_ERROR)
+        return EXIT_USER_ERROR
+    except OSError as error:
+        if error.filename is None or error.errno not in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP):
+            raise
+        remedy = "give yourself the rights, or choose" if isinstance(error, PermissionError) else "choose"
+        line = f"{error.filename} cannot be used ({error.strerror}); {remedy} another"
+        print(f"fasthpm: error: {line}", file=sys.stderr, flush=True)
+        return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("fasthpm: interrupted", file=sys.stderr, flush=True)
-        sys.exit(EXIT_INTERRUPTED)
-    sys.exit(0)
+        return EXIT_INTERRUPTED
+    return 0

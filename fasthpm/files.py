@@ -23,13 +23,17 @@ from fasthpm.errors import UserError
 
 HASH_CHUNK = 1 << 22  # bytes
 ASIDE = ".writing-"  # begins the name of what is not whole yet
+LONGEST_NAME = 255  # bytes, of nearly every file system
 LISTED = 6  # names that one message tells
 
 
 # -------------------------------------------------------------------------------------------------- write
 def aside_of(path: Path) -> Path:
     """Where a file or folder waits, beside its place, until it is whole."""
-    return path.with_name(f"{ASIDE}{path.name}")
+    name = f"{ASIDE}{path.name}"
+    if len(os.fsencode(name)) > LONGEST_NAME:
+        name = f"{ASIDE}{hashlib.sha256(os.fsencode(path.name)).hexdigest()}"
+    return path.with_name(name)
 
 
 @contextlib.contextmanager

@@ -67,6 +67,12 @@ def test_durable_files_reach_the_disk_before_their_name(tmp_path: Path, monkeypa
     assert seen == [(tmp_path / ".writing-a", False)]
 
 
+@pytest.mark.parametrize("name", ["n" * 250 + ".png", "é" * 127, os.fsdecode(b"\xe9" * 255)])
+def test_a_name_may_be_as_long_as_the_file_system_takes(tmp_path: Path, name: str) -> None:
+    files.write_text(tmp_path / name, "whole")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_a_name_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     path = tmp_path / "missing" / "a.json"
     with pytest.raises(UserError) as found, files.writing(path, "choose another --output"):

@@ -32,7 +32,7 @@ def sample_names(data_path: str, count: int) -> list[str]:
 def _column(path: Path, place: int) -> list[str]:
     """A column of a csv with a header; [] if it cannot be read."""
     try:
-        with path.open(encoding="utf-8", errors="backslashreplace", newline="") as lines:
+        with path.open(encoding="utf-8", errors="surrogateescape", newline="") as lines:
             return [row[place] for row in csv.reader(lines)][1:]
     except (OSError, csv.Error, IndexError):
         return []

@@ -1,32 +1,48 @@
 """Image files on disk: finding them, and turning any kind of them into 8-bit RGB."""
 
-import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from fasthpm.data.labels import number_labels
+from fasthpm.data.listing import Kind, list_folder
+from fasthpm.data.lists import LISTS, read_list, require_inside
 from fasthpm.data.sampling import Array, crop_resize
 from fasthpm.errors import UserError
 
 EXTENSIONS = frozenset(
-    [".bmp", ".gif", ".jpeg", ".jpg", ".jp2", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"]
+    [
+        *(".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".jp2", ".j2k", ".jpx", ".png", ".apng", ".gif", ".webp", ".avif"),
+        *(".bmp", ".dib", ".pbm", ".pgm", ".ppm", ".pnm", ".tif", ".tiff", ".tga"),
+    ]
 )
-MAX_LABEL = 1_000_000
 BITS_PER_SAMPLE, SAMPLE_FORMAT, SIGNED = 258, 339, 2  # tags of a TIFF, and a value of the latter
 UNKNOWN_RANGE = "integers of 32 bits or with a sign, whose range is unknown ({span}); save 8 or 16 bits without a sign"
 SCALED = ("PNG", "PPM")  # formats whose wide integers PIL gives in 0..65535, whatever their mode
 
 
+def _looks_like_image(start: bytes) -> bool:
+    """Whether a file that begins so is an image of a common kind."""
+    begins = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP  ")
+    brand = start[8:12] if start[4:8] == b"ftyp" else b""
+    webp = start[:4] == b"RIFF" and start[8:12] == b"WEBP"
+    bmp = start[:2] == b"BM" and start[6:10] == bytes(4)
+    return start.startswith(begins) or brand in (b"avif", b"avis") or webp or bmp
+
+
+IMAGES = Kind("images", EXTENSIONS, _looks_like_image)
+
+
 @dataclass(frozen=True)
 class ImageList:
-    """Files and what they show: `labels[i]` indexes `classes`."""
+    """Files and what they show: `labels[i]` indexes `classes`, or is `UNLABELLED`."""
 
     paths: tuple[str, ...]
     labels: tuple[int, ...]
     classes: tuple[str, ...]
+    words: tuple[str, ...] = ()  # what was left out, for people
 
 
 # ------------------------------------------------------------------------------------------------------- one image
@@ -131,109 +147,41 @@ def _blend(image: Array, other: Array | np.float32, factor: np.float32) -> Array
 
 # ------------------------------------------------------------------------------------------------------- many files
 def list_images(source: Path, *, every_file: bool = False) -> ImageList:
-    """The images of a class-per-folder tree, of a flat folder (one class, label 0), or of a `.txt` list.
+    """The images of a class-per-folder tree, of a flat folder (one class, label 0), or of a `.txt` or `.csv` list.
 
-    Class folders sort into labels; hidden files are left out. With `every_file` all other files count as images, so
-    that one that is none can be reported; otherwise only those with an image's extension.
+    Class folders sort into labels; hidden files and others that `listing` knows are left out. With `every_file` all
+    other files count as images, so that one that is none can be reported; otherwise only those with an image's
+    extension or first bytes.
 
     **Raises:** `UserError` if there is nothing to read, or the source is ambiguous.
     """
     if source.is_dir():
-        images = _list_folder(source, every_file)
-    elif source.is_file() and source.suffix.lower() == ".txt":
-        images = _list_txt(source)
+        found = list_folder(source, IMAGES, every_file=every_file)
+        images = ImageList(tuple(found.paths), tuple(found.labels), found.classes, found.words)
+    elif source.is_file() and source.suffix.lower() in LISTS:
+        images = _list_lines(source)
     else:
         raise UserError(
             f"{source} is not there or not an image source; expected a folder of class folders, "
-            f"a flat folder of images, or a .txt list"
+            f"a flat folder of images, or a .txt or .csv list"
         )
     if not images.paths:
         raise UserError(
             f"{source} holds no image files; expected a folder of class folders, a flat folder of images, "
-            f"or a .txt list"
+            f"or a .txt or .csv list{'; '.join(('', *images.words))}"
         )
     return images
 
 
-def _list_folder(source: Path, every_file: bool) -> ImageList:
-    entries = sorted(entry for entry in source.iterdir() if not entry.name.startswith("."))
-    folders, files = [e for e in entries if e.is_dir()], [e for e in entries if not e.is_dir()]
-    loose = [file for file in files if file.suffix.lower() in EXTENSIONS]
-    if not folders:
-        chosen = files if every_file else loose
-        return ImageList(tuple(map(str, chosen)), (0,) * len(chosen), (source.resolve().name,))
-    if loose:
-        raise UserError(
-            f"{source} holds both folders and images ({loose[0].name}, {len(loose)} in all); move those "
-            f"into class folders, or list the files you want in a .txt"
-        )
-    found = [(path, label) for label, folder in enumerate(folders) for path in _walk(folder, every_file)]
-    return ImageList(tuple(p for p, _ in found), tuple(k for _, k in found), tuple(f.name for f in folders))
-
-
-def _walk(folder: Path, every_file: bool) -> list[str]:
-    paths, seen = [], set()
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        status = os.stat(parent)
-        if (status.st_dev, status.st_ino) in seen:  # a link that leads back up
-            folders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        paths += [os.path.join(parent, name) for name in sorted(files) if not name.startswith(".")]
-    return [path for path in paths if every_file or os.path.splitext(path)[1].lower() in EXTENSIONS]
-
-
-def _list_txt(source: Path) -> ImageList:
-    try:
-        lines = source.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{source} cannot be read ({error}); expected UTF-8 lines `path[<TAB>label]`") from error
-    rows = [(number, *_split(line, source.parent)) for number, line in enumerate(lines, 1) if line.strip()]
-    require_inside(
-        source.parent, (path for _, path, _ in rows), source, "move the list to a folder that holds them all"
-    )
-    bare = [number for number, _, label in rows if not label]
-    if bare and len(bare) < len(rows):
+def _list_lines(source: Path) -> ImageList:
+    lines, root = read_list(source, source.parent), source.parent
+    require_inside(root, (line.path for line in lines), source, "move the list to a folder that holds them all")
+    bare = [line.number for line in lines if line.label is None]
+    if bare and len(bare) < len(lines):
         raise UserError(f"{source} line {bare[0]} has no label but other lines do; label all lines or none")
-    labels: tuple[list[int], tuple[str, ...]] = ([0] * len(rows), (source.stem,))
-    if not bare:
-        labels = _number(source, [(number, label) for number, _, label in rows])
-    return ImageList(tuple(str(source.parent / path) for _, path, _ in rows), tuple(labels[0]), labels[1])
-
-
-def require_inside(root: Path, paths: Iterable[str], source: Path, remedy: str) -> None:
-    """Refuse a list that names files outside `root`, be it absolutely or by `..`; links in `root` are its owner's.
-
-    **Raises:** `UserError` naming the first of them.
-    """
-    whole = os.path.join(os.path.abspath(root), "")
-    for path in paths:
-        suspicious = path.startswith("/") or ".." in path
-        if suspicious and not os.path.normpath(os.path.join(whole, path)).startswith(whole):
-            raise UserError(f"{source} names {path!r}, which lies outside {root}; {remedy}")
-
-
-def _split(line: str, folder: Path) -> tuple[str, str]:
-    """Path and label of a line. A tab separates them; without one the last space does, unless the line is a file."""
-    if "\t" in line:
-        path, _, label = line.rpartition("\t")
-        return path.strip(), label.strip()
-    line = line.strip()
-    if " " not in line or (folder / line).exists():
-        return line, ""
-    path, _, label = line.rpartition(" ")
-    return path.strip(), label
-
-
-def _number(source: Path, labels: list[tuple[int, str]]) -> tuple[list[int], tuple[str, ...]]:
-    """Labels as given if all are whole numbers, else the sorted names' positions; and the class names."""
-    if not all(label.isdecimal() for _, label in labels):
-        classes = tuple(sorted({label for _, label in labels}))
-        position = {name: index for index, name in enumerate(classes)}
-        return [position[label] for _, label in labels], classes
-    for number, label in labels:
-        if int(label) > MAX_LABEL:
-            raise UserError(f"{source} line {number}: label {label} is more than {MAX_LABEL}; number classes from 0")
-    numbers = [int(label) for _, label in labels]
-    return numbers, tuple(str(index) for index in range(max(numbers) + 1))
+    paths = tuple(str(root / line.path) for line in lines)
+    if bare or not lines:
+        return ImageList(paths, (0,) * len(paths), (source.stem,))
+    texts = [line.label or "" for line in lines]
+    labels, classes = number_labels(texts, lambda k: f"{source} line {lines[k].number}")
+    return ImageList(paths, tuple(labels.tolist()), classes)

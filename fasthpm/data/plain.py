@@ -1,6 +1,7 @@
 """The plain loader: image files through PIL and numpy. Slow, simple, the truth that the fast one is tested against."""
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from PIL import Image
 from fasthpm.data.bad import BadSample
 from fasthpm.data.base import PrefetchLoader
 from fasthpm.data.decoding import Decoded, read, size_of
+from fasthpm.data.labels import count_unlabelled
 from fasthpm.data.options import LoaderOptions
 from fasthpm.data.pixels import ImageList, is_grey, list_images, render
 from fasthpm.data.sampling import Array
@@ -55,7 +57,8 @@ def measure_folder(images: ImageList) -> DatasetInfo:
     mean = total / pixels
     std = np.sqrt(np.maximum(squares / pixels - mean**2, 0))
     channels = 1 if grey else 3
-    return DatasetInfo(count, channels, tuple(mean[:channels].tolist()), tuple(std[:channels].tolist()), images.classes)
+    means, stds = (tuple(values[:channels].tolist()) for values in (mean, std))
+    return DatasetInfo(count, channels, means, stds, images.classes, count_unlabelled(np.array(images.labels)))
 
 
 def _readable(paths: list[str]) -> Iterator[Array]:
@@ -74,11 +77,20 @@ def _readable(paths: list[str]) -> Iterator[Array]:
         raise error
 
 
+@functools.cache
+def _tell(line: str) -> None:
+    """Warn once: a run opens its data several times."""
+    warn(line)
+
+
 class PlainLoader(PrefetchLoader):
     """A `Loader` of image files; see `build_loader`."""
 
     def __init__(self, path: Path, options: LoaderOptions) -> None:
         self._images = list_images(path)
+        if options.rank == 0:
+            for line in self._images.words:
+                _tell(f"{path}: {line}")
         self._known_sizes = np.zeros((len(self._images.paths), 2), np.int64)  # 0 = not looked at yet
         super().__init__(measure_folder(self._images), options, str(path))
 

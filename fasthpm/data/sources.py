@@ -8,7 +8,8 @@ from fasthpm.errors import UserError
 
 def is_video_set(path: Path) -> bool:
     """Whether `path` is a folder that `data_prep.videos` wrote, or what is left of one."""
-    return (path / "info.json").is_file() and ((path / "frames.bin").exists() or (path / "videos.npy").exists())
+    info, *data = (os.path.join(path, name) for name in ("info.json", "frames.bin", "videos.npy"))
+    return os.path.isfile(info) and any(map(os.path.exists, data))  # False where we may not look, unlike Path's
 
 
 def split_sources(source: str) -> list[str]:
@@ -29,7 +30,7 @@ def is_beton(source: str) -> bool:
                     f"data_path {source} joins {name!r}, which is no .beton; only prepared sets can be joined"
                 )
         return True
-    if path.suffix == ".beton" or (path.is_file() and path.suffix.lower() != ".txt"):
+    if path.suffix == ".beton" or (path.is_file() and path.suffix.lower() not in (".txt", ".csv")):
         if path.suffix != ".beton":
             raise UserError(
                 f"data_path {source} is a file but no .beton; give a prepared .beton, an image folder, or synthetic:N"

@@ -39,6 +39,7 @@ class DatasetInfo:
     mean: tuple[float, ...]  # per channel, of pixels scaled to 0..1
     std: tuple[float, ...]
     classes: tuple[str, ...]
+    unlabelled: int = 0  # samples of the label -1, which are of none of the classes
 
 
 class Loader(Protocol):

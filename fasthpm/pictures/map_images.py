@@ -21,6 +21,7 @@ import argparse
 import csv
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from fasthpm import files
 from fasthpm.checkpoint import RECIPE, checkpoint_of
 from fasthpm.cli import Arguments, Parser
 from fasthpm.data import DatasetInfo, build_loader, read_info
+from fasthpm.data.listing import files_below
 from fasthpm.data.names import sample_names
 from fasthpm.data.plain import read_pixels
 from fasthpm.data.sampling import Array, area_resize
@@ -166,7 +168,7 @@ class Saliency:
     def __init__(self, folder: Path, size: tuple[int, int]) -> None:
         if not folder.is_dir():
             raise UserError(f"masks {folder} is no folder; give one whose files are named like the images")
-        self._files = {path.stem: path for path in sorted(folder.rglob("*")) if path.is_file()}
+        self._files = {path.stem: path for path in files_below(folder)}
         self._size = size
         self._areas: dict[str, list[float]] = {}
         self._curves: dict[str, list[Array]] = {}
@@ -221,7 +223,7 @@ def write_ranking(path: Path, names: Sequence[str], columns: dict[str, Array], t
     hardest = rank_of(columns["true_loss" if true_loss else "difficulty"])
     ranked = {"hardest": hardest, "emptiest": rank_of(columns["empty_patches"])}
     constant = columns["deviation"] < CONSTANT_IMAGE
-    with path.open("w", encoding="utf-8", newline="") as file:
+    with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["name", *ranked, "near_constant", *columns])
         for row in np.argsort(hardest):
@@ -251,7 +253,7 @@ def write_maps(
             if arguments.overlays < 0 or sample < arguments.overlays:
                 picture = overlay(part.images[row], list(kinds.values()))
                 with _output(arguments):
-                    drawing.save_png(picture, out / "overlays" / f"{sample:08d}-{Path(names[sample]).stem}.png")
+                    drawing.save_png(picture, out / "overlays" / file_name(f"{sample:08d}-{names[sample]}", ".png"))
         parts.append(part._replace(images=part.images[:0]))
     whole = ImageMaps(*(np.concatenate(column) for column in zip(*parts, strict=True)))
     if not len(whole.ids):
@@ -264,6 +266,15 @@ def write_maps(
         if scores:
             files.write_json(out / "saliency.json", scores)
     return len(whole.ids), asked
+
+
+def file_name(name: str, ending: str) -> str:
+    """The stem of a sample's name as a file's, cut to what file systems take, at a whole character."""
+    head, _, rest = name.partition("-")
+    stem = f"{head}-{Path(rest).stem}"
+    while len(os.fsencode(stem)) > files.LONGEST_NAME - len(ending):
+        stem = stem[:-1]
+    return stem + ending
 
 
 def kinds_of(maps: ImageMaps, asked: Answers, arguments: argparse.Namespace) -> dict[str, Array]:

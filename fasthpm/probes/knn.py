@@ -24,7 +24,7 @@ from torch import Tensor
 from fasthpm import ranks
 from fasthpm.checkpoint.weights import load_weights
 from fasthpm.cli import Arguments, Parser
-from fasthpm.data import DatasetInfo, build_loader
+from fasthpm.data import DatasetInfo, build_loader, read_info
 from fasthpm.entry import Result
 from fasthpm.errors import UserError
 from fasthpm.model import HPMViT
@@ -90,6 +90,7 @@ def evaluate(arguments: argparse.Namespace, weights: str, launch: ranks.Launch) 
     """Accuracy per k of the model with these `weights` for every bank size, all ranks together."""
     sizes = arguments.bank_size
     with ranks.in_agreement():
+        result.check_sets(*((path, read_info(path)) for path in (arguments.train_path, arguments.val_path)))
         model, recipe = load_weights(arguments.run, weights)
         model = model.to(launch.device)
         arguments.pool = pool_of(model, arguments.pool)

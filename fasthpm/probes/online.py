@@ -37,8 +37,8 @@ HEAD = "online_probe.safetensors"
 def check(recipe: Recipe, info: DatasetInfo, config: dict[str, Any]) -> None:
     """Whether the online probe that the recipe asks for, if any, is possible; `config`: DeepSpeed's.
 
-    **Raises:** `UserError` for data with one class only, for k-NN of video, and under ZeRO 3, whose weights no rank
-    holds whole.
+    **Raises:** `UserError` for data with one class only or unlabelled samples, for k-NN of video, and under ZeRO 3,
+    whose weights no rank holds whole.
     """
     if not (recipe.online_probe_every or recipe.online_knn_every):
         return
@@ -50,6 +50,11 @@ def check(recipe: Recipe, info: DatasetInfo, config: dict[str, Any]) -> None:
         raise UserError(
             f"{recipe.data_path} has {len(info.classes)} class, and an online probe needs labels of 2 or more; "
             f"leave online_probe_every and online_knn_every at 0"
+        )
+    if info.unlabelled:
+        raise UserError(
+            f"{info.unlabelled} of {info.num_samples} samples of {recipe.data_path} are unlabelled, and an online "
+            f"probe needs labels; leave online_probe_every and online_knn_every at 0, or prepare it with --classes FILE"
         )
 
 

@@ -25,9 +25,15 @@ SHOWN = ("recipe", "protocol", "accuracy", "effective_epochs", "pretraining_gpu_
 def check_sets(train: tuple[str, DatasetInfo], val: tuple[str, DatasetInfo]) -> None:
     """Refuse sets that no classifier can be trained and tested on; each is (path, what it holds).
 
-    **Raises:** `UserError` for one class only (which is what a set without labels has) and for different classes.
+    **Raises:** `UserError` for one class only (which is what a set without labels has), for unlabelled samples and for
+    different classes.
     """
     for path, info in (train, val):
+        if info.unlabelled:
+            raise UserError(
+                f"{info.unlabelled} of {info.num_samples} samples of {path} are unlabelled (label -1), and a probe "
+                f"needs labels; prepare it without them, with --classes FILE"
+            )
         if len(info.classes) < 2:
             name = f" ({info.classes[0]})" if info.classes else ""
             raise UserError(
@@ -51,9 +57,10 @@ def check_labels(labels: Tensor, path: str, num_classes: int, *, several: bool =
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= num_classes:
         wrong = low if low < 0 else high
+        count = int((labels == wrong).sum())
         raise UserError(
             f"{path} has the label {wrong}, expected 0 to {num_classes - 1}; labels are missing or belong to other "
-            f"classes: prepare it again"
+            f"classes ({count} of {len(labels)} samples): prepare it again"
         )
     if several and low == high:
         raise UserError(f"all {len(labels)} samples of {path} have the label {low}; a probe needs two classes or more")

@@ -3,12 +3,13 @@
 import csv
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from data_prep import images
+from data_prep import images, writer
 from fasthpm.data import read_info
 from fasthpm.data.ffcv.beton import JPEG, RAW, open_beton
 from fasthpm.errors import UserError
@@ -138,6 +139,43 @@ def test_wrong_flags_are_one_line(folder: Path, flags: tuple[str, ...], message:
         images.main([str(folder), str(folder.parent / flags[0]), *flags[1:]])
     assert "\n" not in str(error.value)
     assert leftovers(folder.parent) == []
+
+
+@pytest.mark.parametrize("flag", ["--val_fraction", "--max_rejected", "--compress_probability"])
+def test_nan_and_inf_are_refused_before_any_work(folder: Path, flag: str) -> None:
+    for value in ("nan", "inf"):
+        with pytest.raises(UserError, match=f"argument {flag}: {value} is no number"):
+            images.main([str(folder), str(folder.parent / "a.beton"), flag, value])
+
+
+@pytest.mark.parametrize("name", ["a.beton", "a.json", "a.files.csv", "a.rejected.csv", "a_val.beton", ".a.partial"])
+def test_an_output_that_cannot_be_written_is_found_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    folder = image_folder(tmp_path / "in", 8)
+    if name == ".a.partial":
+        (tmp_path / name).touch()
+    else:
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(writer, "append_all", None)  # no work
+    with pytest.raises(UserError, match=re.escape(name)) as error:
+        prepare(folder, tmp_path / "a.beton", "--overwrite", "--val_fraction", ".5")
+    assert "\n" not in str(error.value)
+
+
+def test_an_output_within_the_source_is_never_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for index in range(4):
+        picture(index).save(tmp_path / f"{index}.png")
+    (tmp_path / "bad.jpg").touch()
+    out = tmp_path / "set.beton"
+    with pytest.raises(UserError, match="1 of 5 images cannot be read"):
+        prepare(tmp_path, out)
+    prepare(tmp_path, out, "--max_rejected", "1")
+    prepare(tmp_path, out, "--max_rejected", "5")
+    shown = capsys.readouterr().out
+    assert shown.count("5 images, 1 classes") == 3
+    assert "left out, FastHPM's own: 4 (set.beton, set.files.csv, set.json, …)" in shown
+    assert "nothing to do" in shown
 
 
 # ------------------------------------------------------------------------------------------------------- presets

@@ -7,6 +7,7 @@ import pytest
 
 from data_prep import moving_fashion
 from fasthpm.data.video.prepared import open_videos
+from fasthpm.errors import UserError
 from tests.helpers.video_sets import stored_frame
 
 
@@ -35,3 +36,9 @@ def test_where_garments_begin_says_nothing_about_the_class() -> None:
         clip = moving_fashion.draw_clip(garment, (5, 7), moving_fashion.velocity(name), 4, 40)
         assert (clip.sum((1, 2)) == clip[0].sum()).all()
         assert np.array_equal(np.roll(clip[0], moving_fashion.velocity(name), (0, 1)), clip[1])
+
+
+def test_an_output_that_is_a_file_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file cannot be made \(File exists\); choose another"):
+        moving_fashion.main([str(tmp_path / "file")])

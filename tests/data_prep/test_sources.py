@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -213,9 +214,11 @@ def test_tar_shards_with_class_names_and_odd_samples(tmp_path: Path) -> None:
         tar.write({"__key__": "noimage", "cls": b"ant"})
         tar.write({"__key__": "broken", "jpg": b"x", "cls": b"ant"})
     out = prepare(tmp_path / "in", tmp_path / "a.beton", "--max_rejected", "3")
-    assert open_beton(out).info.classes == ("ant", "bee", "cat")
+    beton = open_beton(out)
+    assert (beton.info.classes, beton.info.unlabelled) == (("ant", "bee", "cat"), 1)
+    assert [Path(name).stem for name, label in zip(named(out), beton.labels, strict=True) if label < 0] == ["nolabel"]
     reasons = {Path(path).stem: why for path, why in list(read_csv(tmp_path / "a.rejected.csv"))[1:]}
-    assert "no label" in reasons["nolabel"]
+    assert "nolabel" not in reasons
     assert "none of its members is an image" in reasons["noimage"]
     assert "is no image that Pillow knows" in reasons["broken"]
     (tmp_path / "classes.txt").write_text("cat\nant\n")
@@ -308,3 +311,88 @@ def test_parquet_splits_and_columns_must_be_chosen(tmp_path: Path) -> None:
 def test_labels_are_numbered(texts: list[str]) -> None:
     labels, classes = sources.number_labels(texts)
     assert [classes[label] if label >= 0 else "" for label in labels] == texts
+
+
+# ------------------------------------------------------------------------------------------------------- what is meant
+@pytest.mark.parametrize("ending", [".tar", ".parquet"])
+@pytest.mark.parametrize("where", ["cat/x.jpg", "cat/more/x.JPEG", "x.png"])
+def test_shards_beside_images_are_asked_about(tmp_path: Path, ending: str, where: str) -> None:
+    (tmp_path / where).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / where).write_bytes(jpeg_bytes(picture(0)))
+    (tmp_path / f"left{ending}").touch()
+    words = rf"holds both \{ending} files \(left\{ending}, 1 in all\) and images \({re.escape(where)}, …\); say which"
+    with pytest.raises(UserError, match=words):
+        open_source(str(tmp_path))
+    if "/" in where:
+        assert open_source(os.path.join(tmp_path, "*", "")).names == [where]
+
+
+def test_a_name_that_exists_is_no_pattern(tmp_path: Path) -> None:
+    folder = tmp_path / "[2020] {a,b} photos*"
+    image_folder(folder, 4)
+    (folder / "list[1].txt").write_text("ant/000.png\t0\nbee/001.png\t1\n")
+    write_tars(folder / "[tars]", 4)
+    assert len(open_source(str(folder / "list[1].txt"))) == 2
+    assert len(open_source(str(folder / "[tars]" / "train-0000.tar"), num_workers=1)) == 2
+    for pattern in ("train-*.tar", "train-000[01].tar", "train-{0000..0001}.tar"):
+        assert len(open_source(str(folder / "[tars]" / pattern), num_workers=1)) == 4
+    with pytest.raises(UserError, match=r"\[tars\]/train-0009\.tar is not there"):
+        open_source(str(folder / "[tars]" / "train-{0000,0009}.tar"), num_workers=1)
+
+
+# ------------------------------------------------------------------------------------------------------- no labels
+@pytest.mark.parametrize("described", [False, True])
+@pytest.mark.parametrize(
+    ("values", "labels"),
+    [
+        ([0, 1, None, 2], [0, 1, -1, 2]),
+        ([0, -1, 1, 2], [0, -1, 1, 2]),
+        ([-1, -1], [-1, -1]),
+        ([0.0, float("nan"), 2.0], [0, -1, 2]),
+        ([], None),
+        ([0, 1, 2, -2], None),
+    ],
+)
+def test_parquet_rows_without_labels(
+    tmp_path: Path, described: bool, values: list[float | None], labels: list[int] | None
+) -> None:
+    pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    import pyarrow.parquet as pq
+
+    features = {"image": {"_type": "Image"}, "label": {"names": ["cow", "ape", "bat"], "_type": "ClassLabel"}}
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})} if described else None
+    kinds = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    rows = [{"bytes": jpeg_bytes(picture(0)), "path": "x.jpg"}] * len(values)
+    kind = pa.float64() if any(isinstance(value, float) for value in values) else pa.int64()
+    table = pa.table({"image": pa.array(rows, kinds), "label": pa.array(values, kind)})
+    pq.write_table(table.replace_schema_metadata(metadata), tmp_path / "x.parquet")
+    if labels is None:
+        with pytest.raises(UserError, match=r"hold no rows|has label -2|has the label '-2'"):
+            open_source(str(tmp_path))
+        return
+    source = open_source(str(tmp_path))
+    assert source.labels.tolist() == labels
+    assert source.words == [f"{labels.count(-1)} of them unlabelled (label -1)"]
+
+
+def test_unlabelled_images_are_kept_counted_and_sound(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = image_folder(tmp_path / "in", 8)
+    lines = [f"{path.relative_to(tmp_path)}\t{k % 3 - 1}" for k, path in enumerate(sorted(folder.rglob("*.png")))]
+    (tmp_path / "list.txt").write_text("\n".join(lines))
+    out = prepare(tmp_path / "list.txt", tmp_path / "a.beton", "--shards", "2", "--val_count", "2")
+    assert "a_val.beton: 2 images" in capsys.readouterr().out
+    verify.main([str(out)])
+    index = json.loads((tmp_path / "a.json").read_text())
+    assert (index["num_unlabelled"], sum(index["counts"]), index["num_samples"]) == (3, 3, 6)
+    info, direct = read_info(out), read_info(tmp_path / "list.txt")
+    assert (info.classes, info.unlabelled) == (direct.classes, direct.unlabelled) == (("0", "1"), 3)
+    assert open_beton(tmp_path / "a_val.beton").info.unlabelled == 0
+    assert read_info(f"{out},{out}").unlabelled == 6
+    sidecar = json.loads((tmp_path / "a-00000-of-00002.json").read_text())
+    (tmp_path / "a-00000-of-00002.json").write_text(json.dumps(sidecar | {"num_unlabelled": 9}))
+    with pytest.raises(UserError, match="num_unlabelled"):
+        verify.main([str(out)])
+    (tmp_path / "classes.txt").write_text("1\n0\n")
+    flags = ("--classes", str(tmp_path / "classes.txt"))
+    assert open_beton(prepare(tmp_path / "list.txt", tmp_path / "b.beton", *flags)).sidecar["counts"] == [2, 3]
+    assert "unlabelled and so of none of the classes asked for: 3" in capsys.readouterr().out

@@ -30,6 +30,9 @@ def test_lists_and_json_name_videos_and_labels(source: Path, tmp_path: Path) -> 
     files = list_videos(tmp_path / "train.json")
     assert (files.labels.tolist(), files.names) == ([0, 1], ["78.webm", "9.webm"])
     assert files.classes == ("Holding something", "Dropping something", "X")
+    (tmp_path / "train.json").write_text(json.dumps([{"id": "78"}, {"id": "9", "template": "X"}]))
+    files = list_videos(tmp_path / "train.json")  # the test split has no templates
+    assert (files.labels.tolist(), files.words) == ([-1, 2], ["1 of them unlabelled (label -1)"])
     with pytest.raises(UserError, match=r"nowhere does not exist; expected a folder"):
         list_videos(tmp_path / "nowhere")
 

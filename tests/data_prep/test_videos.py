@@ -4,6 +4,7 @@ import contextlib
 import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 from fractions import Fraction
@@ -274,3 +275,24 @@ def test_files_that_a_list_names_and_that_are_missing_are_counted_and_listed(sou
     out = prepare_videos(tmp_path / "train.csv", tmp_path / "set", "--video_root", str(source), "--max_rejected", "1")
     assert "the file is not there" in rejected(out / "rejected.csv")["nothing.mp4"]
     assert json.loads((out / "info.json").read_text())["num_rejected"] == 1
+
+
+def test_unlabelled_videos_are_kept_and_counted(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "train.csv").write_text("ant/000.mp4 -1\nbee/001.mp4 1\n")
+    out = prepare_videos(tmp_path / "train.csv", tmp_path / "set", "--video_root", str(source))
+    assert "2 videos, 1 unlabelled" in capsys.readouterr().out
+    data = open_videos(out)
+    assert (data.info.unlabelled, data.sidecar["counts"]) == (1, [0, 1])
+    assert sorted(data.videos["label"].tolist()) == [-1, 1]
+    assert verify.main([str(out)]) is None
+
+
+@pytest.mark.parametrize("name", ["set.rejected.csv", ".set.partial"])
+def test_what_stands_in_the_way_is_found_before_any_work(source: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir() if name.endswith("csv") else (tmp_path / name).touch()
+    with pytest.raises(UserError, match=rf"{re.escape(name)} stands where preparation has to write"):
+        prepare_videos(source, tmp_path / "set", "--overwrite")
+    with pytest.raises(UserError, match="max_seconds: nan is no number"):
+        prepare_videos(source, tmp_path / "set", "--max_seconds", "nan")

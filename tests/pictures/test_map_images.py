@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from fasthpm.pictures import map_images
 from fasthpm.probes import difficulty_head
 from fasthpm.probes.answers import load_asked
 from tests.helpers import reference
+from tests.helpers.data_fixtures import picture, prepare
 from tests.helpers.runs import run_of
 from tests.helpers.videos import video_run
 
@@ -163,6 +165,31 @@ def test_maps_of_videos_are_refused_before_a_head_is_fitted(tmp_path: Path) -> N
     run, _ = video_run(tmp_path)
     with pytest.raises(UserError, match=r"maps are of images, and .* was trained on videos; use fasthpm visualize"):
         fasthpm.maps(run, data_path="synthetic:90", output=tmp_path / "out", fit_head=1)
+
+
+NAMES = [b"n" * 250, b"\xc3\xa9" * 125, b"caf\xe9" * 30, b"\xe9" * 200 + b"nnn", b"[a] b;c", b"new\nline"]
+
+
+def test_names_of_any_kind(run: Path, tmp_path: Path) -> None:
+    """As long as names may be, and of bytes that are not UTF-8; of a folder and of a set prepared from it."""
+    (tmp_path / "in").mkdir()
+    for index, name in enumerate(NAMES):
+        with open(os.fsencode(tmp_path / "in") + b"/" + name + b".png", "wb") as file:
+            picture(index, (28, 28), grey=True).save(file, "PNG")
+    for data in (tmp_path / "in", prepare(tmp_path / "in", tmp_path / "set.beton")):
+        out = tmp_path / f"of_{data.stem}"
+        fasthpm.maps(run, data_path=data, output=out)
+        with (out / "images.csv").open(encoding="utf-8", errors="surrogateescape", newline="") as lines:
+            listed = [row["name"] for row in csv.DictReader(lines)]
+        for names in (listed, np.load(out / "maps.npz")["names"].tolist()):
+            assert sorted(os.fsencode(Path(name).stem) for name in names) == sorted(NAMES)
+        drawn = sorted(os.listdir(os.fsencode(out / "overlays")))
+        assert len(drawn) == len(NAMES)
+        for number, name in enumerate(np.load(out / "maps.npz")["names"].tolist()):
+            stem = os.fsencode(Path(name).stem)
+            assert drawn[number].startswith(b"%08d-%s" % (number, stem[:230]))
+            assert drawn[number].endswith(b".png")
+            assert os.fsdecode(drawn[number]).count("\udcc3") == 0  # no half a character
 
 
 def test_a_failure_leaves_nothing(run: Path, folder: Path, tmp_path: Path) -> None:

@@ -1,14 +1,17 @@
 """What a probe's result says."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 
 from fasthpm import recipes
-from fasthpm.data import DatasetInfo
+from fasthpm.data import DatasetInfo, read_info
 from fasthpm.errors import UserError
-from fasthpm.probes import result
+from fasthpm.probes import finetune, knn, linear, online, result
+from tests.helpers.data_fixtures import picture
+from tests.helpers.finetuning import refused
 
 
 def test_wrong_labels_are_refused() -> None:
@@ -30,3 +33,22 @@ def test_effective_epochs_count_samples() -> None:
     assert result.effective_epochs(plan, 10) == 2.0
     gone = dataclasses.replace(plan, data_path="/nowhere.beton")
     assert result.effective_epochs(gone, 9) == 3.0
+
+
+def test_unlabelled_samples_are_refused_with_their_number(run: Path, tmp_path: Path) -> None:
+    for index in range(6):
+        picture(index, grey=True).save(tmp_path / f"{index}.png")
+    for name, first in (("whole", 0), ("test", -1)):
+        (tmp_path / f"{name}.txt").write_text("".join(f"{k}.png\t{max(k % 3 - 1, first)}\n" for k in range(6)))
+    whole, test = tmp_path / "whole.txt", tmp_path / "test.txt"
+    words = f"2 of 6 samples of {test} are unlabelled (label -1), and a probe needs labels"
+    for command in (knn, linear, finetune):
+        for paths in ((whole, test), (test, whole)):
+            out = ("-o" if command is knn else "--output_dir", tmp_path / "out")
+            flags = ("--global_batch_size", "2", "--batch_size", "2") * (command is not knn)
+            assert words in refused(command, run, "--train_path", paths[0], "--val_path", paths[1], *flags, *out)
+    with pytest.raises(UserError, match=r"has the label -1, .* \(2 of 6 samples\)"):
+        result.check_labels(torch.tensor([0, -1, 1, 1, -1, 0]), "a.beton", 2)  # of an older set
+    info = read_info(test)
+    with pytest.raises(UserError, match=r"2 of 6 samples .* are unlabelled, and an online probe needs labels"):
+        online.check(dataclasses.replace(recipes.debug(), online_probe_every=1), info, {})

@@ -116,12 +116,14 @@ def _read_json(path: Path, types: dict[str, type]) -> dict[str, Any]:
 
 def info_of(sidecar: dict[str, Any]) -> DatasetInfo:
     """What loaders and models need of a sidecar."""
+    unlabelled = sidecar.get("num_unlabelled")  # older sets have none
     return DatasetInfo(
         num_samples=sidecar["num_samples"],
         channels=sidecar["channels"],
         mean=tuple(sidecar["mean"]),
         std=tuple(sidecar["std"]),
         classes=tuple(sidecar["classes"]),
+        unlabelled=unlabelled if isinstance(unlabelled, int) else 0,
     )
 
 

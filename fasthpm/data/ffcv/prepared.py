@@ -155,7 +155,10 @@ def _merged_info(groups: list[_Group]) -> DatasetInfo:
     mean = weights @ means
     std = np.sqrt(np.maximum(weights @ (stds**2 + means**2) - mean**2, 0))
     samples = sum(info.num_samples for info in infos)
-    return DatasetInfo(samples, infos[0].channels, tuple(mean.tolist()), tuple(std.tolist()), infos[0].classes)
+    unlabelled = sum(info.unlabelled for info in infos)
+    return DatasetInfo(
+        samples, infos[0].channels, tuple(mean.tolist()), tuple(std.tolist()), infos[0].classes, unlabelled
+    )
 
 
 def _map(path: Path) -> mmap.mmap:

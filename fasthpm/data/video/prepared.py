@@ -23,6 +23,7 @@ import numpy as np
 
 from fasthpm.data.ffcv.beton import info_of
 from fasthpm.data.ffcv.prepared import merged_ranges
+from fasthpm.data.labels import UNLABELLED
 from fasthpm.data.sampling import Array
 from fasthpm.data.types import DatasetInfo
 from fasthpm.errors import UserError
@@ -160,7 +161,7 @@ def _check_tables(path: Path, sidecar: dict[str, Any], videos: Array, positions:
         and int(positions[0]) == 0
         and int(positions[-1]) == sidecar["bytes"]
         and bool((positions[1:] > positions[:-1]).all())
-        and bool((videos["label"] >= 0).all() and (videos["label"] < len(sidecar["classes"])).all())
+        and bool((videos["label"] >= UNLABELLED).all() and (videos["label"] < len(sidecar["classes"])).all())
     )
     if not good:
         raise UserError(f"{path / VIDEOS} and {POSITIONS} do not fit {INFO}: copy the set again or {AGAIN}")
