@@ -139,6 +139,10 @@ def _named(names: list[str], numbers: Sequence[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
+def _videos(count: int) -> str:
+    return f"{count} video{'s were' if count > 1 else ' was'}"
+
+
 def summary(out: Path, info: dict[str, Any], seconds: float) -> str:
     """The closing words about a set that was written."""
     mean, std = ([round(value, 4) for value in info[name]] for name in ("mean", "std"))
@@ -150,6 +154,14 @@ def summary(out: Path, info: dict[str, Any], seconds: float) -> str:
         f"      mean {mean}, std {std}, largest {info['max_height']} x {info['max_width']}, fewest frames "
         f"{info['fewest_frames']}",
     ]
+    if cut := info.get("num_cut"):
+        longest, lost = info["options"]["max_seconds"], info["seconds_cut"]
+        lines.append(
+            f"      {_videos(cut)} longer than --max_seconds {longest:g}: {lost:.0f} of {cut * longest + lost:.0f} s "
+            f"were cut off"
+        )
+    if mapped := info.get("num_tone_mapped"):
+        lines.append(f"      {_videos(mapped)} HDR, tone mapped to SDR")
     if rejected:
         lines.append(f"      {rejected} videos cannot be used; {out / 'rejected.csv'} says why")
     return "\n".join(lines)
