@@ -206,7 +206,7 @@ def fits_nvdec(path: str, stream: Stream) -> bool:
     """Whether a GPU decodes this very file, frame by frame as `frames` gives them, and in their colours."""
     known = stream.codec in NVDEC_CODECS and stream.pixel_format in NVDEC_PIXELS
     colours = stream.matrix in DALI_MATRICES and not stream.full_range and not stream.hdr
-    whole = stream.plain and not stream.timing.leading and stream.timing.even(stream.fps)
+    whole = stream.plain and stream.timing.exact and stream.timing.even(stream.fps)
     return known and colours and whole and Path(path).suffix.lower() in CONTAINERS
 
 
@@ -247,3 +247,19 @@ def _blame_the_disk(folder: Path, words: str) -> None:
         probe.write(bytes(DISK_PROBE))
         probe.flush()
         os.fsync(probe.fileno())
+
+
+def pick_frames(path: Path, numbers: Sequence[int], size: tuple[int, int]) -> tuple[list[Array], int]:
+    """Some frames of a copy by number, as DALI shows them: uint8 RGB [h, w, 3] each; and how many there are.
+
+    **Raises:** `ValueError` if it does not decode, or has fewer frames.
+    """
+    chosen = "+".join(f"eq(n\\,{number})" for number in numbers)
+    filters = f"select={chosen},scale={size[1]}:{size[0]}:in_color_matrix=bt601:flags=bicubic+accurate_rnd"
+    command = [*_input(str(path), USUAL), "-vf", filters, "-fps_mode", "passthrough", "-f", "rawvideo"]
+    with _running([*command, "-pix_fmt", "rgb24", "pipe:1"], 0.0) as (output, reports):
+        data = output.read()
+    pictures = np.frombuffer(data, np.uint8).reshape(-1, *size, 3)
+    if len(pictures) != len(numbers):
+        raise ValueError(f"it has {reports[0].decoded} frames, expected more than {max(numbers)}")
+    return list(pictures), reports[0].decoded

@@ -55,7 +55,9 @@ class Timing:
     times: Array = field(default_factory=lambda: np.zeros(0), compare=False)  # float64 [N], rising; [0] = unknown
     interval: float = 0.0  # usual time between two; 0 = unknown
     late_key: bool = False  # packets before the first key frame's
+    lost: float = 0.0  # seconds of them
     leading: bool = False  # pictures that need some before the first key frame
+    exact: bool = False  # every packet holds a picture that is shown
 
     @property
     def span(self) -> float:
@@ -120,7 +122,7 @@ def stream_of(found: dict[str, Any], limit: float) -> Stream:
     fps = choose_rate(average, base, timing, fields=fields)
     alone = len(videos) == len(streams)  # else the file's length may be the sound's
     seconds = _seconds(stream, container, average, alone)
-    _check_pictures_end(min(seconds, limit or seconds), timing, own)
+    _check_pictures_end(min(seconds, limit or seconds), timing)
     _check_files_end(timing, packets, container, limit)
     if not seconds and (not limit or timing.span < limit - 1):
         seconds = timing.span + timing.interval
@@ -167,19 +169,21 @@ def _check_dolby(stream: dict[str, Any]) -> None:
 # ------------------------------------------------------------------------------------------------------- times
 def timing_of(packets: Sequence[dict[str, Any]]) -> Timing:
     """Of ffprobe's packets of one stream, in the file's order."""
-    shown = [packet for packet in packets if "D" not in packet.get("flags", "")]  # others are cut off by an edit list
-    name = "pts_time" if all("pts_time" in packet for packet in shown) else "dts_time"
-    known = [packet for packet in shown if name in packet]
+    name = "pts_time" if all("pts_time" in packet for packet in packets) else "dts_time"
+    known = [packet for packet in packets if name in packet]
     if not known:
         return Timing()
-    times = np.array([float(packet[name]) for packet in known])
+    every = np.array([float(packet[name]) for packet in known])
+    shown = np.array(["D" not in packet.get("flags", "") for packet in known])  # others are cut off by an edit list
     keys = [number for number, packet in enumerate(known) if "K" in packet.get("flags", "")]
     first = keys[0] if keys else 0
-    leading = first > 0 or bool((times[first:] < times[first]).any()) or len(shown) < len(packets)
-    times = np.sort(times[first:] if first == 0 else times[first:][times[first:] >= times[first]])
+    lost = float(every[first] - every[: first + 1].min())
+    leading = first > 0 or bool((every[first:] < every[first]).any()) or not shown.all()
+    times = np.sort(every[first:][shown[first:] & ((every[first:] >= every[first]) | (first == 0))])
     gaps = np.diff(times)
-    times = times[np.r_[True, gaps > 0.25 * np.median(gaps)]] if len(gaps) else times  # VP8's hidden pictures
-    return Timing(times, _usual(np.diff(times)), first > 0, leading)
+    hidden = np.r_[False, gaps <= 0.25 * np.median(gaps)] if len(gaps) else np.zeros(len(times), bool)  # VP8 has some
+    exact = not (leading or hidden.any()) and len(known) == len(packets)
+    return Timing(times[~hidden], _usual(np.diff(times[~hidden])), first > 0, lost, leading, exact)
 
 
 def _usual(gaps: Array) -> float:
@@ -251,12 +255,11 @@ def _seconds(stream: dict[str, Any], container: dict[str, Any], average: Fractio
     return length
 
 
-def _check_pictures_end(promised: float, timing: Timing, packets: Sequence[dict[str, Any]]) -> None:
+def _check_pictures_end(promised: float, timing: Timing) -> None:
     """**Raises:** `ValueError` if a stream's packets end before the seconds that are promised of it."""
     if not len(timing.times):
         return
-    if timing.late_key:  # what comes before it is not there to be decoded
-        promised -= float(timing.times[0]) - min(float(time) for p in packets if (time := p.get("pts_time")))
+    promised -= timing.lost
     if timing.span + _held(timing) < COMPLETE * promised:
         raise ValueError(f"it ends early: its pictures end after {timing.span:.1f} s of {promised:.1f} s")
 

@@ -55,7 +55,7 @@ def frame_filters(size: tuple[int, int], fps: Fraction, stride: int, treatment: 
     """
     steps = []
     if treatment.start:
-        steps.append(f"trim=start={treatment.start - 0.5 / float(fps):.6f}")
+        steps.append(f"trim=start={max(treatment.start - 0.25 / float(fps), 0):.6f}")  # rounded to the file's clock
     if treatment.fit:
         height, width = treatment.fit
         steps.append(f"scale={width}:{height}:force_original_aspect_ratio=decrease:eval=frame")

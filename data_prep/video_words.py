@@ -13,7 +13,7 @@ HARMLESS = re.compile(
     rb"|illegal short term buffer state|non monotonically increasing dts|Non-monotonous DTS|Non-monotonic DTS"
     rb"|unable to decode APP fields|SEI type \d+ size \d+ truncated|Overread VUI|Last message repeated"
 )
-FLAGGED = re.compile(rb"corrupt decoded frame|corrupt input packet in stream")  # warnings only
+FLAGGED = re.compile(rb"corrupt decoded frame")  # a warning only
 BAD = re.compile(rb"\[(?:error|fatal|panic)\] ")
 CONTEXT = re.compile(rb"^\[([^\]]+?) @ 0x[0-9a-f]+\]")
 FIRST_FRAME = re.compile(rb"Set first pts to")  # the fps filter's, of the first picture that reaches it
@@ -64,4 +64,4 @@ def plain_words(report: bytes) -> str:
     lines = report.decode("utf-8", "replace").strip().splitlines()
     if not lines:
         return ""
-    return re.sub(r"^(\[[^\]]*\] )+", "", lines[0])[:200]
+    return re.sub(r"^(\[[^\]]*\] )+(file:.*: (?=corrupt ))?", "", lines[0])[:200]
