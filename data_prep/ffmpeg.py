@@ -148,9 +148,8 @@ def frames(
     **Raises:** `ValueError` with ffmpeg's first words if it reports any damage, or takes too long; `Otherwise`, at the
     end, if the frames are not to be used and another treatment is needed.
     """
-    limit = ["-t", f"{seconds:g}"] if seconds else []
-    filters = frame_filters(size, fps, stride, treatment)
-    command = [*_input(path, treatment), *limit, "-vf", filters, "-fps_mode", "passthrough"]
+    filters = frame_filters(size, fps, treatment, stride=stride, seconds=seconds)
+    command = [*_input(path, treatment), "-vf", filters, "-fps_mode", "passthrough"]
     count, late = size[0] * size[1] * 3, stream is not None and stream.timing.leading
     with _running([*command, "-f", "rawvideo", "-pix_fmt", "rgb24", "pipe:1"], timeout, late=late) as (output, reports):
         while len(data := output.read(count)) == count:
@@ -225,8 +224,8 @@ def encode_h264(
 
     **Raises:** `ValueError` with ffmpeg's words; `OSError` if it is the disk that does not take it.
     """
-    limit = ["-t", f"{seconds:g}"] if seconds else []
-    command = [*_input(path, treatment), *limit, "-vf", copy_filters(size, fps, treatment), "-fps_mode", "passthrough"]
+    filters = copy_filters(size, fps, treatment, seconds)
+    command = [*_input(path, treatment), "-vf", filters, "-fps_mode", "passthrough"]
     coding = ["-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", "20", "-g", str(GOP), "-threads", "1"]
     late = stream is not None and stream.timing.leading
     command += [*coding, "-movflags", "+faststart", "-f", "mp4", f"file:{target}"]

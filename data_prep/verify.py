@@ -2,7 +2,7 @@
 
 Size, header, allocation table, labels per class, OUT.files.csv and sha256 must match, and every image must decode; of a
 sharded set every shard, and the index. A folder that `data_prep.videos` wrote is checked in the same way: tables,
-manifest, sha256, every frame, and of its copies (up to 256 videos') some against the frames. Exit status 2 and one line
+manifest, sha256, every frame, and of its copies (up to 64 videos') some against the frames. Exit status 2 and one line
 if not.
 """
 

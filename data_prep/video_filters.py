@@ -48,10 +48,12 @@ def filters_of_ffmpeg() -> frozenset[str]:
     return frozenset(words[1] for line in listed.splitlines() if len(words := line.split()) > 2)
 
 
-def frame_filters(size: tuple[int, int], fps: Fraction, stride: int, treatment: Treatment) -> str:
+def frame_filters(
+    size: tuple[int, int], fps: Fraction, treatment: Treatment, *, stride: int = 1, seconds: float = 0.0
+) -> str:
     """Deinterlaced where a frame says that it is interlaced, at a constant rate, every `stride`-th frame, resized.
 
-    ffmpeg turns rotated videos upright before these.
+    Of `seconds` from the first picture on; 0 = all. ffmpeg turns rotated videos upright before these.
     """
     steps = []
     if treatment.start:
@@ -61,6 +63,8 @@ def frame_filters(size: tuple[int, int], fps: Fraction, stride: int, treatment: 
         steps.append(f"scale={width}:{height}:force_original_aspect_ratio=decrease:eval=frame")
         steps.append(f"pad={width}:{height}:(ow-iw)/2:(oh-ih)/2:eval=frame")
     steps += ["bwdif=mode=send_frame:deint=interlaced", f"fps={fps}"]
+    if seconds:  # ffmpeg's own -t counts from the beginning of the file
+        steps.append(f"trim=duration={max(seconds, 1 / float(fps)):.6f}")
     if stride > 1:
         steps.append(f"select=not(mod(n\\,{stride}))")
     steps.append(f"scale={size[1]}:{size[0]}:flags=bicubic+accurate_rnd+full_chroma_inp")
@@ -80,8 +84,8 @@ def _tone_mapping(transfer: str, primaries: str, matrix: str) -> list[str]:
     ]
 
 
-def copy_filters(size: tuple[int, int], fps: Fraction, treatment: Treatment) -> str:
+def copy_filters(size: tuple[int, int], fps: Fraction, treatment: Treatment, seconds: float = 0.0) -> str:
     """The same frames, each of them, from time 0 on, in the colours that DALI expects of any video: BT.601's."""
     colours = "scale=out_color_matrix=bt601:out_range=tv:flags=bicubic+accurate_rnd+full_chroma_inp"
     tags = "setparams=colorspace=smpte170m:range=tv"
-    return f"{frame_filters(size, fps, 1, treatment)},{colours},format=yuv420p,{tags},setpts=N/({fps})/TB"
+    return f"{frame_filters(size, fps, treatment, seconds=seconds)},{colours},format=yuv420p,{tags},setpts=N/({fps})/TB"

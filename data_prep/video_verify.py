@@ -30,8 +30,9 @@ from fasthpm.data.video.prepared import (
 from fasthpm.errors import UserError
 from fasthpm.files import file_hash
 
-COMPARED = 256
-MOST_SHIFT = 4.0  # levels of 255 by which a colour's mean may differ; BT.709 read as BT.601 is off by more
+COMPARED = 64
+BLOCK = 8  # pixels
+MOST_SHIFT = 4.0  # levels by which the mean colours of blocks may differ on average
 MOST_APART = 20.0  # mean difference of levels: two encodings of one picture
 SURELY_NEARER = 1.5
 
@@ -137,12 +138,24 @@ def _difference(data: VideoSet, video: int) -> str:
         near = range(max(frame - 1, 0), min(frame + 2, count))
         off = {other: picture.astype(np.int16) - _stored(data, first + other) for other in near}
         far = {other: float(np.abs(values).mean()) for other, values in off.items()}
-        shift = float(np.abs(off[frame].mean((0, 1))).max())
-        if shift > MOST_SHIFT:
-            return f"has other colours than its stored frames, by {shift:.0f} of 255 levels (frame {frame})"
         if far[frame] > MOST_APART or far[frame] > min(far.values()) + SURELY_NEARER:
             return f"has other frames than those that are stored (frame {frame})"
+        shift = _shift(off[frame])
+        if shift > MOST_SHIFT:
+            return f"has other colours than its stored frames, by {shift:.0f} of 255 levels (frame {frame})"
     return ""
+
+
+def _shift(off: Array) -> float:
+    """How far colours differ, levels: of blocks' means, in which noise and edges are gone. `off`: int16 [h, w, 3]."""
+    height, width = (max(side // BLOCK, 1) for side in off.shape[:2])
+    rows, columns = (
+        np.linspace(0, side, count, endpoint=False).astype(int)
+        for side, count in zip(off.shape[:2], (height, width), strict=True)
+    )
+    sums = np.add.reduceat(np.add.reduceat(off.astype(np.int64), rows, 0), columns, 1)
+    areas = np.diff(np.r_[rows, off.shape[0]])[:, None] * np.diff(np.r_[columns, off.shape[1]])
+    return float(np.abs(sums / areas[..., None]).mean())
 
 
 def _stored(data: VideoSet, frame: int) -> Array:
