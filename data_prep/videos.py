@@ -9,11 +9,15 @@ SRC is one of
 Writes a folder: frames.bin, the JPEG frames that training samples, at any of which a loader can begin; tables of them;
 manifest.csv (source, frames, rate, size, label, codec, sha256); info.json (counts, classes, mean and std, settings,
 versions, hashes); and, if videos could not be used, rejected.csv with the reasons. The system's ffmpeg (5.1 or newer)
-decodes: at a constant rate, upright, deinterlaced, 8 bits, with square pixels, even sides and no sound.
+decodes: at a constant rate, upright, deinterlaced, 8 bits, with square pixels, even sides and no sound. A variable rate
+becomes the usual one of its pictures, some of which are repeated; pictures whose size changes on the way are fitted
+into the first one's, with black borders where they are turned; HDR is tone mapped to SDR; a file that begins within a
+group of pictures is stored from its first key frame on. What --max_seconds cuts off is counted in the closing words.
 
 Ctrl-C, a kill or a full disk loses seconds: the same command goes on where it stopped, and the result has the same
 bytes. What ffmpeg finds damaged, ends early, has one frame, no picture or one of more than 100 million pixels is
-rejected. A list can't name files outside --video_root.
+rejected; remarks of ffmpeg after which every picture is there are no damage. A list can't name files outside
+--video_root.
 
 Choose --frame_stride as training's --sampling_rate, or a divisor of it: 2 for Something-Something V2 and 4 for Kinetics
 as VideoMAE does; with 4, Kinetics takes about the originals' room.
@@ -77,7 +81,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--copy",
         action="store_true",
-        help="also keep video files for a GPU's decoder: originals where it takes them, else H.264 with short ways",
+        help="also keep video files for a GPU's decoder: originals that it shows as they are stored (constant rate, "
+        "4:2:0, BT.601 or no matrix stated), else H.264 of the stored frames in BT.601, with short ways",
     )
     parser.add_argument(
         "--max_rejected",
