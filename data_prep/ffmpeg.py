@@ -3,49 +3,55 @@
 Files are named to ffmpeg as `file:…` and it may open no other protocol: a playlist that is called .mp4 reaches nothing.
 """
 
+import errno
 import json
+import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data_prep.video_facts import Stream, stream_of
+from data_prep.video_filters import Treatment, copy_filters, frame_filters
+from data_prep.video_words import LEVEL, Report, plain_words, read_report
 from fasthpm.data.sampling import Array
 from fasthpm.errors import UserError
 
 TOOLS = ("ffmpeg", "ffprobe")
 OLDEST = (5, 1)  # the first with -fps_mode
-PROBE_SECONDS = 60.0
-PROGRESSIVE = ("progressive", "unknown", "")
+PROBE_SECONDS = 300.0
 NVDEC_CODECS = ("av1", "h264", "hevc", "mpeg4", "vp8", "vp9")
-NVDEC_PIXELS = ("yuv420p", "yuvj420p")
+NVDEC_PIXELS = ("yuv420p",)
 CONTAINERS = (".mkv", ".mov", ".mp4", ".webm")
 GOP = 16  # frames between key frames of what we encode for NVDEC: a short way to any frame
 MAX_SIDE = 65535
 MAX_PIXELS = 100_000_000  # of a picture, as for images: refused by the header, before memory is taken for it
 TOO_LARGE = b"exceeds specified max pixel count"  # what ffmpeg says then
-MAX_FPS = 1000
-RATE_TOLERANCE = 0.001
+PACKET = "packet=stream_index,pts_time,dts_time,duration_time,flags"
+MARGIN_SECONDS = 5.0  # beyond what is stored, whose packets are looked at: enough to know that a video goes on
+MOST_WORDS = 1 << 24
+# DALI makes every video RGB by BT.601's matrix, on CPUs and GPUs alike; ffmpeg does so where the file says nothing.
+DALI_MATRICES = ("smpte170m", "bt470bg", "unknown", "unspecified")
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+DISK_PROBE = 1 << 20  # bytes
+USUAL = Treatment()
 
 
-@dataclass(frozen=True)
-class Stream:
-    """The first video stream of a file. Sides are those of the picture as it is shown: upright, square pixels."""
+class Otherwise(Exception):
+    """Decoding found that a video has to be decoded with another `treatment`."""
 
-    codec: str
-    pixel_format: str
-    height: int
-    width: int
-    fps: Fraction  # the average
-    seconds: float  # 0 = unknown
-    plain: bool  # constant rate, progressive, upright, square pixels: frame k of the file is frame k of the stream
+    def __init__(self, treatment: Treatment) -> None:
+        super().__init__(treatment)
+        self.treatment = treatment
 
 
 def check_tools() -> str:
@@ -65,71 +71,30 @@ def check_tools() -> str:
 
 
 # ------------------------------------------------------------------------------------------------------- looking
-def probe(path: str) -> Stream:
+def probe(path: str, seconds: float = 0.0) -> Stream:
     """What `path` holds.
 
-    **Raises:** `ValueError` with the reason for whatever is no video of a known codec.
+    **Args:** `seconds`: look at the times of the pictures of the first so many, and a little more; 0 = all.
+
+    **Raises:** `ValueError` with the reason for whatever is no video of a known codec, or ends before it should.
     """
     if not Path(path).is_file():
         raise ValueError("the file is not there")
     if not Path(path).stat().st_size:
         raise ValueError("the file is empty")
     command = ["ffprobe", "-v", "error", "-protocol_whitelist", "file", "-max_pixels", str(MAX_PIXELS)]
-    command += ["-of", "json", "-show_streams", "-show_format"]
+    command += ["-of", "json", "-show_streams", "-show_format", "-show_packets", "-show_entries", PACKET]
+    limit = seconds + MARGIN_SECONDS if seconds else 0.0
+    command += ["-read_intervals", f"%+{limit:g}"] if limit else []
     done = subprocess.run([*command, f"file:{path}"], capture_output=True, timeout=PROBE_SECONDS, process_group=0)
     if TOO_LARGE in done.stderr:
         raise ValueError(f"its pictures have more than {MAX_PIXELS} pixels; shrink it first")
     found = json.loads(done.stdout or b"{}")
     if done.returncode or not found.get("streams"):
-        raise ValueError(f"ffprobe cannot read it ({_plain_words(done.stderr)})")
+        raise ValueError(f"ffprobe cannot read it ({plain_words(done.stderr) or 'without a word'})")
     if found["format"].get("format_name", "").endswith(("image2", "_pipe")):
         raise ValueError(f"it is an image ({found['format']['format_name']}), not a video")
-    streams = [stream for stream in found["streams"] if _is_video(stream)]
-    if not streams:
-        kinds = sorted({str(stream.get("codec_type", "unknown")) for stream in found["streams"]})
-        raise ValueError(f"it has no video stream, only {', '.join(kinds)}")
-    alone = len(streams) == len(found["streams"])  # else the file's length may be the sound's
-    return _stream(streams[0], found["format"] if alone else {})
-
-
-def _is_video(stream: dict[str, Any]) -> bool:
-    return stream.get("codec_type") == "video" and not stream.get("disposition", {}).get("attached_pic")
-
-
-def _stream(stream: dict[str, Any], container: dict[str, Any]) -> Stream:
-    codec = stream.get("codec_name", "unknown")
-    if codec in ("unknown", "none") or not stream.get("width"):
-        raise ValueError(f"this ffmpeg cannot decode its codec ({stream.get('codec_tag_string', codec)})")
-    average, base = _fraction(stream.get("avg_frame_rate")), _fraction(stream.get("r_frame_rate"))
-    fps = average or base
-    if not 0 < fps <= MAX_FPS:
-        raise ValueError(f"its frame rate is {float(fps):g}, expected up to {MAX_FPS}")
-    square = _fraction(stream.get("sample_aspect_ratio", "1:1").replace(":", "/")) or Fraction(1)
-    height, width = int(stream["height"]), max(round(int(stream["width"]) * square), 1)
-    angle = next((int(data["rotation"]) for data in stream.get("side_data_list", ()) if "rotation" in data), 0)
-    if angle % 180:
-        height, width = width, height
-    steady = abs(float(fps - (base or fps))) <= RATE_TOLERANCE * float(fps)
-    plain = steady and square == 1 and angle == 0 and stream.get("field_order", "") in PROGRESSIVE
-    seconds = _seconds(stream, container)
-    return Stream(codec, stream.get("pix_fmt", "unknown"), height, width, fps, seconds, plain)
-
-
-def _seconds(stream: dict[str, Any], container: dict[str, Any]) -> float:
-    tagged = next((text for name, text in stream.get("tags", {}).items() if name.upper().startswith("DURATION")), "")
-    hours, minutes, seconds = ([float(part) for part in tagged.split(":")] + [0.0] * 3)[:3] if tagged else (0.0,) * 3
-    return float(stream.get("duration") or 3600 * hours + 60 * minutes + seconds or container.get("duration") or 0)
-
-
-def _fraction(text: str | None) -> Fraction:
-    """`30000/1001`; 0 for what is none."""
-    above, _, below = (text or "0").partition("/")
-    return Fraction(int(above), int(below or 1)) if int(below or 1) else Fraction(0)
-
-
-def _first_line(text: bytes) -> str:
-    lines = text.decode("utf-8", "replace").strip().splitlines()
-    return lines[0][:200] if lines else "without a word"
+    return stream_of(found, limit)
 
 
 # ------------------------------------------------------------------------------------------------------- decoding
@@ -142,11 +107,11 @@ def stored_size(stream: Stream, short_side: int) -> tuple[int, int]:
     return height, width
 
 
-def _input(path: str) -> list[str]:
+def _input(path: str, treatment: Treatment) -> list[str]:
     return [
         "ffmpeg",
-        "-v",
-        "error",
+        *LEVEL,
+        "-nostats",
         "-nostdin",
         "-y",
         "-protocol_whitelist",
@@ -155,60 +120,74 @@ def _input(path: str) -> list[str]:
         "1",
         "-max_pixels",  # a stream may grow after its header
         str(MAX_PIXELS),
+        *(("-reinit_filter", "0") if treatment.fit else ()),  # else every change begins the filters anew
         "-i",
         f"file:{path}",
+        "-map",
+        "0:V:0",
     ]
 
 
-def _filters(size: tuple[int, int], fps: Fraction, stride: int) -> str:
-    """Deinterlaced where a frame says that it is interlaced, at a constant rate, every `stride`-th frame, resized.
-
-    ffmpeg turns rotated videos upright before these.
-    """
-    steps = ["bwdif=mode=send_frame:deint=interlaced", f"fps={fps}"]
-    if stride > 1:
-        steps.append(f"select=not(mod(n\\,{stride}))")
-    return ",".join([*steps, f"scale={size[1]}:{size[0]}:flags=bicubic+accurate_rnd+full_chroma_inp"])
-
-
 def frames(
-    path: str, size: tuple[int, int], fps: Fraction, *, stride: int = 1, seconds: float = 0.0, timeout: float = 0.0
+    path: str,
+    size: tuple[int, int],
+    fps: Fraction,
+    *,
+    stride: int = 1,
+    seconds: float = 0.0,
+    timeout: float = 0.0,
+    stream: Stream | None = None,
+    treatment: Treatment = USUAL,
 ) -> Iterator[Array]:
     """The frames of a video, one after the other: uint8 RGB [h, w, 3], `size` being (h, w).
 
     **Args:** `fps`: constant rate that frames are repeated or left out for. `stride`: every how many-th of them.
-    `seconds`: no more than the first so many; 0 = all. `timeout`: seconds that decoding may take; 0 = any.
+    `seconds`: no more than the first so many; 0 = all. `timeout`: seconds that decoding may take; 0 = any. `stream`:
+    what `probe` said of it.
 
-    **Raises:** `ValueError` with ffmpeg's first words if it reports any damage, or takes too long.
+    **Raises:** `ValueError` with ffmpeg's first words if it reports any damage, or takes too long; `Otherwise`, at the
+    end, if the frames are not to be used and another treatment is needed.
     """
-    limit = ["-t", f"{seconds:g}"] if seconds else []
-    command = [*_input(path), "-map", "0:V:0", *limit, "-vf", _filters(size, fps, stride), "-fps_mode", "passthrough"]
-    count = size[0] * size[1] * 3
-    with _running([*command, "-f", "rawvideo", "-pix_fmt", "rgb24", "pipe:1"], timeout) as output:
+    filters = frame_filters(size, fps, treatment, stride=stride, seconds=seconds)
+    command = [*_input(path, treatment), "-vf", filters, "-fps_mode", "passthrough"]
+    count, late = size[0] * size[1] * 3, stream is not None and stream.timing.leading
+    with _running([*command, "-f", "rawvideo", "-pix_fmt", "rgb24", "pipe:1"], timeout, late=late) as (output, reports):
         while len(data := output.read(count)) == count:
             yield np.frombuffer(data, np.uint8).reshape(*size, 3)
+    if stream is None:
+        return
+    fit = stream.coded if reports[0].changes else None
+    start = stream.start if reports[0].lost_beginning else 0.0
+    needed = replace(treatment, fit=treatment.fit or fit, start=treatment.start or start)
+    if needed != treatment:
+        raise Otherwise(needed)
 
 
 @contextmanager
-def _running(command: Sequence[str], timeout: float) -> Iterator[Any]:
-    """Standard output of `command`, which is killed if the block is left early or it takes too long."""
+def _running(command: Sequence[str], timeout: float, *, late: bool = False) -> Iterator[tuple[Any, list[Report]]]:
+    """Standard output of `command`, which is killed if the block is left early or it takes too long, and a list that
+    holds its report afterwards; `late`: see `read_report`."""
+    reports: list[Report] = []
     with tempfile.TemporaryFile() as words:
         # In a group of its own: Ctrl-C is for us, and must not look like a damaged video.
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=words, bufsize=1 << 20, process_group=0)
-        late = threading.Event()
-        timer = threading.Timer(timeout, _stop, (process, late))
+        killed = threading.Event()
+        timer = threading.Timer(timeout, _stop, (process, killed))
         if timeout:
             timer.start()
         try:
             assert process.stdout is not None
-            yield process.stdout
+            yield process.stdout, reports
             process.wait()
             words.seek(0)
-            report = words.read(1 << 16)
-            if late.is_set():
+            report = words.read(MOST_WORDS)
+            if killed.is_set():
                 raise ValueError(f"decoding took more than {timeout:g} s")
-            if process.returncode or report.strip():
-                raise ValueError(f"ffmpeg: {_plain_words(report)}")
+            if process.returncode in (-signal.SIGKILL, -signal.SIGTERM):  # says nothing about the video
+                raise MemoryError("ffmpeg was killed")
+            reports.append(read_report(report, late=late))
+            if process.returncode or reports[0].damage:
+                raise ValueError(f"ffmpeg: {reports[0].damage or 'without a word'}")
         finally:
             timer.cancel()
             process.kill()
@@ -221,36 +200,65 @@ def _stop(process: subprocess.Popen[bytes], late: threading.Event) -> None:
     process.kill()
 
 
-def _plain_words(report: bytes) -> str:
-    """ffmpeg's first line without its own memory addresses, which differ from run to run."""
-    line = _first_line(report)
-    return line.partition("] ")[2] if line.startswith("[") else line
-
-
 # ------------------------------------------------------------------------------------------------------- copying
 def fits_nvdec(path: str, stream: Stream) -> bool:
-    """Whether a GPU decodes this very file, frame by frame as `frames` gives them."""
+    """Whether a GPU decodes this very file, frame by frame as `frames` gives them, and in their colours."""
     known = stream.codec in NVDEC_CODECS and stream.pixel_format in NVDEC_PIXELS
-    if not known or not stream.plain or Path(path).suffix.lower() not in CONTAINERS:
-        return False
-    return abs(_count_packets(path) - stream.seconds * float(stream.fps)) <= 1.5  # Matroska's rates are only nominal
+    colours = stream.matrix in DALI_MATRICES and not stream.full_range and not stream.hdr
+    whole = stream.plain and stream.timing.exact and stream.timing.even(stream.fps)
+    return known and colours and whole and Path(path).suffix.lower() in CONTAINERS
 
 
-def _count_packets(path: str) -> int:
-    command = ["ffprobe", "-v", "error", "-protocol_whitelist", "file", "-select_streams", "V:0", "-count_packets"]
-    command += ["-show_entries", "stream=nb_read_packets", "-of", "csv=p=0", f"file:{path}"]
-    done = subprocess.run(command, capture_output=True, timeout=PROBE_SECONDS, process_group=0)
-    number = done.stdout.decode("ascii", "replace").strip().strip(",")
-    return int(number) if number.isdecimal() else 0
+def encode_h264(
+    path: str,
+    target: Path,
+    size: tuple[int, int],
+    fps: Fraction,
+    seconds: float,
+    timeout: float,
+    *,
+    stream: Stream | None = None,
+    treatment: Treatment = USUAL,
+) -> None:
+    """Write `path` as H.264 that a GPU decodes: frame k is that of `frames`, 4:2:0 in BT.601, a key frame every 16.
 
-
-def encode_h264(path: str, target: Path, size: tuple[int, int], fps: Fraction, seconds: float, timeout: float) -> None:
-    """Write `path` as H.264 that a GPU decodes: 4:2:0, constant rate, a key frame every 16.
-
-    **Raises:** `ValueError` with ffmpeg's words.
+    **Raises:** `ValueError` with ffmpeg's words; `OSError` if it is the disk that does not take it.
     """
-    limit = ["-t", f"{seconds:g}"] if seconds else []
-    command = [*_input(path), "-map", "0:V:0", *limit, "-vf", _filters(size, fps, 1)]
+    filters = copy_filters(size, fps, treatment, seconds)
+    command = [*_input(path, treatment), "-vf", filters, "-fps_mode", "passthrough"]
     coding = ["-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", "20", "-g", str(GOP), "-threads", "1"]
-    with _running([*command, *coding, "-movflags", "+faststart", "-f", "mp4", f"file:{target}"], timeout) as output:
-        output.read()
+    late = stream is not None and stream.timing.leading
+    command += [*coding, "-movflags", "+faststart", "-f", "mp4", f"file:{target}"]
+    try:
+        with _running(command, timeout, late=late) as (output, _):
+            output.read()
+    except ValueError as error:
+        _blame_the_disk(target.parent, str(error))
+        raise
+
+
+def _blame_the_disk(folder: Path, words: str) -> None:
+    """**Raises:** `OSError` if ffmpeg's words are about a disk that takes no more, or `folder` does take no more."""
+    for code in DISK_ERRORS:
+        if os.strerror(code) in words:
+            raise OSError(code, os.strerror(code), str(folder))
+    with tempfile.TemporaryFile(dir=folder) as probe:
+        probe.write(bytes(DISK_PROBE))
+        probe.flush()
+        os.fsync(probe.fileno())
+
+
+def pick_frames(path: Path, numbers: Sequence[int], size: tuple[int, int]) -> tuple[list[Array], int]:
+    """Some frames of a copy by number, as DALI shows them: uint8 RGB [h, w, 3] each; and how many there are.
+
+    **Raises:** `ValueError` if it does not decode, or has fewer frames.
+    """
+    chosen = "+".join(f"eq(n\\,{number})" for number in numbers)
+    filters = f"select={chosen},scale={size[1]}:{size[0]}:in_color_matrix=bt601:flags=bicubic+accurate_rnd"
+    command = [*_input(str(path), USUAL), "-vf", filters, "-fps_mode", "passthrough", "-f", "rawvideo"]
+    with _running([*command, "-pix_fmt", "rgb24", "pipe:1"], 0.0) as (output, reports):
+        data = output.read()
+    pictures = np.frombuffer(data, np.uint8).reshape(-1, *size, 3)
+    if len(pictures) != len(numbers):
+        raise ValueError(f"it has {reports[0].decoded} frames, expected more than {max(numbers)}")
+    return list(pictures), reports[0].decoded

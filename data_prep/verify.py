@@ -2,7 +2,8 @@
 
 Size, header, allocation table, labels per class, OUT.files.csv and sha256 must match, and every image must decode; of a
 sharded set every shard, and the index. A folder that `data_prep.videos` wrote is checked in the same way: tables,
-manifest, sha256, every frame. Exit status 2 and one line if not.
+manifest, sha256, every frame, and of its copies (up to 64 videos') some against the frames. Exit status 2 and one line
+if not.
 """
 
 import argparse
@@ -16,13 +17,14 @@ import numpy as np
 
 from data_prep.sets import byte_bar, files_path, members, progress_bar, read_csv, read_index
 from data_prep.verify_pixels import decode_jpeg
-from data_prep.video_verify import verify_videos
+from data_prep.video_verify import compared_copies, verify_videos
 from fasthpm.cli import Parser, run_command
 from fasthpm.data.ffcv.beton import AGAIN, JPEG, Beton, open_beton, sidecar_path
 from fasthpm.data.labels import UNLABELLED, count_unlabelled, counts_of
 from fasthpm.data.options import count_workers
 from fasthpm.data.sampling import Array
 from fasthpm.data.sources import is_video_set
+from fasthpm.data.video.prepared import VideoSet
 from fasthpm.errors import UserError
 from fasthpm.files import file_hash
 
@@ -138,6 +140,11 @@ def _source_of(path: Path, sample: int) -> str:
     return ""
 
 
+def _copies(data: VideoSet) -> str:
+    copied, compared = int(data.videos["copied"].sum()), len(compared_copies(data))
+    return f", copies of {compared} of {copied} videos compared with their frames" if copied else ""
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Check a set and print a summary."""
     parser: argparse.ArgumentParser = Parser(prog="python -m data_prep.verify", description=__doc__)
@@ -148,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         data = verify_videos(args.path, args.num_workers)
         print(
             f"{args.path} is sound: {len(data.videos)} videos, {len(data.positions) - 1} frames, "
-            f"{len(data.info.classes)} classes, {data.info.channels} channels, {len(data.frames)} bytes",
+            f"{len(data.info.classes)} classes, {data.info.channels} channels, {len(data.frames)} bytes{_copies(data)}",
             flush=True,
         )
         return

@@ -6,6 +6,7 @@ processes or on kills. The folder appears under its name when all is complete.
 """
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -21,13 +22,15 @@ from typing import Any
 import numpy as np
 
 from data_prep.encode import Stored, WriteOptions, check_opencv, encode
-from data_prep.ffmpeg import Stream, check_tools, encode_h264, fits_nvdec, frames, probe, stored_size
+from data_prep.ffmpeg import TOOLS, Otherwise, check_tools, encode_h264, fits_nvdec, frames, probe, stored_size
 from data_prep.partial import Chunk, Job, PartFile, locked, readable_write_errors
 from data_prep.plan import count_allowed, package_versions, refuse_changed, stored_order
 from data_prep.pool import Work, append_all, become_worker, reason_of
 from data_prep.samples import Files
 from data_prep.sets import write_csv
 from data_prep.sidecars import statistics
+from data_prep.video_facts import COMPLETE, Stream
+from data_prep.video_filters import Treatment, treatment_of
 from fasthpm import __version__
 from fasthpm.data.labels import count_unlabelled, counts_of
 from fasthpm.data.sampling import Array
@@ -38,8 +41,10 @@ from fasthpm.errors import UserError
 from fasthpm.files import file_hash, fsync, read_json, write_json
 
 FEWEST_FRAMES = 2
-COMPLETE = 0.9  # share of the frames that the file promises, below which it counts as cut off
 COPIES = "videos"
+METHOD = 2  # raised when the same options give other frames
+# Errors of the machine, not of the video that is being read: a disk that takes no more, too many files or processes.
+OURS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE)
 
 
 @dataclass(frozen=True)
@@ -97,14 +102,10 @@ def read_video(path: str, options: VideoOptions, copy_to: Path | None) -> tuple[
 
     **Raises:** `ValueError` and `OSError` with the reason why it cannot be used.
     """
-    stream = probe(path)
+    stream = probe(path, options.max_seconds)
     size = stored_size(stream, options.short_side)
     fps = Fraction(options.fps).limit_denominator(1001) if options.fps else stream.fps
-    coding = WriteOptions(jpeg_quality=options.jpeg_quality, keep_jpeg=False)
-    pictures = frames(
-        path, size, fps, stride=options.frame_stride, seconds=options.max_seconds, timeout=options.timeout
-    )
-    stored = [encode(picture, coding, 0.0) for picture in pictures]
+    stored, treatment = _decode(path, stream, size, fps, options)
     _check_length(len(stored), fps, stream, options)
     fact = {
         "fps": str(fps),
@@ -113,35 +114,68 @@ def read_video(path: str, options: VideoOptions, copy_to: Path | None) -> tuple[
         "width": size[1],
         "codec": stream.codec,
         "sha256": file_hash(Path(path)),
-        "copy": _copy(path, stream, fps, size, options, copy_to) if copy_to else "",
+        "cut": round(_left_out(stream, options), 3),
+        "tone_mapped": bool(treatment.hdr),
+        "copy": "",
     }
+    if copy_to:
+        fact["copy"] = _copy(path, stream, treatment, len(stored), fact | {"fps": fps}, options, copy_to)
     return stored, fact
 
 
+def _decode(
+    path: str, stream: Stream, size: tuple[int, int], fps: Fraction, options: VideoOptions
+) -> tuple[list[Stored], Treatment]:
+    """The encoded frames, and what was needed beyond the usual to get them."""
+    treatment, coding = treatment_of(stream), WriteOptions(jpeg_quality=options.jpeg_quality, keep_jpeg=False)
+    limits = {"stride": options.frame_stride, "seconds": options.max_seconds, "timeout": options.timeout}
+    while True:
+        pictures = frames(path, size, fps, **limits, stream=stream, treatment=treatment)  # type: ignore[arg-type]
+        try:
+            return [encode(picture, coding, 0.0) for picture in pictures], treatment
+        except Otherwise as needed:
+            treatment = needed.treatment
+
+
+def _left_out(stream: Stream, options: VideoOptions) -> float:
+    """Seconds beyond --max_seconds, at least."""
+    length = max(stream.seconds, stream.timing.span + stream.timing.interval)
+    return length - options.max_seconds if length > options.max_seconds + 0.5 / float(stream.fps) else 0.0
+
+
 def _check_length(stored: int, fps: Fraction, stream: Stream, options: VideoOptions) -> None:
-    stride = options.frame_stride
+    stride, timing = options.frame_stride, stream.timing
     span = (stored - 1) * stride + 1
     if stored < FEWEST_FRAMES:
         kept = "1 frame" if stored == 1 else f"{stored} frames"
         raise ValueError(f"it has {kept} to store, expected {FEWEST_FRAMES} or more")
-    promised = min(stream.seconds, options.max_seconds) * float(fps)
-    if span + stride < COMPLETE * promised:
-        raise ValueError(f"it ends early: about {span} frames of {promised:.0f} can be decoded")
+    promised = min(timing.span + timing.interval if timing.interval else stream.seconds, options.max_seconds)
+    if span + stride < COMPLETE * promised * float(fps):
+        raise ValueError(f"it ends early: about {span} frames of {promised * float(fps):.0f} can be decoded")
     if span < options.min_frames:
         raise ValueError(f"it has about {span} frames, fewer than --min_frames {options.min_frames}")
 
 
-def _copy(path: str, stream: Stream, fps: Fraction, size: tuple[int, int], options: VideoOptions, target: Path) -> str:
-    """Put a file that a GPU decodes at `target` (its ending is chosen here); its name within the set."""
-    whole = stream.seconds <= options.max_seconds and fps == stream.fps
-    kept = whole and fits_nvdec(path, stream)
-    target = target.with_suffix(Path(path).suffix.lower() if kept else ".mp4")
+def _copy(
+    path: str, stream: Stream, treatment: Treatment, stored: int, fact: dict[str, Any], options: VideoOptions, to: Path
+) -> str:
+    """Put a file that a GPU decodes at `to` (its ending is chosen here); its name within the set."""
+    stride, fps = options.frame_stride, fact["fps"]
+    count = len(stream.timing.times)
+    same = not fact["cut"] and fps == stream.fps and treatment == Treatment()
+    kept = same and (stored - 1) * stride < count <= stored * stride and fits_nvdec(path, stream)
+    target = to.with_suffix(Path(path).suffix.lower() if kept else ".mp4")
     waiting = target.with_name(f".{target.name}")
-    if kept:
-        shutil.copyfile(path, waiting)
-    else:
-        encode_h264(path, waiting, size, fps, options.max_seconds, options.timeout)
-    waiting.rename(target)
+    try:
+        if kept:
+            shutil.copyfile(path, waiting)
+        else:
+            size = fact["height"], fact["width"]
+            limits = options.max_seconds, options.timeout
+            encode_h264(path, waiting, size, fps, *limits, stream=stream, treatment=treatment)
+        waiting.rename(target)
+    finally:
+        waiting.unlink(missing_ok=True)  # what is half-written takes room
     return f"{COPIES}/{target.name}"
 
 
@@ -167,6 +201,10 @@ def _encode_video(indices: Array) -> Chunk:
         stored, fact = read_video(_source.where(index), _options, _copies / f"{index:08d}" if _copies else None)
     except MemoryError:  # says nothing about the video
         raise
+    except OSError as error:
+        if error.errno in OURS or error.filename in TOOLS:
+            raise
+        return Chunk(np.zeros(0, np.int64), np.zeros(0, np.int64), [], [(index, reason_of(error))])
     except Exception as error:  # damaged files bring up nearly anything
         return Chunk(np.zeros(0, np.int64), np.zeros(0, np.int64), [], [(index, reason_of(error))])
     columns = np.full(len(stored), index), np.full(len(stored), label)
@@ -238,7 +276,9 @@ def prepare(
 
 def _describe(source: Files, options: VideoOptions, ffmpeg: str) -> dict[str, Any]:
     values: dict[str, Any] = {"files": source.fingerprint(), "root": source.root, "classes": list(source.classes)}
-    values["versions"] = {"layout": LAYOUT, "ffmpeg": ffmpeg} | package_versions("numpy", "opencv-python")
+    values["versions"] = {"layout": LAYOUT, "frames": METHOD, "ffmpeg": ffmpeg} | package_versions(
+        "numpy", "opencv-python"
+    )
     flags = {f"--{name}": value for name, value in dataclasses.asdict(options).items() if name != "timeout"}
     return json.loads(json.dumps(values | flags))
 
@@ -357,6 +397,9 @@ def _info(task: _Task, job: Job, table: Array, records: Array) -> dict[str, Any]
         "num_samples": len(table),
         "num_frames": len(records),
         "num_rejected": len(job.rejected),
+        "num_cut": sum(fact["cut"] > 0 for fact in job.facts),
+        "seconds_cut": round(sum(fact["cut"] for fact in job.facts), 3),
+        "num_tone_mapped": sum(fact["tone_mapped"] for fact in job.facts),
         **statistics(totals, grey=not totals.coloured),
         "classes": list(task.source.classes),
         "counts": counts_of(table["label"], len(task.source.classes)),

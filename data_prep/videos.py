@@ -13,12 +13,15 @@ takes them, probes do not.
 Writes a folder: frames.bin, the JPEG frames that training samples, at any of which a loader can begin; tables of them;
 manifest.csv (source, frames, rate, size, label, codec, sha256); info.json (counts, classes, mean and std, settings,
 versions, hashes); and, if videos could not be used, rejected.csv with the reasons. The system's ffmpeg (5.1 or newer)
-decodes: at a constant rate, upright, deinterlaced, 8 bits, with square pixels, even sides and no sound.
+decodes: at a constant rate, upright, deinterlaced, 8 bits, with square pixels, even sides and no sound. A variable rate
+becomes the usual one of its pictures, some of which are repeated; pictures whose size changes on the way are fitted
+into the first one's, with black borders where they are turned; HDR is tone mapped to SDR; a file that begins within a
+group of pictures is stored from its first key frame on. What --max_seconds cuts off is counted in the closing words.
 
 Ctrl-C, a kill or a full disk loses seconds: the same command goes on where it stopped, and the result has the same
 bytes. It notices files whose size or time has changed, or with --check_content any byte. What ffmpeg finds damaged,
-ends early, has one frame, no picture or one of more than 100 million pixels is rejected. A list can't name files
-outside --video_root.
+ends early, has one frame, no picture or one of more than 100 million pixels is rejected; remarks of ffmpeg after which
+every picture is there are no damage. A list can't name files outside --video_root.
 
 Choose --frame_stride as training's --sampling_rate, or a divisor of it: 2 for Something-Something V2 and 4 for Kinetics
 as VideoMAE does; with 4, Kinetics takes about the originals' room.
@@ -82,7 +85,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--copy",
         action="store_true",
-        help="also keep video files for a GPU's decoder: originals where it takes them, else H.264 with short ways",
+        help="also keep video files for a GPU's decoder: originals that it shows as they are stored (constant rate, "
+        "4:2:0, BT.601 or no matrix stated), else H.264 of the stored frames in BT.601, with short ways",
     )
     parser.add_argument(
         "--max_rejected",
@@ -148,6 +152,10 @@ def _named(names: list[str], numbers: Sequence[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
+def _videos(count: int) -> str:
+    return f"{count} video{'s were' if count > 1 else ' was'}"
+
+
 def summary(out: Path, info: dict[str, Any], seconds: float) -> str:
     """The closing words about a set that was written."""
     mean, std = ([round(value, 4) for value in info[name]] for name in ("mean", "std"))
@@ -160,6 +168,14 @@ def summary(out: Path, info: dict[str, Any], seconds: float) -> str:
         f"      mean {mean}, std {std}, largest {info['max_height']} x {info['max_width']}, fewest frames "
         f"{info['fewest_frames']}",
     ]
+    if cut := info.get("num_cut"):
+        longest, lost = info["options"]["max_seconds"], info["seconds_cut"]
+        lines.append(
+            f"      {_videos(cut)} longer than --max_seconds {longest:g}: {lost:.0f} of {cut * longest + lost:.0f} s "
+            f"were cut off"
+        )
+    if mapped := info.get("num_tone_mapped"):
+        lines.append(f"      {_videos(mapped)} HDR, tone mapped to SDR")
     if rejected:
         lines.append(f"      {rejected} videos cannot be used; {out / 'rejected.csv'} says why")
     return "\n".join(lines)

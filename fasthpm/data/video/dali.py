@@ -2,8 +2,9 @@
 
 `DaliFrames` has DALI's image decoder read the stored JPEG frames, on the CPU or by nvJPEG; `DaliVideos` has its video
 decoder read the video files that `data_prep.videos --copy` keeps, by NVDEC where there is a GPU, else on the CPU, which
-takes VP8, VP9 and MJPEG only. Both feed a pipeline from outside, one batch per run: DALI's own readers enumerate clips
-and cannot draw one per video and epoch from a seed.
+takes VP8, VP9 and MJPEG only; either way DALI reads all colours as BT.601's, which `--copy` sees to. Both feed a
+pipeline from outside, one batch per run: DALI's own readers enumerate clips and cannot draw one per video and epoch
+from a seed.
 """
 
 import contextlib

@@ -10,12 +10,14 @@
 N videos, F frames. Frames are found by position, so that a set of any size opens at once and takes no memory.
 """
 
+import contextlib
 import csv
+import io
 import json
 import mmap
 import os
 from dataclasses import dataclass
-from itertools import islice
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -88,11 +90,25 @@ class VideoSet:
             start -= start % mmap.PAGESIZE
             self.frames.madvise(mmap.MADV_WILLNEED, start, stop - start)
 
+    @cached_property
+    def _row_begins(self) -> Array:
+        """Where each row of the manifest begins, header first, and the end: int64 [N + 2]. Names may hold newlines."""
+        begins, position, quotes = [0], 0, 0
+        with contextlib.suppress(OSError), (self.path / MANIFEST_FILE).open("rb") as lines:
+            for line in lines:
+                position, quotes = position + len(line), quotes + line.count(b'"')
+                if quotes % 2 == 0:
+                    begins.append(position)
+        return np.array(begins)
+
     def row(self, video: int) -> dict[str, str]:
-        """The manifest's row of `video`; empty if there is none."""
+        """The manifest's row of `video`, found by its position; empty if there is none."""
+        begin, end = self._row_begins[video + 1 : video + 3].tolist() if video + 2 < len(self._row_begins) else (0, 0)
         try:
-            with (self.path / MANIFEST_FILE).open(encoding="utf-8", errors="surrogateescape", newline="") as lines:
-                found = next(islice(csv.reader(lines), video + 1, None), [])
+            with (self.path / MANIFEST_FILE).open("rb") as file:
+                file.seek(begin)
+                text = file.read(end - begin).decode("utf-8", "surrogateescape")
+            found = next(csv.reader(io.StringIO(text, newline="")), [])
         except (OSError, csv.Error):
             found = []
         return dict(zip(MANIFEST, found, strict=False))
@@ -175,6 +191,14 @@ def copied_file(data: VideoSet, video: int) -> Path:
     name = data.row(video).get("copy", "")
     if not name:
         raise UserError(f"{data.name_of(video)} has no copy for a GPU's decoder; prepare the set with --copy")
+    return file_within(data, name)
+
+
+def file_within(data: VideoSet, name: str) -> Path:
+    """The file that the manifest of a set calls `name`.
+
+    **Raises:** `UserError` if it is not there, or outside the set's folder.
+    """
     root, path = data.path.resolve(), (data.path / name).resolve()
     if not path.is_relative_to(root):
         raise UserError(f"{data.path / MANIFEST_FILE} names {name!r}, which lies outside the set: {AGAIN}")

@@ -1,10 +1,12 @@
 """Prepared video sets: copied files, and what is refused."""
 
+import csv
 import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ import pytest
 from data_prep import ffmpeg as tools
 from data_prep import verify
 from fasthpm.data import read_info
-from fasthpm.data.video.prepared import copied_file, open_videos
+from fasthpm.data.video.prepared import MANIFEST, copied_file, open_videos
 from fasthpm.errors import UserError
 from tests.helpers.video_sets import loader_of
 
@@ -69,3 +71,24 @@ def test_damaged_sets_are_refused(
     assert "\n" not in str(error.value)
     with pytest.raises(UserError):
         read_info(tmp_path / "set")
+
+
+def test_a_row_of_the_manifest_is_found_without_reading_those_before_it(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(prepared, tmp_path / "set")
+    names = ["plain", 'quo"ted', "two\nlines", "a, comma", "\udce9 of latin-1", ""]
+    with (tmp_path / "set" / "manifest.csv").open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        csv.writer(file).writerows([MANIFEST, *([name, *"123456789"] for name in names)])
+    data, parsed, reader = open_videos(tmp_path / "set"), [], csv.reader
+
+    def counting(lines: Any, *args: Any) -> Any:
+        return (parsed.append(row) or row for row in reader(lines, *args))
+
+    monkeypatch.setattr(csv, "reader", counting)
+    for video in reversed(range(6)):
+        assert data.row(video) == dict(zip(MANIFEST, [names[video], *"123456789"], strict=True))
+    assert len(parsed) == 6
+    assert data.row(6) == {}
+    (tmp_path / "set" / "manifest.csv").unlink()
+    assert open_videos(tmp_path / "set").row(0) == {}
