@@ -1,16 +1,22 @@
 """What every command line of the project shares: strict parsing, one-line errors, exit codes."""
 
 import argparse
+import math
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from types import FrameType
 from typing import Any, NoReturn
 
+from fasthpm import entry
+from fasthpm.entry import EXIT_INTERRUPTED
 from fasthpm.errors import UserError, nearest
 
-EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
+EXIT_USER_ERROR = 2
 Arguments = Sequence[str] | Mapping[str, Any] | None  # a command line, keywords from Python, or the process's own line
 LINGER = 3.0  # seconds: a launcher kills all ranks as soon as one has left, and one of them may not have printed yet
 
@@ -27,7 +33,16 @@ class Parser(argparse.ArgumentParser):
             flags = [flag for action in self._actions for flag in action.option_strings]
             word = unknown[0].split("=")[0]
             raise UserError(f"unknown argument {word!r}{nearest(word, flags)}; {self.prog} --help lists them all")
+        self._check_finite(values)
         return values
+
+    def _check_finite(self, values: argparse.Namespace) -> None:
+        """Refuse nan and infinity, which float() reads, for any flag."""
+        for action in self._actions:
+            value = getattr(values, action.dest, None)
+            for one in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(one, float) and not math.isfinite(one) and value != action.default:
+                    raise UserError(f"{action.dest} is {one}, expected a finite number; see {self.prog} --help")
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
@@ -79,16 +94,62 @@ def run_rank(main: Callable[[Sequence[str] | None], object]) -> NoReturn:
 
 
 def run_command(main: Callable[[Sequence[str] | None], object], argv: Sequence[str] | None = None) -> NoReturn:
-    """Run `main`, turn a `UserError` into one line on stderr and status 2, Ctrl-C into status 130."""
-    try:
-        main(argv)
-    except UserError as error:
-        if error.printed_elsewhere:
-            time.sleep(LINGER)
-        else:
-            print(f"fasthpm: error: {error}", file=sys.stderr, flush=True)
-        sys.exit(EXIT_USER_ERROR)
-    except KeyboardInterrupt:
-        print("fasthpm: interrupted", file=sys.stderr, flush=True)
-        sys.exit(EXIT_INTERRUPTED)
-    sys.exit(0)
+    """Run `main`, turn a `UserError` into one line on stderr and status 2, Ctrl-C into one line and status 130."""
+    with _Interrupts() as interrupts:
+        try:
+            main(argv)
+        except KeyboardInterrupt:
+            _say_interrupted()
+        except UserError as error:
+            if interrupts.came:
+                _say_interrupted()
+            if error.printed_elsewhere:
+                time.sleep(LINGER)
+            else:
+                print(f"fasthpm: error: {error}", file=sys.stderr, flush=True)
+            sys.exit(EXIT_USER_ERROR)
+        except Exception:
+            if interrupts.came:
+                _say_interrupted()
+            raise
+        sys.exit(0)
+
+
+def _say_interrupted() -> NoReturn:
+    print("fasthpm: interrupted", file=sys.stderr, flush=True)
+    sys.exit(EXIT_INTERRUPTED)
+
+
+class _Interrupts:
+    """Remembers Ctrl-C while it is open: native code that it meets, or an import, may turn it into any other error.
+
+    A second Ctrl-C, and one that lands where no exception can be raised (a finaliser, a callback), end at once.
+    """
+
+    def __init__(self) -> None:
+        self.came = False
+        self._before: list[Any] = []
+
+    def __enter__(self) -> "_Interrupts":
+        known = (signal.default_int_handler, entry.leave)
+        here = threading.current_thread() is threading.main_thread()
+        if here and signal.getsignal(signal.SIGINT) in known:
+            self._before = [signal.signal(signal.SIGINT, self._receive), sys.unraisablehook]
+            sys.unraisablehook = self._unraisable
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._before:
+            handler, sys.unraisablehook = self._before
+            signal.signal(signal.SIGINT, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.came:
+            entry.leave()
+        self.came = True
+        raise KeyboardInterrupt
+
+    def _unraisable(self, lost: Any) -> None:
+        if self.came:
+            entry.leave()
+        self._before[1](lost)

@@ -164,14 +164,22 @@ def timeout(env: Mapping[str, str] = os.environ) -> timedelta:
 
     **Raises:** `UserError` if that is no time.
     """
-    text = env.get(TIMEOUT, str(DEFAULT_TIMEOUT_MINUTES))
+    return minutes(TIMEOUT, DEFAULT_TIMEOUT_MINUTES, env)
+
+
+def minutes(name: str, default: float, env: Mapping[str, str] = os.environ) -> timedelta:
+    """A time, more than none, that the environment variable `name` gives in minutes.
+
+    **Raises:** `UserError` if that is no time.
+    """
+    text = env.get(name, str(default))
     try:
-        minutes = float(text)
-        if not 0 < minutes < 1e6:
+        found = float(text)
+        if not 0 < found < 1e6:
             raise ValueError
     except ValueError:
-        raise UserError(f"{TIMEOUT} is {text!r}, expected minutes, more than 0") from None
-    return timedelta(minutes=minutes)
+        raise UserError(f"{name} is {text!r}, expected minutes, more than 0") from None
+    return timedelta(minutes=found)
 
 
 def threads(local_world_size: int, cores: int, env: Mapping[str, str] = os.environ) -> int:
