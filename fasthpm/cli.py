@@ -3,13 +3,15 @@
 import argparse
 import math
 import os
+import re
 import signal
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from types import FrameType
+from contextvars import ContextVar
+from types import FrameType, MappingProxyType
 from typing import Any, NoReturn
 
 from fasthpm import entry
@@ -18,6 +20,8 @@ from fasthpm.errors import UserError, nearest
 
 EXIT_USER_ERROR = 2
 Arguments = Sequence[str] | Mapping[str, Any] | None  # a command line, keywords from Python, or the process's own line
+OWNERS: dict[str, str] = {}  # flags that shared code may name, and the command that has them; `recipe` adds its own
+_line: ContextVar[Mapping[str, Any]] = ContextVar("_line", default=MappingProxyType({}))  # flags and values parsed last
 LINGER = 3.0  # seconds: a launcher kills all ranks as soon as one has left, and one of them may not have printed yet
 
 
@@ -34,6 +38,9 @@ class Parser(argparse.ArgumentParser):
             word = unknown[0].split("=")[0]
             raise UserError(f"unknown argument {word!r}{nearest(word, flags)}; {self.prog} --help lists them all")
         self._check_finite(values)
+        _line.set(
+            {flag: getattr(values, action.dest, None) for action in self._actions for flag in action.option_strings}
+        )
         return values
 
     def _check_finite(self, values: argparse.Namespace) -> None:
@@ -75,6 +82,22 @@ def _words(action: argparse.Action, value: Any) -> list[str]:
     return [f"{flag}={value}" if flag else str(value)]
 
 
+def fitting(message: str) -> str:
+    """An error of code that several commands share, so that it advises the command that runs: its own flag where that
+    gave the value in question, and where it has no such flag the command that has.
+    """
+    flags = _line.get()
+
+    def fit(found: re.Match[str]) -> str:
+        flag = found[0]
+        if not flags or flag in flags or flag not in OWNERS or message[: found.start()].endswith(f"{OWNERS[flag]} "):
+            return flag
+        ours = [name for name, value in flags.items() if name.endswith("_path") and value and str(value) in message]
+        return ours[0] if flag == "--data_path" and ours else f"{OWNERS[flag]} {flag}"
+
+    return re.sub(r"--[a-z][a-z_0-9]+", fit, message)
+
+
 def run_rank(main: Callable[[Sequence[str] | None], object]) -> NoReturn:
     """`run_command` for one rank of several: it leaves without tearing Python and its libraries down.
 
@@ -106,7 +129,7 @@ def run_command(main: Callable[[Sequence[str] | None], object], argv: Sequence[s
             if error.printed_elsewhere:
                 time.sleep(LINGER)
             else:
-                print(f"fasthpm: error: {error}", file=sys.stderr, flush=True)
+                print(f"fasthpm: error: {fitting(str(error))}", file=sys.stderr, flush=True)
             sys.exit(EXIT_USER_ERROR)
         except Exception:
             if interrupts.came:
