@@ -120,9 +120,10 @@ def finish() -> None:
 def _deepspeed() -> Any:
     try:
         import deepspeed
-    except ImportError as error:
+    except Exception as error:  # a broken installation can raise anything
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"training and probing need DeepSpeed, which does not import ({error}); install it: pip install "
+            f"training and probing need DeepSpeed, which does not import ({reason}); install it: pip install "
             f"'fasthpm[train]'"
         ) from error
     return deepspeed
