@@ -4,10 +4,11 @@ From Python as from the command line, with the same names: `fasthpm.pretrain(rec
 output_dir=…)`, and `knn`, `linear`, `finetune`, `embed`, `export`, `maps`, which take a run first.
 """
 
+from fasthpm import entry  # isort: skip  (first: Ctrl-C is quiet from there on)
+
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from fasthpm import entry
 from fasthpm.errors import UserError
 
 if TYPE_CHECKING:
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["HPMViT", "Recipe", "UserError", "__version__", "create_model"]
 LATE = {"HPMViT": "fasthpm.model", "create_model": "fasthpm.model", "Recipe": "fasthpm.recipe"}  # torch takes seconds
-
-entry.leave_quietly()
 
 
 def __getattr__(name: str) -> Any:
