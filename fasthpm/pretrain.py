@@ -69,8 +69,10 @@ class PretrainResult(entry.Result):
     metrics: dict[str, float]  # the last reading
 
 
-def parse_arguments(argv: Arguments) -> Recipe:
+def parse_arguments(argv: Arguments, *, ask: bool = False) -> Recipe:
     """The recipe that is asked for. From Python `recipe` may be a `Recipe`.
+
+    - `ask`: refuse to guess what is to be trained, as the command does; otherwise it is `debug`
 
     **Raises:** `UserError` for anything unknown or out of range.
     """
@@ -88,7 +90,7 @@ def parse_arguments(argv: Arguments) -> Recipe:
         given = vars(parser.parse_args(argv))
         given.pop("local_rank")
         name = given.pop("recipe")
-        base = base if isinstance(base, Recipe) else base_of(name, given.get("output_dir", ""))
+        base = base if isinstance(base, Recipe) else base_of(name, given.get("output_dir", ""), ask=ask)
         if "blr" in given:
             given.setdefault("lr", 0.0)  # a recipe.json has the rate that its own blr gave
         recipe = build_recipe({**dataclasses.asdict(base), **given}, source="command line")
@@ -101,16 +103,18 @@ def parse_arguments(argv: Arguments) -> Recipe:
     return recipe
 
 
-def base_of(name: str | None, output_dir: str) -> Recipe:
+def base_of(name: str | None, output_dir: str, *, ask: bool) -> Recipe:
     """What the flags change: the recipe `name`, or without a name that of the run which output_dir holds.
 
-    **Raises:** `UserError` if there is neither.
+    **Raises:** `UserError` if there is neither, and it is to `ask`.
     """
     if name:
         return recipes.from_name(name)
     folder = Path(output_dir)
     if output_dir and checkpoint.has_checkpoints(folder) and (folder / checkpoint.RECIPE).is_file():
         return dataclasses.replace(recipes.from_name(str(folder / checkpoint.RECIPE)), resume="auto", stop_after=0)
+    if not ask:
+        return recipes.debug()
     raise UserError(
         "--recipe is missing: it says what is trained, for example --recipe hpm_vit_base_in1k_200e for photographs, "
         "--recipe hpm_demo for small images; fasthpm recipes lists them all"
@@ -355,7 +359,7 @@ def pursue(run: Run[Step]) -> PretrainResult:
 
 def main(argv: Arguments = None) -> PretrainResult:
     """`fasthpm pretrain` and `fasthpm.pretrain`, once per rank."""
-    asked = parse_arguments(argv)
+    asked = parse_arguments(argv, ask=True)
     with ranks.session() as launch:
         return pretrain(asked, launch)
 

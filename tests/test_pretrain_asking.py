@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from fasthpm import recipes
+from fasthpm.__main__ import dispatch
 from fasthpm.errors import UserError
 from fasthpm.pretrain import parse_arguments
 from fasthpm.recipe import save_recipe
@@ -21,7 +22,7 @@ def test_a_recipe_is_asked_for(tmp_path: Path, left: str, form: Any) -> None:
     flags = {"data_path": "synthetic:8", "output_dir": str(tmp_path)}
     words = [word for name, value in flags.items() for word in (f"--{name}", value)]
     with pytest.raises(UserError) as caught:
-        parse_arguments(flags if form is dict else words)
+        parse_arguments(flags if form is dict else words, ask=True)
     said = str(caught.value)
     assert "\n" not in said
     assert said.startswith("--recipe is missing")
@@ -33,7 +34,7 @@ def test_a_run_that_goes_on_has_its_own(tmp_path: Path) -> None:
     write(tmp_path, 4)
     theirs = recipe_in(tmp_path, recipe="hpm_demo", data_path="synthetic:64", mask_ratio=0.5, stop_after=4, lr=0.01)
     save_recipe(theirs, tmp_path / "recipe.json")
-    assert parse_arguments(["--output_dir", str(tmp_path)]) == dataclasses.replace(theirs, stop_after=0)
+    assert parse_arguments(["--output_dir", str(tmp_path)], ask=True) == dataclasses.replace(theirs, stop_after=0)
     assert parse_arguments(["--output_dir", str(tmp_path), "--epochs", "7"]).epochs == 7
     other = parse_arguments(["--recipe", "debug", "--data_path", "x", "--output_dir", str(tmp_path)])
     assert other.mask_ratio == recipes.debug().mask_ratio
@@ -46,3 +47,9 @@ def test_a_base_rate_is_not_overruled_by_the_rate_that_an_old_one_gave(tmp_path:
     assert parse_arguments(words).lr == 5e-4
     assert parse_arguments([*words, "--blr", "1e-4"]).lr == 0
     assert parse_arguments([*words, "--blr", "1e-4", "--lr", "0.3"]).lr == 0.3
+
+
+def test_the_command_asks(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="^--recipe is missing"):
+        dispatch(["pretrain", "--data_path", "synthetic:8", "--output_dir", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
