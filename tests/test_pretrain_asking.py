@@ -50,6 +50,6 @@ def test_a_base_rate_is_not_overruled_by_the_rate_that_an_old_one_gave(tmp_path:
 
 
 def test_the_command_asks(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="^--recipe is missing"):
+    with pytest.raises(UserError, match=r"^--recipe is missing"):
         dispatch(["pretrain", "--data_path", "synthetic:8", "--output_dir", str(tmp_path / "run")])
     assert not (tmp_path / "run").exists()
