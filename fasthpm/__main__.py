@@ -4,6 +4,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from fasthpm import __version__
 from fasthpm.cli import run_rank
 from fasthpm.entry import COMMANDS, FUNCTIONS
 from fasthpm.errors import UserError, nearest
@@ -12,11 +13,14 @@ from fasthpm.errors import UserError, nearest
 def dispatch(argv: Sequence[str] | None) -> None:
     """Run the command that the first argument names."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] in (["--version"], ["-V"]):
+        print(f"fasthpm {__version__}")
+        return
     if not arguments or arguments[0] in ("-h", "--help"):
         print(
             "usage: fasthpm COMMAND [flags]\n\n"
             + "\n".join(f"  {k:10} {v[1]}" for k, v in COMMANDS.items())
-            + "\n\nfasthpm COMMAND --help explains each\n"
+            + "\n\nfasthpm COMMAND --help explains each; fasthpm --version\n"
             + f"from Python, with the flags as keywords: fasthpm.{', '.join(FUNCTIONS)}"
         )
         return

@@ -6,16 +6,25 @@ import errno
 import io
 import math
 import os
+import re
+import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from types import FrameType, MappingProxyType
 from typing import Any, NoReturn, TextIO, cast
 
+from fasthpm import entry
+from fasthpm.entry import EXIT_INTERRUPTED
 from fasthpm.errors import UserError, nearest
 
-EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
+EXIT_USER_ERROR = 2
 Arguments = Sequence[str] | Mapping[str, Any] | None  # a command line, keywords from Python, or the process's own line
+OWNERS: dict[str, str] = {}  # flags that shared code may name, and the command that has them; `recipe` adds its own
+_line: ContextVar[Mapping[str, Any]] = ContextVar("_line", default=MappingProxyType({}))  # flags and values parsed last
 LINGER = 3.0  # seconds: a launcher kills all ranks as soon as one has left, and one of them may not have printed yet
 
 
@@ -32,7 +41,19 @@ class Parser(argparse.ArgumentParser):
             flags = [flag for action in self._actions for flag in action.option_strings]
             word = unknown[0].split("=")[0]
             raise UserError(f"unknown argument {word!r}{nearest(word, flags)}; {self.prog} --help lists them all")
+        self._check_finite(values)
+        _line.set(
+            {flag: getattr(values, action.dest, None) for action in self._actions for flag in action.option_strings}
+        )
         return values
+
+    def _check_finite(self, values: argparse.Namespace) -> None:
+        """Refuse nan and infinity, which float() reads, for any flag."""
+        for action in self._actions:
+            value = getattr(values, action.dest, None)
+            for one in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(one, float) and not math.isfinite(one) and value != action.default:
+                    raise UserError(f"{action.dest} is {one}, expected a finite number; see {self.prog} --help")
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
@@ -124,6 +145,22 @@ def heard_or_not() -> Iterator[None]:
         sys.stdout, sys.stderr = streams
 
 
+def fitting(message: str) -> str:
+    """An error of code that several commands share, so that it advises the command that runs: its own flag where that
+    gave the value in question, and where it has no such flag the command that has.
+    """
+    flags = _line.get()
+
+    def fit(found: re.Match[str]) -> str:
+        flag = found[0]
+        if not flags or flag in flags or flag not in OWNERS or message[: found.start()].endswith(f"{OWNERS[flag]} "):
+            return flag
+        ours = [name for name, value in flags.items() if name.endswith("_path") and value and str(value) in message]
+        return ours[0] if flag == "--data_path" and ours else f"{OWNERS[flag]} {flag}"
+
+    return re.sub(r"--[a-z][a-z_0-9]+", fit, message)
+
+
 def run_rank(main: Callable[[Sequence[str] | None], object]) -> NoReturn:
     """`run_command` for one rank of several: it leaves without tearing Python and its libraries down.
 
@@ -143,32 +180,74 @@ def run_rank(main: Callable[[Sequence[str] | None], object]) -> NoReturn:
 
 
 def run_command(main: Callable[[Sequence[str] | None], object], argv: Sequence[str] | None = None) -> NoReturn:
-    """Run `main`, turn a `UserError` into one line on stderr and status 2, Ctrl-C into status 130.
+    """Run `main`; a `UserError` is one line on stderr and status 2, Ctrl-C one line and status 130.
 
     Names of files that the user has no rights to, or that no file can have, are wrong inputs, too.
     """
-    with heard_or_not():
-        status = _status_of(main, argv)
+    with _Interrupts() as interrupts, heard_or_not():
+        status = _status_of(main, argv, interrupts)
     sys.exit(status)
 
 
-def _status_of(main: Callable[[Sequence[str] | None], object], argv: Sequence[str] | None) -> int:
+def _status_of(
+    main: Callable[[Sequence[str] | None], object], argv: Sequence[str] | None, interrupts: "_Interrupts"
+) -> int:
     try:
         main(argv)
-    except UserError as error:
-        if error.printed_elsewhere:
+    except (KeyboardInterrupt, Exception) as error:
+        if interrupts.came or isinstance(error, KeyboardInterrupt):
+            print("fasthpm: interrupted", file=sys.stderr, flush=True)
+            return EXIT_INTERRUPTED
+        line = fitting(str(error)) if isinstance(error, UserError) else _unusable_name(error)
+        if not line:
+            raise
+        if isinstance(error, UserError) and error.printed_elsewhere:
             time.sleep(LINGER)
         else:
-            print(f"fasthpm: error: {error}", file=sys.stderr, flush=True)
+            print(f"fasthpm: error: {line}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
-    except OSError as error:
-        if error.filename is None or error.errno not in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP):
-            raise
-        remedy = "give yourself the rights, or choose" if isinstance(error, PermissionError) else "choose"
-        line = f"{error.filename} cannot be used ({error.strerror}); {remedy} another"
-        print(f"fasthpm: error: {line}", file=sys.stderr, flush=True)
-        return EXIT_USER_ERROR
-    except KeyboardInterrupt:
-        print("fasthpm: interrupted", file=sys.stderr, flush=True)
-        return EXIT_INTERRUPTED
     return 0
+
+
+def _unusable_name(error: BaseException) -> str:
+    """What to say of a file that the user has no rights to, or whose name no file can have; empty for other errors."""
+    names = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)
+    if not isinstance(error, OSError) or error.filename is None or error.errno not in names:
+        return ""
+    remedy = "give yourself the rights, or choose" if isinstance(error, PermissionError) else "choose"
+    return f"{error.filename} cannot be used ({error.strerror}); {remedy} another"
+
+
+class _Interrupts:
+    """Remembers Ctrl-C while it is open: native code that it meets, or an import, may turn it into any other error.
+
+    A second Ctrl-C, and one that lands where no exception can be raised (a finaliser, a callback), end at once.
+    """
+
+    def __init__(self) -> None:
+        self.came = False
+        self._before: list[Any] = []
+
+    def __enter__(self) -> "_Interrupts":
+        known = (signal.default_int_handler, entry.leave)
+        here = threading.current_thread() is threading.main_thread()
+        if here and signal.getsignal(signal.SIGINT) in known:
+            self._before = [signal.signal(signal.SIGINT, self._receive), sys.unraisablehook]
+            sys.unraisablehook = self._unraisable
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._before:
+            handler, sys.unraisablehook = self._before
+            signal.signal(signal.SIGINT, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.came:
+            entry.leave()
+        self.came = True
+        raise KeyboardInterrupt
+
+    def _unraisable(self, lost: Any) -> None:
+        if self.came:
+            entry.leave()
+        self._before[1](lost)

@@ -4,15 +4,52 @@ A command's `main` takes a command line or keywords, which `cli.Parser` spells o
 Modules are named by strings and imported when they are called; nothing here needs what they need.
 """
 
-import dataclasses
-import importlib
+import os
+import signal
 import sys
-from collections.abc import Callable
-from contextvars import ContextVar
-from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
-from typing import Any
+
+EXIT_INTERRUPTED = 130
+PACKAGES = ("fasthpm", "data_prep")  # whose modules are commands
+
+
+# ------------------------------------------------------------------------------------------------------ Ctrl-C
+def is_command(line: list[str], program: str) -> bool:
+    """Whether a process is a command of ours, not someone else's Python that imports us.
+
+    - `line`: how Python was started, `python -m fasthpm.pretrain …`; `program`: `sys.argv[0]`
+    """
+    module = line[line.index("-m") + 1 :][:1] if "-m" in line else []
+    ours = bool(module) and module[0].partition(".")[0] in PACKAGES
+    return ours or os.path.basename(program) == "fasthpm"
+
+
+def leave_quietly() -> None:
+    """Let Ctrl-C end a command of ours with one line as long as it only imports, and has nothing to clean up."""
+    ours = is_command(sys.orig_argv, sys.argv[0] if sys.argv else "")
+    if ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        try:
+            signal.signal(signal.SIGINT, leave)
+        except ValueError:  # not in the main thread: nobody starts a command there
+            return
+
+
+def leave(number: int = signal.SIGINT, frame: object = None) -> None:
+    """End this process at once, as Ctrl-C does, with one line."""
+    sys.stdout.flush()
+    os.write(2, b"fasthpm: interrupted\n")  # not through sys.stderr, which may be what was interrupted
+    os._exit(EXIT_INTERRUPTED)
+
+
+leave_quietly()  # before the imports that take time
+
+import dataclasses  # noqa: E402
+import importlib  # noqa: E402
+from collections.abc import Callable  # noqa: E402
+from contextvars import ContextVar  # noqa: E402
+from dataclasses import dataclass  # noqa: E402
+from pathlib import Path  # noqa: E402
+from types import ModuleType  # noqa: E402
+from typing import Any  # noqa: E402
 
 COMMANDS = {
     "pretrain": ("fasthpm.pretrain", "pretrain a model (one process; use deepspeed or torchrun for more)"),
@@ -35,6 +72,7 @@ MODULES = ("pretrain", "maps")  # those of them that are modules too; see `Calla
 FROM_PYTHON: ContextVar[bool] = ContextVar("FROM_PYTHON", default=False)  # the process is the caller's, not ours
 
 
+# ------------------------------------------------------------------------------------------------------ calls
 @dataclass(frozen=True, repr=False)
 class Result:
     """What a command made: paths and figures, the same on every rank. Shown with one field a line."""

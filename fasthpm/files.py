@@ -89,6 +89,15 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
         raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
 
 
+def size_text(count: float) -> str:
+    """Bytes for people: three digits and the unit that fits."""
+    units = ("bytes", "KiB", "MiB", "GiB", "TiB")
+    power = min(max(int(count).bit_length() - 1, 0) // 10, len(units) - 1)
+    if count / 1024**power >= 999.5 and power < len(units) - 1:  # not 1e+03
+        power += 1
+    return f"{count / 1024**power:.3g} {units[power]}"
+
+
 def remove(path: Path) -> None:
     """Delete a file or a folder, if it is there."""
     if path.is_dir() and not path.is_symlink():

@@ -5,6 +5,7 @@
 
 import argparse
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Callable, Collection
@@ -14,6 +15,10 @@ from fasthpm.errors import UserError, nearest
 
 PAPER, RELEASED, OURS = "paper", "released code", "ours"  # how an `origin` begins; a remark may follow, after a comma
 REQUIRED: Any = dataclasses.MISSING  # the default of a field that has none
+BASE = (
+    "(base: …) is the value where neither the recipe or preset nor a flag sets another;\n"
+    "fasthpm recipes NAME shows what a recipe sets."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +101,14 @@ def _expected(field: dataclasses.Field[Any], value: Any) -> str:
         return " or ".join(kind.__name__.removesuffix("Type") for kind in kinds)
     if choices and value not in choices:
         return f"one of {', '.join(filter(None, choices))}{nearest(str(value), choices)}"
-    return str(limits) if isinstance(value, int | float) and value not in limits else ""
+    if isinstance(value, int | float) and value not in limits:
+        return str(limits)
+    return "" if all(map(math.isfinite, _floats(value))) else f"a finite number{f', {limits}' if str(limits) else ''}"
+
+
+def _floats(value: Any) -> list[float]:
+    """A float, or those of a tuple: what may be nan or infinite."""
+    return [one for one in (value if isinstance(value, tuple) else (value,)) if isinstance(one, float)]
 
 
 def _types(field: dataclasses.Field[Any]) -> tuple[type, ...]:
@@ -107,6 +119,7 @@ def _types(field: dataclasses.Field[Any]) -> tuple[type, ...]:
 
 def add_recipe_arguments(parser: argparse.ArgumentParser, kind: Any) -> None:
     """One flag per field of the dataclass `kind`, without defaults: what is not given comes from the recipe."""
+    parser.epilog = BASE
     for field in dataclasses.fields(kind):
         if field.name == "recipe":
             continue

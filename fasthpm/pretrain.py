@@ -24,6 +24,7 @@ from fasthpm.checkpoint.saver import Saver
 from fasthpm.cli import Arguments, Parser
 from fasthpm.data import build_loader
 from fasthpm.data.device import on_device
+from fasthpm.data.identity import identity_of
 from fasthpm.difficulty import HEAD
 from fasthpm.errors import UserError
 from fasthpm.exchange import exporting
@@ -40,6 +41,7 @@ from fasthpm.recipe import Recipe, build_recipe, science_of
 from fasthpm.run.bad_samples import BadSampleLog
 from fasthpm.run.difficulty_check import DifficultyCheck
 from fasthpm.run.health import NotFinite
+from fasthpm.run.lock import FolderLock
 from fasthpm.run.metrics import Metrics, measure_matmul_rate
 from fasthpm.run.nonfinite import leave_out, roll_back, save_first
 from fasthpm.run.observer import Observer
@@ -69,8 +71,10 @@ class PretrainResult(entry.Result):
     metrics: dict[str, float]  # the last reading
 
 
-def parse_arguments(argv: Arguments) -> Recipe:
+def parse_arguments(argv: Arguments, *, ask: bool = False) -> Recipe:
     """The recipe that is asked for. From Python `recipe` may be a `Recipe`.
+
+    - `ask`: refuse to guess what is to be trained, as the command does; otherwise it is `debug`
 
     **Raises:** `UserError` for anything unknown or out of range.
     """
@@ -78,14 +82,19 @@ def parse_arguments(argv: Arguments) -> Recipe:
     if isinstance(argv, Mapping) and isinstance(base, Recipe):
         argv = {name: value for name, value in argv.items() if name != "recipe"}
     parser = Parser(prog="fasthpm pretrain", description=__doc__)
-    parser.add_argument("--recipe", default="debug", help=f"start from: {', '.join(recipes.RECIPES)}, or a recipe.json")
+    parser.add_argument(
+        "--recipe",
+        help=f"what to train: {', '.join(recipes.RECIPES)}, or a recipe.json; a run that goes on has its own",
+    )
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # launchers inject it
     add_recipe_arguments(parser, Recipe)
     try:
         given = vars(parser.parse_args(argv))
         given.pop("local_rank")
         name = given.pop("recipe")
-        base = base if isinstance(base, Recipe) else recipes.from_name(name)
+        base = base if isinstance(base, Recipe) else base_of(name, given.get("output_dir", ""), ask=ask)
+        if "blr" in given:
+            given.setdefault("lr", 0.0)  # a recipe.json has the rate that its own blr gave
         recipe = build_recipe({**dataclasses.asdict(base), **given}, source="command line")
         for name in ("data_path", "output_dir"):
             if not getattr(recipe, name):
@@ -96,21 +105,46 @@ def parse_arguments(argv: Arguments) -> Recipe:
     return recipe
 
 
-def build(recipe: Recipe, launch: ranks.Launch) -> Run[Step]:
-    """Loader, DeepSpeed engine and teacher of a resolved run, at its first update or at its checkpoint."""
+def base_of(name: str | None, output_dir: str, *, ask: bool) -> Recipe:
+    """What the flags change: the recipe `name`, or without a name that of the run which output_dir holds.
+
+    **Raises:** `UserError` if there is neither, and it is to `ask`.
+    """
+    if name:
+        return recipes.from_name(name)
+    folder = Path(output_dir)
+    if output_dir and checkpoint.has_checkpoints(folder) and (folder / checkpoint.RECIPE).is_file():
+        return dataclasses.replace(recipes.from_name(str(folder / checkpoint.RECIPE)), resume="auto", stop_after=0)
+    if not ask:
+        return recipes.debug()
+    raise UserError(
+        "--recipe is missing: it says what is trained, for example --recipe hpm_vit_base_in1k_200e for photographs, "
+        "--recipe hpm_demo for small images; fasthpm recipes lists them all"
+    )
+
+
+def build(recipe: Recipe, launch: ranks.Launch, lock: FolderLock | None = None) -> Run[Step]:
+    """Loader, DeepSpeed engine and teacher of a resolved run, at its first update or at its checkpoint.
+
+    - `lock`: what keeps other runs out of output_dir, once all is well
+    """
     with ranks.in_agreement():
         recipe = checkpoint.continued(recipe, launch.world_size)
         accum_iter = recipe.accumulation(launch.world_size)
         options = recipe.loader_options(rank=launch.rank, world_size=launch.world_size, accum_iter=accum_iter)
         loader = build_loader(recipe.data_path, options)
-        recipe = recipe.resolve(loader.info.num_samples, launch.world_size)
-        checkpoint.compare_recipes(recipe, science_of)
+        recipe, data = recipe.resolve(loader.info.num_samples, launch.world_size), identity_of(recipe.data_path)
+        checkpoint.compare_recipes(recipe, science_of, data)
         config = ranks.merge_config(recipe.deepspeed_config, recipe, launch.world_size)
         online_probes.check(recipe, loader.info, config)
         if recipe.teacher_precision == "fp8":
             fp8.require_fp8(launch.device)
         student = checkpoint.initial_model(recipe)
         frozen = build_frozen(recipe, launch.device)
+    if lock:
+        lock.take(Path(recipe.output_dir))
+        with ranks.in_agreement():  # another run may have ended there since
+            checkpoint.compare_recipes(recipe, science_of, data)
     map_store = maps.for_recipe(recipe, loader.info)
     loader = on_device(maps.with_maps(loader, map_store), launch.device)
     step = Step(student, recipe, loader.info)
@@ -128,7 +162,7 @@ def build(recipe: Recipe, launch: ranks.Launch) -> Run[Step]:
     run = Run(
         recipe, launch, loader, deepspeed_engine, step, teacher, zero.MasterLayout(deepspeed_engine), saver, map_store
     )
-    run.batches = endless(loader)
+    run.batches, run.data = endless(loader), data
     resume(run)
     run.observers = observers(run)
     run.bad_samples = BadSampleLog(
@@ -286,8 +320,13 @@ def finish(run: Run[Step]) -> PretrainResult:
 
 def pretrain(asked: Recipe, launch: ranks.Launch) -> PretrainResult:
     """Run `asked`, on all ranks, to its end or to a signal. **Raises:** `KeyboardInterrupt` if that was Ctrl-C."""
-    run = build(asked, launch)
-    recipe = run.recipe
+    with FolderLock(launch.rank) as lock:
+        return pursue(build(asked, launch, lock))
+
+
+def pursue(run: Run[Step]) -> PretrainResult:
+    """Train what was built, to its end or to a signal. **Raises:** `KeyboardInterrupt` if that was Ctrl-C."""
+    recipe, launch = run.recipe, run.launch
     with ranks.in_agreement():
         if launch.rank == 0:
             prepare_output(run)
@@ -310,7 +349,7 @@ def pretrain(asked: Recipe, launch: ranks.Launch) -> PretrainResult:
             with ranks.naming_lost_ranks(lambda: f"after update {run.done}"):
                 train(run, metrics, stop, watchdog)
                 stop.drain()
-                finish_last_save(run)
+                finish_last_save(run, alive=lambda: watchdog.progressed(run.done))
     finally:
         run.saver.close()
         metrics.close()
@@ -323,7 +362,7 @@ def pretrain(asked: Recipe, launch: ranks.Launch) -> PretrainResult:
 
 def main(argv: Arguments = None) -> PretrainResult:
     """`fasthpm pretrain` and `fasthpm.pretrain`, once per rank."""
-    asked = parse_arguments(argv)
+    asked = parse_arguments(argv, ask=True)
     with ranks.session() as launch:
         return pretrain(asked, launch)
 

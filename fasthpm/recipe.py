@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fasthpm import rules
+from fasthpm.cli import OWNERS
 from fasthpm.data.options import LoaderOptions
 from fasthpm.data.sampling import INTERPOLATIONS, SAMPLE_ORDERS
 from fasthpm.data.video.sampling import DECODERS
@@ -429,6 +430,9 @@ class Recipe:
             names += ["seed", "crop_min", "flip", "interpolation", "color_jitter", "sample_order", "max_bad_samples"]
             asked["decoder"] = self.video_decoder
         return LoaderOptions(**{name: getattr(self, name) for name in names} | asked | changes)
+
+
+OWNERS.update({f"--{field.name}": "fasthpm pretrain" for field in dataclasses.fields(Recipe)})
 
 
 # -------------------------------------------------------------------------------------------------- to and from text

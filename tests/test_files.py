@@ -155,3 +155,18 @@ def test_files_are_written_and_cores_counted_in_one_place() -> None:
     assert wrong == []
     assert uses(ROOT / "fasthpm" / "files.py") == {"replace", "save_file"}
     assert uses(ROOT / "fasthpm" / "machine.py") == {"cpu_count", "sched_getaffinity"}
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 bytes"),
+        (999, "999 bytes"),
+        (9.9e6, "9.44 MiB"),
+        (1023 * 1024, "0.999 MiB"),
+        (5 * 2**30, "5 GiB"),
+        (3e14, "273 TiB"),
+    ],
+)
+def test_sizes_have_the_unit_that_fits(count: float, text: str) -> None:
+    assert files.size_text(count) == text

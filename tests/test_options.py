@@ -1,6 +1,7 @@
 """Fields that are options: types, choices and ranges are checked in one place, and messages say what fits."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 
 from fasthpm.errors import UserError
 from fasthpm.options import OURS, PAPER, RELEASED, REQUIRED, Range, option, validate
+from fasthpm.probes.finetune.settings import FineTune
 from fasthpm.recipe import Recipe
 
 
@@ -20,6 +22,7 @@ class Cake:
     glazed: bool = option(False, "with icing")
     tin: tuple[int, int] = option((1, 2), "sides")
     hours: float | None = option(None, "in the oven; None = until done", above=0)
+    warmth: float = option(1.0, "any")
 
     def __post_init__(self) -> None:
         validate(self)
@@ -40,12 +43,25 @@ class Cake:
         ({"tin": [1, 2]}, "tin is [1, 2], expected tuple"),
         ({"hours": 0}, "hours is 0.0, expected more than 0"),
         ({"hours": "1"}, "hours is '1', expected float or None"),
+        ({"hours": float("inf")}, "hours is inf, expected a finite number, more than 0"),
+        ({"warmth": float("nan")}, "warmth is nan, expected a finite number"),
+        ({"warmth": -float("inf")}, "warmth is -inf, expected a finite number"),
     ],
 )
 def test_what_does_not_fit_is_named(given: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as caught:
         Cake(**{"eggs": 1} | given)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("kind", [Recipe, FineTune])
+def test_every_number_of_a_run_is_finite(kind: Any, value: float) -> None:
+    names = [field.name for field in dataclasses.fields(kind) if field.type is float]
+    assert len(names) > 10
+    for name in names:
+        with pytest.raises(UserError, match=rf"^{name} is {value}, expected "):
+            kind(**{name: value})
 
 
 def test_whole_numbers_become_floats_where_these_are_meant() -> None:

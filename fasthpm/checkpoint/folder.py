@@ -17,13 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fasthpm.checkpoint import shards
 from fasthpm.checkpoint.foreign import IMPORT_NOTE
+from fasthpm.data.identity import identity_of
 from fasthpm.errors import UserError
-from fasthpm.files import ASIDE, aside_of, file_hash, fsync, remove, write_json
+from fasthpm.files import ASIDE, LISTED, aside_of, file_hash, fsync, read_json, remove, size_text, write_json
 from fasthpm.recipe import Recipe, load_recipe, save_recipe
 
 MANIFEST, STATE, RECIPE = "manifest.json", "state.json", "recipe.json"
 FINETUNE_NOTES = "finetune.json"  # in checkpoints of fine-tuning, which hold a classifier and no decoder
+COUNTED = ("global_batch_size", "steps_per_epoch")  # what an update is, and where in the schedule
+OF_THE_MODEL = ("model", "input_size", "patch_size", "channels", "num_frames", "tubelet_size", "target", "predictor")
 BYTES_PER_PARAMETER = 17  # float32 master, two moments and EMA; a little for names and hashes
 
 
@@ -36,6 +40,7 @@ class RunState:
     world_size: int  # ranks that wrote it
     accum_iter: int  # the loader's batches per update
     skipped: list[int] = field(default_factory=list)  # updates (from 0) that were left out: not finite
+    data: str = ""  # what the data is (`data.identity`), wherever it lies; "" in checkpoints from before it was kept
 
 
 # -------------------------------------------------------------------------------------------------- write
@@ -102,8 +107,8 @@ def require_space(output_dir: Path, parameters: int) -> None:
     needed, free = parameters * BYTES_PER_PARAMETER, shutil.disk_usage(output_dir).free
     if free < needed:
         raise UserError(
-            f"output_dir {output_dir} has {free / 2**30:.2f} GiB left and a checkpoint needs about "
-            f"{needed / 2**30:.2f} GiB; free some space or use another --output_dir, then start again to resume"
+            f"output_dir {output_dir} has {size_text(free)} left and a checkpoint needs about {size_text(needed)}; "
+            f"free some space or use another --output_dir, then start again to resume"
         )
 
 
@@ -138,6 +143,11 @@ def _checkpoints(output_dir: Path) -> list[Path]:
     return sorted((f for f in folders if f.name.removeprefix("step-").isdecimal()), key=step_of, reverse=True)
 
 
+def has_checkpoints(output_dir: Path) -> bool:
+    """Whether a folder has any, verified or not: without one it has no past."""
+    return bool(_checkpoints(output_dir))
+
+
 def damage(folder: Path) -> str:
     """What is wrong with a checkpoint, or an empty string."""
     try:
@@ -150,9 +160,12 @@ def damage(folder: Path) -> str:
             return f"{MANIFEST} leads out of the checkpoint, to {name}"
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != size or file_hash(path) != digest:
-            return f"{name} does not match its hash"
-    return ""
+        try:
+            if path.stat().st_size != size or file_hash(path) != digest:
+                return f"{name} does not match its hash"
+        except OSError as error:
+            return f"{name} cannot be read, {error.strerror or error}"
+    return shards.weights_not_finite(folder)
 
 
 def newest_valid(output_dir: Path, warn: Callable[[str], None]) -> Path | None:
@@ -168,8 +181,10 @@ def newest_valid(output_dir: Path, warn: Callable[[str], None]) -> Path | None:
 def find_resume(recipe: Recipe, warn: Callable[[str], None]) -> Path | None:
     """The checkpoint that `recipe.resume` means, or None to start afresh.
 
-    **Raises:** `UserError` for a missing or damaged checkpoint that was named, and for checkpoints that would be mixed
-    with those of a fresh run.
+    One of another folder is where a run branches off; once its own folder has checkpoints, it goes on from those.
+
+    **Raises:** `UserError` for a missing or damaged checkpoint that was named, for a folder whose checkpoints are all
+    damaged, and for checkpoints that would be mixed with those of a fresh run.
     """
     output_dir = Path(recipe.output_dir)
     if recipe.resume == "none":
@@ -180,12 +195,32 @@ def find_resume(recipe: Recipe, warn: Callable[[str], None]) -> Path | None:
             )
         return None
     if recipe.resume == "auto":
-        return with_training_state(newest_valid(output_dir, warn))
+        return with_training_state(newest_or_none(output_dir, warn))
     folder = Path(recipe.resume)
     problem = damage(folder)
     if problem:
         raise UserError(f"--resume {folder}: {problem}; expected a folder like OUT/checkpoints/step-00001200")
+    elsewhere = folder.resolve().parent != (output_dir / "checkpoints").resolve()
+    if elsewhere and _checkpoints(output_dir):
+        return with_training_state(newest_or_none(output_dir, warn))
     return with_training_state(folder)
+
+
+def newest_or_none(output_dir: Path, warn: Callable[[str], None]) -> Path | None:
+    """The newest valid checkpoint of a folder; None if it has none at all.
+
+    **Raises:** `UserError` naming them if all are damaged: starting afresh would push out what may be saved of them.
+    """
+    folders = _checkpoints(output_dir)
+    found = newest_valid(output_dir, warn)
+    if folders and found is None:
+        named = "; ".join(f"{folder.name}: {damage(folder)}" for folder in folders[:LISTED])
+        more = f"; and {len(folders) - LISTED} more" if len(folders) > LISTED else ""
+        raise UserError(
+            f"all {len(folders)} checkpoints in {output_dir / 'checkpoints'} are damaged ({named}{more}); copy one of "
+            f"them again from where it is whole, or use another --output_dir to start afresh"
+        )
+    return found
 
 
 def with_training_state(folder: Path | None) -> Path | None:
@@ -211,10 +246,10 @@ def continued(recipe: Recipe, world_size: int) -> Recipe:
 
     **Raises:** `UserError` if the devices do not divide the global batch.
     """
-    path = Path(recipe.output_dir) / RECIPE
-    if not path.is_file():
+    past = past_of(recipe)
+    if past is None:
         return recipe
-    total = load_recipe(path).global_batch_size
+    total = past.global_batch_size
     if recipe.global_batch_size not in (0, total):
         return recipe
     if total % world_size:
@@ -227,22 +262,109 @@ def continued(recipe: Recipe, world_size: int) -> Recipe:
     return dataclasses.replace(recipe, global_batch_size=total, batch_size=batch_size, accum_iter=share // batch_size)
 
 
-def compare_recipes(recipe: Recipe, science: Callable[[Recipe], dict[str, Any]]) -> None:
-    """Refuse an output folder that belongs to another recipe.
+def compare_recipes(recipe: Recipe, science: Callable[[Recipe], dict[str, Any]], data: str = "") -> None:
+    """Refuse an output folder that belongs to another recipe, or to other data.
 
-    **Raises:** `UserError` naming the first field that differs.
+    - `data`: what the recipe's data is (`data.identity`): the same under another path is no other data
+
+    **Raises:** `UserError` naming the first field that differs, and the ways on.
     """
-    path = Path(recipe.output_dir) / RECIPE
-    if not path.is_file():
+    past, output_dir = past_of(recipe), Path(recipe.output_dir)
+    if past is None or branches_off(recipe):
         return
-    theirs, ours = science(load_recipe(path)), science(recipe)
+    known = data_of(output_dir, past.data_path, recipe.data_path)
+    theirs, ours = science(past), science(recipe)
+    if data and known:
+        ours["data_path"] = theirs["data_path"] if data == known else ours["data_path"]
     different = [name for name in ours if ours[name] != theirs[name]]
     if different:
         name = different[0]
         raise UserError(
             f"output_dir {recipe.output_dir} belongs to a run with {name} {theirs[name]!r}, this one has "
-            f"{ours[name]!r}; use another --output_dir, or --{name} {theirs[name]}"
+            f"{ours[name]!r}; use another --output_dir, or --{name} {theirs[name]}{ways_on(output_dir, name)}"
         )
+    if data and known and data != known:
+        raise UserError(
+            f"data_path {recipe.data_path} is not what the run in {output_dir} was trained on: other data lies there "
+            f"now (it was {known[:40]}, it is {data[:40]}); put that back, give it with --data_path, or start a run on "
+            f"this data from those weights: --init_from {output_dir} and another --output_dir"
+        )
+
+
+def ways_on(output_dir: Path, name: str) -> str:
+    """How a pretraining goes on all the same with another value of the field `name`, to be added to a refusal."""
+    if not _checkpoints(output_dir) or name in OF_THE_MODEL:
+        return ""
+    anew = f"start anew from its weights: --init_from {output_dir}"
+    if name in COUNTED or name == "data_path":
+        return f" (or {anew} and another --output_dir)"
+    return f"{way_on(output_dir).removesuffix(')')}; or {anew})"
+
+
+def way_on(output_dir: Path) -> str:
+    """The same of any training: its checkpoint, in a folder that is not bound by what was."""
+    newest = next(iter(_checkpoints(output_dir)), None)
+    return f" (to go on with it: in another --output_dir, from --resume {newest})" if newest else ""
+
+
+def past_of(recipe: Recipe) -> Recipe | None:
+    """The recipe that `recipe` goes on from: of the run in its output_dir, or of the checkpoint that it resumes.
+
+    None if it begins something: a folder without a checkpoint has no past, whatever a killed run left in it.
+
+    **Raises:** `UserError` if there are checkpoints and no recipe can be read.
+    """
+    output_dir, folders = Path(recipe.output_dir), _checkpoints(Path(recipe.output_dir))
+    if branches_off(recipe):
+        places = [Path(recipe.resume)]
+    else:
+        places = [output_dir, *folders] if folders else []
+    failure = None
+    for place in places:
+        if (place / RECIPE).is_file():
+            try:
+                return load_recipe(place / RECIPE)
+            except UserError as error:
+                failure = failure or error
+    if failure:
+        raise failure
+    return None
+
+
+def branches_off(recipe: Recipe) -> bool:
+    """Whether a run begins at a checkpoint of another folder, which it leaves as it is."""
+    return recipe.resume not in ("auto", "none") and not _checkpoints(Path(recipe.output_dir))
+
+
+def data_of(output_dir: Path, their_path: str, our_path: str) -> str:
+    """What the data of the run in `output_dir` was (`data.identity`), "" where nobody knows.
+
+    Checkpoints from before it was kept have a path only; if that is another one now, the data that lies there tells.
+    """
+    for folder in _checkpoints(output_dir):
+        if known := read_json(folder / STATE).get("data"):
+            return str(known)
+    if their_path == our_path:
+        return ""
+    try:
+        return identity_of(their_path)
+    except UserError:
+        return ""
+
+
+def check_counts(folder: Path, recipe: Recipe) -> None:
+    """Refuse to go on from a checkpoint whose updates count otherwise: schedule and position would be wrong.
+
+    **Raises:** `UserError` naming the field.
+    """
+    past = load_recipe(folder / RECIPE)
+    for name in COUNTED:
+        theirs, ours = getattr(past, name), getattr(recipe, name)
+        if theirs != ours:
+            raise UserError(
+                f"{folder} was written with {name} {theirs}, here it is {ours}, and its updates would count otherwise; "
+                f"use --{name} {theirs}, or start anew from its weights"
+            )
 
 
 def cpu_state(model: torch.nn.Module) -> dict[str, Tensor]:

@@ -22,6 +22,10 @@ from fasthpm.recipe import Recipe
 POLL_SECONDS = 0.05
 
 
+class Unsound(OSError):
+    """What was to be written is not worth keeping: weights that are not finite. No room on a disk would help."""
+
+
 @dataclass(frozen=True)
 class Job:
     """A checkpoint to be written by all ranks into `aside`."""
@@ -42,6 +46,7 @@ class Saver:
         self.rank, self.world_size, self.timeout = rank, world_size, timeout
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
+        self.unsound = False  # whether the last save failed for what it was to hold
         self._given_up = threading.Event()
         self._staging = shards.Staging()
 
@@ -53,6 +58,7 @@ class Saver:
     def start(self, job: Job) -> None:
         """Begin to write; `wait` for the one before first."""
         self._refuse_if_writing()
+        self.unsound = False
         self._thread = threading.Thread(target=self._run, args=(job,), name="fasthpm-saver", daemon=True)
         self._thread.start()
 
@@ -73,6 +79,7 @@ class Saver:
         failure, self._failure = self._failure, None
         if failure is None:
             return ""
+        self.unsound = isinstance(failure, Unsound)
         if isinstance(failure, OSError):
             return failure.strerror or str(failure)
         raise failure
@@ -98,7 +105,7 @@ class Saver:
         except BaseException as error:  # raised in the main thread, by wait
             self._failure = error
             with contextlib.suppress(OSError):
-                _report(job.aside, self.rank, {"error": str(error)})
+                _report(job.aside, self.rank, {"error": str(error), "unsound": isinstance(error, Unsound)})
             if self.rank == 0:
                 shutil.rmtree(job.aside, ignore_errors=True)
 
@@ -106,6 +113,8 @@ class Saver:
         path = shards.rank_file(job.aside, self.rank)
         if not job.taken.tensors:
             return {}
+        if wrong := shards.not_finite(job.taken.layout, job.taken.tensors.get):
+            raise Unsound(f"its weights are not finite: {wrong}")
         shards.write(job.taken, path)
         fsync(path)
         return {str(path.relative_to(job.aside)): [path.stat().st_size, file_hash(path)]}
@@ -120,7 +129,8 @@ class Saver:
                 if self._given_up.wait(POLL_SECONDS):
                     raise OSError(f"the run ended before rank {rank} had written its part")
             if "error" in found["files"]:
-                raise OSError(f"rank {rank}: {found['files']['error']}")
+                kind = Unsound if found["files"].get("unsound") else OSError
+                raise kind(f"rank {rank}: {found['files']['error']}")
             written |= found["files"]
         for rank in range(self.world_size):
             _marker(job.aside, rank).unlink()

@@ -8,8 +8,10 @@ another ZeRO stage. safetensors only: nothing in a checkpoint is unpickled.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from fasthpm.ranks.zero import Group, MasterLayout, State
 
 FOLDER = "shards"
 STATES: tuple[State, ...] = ("master", "exp_avg", "exp_avg_sq", "ema")
+WEIGHTS: tuple[State, ...] = ("master", "ema")  # of these
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,43 @@ def snapshot(layout: MasterLayout, rank: int, staging: Staging) -> Snapshot:
         torch.cuda.synchronize(layout.masters[0].device)
     step = int(layout.optimizer.state[layout.masters[0]]["step"])
     return Snapshot(tensors, {"optimizer_step": step, "groups": [_describe(group) for group in layout.groups]})
+
+
+def not_finite(layout: dict[str, Any], part: Callable[[str], Tensor | None]) -> str:
+    """The first parameter whose weights (master, EMA) in a rank's part are not finite, or an empty string.
+
+    - `part`: the flat tensor [S] of "<group>/<state>", None where the rank has none; its padding is not looked at
+    """
+    for number, group in enumerate(layout["groups"]):
+        for state in WEIGHTS:
+            flat = part(f"{number}/{state}")
+            if flat is None or bool(flat.isfinite().all()):
+                continue
+            for name, (shape, offset, stripe) in group["slots"].items():
+                first, last = _span(offset, torch.Size(shape).numel(), stripe, group["index"], len(flat))
+                begin = offset if stripe else offset + first - group["index"] * len(flat)
+                if first < last and not bool(flat[begin : begin + last - first].isfinite().all()):
+                    return f"{state} of {name.removeprefix('student.')}"
+    return ""
+
+
+def weights_not_finite(folder: Path) -> str:
+    """Which weights of a checkpoint are nan or infinite, or an empty string; what cannot be read is not judged here."""
+    for path in sorted(folder.glob(f"{FOLDER}/rank-*.safetensors")) + sorted(folder.glob("*.safetensors")):
+        with suppress(OSError, SafetensorError, ValueError, KeyError), safe_open(path, framework="pt") as file:
+            layout = (file.metadata() or {}).get("layout", "")
+            if layout:
+                found = not_finite(json.loads(layout), partial(_tensor_or_none, file))
+            else:
+                names = sorted(file.keys())
+                found = next((name for name in names if not bool(file.get_tensor(name).isfinite().all())), "")
+            if found:
+                return f"its weights are not finite: {found}, {path.name}"
+    return ""
+
+
+def _tensor_or_none(file: Any, name: str) -> Tensor | None:
+    return file.get_tensor(name) if name in file.keys() else None  # noqa: SIM118
 
 
 def write(taken: Snapshot, path: Path) -> None:

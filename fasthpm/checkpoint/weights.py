@@ -78,13 +78,17 @@ def initial_model(recipe: Recipe) -> HPMViT:
 
     A loss predictor that the source lacks (MAE) keeps its fresh weights, and so does a difficulty head.
 
-    **Raises:** `UserError` if the weights do not fit the recipe's model, or were trained with other positions.
+    **Raises:** `UserError` if the weights do not fit the recipe's model, are not finite, or were trained with other
+    positions.
     """
     model = model_of(recipe)
     if not recipe.init_from:
         return model
     donor, _ = load_weights(Path(recipe.init_from))
     given = donor.state_dict()
+    bad = next((name for name, value in given.items() if not bool(value.isfinite().all())), "")
+    if bad:
+        raise UserError(f"init_from {recipe.init_from} has weights that are not finite ({bad}); give sound ones")
     tables = {name: table.clone() for name, table in model.named_buffers() if name in given}
     for name, table in tables.items():
         if given[name].shape == table.shape and (given[name] - table).abs().max() > POSITION_TOLERANCE:

@@ -39,6 +39,7 @@ GIB, MIB = 2**30, 2**20
 READ_BLOCK, READ_MOST, READ_SECONDS = 4 * MIB, 256 * MIB, 2.0
 SAMPLED_FILES = 256  # of an image folder, to estimate its bytes and to read
 ENOUGH = 1.1  # a supply is enough if it is so many times what the step takes
+TAKEN, TIGHT = 0.02, 0.7  # shares of the cores that decoding may take without a word: of the step's own, of all
 SMALLER_SIDE = 400
 SYSTEM_PACKAGES = "libopencv-dev libturbojpeg0-dev pkg-config g++"
 LAUNCHER_NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
@@ -107,8 +108,22 @@ def verdict(rates: Rates) -> str:
             if rates.gpu
             else "nothing to change in the data path; a GPU would help"
         )
-        return f"the training step bounds ({trained}); {name} gives {supply / wanted:.1f} times that: {advice}"
+        spare = _spare(rates, wanted)
+        return f"the training step bounds ({trained}); {name} gives {supply / wanted:.1f} times that: {spare}{advice}"
     return f"{name} bounds ({supply:.3g} images/s, the step could take {trained}): {_advice(name, rates, wanted)}"
+
+
+def _spare(rates: Rates, wanted: float) -> str:
+    """What to know of a supply of crops that is enough, but not by much; empty if it is plenty.
+
+    Decoding was measured alone: on a CPU it takes its time from the step, and beside a GPU little may disturb it.
+    """
+    share = wanted / rates.decode
+    if not rates.gpu and share > TAKEN:
+        return f"decoding takes about {100 * share / (1 + share):.0f} % of the same cores; "
+    if rates.gpu and share > TIGHT:
+        return f"decoding keeps {100 * share:.0f} % of {rates.workers} threads busy, expect some waiting for data; "
+    return ""
 
 
 def _advice(name: str, rates: Rates, wanted: float) -> str:

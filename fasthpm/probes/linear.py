@@ -37,6 +37,7 @@ from fasthpm import files, ranks
 from fasthpm.checkpoint.weights import checkpoint_of, load_weights
 from fasthpm.cli import Arguments, Parser
 from fasthpm.data import Loader, build_loader, read_info
+from fasthpm.data.identity import identity_of as data_of
 from fasthpm.data.sampling import sample_order
 from fasthpm.entry import Result
 from fasthpm.errors import UserError
@@ -45,6 +46,7 @@ from fasthpm.probes.features import PooledEncoder, pool_of
 from fasthpm.probes.head import LinearHead, build_optimizer, lr_at
 from fasthpm.ranks.signals import StopSignals
 from fasthpm.recipe import Recipe
+from fasthpm.run.lock import FolderLock
 
 HEAD = "head.safetensors"
 PROTOCOLS: dict[str, dict[str, Any]] = {
@@ -151,8 +153,8 @@ def open_data(
     return train, build_loader(arguments.val_path, options)
 
 
-def build(arguments: argparse.Namespace, launch: ranks.Launch) -> Probe:
-    """Encoder, data and head, new or as the last interrupted command left them."""
+def build(arguments: argparse.Namespace, launch: ranks.Launch, lock: FolderLock | None = None) -> Probe:
+    """Encoder, data and head, new or as the last interrupted command left them; `lock`: of output_dir."""
     with ranks.in_agreement():
         model, recipe = load_weights(arguments.run, arguments.weights)
         arguments.pool = pool_of(model, arguments.pool)
@@ -162,6 +164,8 @@ def build(arguments: argparse.Namespace, launch: ranks.Launch) -> Probe:
         result.check_sets((arguments.train_path, train.info), (arguments.val_path, val.info))
         steps = updates_of(arguments, train.info.num_samples)
         origin = result.provenance(arguments.run, launch)
+    if lock:
+        lock.take(Path(arguments.output_dir))
     encoder = PooledEncoder(model, recipe, train, arguments.pool, launch.device)
     batches: CachedBatches | LoadedBatches = LoadedBatches(encoder, train)
     cached_val = None
@@ -243,6 +247,7 @@ def identity_of(arguments: argparse.Namespace, dim: int, classes: Sequence[str])
     encoder = files.file_hash(manifest) if manifest.is_file() else str(arguments.run)
     return {
         **{name: getattr(arguments, name) for name in names},
+        "data": data_of(arguments.train_path),
         "encoder": encoder,
         "dim": dim,
         "classes": list(classes),
@@ -330,6 +335,10 @@ def resume(probe: Probe) -> None:
         theirs = saved["identity"]
     except (SafetensorError, ValueError, KeyError) as error:
         raise UserError(f"{path} is no linear probe's head ({error!r}); remove it, or --output_dir another") from error
+    if "data" not in theirs:  # from before it was kept
+        theirs["data"] = probe.identity["data"]
+    elif theirs["data"] == probe.identity["data"]:  # under another path it is no other data
+        theirs["train_path"] = probe.identity["train_path"]
     for name, ours in probe.identity.items():
         if theirs.get(name) != ours:
             what = (
@@ -476,8 +485,8 @@ def fit_batch(arguments: argparse.Namespace, num_samples: int, world_size: int) 
 def main(argv: Arguments = None) -> LinearResult:
     """`fasthpm linear` and `fasthpm.linear`, once per rank."""
     arguments = parse_arguments(argv)
-    with ranks.session() as launch:
-        probe = build(arguments, launch)
+    with ranks.session() as launch, FolderLock(launch.rank) as lock:
+        probe = build(arguments, launch, lock)
         try:
             return run(probe)
         finally:

@@ -3,7 +3,7 @@
 from fasthpm.ranks.agreement import agree, by_first, in_agreement, naming_lost_ranks
 from fasthpm.ranks.deepspeed_json import merge_config
 from fasthpm.ranks.engine import build_engine, grad_norm, hush, set_lr, update_applied
-from fasthpm.ranks.launch import Launch, session, timeout
+from fasthpm.ranks.launch import Launch, minutes, session, timeout
 
 __all__ = [
     "Launch",
@@ -14,6 +14,7 @@ __all__ = [
     "hush",
     "in_agreement",
     "merge_config",
+    "minutes",
     "naming_lost_ranks",
     "session",
     "set_lr",

@@ -120,9 +120,10 @@ def finish() -> None:
 def _deepspeed() -> Any:
     try:
         import deepspeed
-    except ImportError as error:
+    except Exception as error:  # a broken installation can raise anything
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"training and probing need DeepSpeed, which does not import ({error}); install it: pip install "
+            f"training and probing need DeepSpeed, which does not import ({reason}); install it: pip install "
             f"'fasthpm[train]'"
         ) from error
     return deepspeed
@@ -164,14 +165,22 @@ def timeout(env: Mapping[str, str] = os.environ) -> timedelta:
 
     **Raises:** `UserError` if that is no time.
     """
-    text = env.get(TIMEOUT, str(DEFAULT_TIMEOUT_MINUTES))
+    return minutes(TIMEOUT, DEFAULT_TIMEOUT_MINUTES, env)
+
+
+def minutes(name: str, default: float, env: Mapping[str, str] = os.environ) -> timedelta:
+    """A time, more than none, that the environment variable `name` gives in minutes.
+
+    **Raises:** `UserError` if that is no time.
+    """
+    text = env.get(name, str(default))
     try:
-        minutes = float(text)
-        if not 0 < minutes < 1e6:
+        found = float(text)
+        if not 0 < found < 1e6:
             raise ValueError
     except ValueError:
-        raise UserError(f"{TIMEOUT} is {text!r}, expected minutes, more than 0") from None
-    return timedelta(minutes=minutes)
+        raise UserError(f"{name} is {text!r}, expected minutes, more than 0") from None
+    return timedelta(minutes=found)
 
 
 def threads(local_world_size: int, cores: int, env: Mapping[str, str] = os.environ) -> int:

@@ -15,8 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fasthpm import ranks
-from fasthpm.cli import EXIT_INTERRUPTED
-from fasthpm.entry import FROM_PYTHON
+from fasthpm.entry import EXIT_INTERRUPTED, FROM_PYTHON
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 DELAY = 2

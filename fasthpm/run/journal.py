@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from fasthpm.errors import warn
-from fasthpm.run.records import METRICS_FILE, append_line
+from fasthpm.run.records import METRICS_FILE, append_line, cut_records
 
 
 class Journal:
@@ -105,7 +105,9 @@ class Journal:
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(self.output_dir / "tensorboard"), purge_step=self._first_step)
+            # What belongs to the step itself stays: only what a run wrote after it will be written again.
+            purge = self._first_step + 1 if self._first_step else 0
+            self._writer = SummaryWriter(str(self.output_dir / "tensorboard"), purge_step=purge)
         try:
             yield self._writer
         except OSError:
@@ -114,8 +116,11 @@ class Journal:
 
     def _open(self, step: int) -> None:
         if self.rank == 0:
-            with self.surviving_the_disk(step), self._tensorboard():
-                pass
+            self._unwritten = [line for line in self._unwritten if json.loads(line)["step"] <= step]
+            with self.surviving_the_disk(step):
+                cut_records(self.output_dir / METRICS_FILE, step)
+                with self._tensorboard():
+                    pass
 
     def _close_writer(self) -> None:
         writer, self._writer = self._writer, None

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fasthpm.checkpoint import ways_on
 from fasthpm.data import Batch
 from fasthpm.errors import warn
 from fasthpm.files import replacing
@@ -231,8 +232,8 @@ class Metrics(Journal):
         dist.barrier()  # a launcher may kill the others as soon as one has left
         raise NotFinite(
             f"the {what} is not finite by update {step}, first at {first + 1}; its sample ids, masks and norms are in "
-            f"{folder}; look at these samples, lower --blr, or start again with --on_nonfinite skip or rollback to go "
-            f"on from the last checkpoint without them",
+            f"{folder}; look at these samples, lower --blr{ways_on(self.output_dir, 'blr')}; or start again with "
+            f"--on_nonfinite skip or rollback to go on from the last checkpoint without them",
             first,
             printed_elsewhere=self.rank != 0,
         )

@@ -22,7 +22,8 @@ def leave_out(run: Run[Step], metrics: Metrics, bad: int, folder: Path) -> None:
         ranks.agree(
             UserError(
                 f"{len(run.skipped)} updates were not finite, more than max_nonfinite {run.recipe.max_nonfinite}; look "
-                f"at their samples in {folder.parent}, lower --blr, or allow more with --max_nonfinite"
+                f"at their samples in {folder.parent}, lower --blr"
+                f"{checkpoint.ways_on(Path(run.recipe.output_dir), 'blr')}; or allow more with --max_nonfinite"
             )
         )
     if run.launch.rank == 0:

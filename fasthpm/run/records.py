@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fasthpm.errors import UserError
+from fasthpm.files import write_text
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -37,11 +38,24 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     Lines that a killed run left unfinished are passed over; without a file there are no records.
     """
     records = {}
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        with suppress(ValueError):
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
+        with suppress(ValueError, TypeError, KeyError):
             record = json.loads(line)
             records[record["step"]] = record
     return [records[step] for step in sorted(records)]
+
+
+def cut_records(path: Path, step: int) -> None:
+    """Leave in a metrics.jsonl the records up to update `step`, each once: what a run goes on from there repeats.
+
+    **Raises:** `OSError` if the disk does not take it; then the file is as before.
+    """
+    if not path.is_file():
+        return
+    kept = {record["step"]: json.dumps(record) for record in read_records(path) if record["step"] <= step}
+    text = "".join(f"{line}\n" for line in kept.values())
+    if text != path.read_text(errors="replace"):
+        write_text(path, text)
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

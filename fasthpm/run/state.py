@@ -1,15 +1,18 @@
 """What a run holds between two updates, how it is saved and how it goes on."""
 
 import dataclasses
+import itertools
+import math
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from fasthpm import checkpoint, ranks
+from fasthpm import checkpoint, ranks, schedule
 from fasthpm.checkpoint import shards
 from fasthpm.checkpoint.saver import Job, Saver
 from fasthpm.data import Batch, Loader
@@ -17,11 +20,13 @@ from fasthpm.errors import UserError, warn
 from fasthpm.maps.run import RunMaps
 from fasthpm.patches import model_of
 from fasthpm.ranks import zero
-from fasthpm.recipe import Recipe
+from fasthpm.recipe import Recipe, load_recipe, science_of
 from fasthpm.run.bad_samples import BadSampleLog
 from fasthpm.run.observer import Observer
 from fasthpm.teacher import EMATeacher
 
+DISK_MINUTES, DEFAULT_DISK_MINUTES = "FASTHPM_DISK_MINUTES", 3.0  # how long the last checkpoint waits for a disk
+RETRY_SECONDS = 5.0
 Wrapped = TypeVar("Wrapped", bound=torch.nn.Module)
 
 
@@ -43,6 +48,7 @@ class Run(Generic[Wrapped]):
     done: int = 0  # updates
     saving: int = 0  # the update whose checkpoint was begun last
     unsaved: str = ""  # why it is lost, on rank 0
+    data: str = ""  # what the data is, see `data.identity`
     preempted: bool = False  # a signal ends the run at this update
     skipped: list[int] = dataclasses.field(default_factory=list)  # updates (from 0) that are left out: not finite
     batches: Iterator[Batch] = dataclasses.field(init=False)  # from here on
@@ -84,6 +90,7 @@ def resume(run: Run[Any]) -> None:
 def load(run: Run[Any], folder: Path) -> None:
     """Put the run where a checkpoint of it stands, and say so. Collective."""
     with ranks.in_agreement():
+        checkpoint.check_counts(folder, run.recipe)
         state = checkpoint.read_state(folder)
         saved = shards.SavedState(folder)
     shards.restore(run.layout, saved)
@@ -102,12 +109,31 @@ def load(run: Run[Any], folder: Path) -> None:
         writers = f"{state.world_size} rank{'s' if state.world_size > 1 else ''}"
         others = f", written by {writers}" if state.world_size != run.launch.world_size else ""
         print(f"resuming from {folder} at update {run.done} of {run.recipe.total_steps}{others}", file=sys.stderr)
+        if folder.resolve().parents[1] != Path(run.recipe.output_dir).resolve():
+            for line in changes(load_recipe(folder / checkpoint.RECIPE), run, state.data):
+                warn(line)
 
 
-def save(run: Run[Any]) -> None:
+def changes(past: Recipe, run: Run[Any], data: str) -> list[str]:
+    """What a run does otherwise than the one that wrote its checkpoint, where it branches off from another folder.
+
+    - `past`: its recipe; `data`: what its data was
+    """
+    theirs, ours = science_of(past), science_of(run.recipe)
+    same = data == run.data if data and run.data else theirs["data_path"] == ours["data_path"]
+    names = [name for name in ours if ours[name] != theirs[name] and name not in ("recipe", "data_path")]
+    lines = [f"{name} was {theirs[name]}, it is {ours[name]} from here on" for name in names]
+    lines += [] if same else [f"the data was {past.data_path}, it is {run.recipe.data_path} from here on"]
+    before, now = (schedule.lr_at(recipe, run.done) for recipe in (past, run.recipe))
+    if not math.isclose(before, now, rel_tol=1e-6):
+        lines.append(f"the learning rate of the next update is {now:.3g}, unchanged it would have been {before:.3g}")
+    return lines
+
+
+def save(run: Run[Any], *, say: bool = True) -> None:
     """Begin a checkpoint of all ranks; it is written while training goes on. Collective.
 
-    A disk that is full loses this checkpoint, with a warning, and nothing else.
+    A disk that is full loses this checkpoint, with a warning (unless not to `say` so), and nothing else.
     """
     finish_saving(run)
     output_dir = Path(run.recipe.output_dir)
@@ -118,39 +144,63 @@ def save(run: Run[Any]) -> None:
             checkpoint.require_space(output_dir, run.num_parameters)
             aside = [str(checkpoint.begin(output_dir, run.done, run.notes))]
         except (UserError, OSError) as error:
-            not_saved(run, str(error))
+            not_saved(run, str(error), say=say)
     dist.broadcast_object_list(aside)
     if aside[0]:
         state = checkpoint.RunState(
-            run.done, run.loader.state_dict(), run.launch.world_size, run.recipe.accum_iter, list(run.skipped)
+            run.done, run.loader.state_dict(), run.launch.world_size, run.recipe.accum_iter, list(run.skipped), run.data
         )
         run.saver.start(Job(Path(aside[0]), run.saver.take(run.layout), run.recipe, state))
 
 
-def finish_saving(run: Run[Any]) -> None:
-    """Wait for the checkpoint that is being written, and say so if the disk did not take it."""
+def finish_saving(run: Run[Any], *, say: bool = True) -> None:
+    """Wait for the checkpoint that is being written, and `say` so if the disk did not take it."""
     problem = run.saver.wait()
     if problem and run.launch.rank == 0:
-        not_saved(run, problem)
+        not_saved(run, problem, say=say)
 
 
-def not_saved(run: Run[Any], problem: str) -> None:
-    """Note and print that the checkpoint begun last is lost."""
+def not_saved(run: Run[Any], problem: str, *, say: bool = True) -> None:
+    """Note, and print, that the checkpoint begun last is lost."""
     run.unsaved = problem
-    warn(f"the checkpoint of update {run.saving} was not written ({problem}); earlier ones are intact")
+    if say:
+        warn(f"the checkpoint of update {run.saving} was not written ({problem}); earlier ones are intact")
 
 
-def finish_last_save(run: Run[Any]) -> None:
+def finish_last_save(run: Run[Any], alive: Callable[[], None] = lambda: None) -> None:
     """Wait for the last checkpoint, without which a run is not finished. Collective.
+
+    If the disk does not take it, it is tried again and again for `FASTHPM_DISK_MINUTES`; `alive` is called in between.
 
     **Raises:** `UserError` on all ranks if it was not written.
     """
     finish_saving(run)
+    limit = ranks.minutes(DISK_MINUTES, DEFAULT_DISK_MINUTES).total_seconds()
+    begin, output_dir = time.monotonic(), run.recipe.output_dir
+    for attempt in itertools.count():
+        again = [bool(run.unsaved) and not run.saver.unsound and time.monotonic() - begin < limit]
+        dist.broadcast_object_list(again)
+        if not again[0]:
+            break
+        if attempt == 0 and run.launch.rank == 0:
+            warn(
+                f"this checkpoint is the last: make room in {output_dir}; it is tried again every {RETRY_SECONDS:g} s "
+                f"for {limit / 60:g} minutes ({DISK_MINUTES}), and Ctrl-C twice gives it up"
+            )
+        time.sleep(min(RETRY_SECONDS, limit))
+        alive()
+        save(run, say=False)
+        finish_saving(run, say=False)
     with ranks.in_agreement():
+        if run.unsaved and run.saver.unsound:
+            raise UserError(
+                f"the checkpoint of update {run.saving}, the last, was not written: {run.unsaved}; lower the learning "
+                f"rate{checkpoint.way_on(Path(output_dir))}"
+            )
         if run.unsaved:
             raise UserError(
-                f"the checkpoint of update {run.saving}, the last, was not written; make room in "
-                f"{run.recipe.output_dir} and start again to resume from the one before"
+                f"the checkpoint of update {run.saving}, the last, was not written; make room in {output_dir} and "
+                f"start again to resume from the one before ({run.unsaved})"
             )
 
 

@@ -121,6 +121,7 @@ def test_resume_choices(tmp_path: Path) -> None:
 def test_another_recipes_folder_is_refused(tmp_path: Path) -> None:
     recipe = recipe_in(tmp_path)
     checkpoint_folder.compare_recipes(recipe, science_of)
+    write(tmp_path, 1)
     save_recipe(recipe, tmp_path / "recipe.json")
     checkpoint_folder.compare_recipes(dataclasses.replace(recipe, log_every=3, resume="none"), science_of)
     with pytest.raises(UserError, match=r"belongs to a run with mask_ratio 0\.75, this one has 0\.5; use another"):
@@ -129,6 +130,7 @@ def test_another_recipes_folder_is_refused(tmp_path: Path) -> None:
 
 def recorded(folder: Path, **changes: object) -> Recipe:
     """A new start of a run whose global batch was 12."""
+    write(folder, 1)
     save_recipe(recipe_in(folder, global_batch_size=12, batch_size=6, accum_iter=1), folder / "recipe.json")
     return recipe_in(folder, **changes)
 

@@ -196,6 +196,24 @@ def test_a_disk_that_fails_one_rank_loses_this_checkpoint_alone(
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step-00000003", "step-00000005"}
 
 
+@pytest.mark.parametrize("bad", [0, 1])
+@pytest.mark.parametrize("state", ["master", "ema"])
+def test_weights_that_are_not_finite_make_no_checkpoint(bad: int, state: str, tmp_path: Path) -> None:
+    """Whichever rank has them; the one before stays, and the next one is written again."""
+    savers = pair()
+    for step, spoilt in ((3, False), (4, True), (5, False)):
+        checkpoint_folder.begin(tmp_path, step)
+        for rank, saver in enumerate(savers):
+            one = job(tmp_path, rank, step=step)
+            part = torch.tensor([float("nan") if spoilt and rank == bad else 1.0, 2.0, float("nan")])
+            part[2] = 3.0 if rank == 0 else float("nan")  # of rank 1 that is padding
+            saver.start(dataclasses.replace(one, taken=dataclasses.replace(one.taken, tensors={f"0/{state}": part})))
+        problems = [saver.wait() for saver in savers]
+        assert (f"its weights are not finite: {state} of w" in problems[0]) is spoilt
+        assert savers[0].unsound is spoilt
+        assert checkpoint_folder.checkpoint_path(tmp_path, step).exists() is not spoilt
+
+
 def test_a_run_that_ends_leaves_no_thread(tmp_path: Path) -> None:
     """Rank 1 is gone: its part will never come, and rank 0 waits for it no longer than the run lives."""
     zero, _ = pair(timeout=60)
@@ -248,7 +266,7 @@ def test_a_full_disk_costs_checkpoints_and_not_the_run(small_disk: Path, tmp_pat
         "--output_dir",
         str(run),
     ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "FASTHPM_DISK_MINUTES": "0.1"}
     process = subprocess.Popen(
         [sys.executable, "-m", MODULE, *arguments], cwd=ROOT, env=environment, text=True, stderr=subprocess.PIPE
     )

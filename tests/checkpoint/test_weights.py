@@ -1,12 +1,13 @@
 """The weights of a run: loaded, and those that a run begins with."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from fasthpm import recipes
 from fasthpm.checkpoint import folder as checkpoint_folder
@@ -148,3 +149,13 @@ def test_load_weights(tmp_path: Path) -> None:
         weights.load_weights(folder, "teacher")
     with pytest.raises(UserError, match="holds no valid checkpoint"):
         weights.load_weights(tmp_path / "empty")
+
+
+def test_no_run_starts_from_weights_that_are_not_finite(tmp_path: Path) -> None:
+    run, _ = run_of(tmp_path / "run", recipes.debug())
+    (folder,) = (run / "checkpoints").iterdir()
+    spoilt = load_file(folder / "student.safetensors")
+    spoilt["norm.bias"][0] = float("nan")
+    save_file(spoilt, folder / "student.safetensors")
+    with pytest.raises(UserError, match=r"init_from .* has weights that are not finite \(norm\.bias\)"):
+        weights.initial_model(dataclasses.replace(recipes.debug(), init_from=str(folder)))

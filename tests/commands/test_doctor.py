@@ -46,6 +46,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"disk": 2000, "decode": 1000, "workers": 2}, "decoding bounds", "--num_workers"),
         ({"decode": 5400}, "decoding bounds", "--max_resolution 400"),  # too little to spare
         ({"decode": 5600}, "the training step bounds", "batch_size"),
+        ({"decode": 5600}, "the training step bounds", "keeps 89 % of 16 threads busy, expect some waiting for data"),
+        ({"gpu": False, "copy": None, "decode": 10000}, "the training step bounds", "33 % of the same cores"),
         ({"copy": 6000, "devices": 2}, "the training step bounds (1e+04 images/s by 2 GPUs); copying", "1.2 times"),
     ],
 )

@@ -66,6 +66,21 @@ def test_without_deepspeed_one_line_names_the_extra(monkeypatch: pytest.MonkeyPa
         ranks_launch.start()
 
 
+@pytest.mark.parametrize(
+    "error", [OSError("libcuda.so\nnot found"), RuntimeError("CUDA_HOME does not exist"), SystemError()]
+)
+def test_a_broken_deepspeed_is_one_line_too(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken:
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == "deepspeed":
+                raise error
+
+    monkeypatch.delitem(sys.modules, "deepspeed", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    with pytest.raises(UserError, match=r"DeepSpeed, which does not import \(.+\); .*pip install 'fasthpm\[train\]'$"):
+        ranks_launch.start()
+
+
 def test_one_process_needs_no_launcher() -> None:
     finished = run_ranks(Path(__file__), "--wrong_rank=0", launcher="python")
     assert finished.status == 2

@@ -16,6 +16,7 @@ from fasthpm import checkpoint, ranks
 from fasthpm.checkpoint.saver import Saver
 from fasthpm.data import DatasetInfo, Loader, LoaderOptions, build_loader
 from fasthpm.data.augmented import Augmentation, AugmentedLoader
+from fasthpm.data.identity import identity_of
 from fasthpm.errors import UserError
 from fasthpm.model import HPMViT
 from fasthpm.patches import model_of
@@ -27,6 +28,7 @@ from fasthpm.probes.tokens import TokenChooser
 from fasthpm.ranks import zero
 from fasthpm.recipe import Recipe
 from fasthpm.run import state
+from fasthpm.run.lock import FolderLock
 from fasthpm.teacher import EMATeacher
 
 
@@ -70,20 +72,27 @@ class FineTuning(state.Run[ClassifierStep]):
 
 
 # -------------------------------------------------------------------------------------------------- building
-def build(arguments: argparse.Namespace, given: dict[str, Any], launch: ranks.Launch) -> FineTuning:
-    """Data, network and engine, at the first update or at the checkpoint."""
+def build(
+    arguments: argparse.Namespace, given: dict[str, Any], launch: ranks.Launch, lock: FolderLock | None = None
+) -> FineTuning:
+    """Data, network and engine, at the first update or at the checkpoint; `lock`: of output_dir, once all is well."""
     with ranks.in_agreement():
         model, recipe = load_encoder(arguments.run, given)
         chosen = preset(arguments.preset, model, bool(given.get("from_scratch")), recipe.flip)
         settings = complete(FineTune(**{**chosen, **given}), arguments.run)
         image_size = image_size_of(settings, model)
         plan, loader, val_loader, last_loader = open_data(settings, recipe, image_size, launch)
+        data = identity_of(settings.train_path)
         notes = describe(settings, arguments.run, model, loader.info)
-        refuse_other(Path(settings.output_dir), notes)
+        refuse_other(Path(settings.output_dir), notes, data)
         config = ranks.merge_config(plan.deepspeed_config, plan, launch.world_size)
         vit = network(model, settings, image_size, len(loader.info.classes))
         chooser = choose_tokens(vit, settings, launch.device)
         origin = result.provenance(arguments.run, launch)
+    if lock:
+        lock.take(Path(settings.output_dir))
+        with ranks.in_agreement():  # another one may have ended there since
+            refuse_other(Path(settings.output_dir), notes, data)
     step = ClassifierStep(vit, chooser)
     groups = layer_decay_groups(vit, settings.layer_decay, settings.weight_decay)
     deepspeed_engine = ranks.build_engine(step, plan, config, launch, groups)
@@ -108,6 +117,7 @@ def build(arguments: argparse.Namespace, given: dict[str, Any], launch: ranks.La
         last_loader=last_loader,
         origin=origin,
         notes={checkpoint.FINETUNE_NOTES: notes},
+        data=data,
     )
     state.resume(run)
     return run
@@ -216,18 +226,25 @@ def describe(settings: FineTune, run: Path, model: HPMViT, info: DatasetInfo) ->
     )
 
 
-def refuse_other(output_dir: Path, notes: str) -> None:
-    """Refuse an output folder that belongs to another fine-tuning, or to a pretraining run.
+def refuse_other(output_dir: Path, notes: str, data: str) -> None:
+    """Refuse an output folder that belongs to another fine-tuning, to other data, or to a pretraining run.
+
+    A folder without a checkpoint belongs to nothing, whatever a killed command left in it.
+
+    - `data`: what the training data is (`data.identity`): the same under another path is no other data
 
     **Raises:** `UserError` naming the first thing that differs.
     """
     path = output_dir / checkpoint.FINETUNE_NOTES
-    if not path.is_file():
-        if (output_dir / "checkpoints").is_dir():
-            raise UserError(f"output_dir {output_dir} holds checkpoints of another kind; choose another --output_dir")
+    if not checkpoint.has_checkpoints(output_dir):
         return
+    if not path.is_file():
+        raise UserError(f"output_dir {output_dir} holds checkpoints of another kind; choose another --output_dir")
     theirs, ours = json.loads(path.read_text()), json.loads(notes)
     theirs["settings"] = stored(theirs["settings"])
+    known = checkpoint.data_of(output_dir, theirs["settings"]["train_path"], ours["settings"]["train_path"])
+    if known == data:
+        theirs["settings"]["train_path"] = ours["settings"]["train_path"]
     if theirs["model"] != ours["model"]:
         raise UserError(
             f"output_dir {output_dir} holds the classifier of another architecture "
@@ -242,6 +259,13 @@ def refuse_other(output_dir: Path, notes: str) -> None:
         raise UserError(
             f"output_dir {output_dir} belongs to a fine-tuning with other settings "
             f"({differences(theirs['settings'], ours['settings'])}); choose another --output_dir"
+            f"{checkpoint.way_on(output_dir)}"
+        )
+    if known and known != data:
+        raise UserError(
+            f"train_path {ours['settings']['train_path']} is not what the fine-tuning in {output_dir} was trained on: "
+            f"other data lies there now (it was {known[:40]}, it is {data[:40]}); put that back, give it with "
+            f"--train_path, or choose another --output_dir"
         )
 
 

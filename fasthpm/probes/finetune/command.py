@@ -54,6 +54,7 @@ from fasthpm.ranks import zero
 from fasthpm.ranks.signals import StopSignals
 from fasthpm.recipe import save_recipe
 from fasthpm.run import state
+from fasthpm.run.lock import FolderLock
 from fasthpm.run.records import METRICS_FILE, read_metrics
 
 
@@ -169,35 +170,40 @@ def main(argv: Arguments = None) -> FinetuneResult:
     with ranks.session() as launch:
         if given.get("evaluate"):
             return evaluate_only(arguments, given, launch)
-        run = build(arguments, given, launch)
-        with ranks.in_agreement():
-            if launch.rank == 0:
-                prepare_output(run)
-        plan = run.recipe
+        with FolderLock(launch.rank) as lock:
+            return fine_tune(build(arguments, given, launch, lock))
+
+
+def fine_tune(run: FineTuning) -> FinetuneResult:
+    """Train and test what was built, to its end or to a signal. **Raises:** `KeyboardInterrupt` if that was Ctrl-C."""
+    launch, plan = run.launch, run.recipe
+    with ranks.in_agreement():
         if launch.rank == 0:
-            way = run.settings.token_difficulty
-            tokens = f", {run.settings.token_policy} tokens by difficulty {way}" if way else ""
-            effective = f"{plan.global_batch_size} = {plan.batch_size} x {launch.world_size} x {plan.accum_iter}"
-            print(
-                f"lr {plan.lr:.3e}, global batch {effective}, "
-                f"{plan.total_steps} updates, {len(run.info.classes)} classes{tokens}",
-                file=sys.stderr,
-            )
-        log = Log(run, Path(run.settings.output_dir))
-        try:
-            with StopSignals() as stop:
-                train(run, log, stop)
-                stop.drain()
-                state.finish_last_save(run)
-        finally:
-            log.close()
-            run.loader.close()
-            run.val_loader.close()
-            run.last_loader.close()
-        found = finish(run)
-        if stop.interrupted:
-            raise KeyboardInterrupt
-        return found
+            prepare_output(run)
+    if launch.rank == 0:
+        way = run.settings.token_difficulty
+        tokens = f", {run.settings.token_policy} tokens by difficulty {way}" if way else ""
+        effective = f"{plan.global_batch_size} = {plan.batch_size} x {launch.world_size} x {plan.accum_iter}"
+        print(
+            f"lr {plan.lr:.3e}, global batch {effective}, "
+            f"{plan.total_steps} updates, {len(run.info.classes)} classes{tokens}",
+            file=sys.stderr,
+        )
+    log = Log(run, Path(run.settings.output_dir))
+    try:
+        with StopSignals() as stop:
+            train(run, log, stop)
+            stop.drain()
+            state.finish_last_save(run)
+    finally:
+        log.close()
+        run.loader.close()
+        run.val_loader.close()
+        run.last_loader.close()
+    found = finish(run)
+    if stop.interrupted:
+        raise KeyboardInterrupt
+    return found
 
 
 def evaluate_only(arguments: argparse.Namespace, given: dict[str, Any], launch: ranks.Launch) -> FinetuneResult:

@@ -9,7 +9,7 @@ from timm.data import Mixup
 from timm.data.mixup import mixup_target
 from torch import Tensor
 
-from fasthpm import ranks, schedule
+from fasthpm import checkpoint, ranks, schedule
 from fasthpm.errors import UserError
 from fasthpm.probes import result
 from fasthpm.probes.finetune.building import FineTuning
@@ -94,7 +94,10 @@ class Log(Journal):
         wait_for(self.device)
         seconds = time.perf_counter() - self._begin
         if not np.isfinite(loss):
-            ranks.agree(UserError(f"the loss is not finite by update {run.done}; lower --blr, or give --clip_grad 1"))
+            on = checkpoint.way_on(self.output_dir)
+            ranks.agree(
+                UserError(f"the loss is not finite by update {run.done}; lower --blr, or give --clip_grad 1{on}")
+            )
         record = {
             "loss": loss,
             "lr": schedule.lr_at(run.recipe, run.done - 1),
