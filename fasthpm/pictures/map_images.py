@@ -154,8 +154,7 @@ def auc(values: Array, inside: Array) -> float:
 
 def precision_recall(values: Array, inside: Array) -> Array:
     """Precision and recall at `THRESHOLDS` levels of the values scaled to [0, 1]: float64 [2, THRESHOLDS]."""
-    low, high = values.min(), values.max()
-    level = ((values - low) / max(high - low, 1e-12) * (THRESHOLDS - 1)).astype(int)
+    level = (drawing.from_0_to_1(values) * (THRESHOLDS - 1)).astype(int)
     hits, chosen = (np.bincount(level[side], minlength=THRESHOLDS)[::-1].cumsum() for side in (inside, slice(None)))
     return np.stack([hits / np.maximum(chosen, 1), hits / max(int(inside.sum()), 1)])
 
