@@ -20,6 +20,7 @@ from fasthpm.checkpoint.folder import (
     rotate,
 )
 from fasthpm.checkpoint.foreign import load_reference
+from fasthpm.checkpoint.pixels import pixels_note, pixels_of
 from fasthpm.checkpoint.weights import checkpoint_of, has_teacher, initial_model, load_weights
 
 __all__ = [
@@ -42,6 +43,8 @@ __all__ = [
     "load_weights",
     "newest_valid",
     "oldest_step",
+    "pixels_note",
+    "pixels_of",
     "read_state",
     "require_space",
     "rotate",

@@ -38,8 +38,10 @@ from fasthpm.checkpoint.weights import checkpoint_of, load_weights
 from fasthpm.cli import Arguments, Parser
 from fasthpm.data import Loader, build_loader, read_info
 from fasthpm.data.sampling import sample_order
+from fasthpm.data.statistics import PixelStatistics, statistics_of
 from fasthpm.entry import Result
 from fasthpm.errors import UserError
+from fasthpm.patches import statistics_for
 from fasthpm.probes import result
 from fasthpm.probes.features import PooledEncoder, pool_of
 from fasthpm.probes.head import LinearHead, build_optimizer, lr_at
@@ -182,7 +184,7 @@ def build(arguments: argparse.Namespace, launch: ranks.Launch) -> Probe:
         cached_val,
         accum_iter,
         steps,
-        identity_of(arguments, dim, train.info.classes),
+        identity_of(arguments, dim, train.info.classes, statistics_for(model, train.info, train.source)),
         origin,
     )
     with ranks.in_agreement():
@@ -224,7 +226,9 @@ def accumulation(arguments: argparse.Namespace, world_size: int) -> int:
     return arguments.global_batch_size // per_step
 
 
-def identity_of(arguments: argparse.Namespace, dim: int, classes: Sequence[str]) -> dict[str, Any]:
+def identity_of(
+    arguments: argparse.Namespace, dim: int, classes: Sequence[str], pixels: PixelStatistics
+) -> dict[str, Any]:
     """What must be the same for a probe to go on where another stopped."""
     names = (
         "protocol",
@@ -246,6 +250,7 @@ def identity_of(arguments: argparse.Namespace, dim: int, classes: Sequence[str])
         "encoder": encoder,
         "dim": dim,
         "classes": list(classes),
+        "pixels": pixels.as_json(),
     }
 
 
@@ -330,6 +335,7 @@ def resume(probe: Probe) -> None:
         theirs = saved["identity"]
     except (SafetensorError, ValueError, KeyError) as error:
         raise UserError(f"{path} is no linear probe's head ({error!r}); remove it, or --output_dir another") from error
+    theirs.setdefault("pixels", statistics_of(probe.loaders[0].info).as_json())  # older heads' were always these
     for name, ours in probe.identity.items():
         if theirs.get(name) != ours:
             what = (

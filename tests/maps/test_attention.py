@@ -50,7 +50,8 @@ def test_rounding_is_no_difference(level: float, ulps: int) -> None:
     for per_head in (False, True):
         weights = maps_attention.attention_weights(values, per_head=per_head)
         assert weights[0].tolist() == [0.0] * 50
-        assert weights[1].argmax() == 5 and weights[1, 5] == 1
+        assert weights[1].argmax() == 5
+        assert weights[1, 5] == 1
     apart = maps_attention.standardized(values[:, 0])
     assert apart[0].tolist() == [0.0] * 50
     torch.testing.assert_close(apart[1].std(), torch.tensor(1.0))
