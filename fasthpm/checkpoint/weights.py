@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fasthpm.checkpoint import shards
 from fasthpm.checkpoint.folder import FINETUNE_NOTES, RECIPE, newest_valid
-from fasthpm.checkpoint.foreign import load_reference
+from fasthpm.checkpoint.foreign import load_reference, unusable
 from fasthpm.checkpoint.pixels import pixels_of
 from fasthpm.errors import UserError, about, warn
 from fasthpm.model import HPMViT
@@ -51,7 +51,12 @@ def load_weights(source: Path, which: str = "student") -> tuple[HPMViT, Recipe]:
     model = (initial_model(recipe) if which == "untrained" else model_of(recipe)).eval()
     model.pixels = pixels_of(folder, recipe)
     if which != "untrained":
-        model.load_state_dict({**dict(model.named_buffers()), **_read_weights(folder, which)}, strict=True)
+        state = _read_weights(folder, which)
+        problems = {what: keys for what, keys in unusable(state).items() if keys}
+        if problems:
+            what, keys = next(iter(problems.items()))
+            raise UserError(f"{folder}: weights {keys[:3]} are {what}; take an earlier checkpoint")
+        model.load_state_dict({**dict(model.named_buffers()), **state}, strict=True)
     return model, recipe
 
 

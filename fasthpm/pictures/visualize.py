@@ -23,6 +23,7 @@ from fasthpm.model import HPMViT
 from fasthpm.patches import Statistics, statistics_for
 from fasthpm.pictures import drawing, panels
 from fasthpm.probes import answers
+from fasthpm.probes.clips import add_sampling_rate, at_rate
 from fasthpm.recipe import Recipe
 
 
@@ -55,6 +56,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--attention", action="store_true", help="a further column: where the cls token attends to")
     parser.add_argument("--num_images", type=int, default=8, help="rows of the picture")
     answers.add_flags(parser)
+    add_sampling_rate(parser)
     parser.add_argument(
         "--alpha",
         type=float,
@@ -89,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """`fasthpm visualize`."""
     arguments = parse_arguments(argv)
     model, recipe, asked_by = answers.load_asked(arguments.run, arguments.difficulty, arguments.weights)
+    recipe = at_rate(recipe, arguments.sampling_rate)
     asked = arguments.columns or panels.columns_of(recipe)
     columns = [*asked, *(["attention"] if arguments.attention else [])]
     check_model(model, recipe, arguments, columns)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fasthpm import checkpoint
-from fasthpm.checkpoint.foreign import EMBEDDED_RECIPE, find_weights
+from fasthpm.checkpoint.foreign import EMBEDDED_RECIPE, find_weights, foreign_layout, unusable
 from fasthpm.checkpoint.pixels import metadata_statistics
 from fasthpm.data import DatasetInfo
 from fasthpm.data.statistics import PixelStatistics, statistics_from, statistics_of
@@ -136,6 +136,8 @@ def _named(name: str, state: dict[str, Tensor]) -> Any:
         raise UserError(f"--timm {name} is no model of timm {timm.__version__}{nearest(name, timm.list_models())}")
     projection = state.get("patch_embed.proj.weight")
     if projection is None:
+        if layout := foreign_layout(state):
+            raise UserError(layout)
         raise UserError("holds no weights of a vision transformer; expected patch_embed.proj.weight and the like")
     vit = timm.create_model(name, pretrained=False, num_classes=0, in_chans=projection.shape[1])
     if not isinstance(vit, timm.models.VisionTransformer):
@@ -152,6 +154,9 @@ def _load(model: nn.Module, state: dict[str, Tensor]) -> None:
         "has no place for": [key for key in state if key not in ours],
         "has another shape of": [key for key in ours if key in state and ours[key].shape != state[key].shape],
     }
+    for what, keys in unusable({key: state[key] for key in ours if key in state}).items():
+        if keys:
+            raise UserError(f"holds weights that are {what}: {', '.join(keys[:LISTED])}; give another file")
     for what, keys in problems.items():
         if keys:
             listed = ", ".join(keys[:LISTED])

@@ -43,6 +43,7 @@ from fasthpm.entry import Result
 from fasthpm.errors import UserError
 from fasthpm.patches import statistics_for
 from fasthpm.probes import result
+from fasthpm.probes.clips import add_sampling_rate, at_rate
 from fasthpm.probes.features import PooledEncoder, pool_of
 from fasthpm.probes.head import LinearHead, build_optimizer, lr_at
 from fasthpm.ranks.signals import StopSignals
@@ -157,6 +158,7 @@ def build(arguments: argparse.Namespace, launch: ranks.Launch) -> Probe:
     """Encoder, data and head, new or as the last interrupted command left them."""
     with ranks.in_agreement():
         model, recipe = load_weights(arguments.run, arguments.weights)
+        recipe = at_rate(recipe, arguments.sampling_rate)
         arguments.pool = pool_of(model, arguments.pool)
         fit_batch(arguments, read_info(arguments.train_path).num_samples, launch.world_size)
         accum_iter = accumulation(arguments, launch.world_size)
@@ -251,6 +253,7 @@ def identity_of(
         "dim": dim,
         "classes": list(classes),
         "pixels": pixels.as_json(),
+        "sampling_rate": arguments.sampling_rate,
     }
 
 
@@ -335,6 +338,7 @@ def resume(probe: Probe) -> None:
         theirs = saved["identity"]
     except (SafetensorError, ValueError, KeyError) as error:
         raise UserError(f"{path} is no linear probe's head ({error!r}); remove it, or --output_dir another") from error
+    theirs.setdefault("sampling_rate", 0)
     theirs.setdefault("pixels", statistics_of(probe.loaders[0].info).as_json())  # older heads' were always these
     for name, ours in probe.identity.items():
         if theirs.get(name) != ours:
@@ -450,6 +454,7 @@ def parse_arguments(argv: Arguments) -> argparse.Namespace:
     parser.add_argument("--eval_every", type=int, default=10, help="epochs between two tests")
     parser.add_argument("--save_every", type=int, default=1, help="epochs between two saves")
     parser.add_argument("--stop_after_epoch", type=int, default=0, help="stop after this epoch; 0 = never")
+    add_sampling_rate(parser)
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     for name, value in PROTOCOLS[arguments.protocol].items():
