@@ -70,7 +70,7 @@ def test_two_deepspeed_ranks_run_every_preset(name: str, tmp_path: Path) -> None
     told = {name for record in records for name, value in record.items() if value} - {"step", "epoch", "time"}
     assert shown == told
     assert {"bad_samples", "skipped_updates"} <= set(records[-1]) - shown  # nothing but zeros
-    assert sorted(tags)[:2] == [overview_tag("loss"), overview_tag("reconstruction_loss")]
+    assert sorted(tags)[:2] == [overview_tag("loss"), overview_tag("difficulty_spearman")]
     assert set(records[-1]) - set(records[0]) == {"difficulty_spearman", "difficulty_auc"}  # at the end, at least
     assert -1 < records[-1]["difficulty_spearman"] < 1
     assert board.Tags()["images"] == [overview_tag("panel")]

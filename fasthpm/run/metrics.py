@@ -27,7 +27,7 @@ from fasthpm.step import METRICS, StepOutput
 
 FORENSICS = "nonfinite"
 OVERVIEW = "1_overview"  # before all other groups: TensorBoard sorts by name, and its first screen holds few
-TENSORBOARD_FIRST = ("loss", "reconstruction_loss", "difficulty_spearman", "images_per_second")
+TENSORBOARD_FIRST = ("loss", "difficulty_spearman", "images_per_second")
 TENSORBOARD_GROUPS = {
     "loss": ("loss", "reconstruction_loss", "difficulty_loss"),
     "predictor": (
