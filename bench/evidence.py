@@ -35,7 +35,7 @@ from fasthpm.cli import Parser, run_command
 from fasthpm.data import build_loader
 from fasthpm.errors import UserError
 from fasthpm.files import file_hash, write_text
-from fasthpm.patches import NormalizedPatches
+from fasthpm.patches import patches_for
 from fasthpm.probes import knn
 
 PAPERS: dict[str, Any] = {"difficulty": "paper", "predict_loss": "relative"}  # where a method does not say otherwise
@@ -172,7 +172,7 @@ def encode(
     model.to(device)
     options = recipe.loader_options(batch_size=ENCODE_BATCH, train=False, num_workers=1)
     loader = build_loader(arguments.data / f"{split}.beton", options)
-    patches_of = NormalizedPatches(recipe, loader.info)
+    patches_of = patches_for(model, recipe, loader)
     means, tokens, labels, seen = [], [], [], 0
     try:
         for batch in loader:

@@ -54,7 +54,7 @@ from fasthpm.data.names import sample_names
 from fasthpm.data.sampling import Array
 from fasthpm.errors import UserError
 from fasthpm.model import HPMViT
-from fasthpm.patches import NormalizedPatches
+from fasthpm.patches import patches_for
 from fasthpm.pictures.map_images import Saliency
 from fasthpm.probes import knn
 from fasthpm.recipe import Recipe
@@ -276,7 +276,7 @@ def encode_patches(arguments: argparse.Namespace, out: Path, split: str, images:
     model, recipe = load_weights(out, "student")
     path = arguments.data / SETS[arguments.set].paths[split == "val"]
     loader = build_loader(path, recipe.loader_options(batch_size=ENCODE_BATCH, train=False, num_workers=1))
-    patches_of = NormalizedPatches(recipe, loader.info)
+    patches_of = patches_for(model, recipe, loader)
     names = sample_names(str(path), loader.info.num_samples)
     rows: list[Tensor] = []
     labels: list[Tensor] = []
@@ -304,7 +304,7 @@ def encode(out: Path, path: Path, limit: int) -> tuple[Tensor, Tensor]:
     """Mean of the student's patch tokens, float32 [N, D], of the first `limit` (0 = all) samples, and labels [N]."""
     model, recipe = load_weights(out, "student")
     loader = build_loader(path, recipe.loader_options(batch_size=ENCODE_BATCH, train=False, num_workers=1))
-    patches_of = NormalizedPatches(recipe, loader.info)
+    patches_of = patches_for(model, recipe, loader)
     rows: list[Tensor] = []
     labels: list[Tensor] = []
     try:
@@ -327,7 +327,7 @@ def saliency(model: HPMViT, recipe: Recipe, arguments: argparse.Namespace) -> fl
         return None
     path = arguments.data / chosen.paths[1]
     loader = build_loader(path, recipe.loader_options(batch_size=ENCODE_BATCH, train=False, num_workers=1))
-    patches_of = NormalizedPatches(recipe, loader.info)
+    patches_of = patches_for(model, recipe, loader)
     names = sample_names(str(path), loader.info.num_samples)
     scores = Saliency(arguments.data / "val" / "objects", recipe.image_size)
     seen = 0

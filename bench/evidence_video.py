@@ -41,7 +41,7 @@ from fasthpm.checkpoint.weights import load_weights
 from fasthpm.cli import Parser, run_command
 from fasthpm.data import build_loader
 from fasthpm.errors import UserError
-from fasthpm.patches import NormalizedPatches
+from fasthpm.patches import patches_for
 from fasthpm.probes import knn
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -124,7 +124,7 @@ def encode(path: Path, out: Path, weights: str) -> tuple[Tensor, Tensor]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
     loader = build_loader(path, recipe.loader_options(batch_size=ENCODE_BATCH, train=False, num_workers=1))
-    patches_of = NormalizedPatches(recipe, loader.info)
+    patches_of = patches_for(model, recipe, loader)
     rows, labels = [], []
     try:
         for batch in loader:

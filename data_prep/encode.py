@@ -50,6 +50,7 @@ class WriteOptions:
     compress_probability: float = 0.5  # proportion mode: share of JPEGs
     smart_threshold: int = 200_000  # smart mode: images with more bytes of pixels than this become JPEGs
     grey: bool = False
+    colour: bool = False  # three channels, grey as the images may be
     seed: int = 0  # of the sample order, of splits and of proportion mode
     keep_jpeg: bool = True  # store JPEGs that fit untouched
     max_pixels: int = MAX_PIXELS  # larger images are rejected before they are decoded
@@ -61,6 +62,7 @@ class WriteOptions:
         self._check("compress_probability", 0 <= self.compress_probability <= 1, "0 to 1")
         self._check("smart_threshold", self.smart_threshold >= 0, "a number of bytes, 0 or more")
         self._check("seed", self.seed >= 0, "0 or more")
+        self._check("grey", not (self.grey and self.colour), "False with colour")
         self._check("max_pixels", self.max_pixels >= 1, "a number of pixels, 1 or more")
 
     def _check(self, name: str, good: bool, expected: str) -> None:

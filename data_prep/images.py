@@ -133,7 +133,13 @@ def _add_storage(parser: argparse.ArgumentParser) -> None:
         metavar="BYTES",
         help="smart mode stores images with more bytes of pixels as JPEG (default 200000)",
     )
-    parser.add_argument("--grey", action="store_true", help="store luma only: one channel")
+    parser.add_argument(
+        "--channels",
+        type=int,
+        choices=(1, 3),
+        help="1: store luma only; 3: RGB, even if all are grey (default: 3 if one of them has colours)",
+    )
+    parser.add_argument("--grey", action="store_true", help="the same as --channels 1")
     parser.add_argument("--shards", type=int, default=0, metavar="N", help="write N files and an index of them")
 
 
@@ -202,13 +208,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _options(args: argparse.Namespace) -> WriteOptions:
+    if args.grey and args.channels == 3:
+        raise UserError("--grey and --channels 3 contradict each other; leave one of them out")
     preset = PRESETS[args.preset if args.preset in PRESETS else f"imagenet_{args.preset}"]
     given = {name: value for name in preset if (value := getattr(args, name)) is not None}
     return WriteOptions(
         **(preset | given),
         compress_probability=args.compress_probability,
         smart_threshold=args.smart_threshold,
-        grey=args.grey,
+        grey=args.grey or args.channels == 1,
+        colour=args.channels == 3,
         seed=args.seed,
         keep_jpeg=args.keep_jpeg,
         max_pixels=args.max_pixels,

@@ -96,7 +96,10 @@ def describe_job(
         "outputs": [[output.path.name, len(output.indices), int(output.indices[:1].sum())] for output in outputs],
         "versions": {"layout": LAYOUT} | package_versions("numpy", "pillow", "opencv-python"),
     }
-    return json.loads(json.dumps(values | {f"--{name}": value for name, value in asdict(options).items()}))
+    flags = {f"--{name}": value for name, value in asdict(options).items()}
+    if flags.pop("--colour"):  # sets that were made before there was this one have no word of it
+        flags["--channels"] = 3
+    return json.loads(json.dumps(values | flags))
 
 
 def contents_of(source: Samples) -> dict[str, str]:

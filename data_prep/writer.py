@@ -289,7 +289,8 @@ def _finish(task: Task, job: Job, num_workers: int) -> None:
     records = [part.finish() for part in job.parts]
     digests = _hash_all([part.path for part in job.parts], num_workers)
     names, sidecars, merged, shards = [], [], Totals(), []
-    grey = task.options.grey or not any(part.totals.coloured for part in job.parts)  # one answer for all files
+    options = task.options
+    grey = options.grey or not (options.colour or any(part.totals.coloured for part in job.parts))  # one for all files
     for part, output, rows, digest in zip(job.parts, task.outputs, records, digests, strict=True):
         sidecar = sidecar_of(task, part, rows, grey) | {"sha256": digest, "num_rejected": _count_rejected(job, output)}
         write_csv(files_path(part.path), ("path",), ((task.source.name(i),) for i in rows["index"].tolist()))

@@ -33,7 +33,6 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options: object) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)  # type: ignore[arg-type]
-        self.register("type", float, finite)  # of all flags whose type is float, also of groups
 
     def parse_args(self, args: Arguments = None, namespace: object = None) -> argparse.Namespace:  # type: ignore[override]
         values, unknown = self.parse_known_args(self._spelled_out(args) if isinstance(args, Mapping) else args)
@@ -68,17 +67,6 @@ class Parser(argparse.ArgumentParser):
         given = [(known[name], value) for name, value in keywords.items() if value is not None]
         given.sort(key=lambda pair: bool(pair[0].option_strings))  # a list of values would swallow what stands alone
         return [word for action, value in given for word in _words(action, value)]
-
-
-def finite(text: str) -> float:
-    """A number of a command line; neither nan nor inf, which no flag means."""
-    try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"invalid float value: {text!r}") from None
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text} is no number that can be meant, expected a finite one")
-    return value
 
 
 def _words(action: argparse.Action, value: Any) -> list[str]:

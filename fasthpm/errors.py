@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -30,6 +31,16 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the known word closest to `word`, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+_noted: set[str] = set()
+
+
+def note_once(line: str) -> None:
+    """Something that a user should know, on stderr of the first rank, once in a process."""
+    if line not in _noted and os.environ.get("RANK", "0") == "0":
+        tqdm.write(f"note: {line}", file=sys.stderr)
+    _noted.add(line)
 
 
 def warn(line: str) -> None:

@@ -3,12 +3,19 @@ them."""
 
 import argparse
 import contextlib
+import datetime
+import decimal
+import fractions
 import hashlib
+import itertools
 import json
 import os
 import pathlib
 import re
 import shutil
+import tarfile
+import types
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -79,9 +86,15 @@ def write_json(path: Path, value: Any, *, durable: bool = False) -> None:
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file. **Raises:** `OSError`, as other writers do, if the disk does not take it."""
+    """Write a safetensors file, readable to whom the umask says; its own writer makes a file for its owner alone.
+
+    **Raises:** `OSError`, as other writers do, if the disk does not take it.
+    """
+    path.touch()
+    mode = path.stat().st_mode
     try:
         save_file(tensors, path, metadata)
+        path.chmod(mode)
     except SafetensorError as error:
         code = re.search(r"os error (\d+)", str(error))
         if code is None:
@@ -137,18 +150,56 @@ def read_json(path: Path) -> dict[str, Any]:
 
 # Beyond tensors and plain containers: what trainers store beside weights, none of which runs code when rebuilt.
 _SCALAR = np.float64(0).__reduce__()[0]  # NumPy 1 and 2 keep it in different places
+_ARRAY = np.zeros(0).__reduce__()[0]
+
+
+def _type_of(value: object) -> type:
+    """Stands for `type`, by which pickle writes the type of None."""
+    return type(value)
+
+
+def _plain_dict(factory: object = None) -> dict[Any, Any]:
+    """Stands for `defaultdict`, into which torch puts nothing."""
+    return {}
+
+
+_PLAIN = (bool, bytes, complex, dict, float, frozenset, int, list, range, set, slice, str, tuple)
 HARMLESS: list[Any] = [
     argparse.Namespace,
+    types.SimpleNamespace,
+    (_plain_dict, "collections.defaultdict"),
     pathlib.PosixPath,
     pathlib.PurePosixPath,
+    pathlib.PureWindowsPath,
+    (pathlib.PureWindowsPath, "pathlib.WindowsPath"),
+    datetime.date,
+    datetime.datetime,
+    datetime.timedelta,
+    decimal.Decimal,
+    fractions.Fraction,
     np.dtype,
-    (_SCALAR, "numpy.core.multiarray.scalar"),
-    (_SCALAR, "numpy._core.multiarray.scalar"),
-    np.dtypes.Float32DType,
-    np.dtypes.Float64DType,
-    np.dtypes.Int64DType,
-    np.dtypes.BoolDType,
+    np.ndarray,
+    *((kind, f"{home}.{kind.__name__}") for kind in _PLAIN for home in ("builtins", "__builtin__")),
+    (range, "__builtin__.xrange"),
+    (_type_of, "builtins.type"),
+    (_type_of, "__builtin__.type"),
+    *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *((_ARRAY, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
+    *(kind for name, kind in vars(np.dtypes).items() if name.endswith("DType")),
+    *(kind for kind in np.sctypeDict.values() if issubclass(kind, np.number | np.bool_ | np.str_)),
 ]
+# How files begin that are something else: what they are, and what to do. None of them is a checkpoint.
+FOREIGN = (
+    (rb"version https://git-lfs", "is a Git LFS pointer, not the file itself; fetch that with git lfs pull"),
+    (
+        rb"(\xef\xbb\xbf)?\s*(<!--.*?-->\s*)?<(!doctype html|html|head|body|\?xml)\b",
+        "is a web page (HTML), not a checkpoint: the download led to a page, of a login perhaps; download it again",
+    ),
+    (rb"\x1f\x8b|BZh|\xfd7zXZ\x00|\x28\xb5\x2f\xfd|7z\xbc\xaf|Rar!", "is a compressed archive; unpack it first"),
+    (rb"\x89HDF\r\n", "is an HDF5 file, as Keras and TensorFlow write; expected a file of torch.save or safetensors"),
+    (rb"\x93NUMPY", "is a NumPy array (.npy); expected a file of torch.save or safetensors"),
+    (rb"GGUF", "is a GGUF file of quantised weights; expected a file of torch.save or safetensors"),
+)
 
 
 def read_file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
@@ -160,9 +211,11 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         raise UserError(f"{path} is a folder{_suggestion(path)}; give a checkpoint file")
     try:
         with path.open("rb") as file:
-            start = file.read(9)
+            start = file.read(1024)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); give a checkpoint file") from error
+    if problem := _foreign(path, start):
+        raise UserError(f"{path} {problem}")
     if path.suffix == ".safetensors" or start[8:9] == b"{":
         return _read_safetensors(path)
     return _read_pickle(path), {}
@@ -175,6 +228,31 @@ def _suggestion(folder: Path) -> str:
     files = sorted(p.name for p in folder.glob("*") if p.suffix in (".pt", ".pth", ".bin", ".safetensors", ".ckpt"))
     weights = [name for name in files if "optim" not in name] or files
     return f" (with {', '.join(weights[:LISTED])})" if weights else ""
+
+
+def _foreign(path: Path, start: bytes) -> str:
+    """What a file is, if it is something else than a checkpoint and says so; empty for a file that may be one."""
+    if not start:
+        return "is empty; copy or download it again"
+    for beginning, problem in FOREIGN:
+        if re.match(beginning, start, re.IGNORECASE | re.DOTALL):
+            return problem
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+        if any(name.endswith("/constants.pkl") for name in names):
+            return "is a TorchScript program, which holds code; save the plain state_dict where it comes from"
+        if not any(name.endswith("data.pkl") for name in names):
+            return f"is a zip archive of {_some(names)}; unpack it, and give the checkpoint in it"
+    elif start[257:262] == b"ustar" and tarfile.is_tarfile(path):
+        with tarfile.open(path) as tar:
+            names = list(itertools.islice((member.name for member in tar), LISTED + 1))
+        return f"is a tar archive of {_some(names)}; unpack it, and give the checkpoint in it"
+    return ""
+
+
+def _some(names: list[str]) -> str:
+    return (", ".join(names[:LISTED]) + (" and more" if len(names) > LISTED else "")) or "nothing"
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
@@ -198,7 +276,7 @@ def _read_pickle(path: Path) -> dict[str, Any]:
 
 def _reason(message: str) -> str:
     """Why `torch.load` refused, in one line."""
-    found = re.search(r"(?:GLOBAL|class) ([\w.]+\.[\w.]+)", message)
+    found = re.search(r"(?:GLOBAL|class) ([A-Za-z_][\w.]*\w)", message)
     if found and found[1].startswith("deepspeed."):
         return (
             "is DeepSpeed's optimizer state, not weights; give mp_rank_00_model_states.pt, which lies beside it, or "

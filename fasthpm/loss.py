@@ -58,9 +58,11 @@ def feature_loss(prediction: Tensor, target: Tensor) -> Tensor:
     """Reconstruction loss of every patch's features: [B, M] from two [B, M, D'].
 
     The squared distance of both after L2 normalisation, which is 2 - 2·cos (CVPR 4.2; released code: no centring, no
-    LayerNorm). The gradient reaches `prediction` only.
+    LayerNorm) unless a vector is all zeros, which stays what it is: 1 from any direction. The gradient reaches
+    `prediction` only.
     """
-    return 2 - 2 * F.cosine_similarity(full_precision(prediction), full_precision(target.detach()), dim=-1)
+    directions = (F.normalize(full_precision(values), dim=-1) for values in (prediction, target.detach()))
+    return (next(directions) - next(directions)).square().sum(dim=-1)
 
 
 def ranking_loss(predicted: Tensor, actual: Tensor) -> Tensor:

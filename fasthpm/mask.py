@@ -372,7 +372,7 @@ def attention_mask(
     without weight come last, in random order; if no patch has any, all orders are equally likely.
 
     - `weights`: [B, L], 0 or more; `noise`: [B, L] in [0, 1)
-    - `round_up`: ceil(L·ratio) instead of the int(L·ratio) of AMT on MAE, as AMT on SimMIM counts its units
+    - `round_up`: as AMT on SimMIM counts its units; see `attention_counts`
 
     **Returns:** (masked, thrown), bool [B, L] each, disjoint, with exact counts.
     """
@@ -388,10 +388,16 @@ def attention_mask(
 
 
 def attention_counts(length: int, mask_ratio: float, throw_ratio: float, *, round_up: bool = False) -> tuple[int, int]:
-    """How many of `length` patches or units AMT masks and throws away; see `attention_mask`."""
-    count = math.ceil if round_up else int
-    masked = count(length * mask_ratio)
-    return masked, count(length * (mask_ratio + throw_ratio)) - masked
+    """How many of `length` patches or units AMT masks and throws away; see `attention_mask`.
+
+    AMT on MAE cuts the order at int(L·mask) and int(L·(mask + throw)). AMT on SimMIM (`round_up`) takes ceil(L·mask)
+    and then ceil(L·throw), as far as there are so many left.
+    """
+    if round_up:
+        masked = math.ceil(length * mask_ratio)
+        return masked, min(math.ceil(length * throw_ratio), length - masked)
+    masked = int(length * mask_ratio)
+    return masked, int(length * (mask_ratio + throw_ratio)) - masked
 
 
 def pool_units(values: Tensor, grid_size: tuple[int, int], unit: int) -> Tensor:

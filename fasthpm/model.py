@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fasthpm import loss as losses
 from fasthpm.architecture import Architecture
+from fasthpm.data.statistics import PixelStatistics
 from fasthpm.difficulty import DIFFICULTIES, fixed_noise, question_of
 from fasthpm.errors import UserError, nearest
 from fasthpm.layers import (
@@ -104,6 +105,7 @@ class HPMViT(nn.Module):
         self.slots = made.num_frames // made.tubelet_size
         self.num_patches = self.slots * self.grid_size[0] * self.grid_size[1]
         self.patch_dim = made.tubelet_size * made.patch_size**2 * made.in_chans
+        self.pixels: PixelStatistics | None = None  # by which its images are normalised, if that is known
 
     def _make_encoder(self, made: Architecture) -> None:
         dim = made.embed_dim

@@ -1,15 +1,26 @@
 """Pixels and patches: the model of a recipe, and images cut into normalised patches for it."""
 
-from contextlib import suppress
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from fasthpm.data import DatasetInfo, read_info
-from fasthpm.errors import UserError
+from fasthpm.data import Loader
+from fasthpm.data.statistics import PixelStatistics
+from fasthpm.errors import note_once
 from fasthpm.model import HPMViT, create_model, width_of
 from fasthpm.recipe import Recipe
 from fasthpm.targets import TARGETS
+
+
+class Statistics(Protocol):
+    """Mean and standard deviation per channel, of pixels scaled to 0..1: a `PixelStatistics`, or a whole set's info."""
+
+    @property
+    def mean(self) -> tuple[float, ...]: ...
+
+    @property
+    def std(self) -> tuple[float, ...]: ...
 
 
 class NormalizedPatches:
@@ -20,9 +31,9 @@ class NormalizedPatches:
     No module: DeepSpeed would round its buffers to bfloat16.
     """
 
-    def __init__(self, recipe: Recipe, info: DatasetInfo) -> None:
+    def __init__(self, recipe: Recipe, statistics: Statistics) -> None:
         self.recipe = recipe
-        self.mean, self.std = pixel_statistics(info, recipe.channels)
+        self.mean, self.std = pixel_statistics(statistics, recipe.channels)
 
     def move(self, device: torch.device) -> None:
         """Keep mean and standard deviation on `device`."""
@@ -39,17 +50,31 @@ class NormalizedPatches:
         return scaled.reshape(batch, slots * rows * columns, frames * side * side * channels)
 
 
-def pixel_statistics(info: DatasetInfo, channels: int) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation per channel on the 0..255 scale, float32 [C] each."""
-    mean, std = torch.tensor(info.mean) * 255, torch.tensor(info.std) * 255
+def pixel_statistics(statistics: Statistics, channels: int) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation per channel on the 0..255 scale, float32 [C] each; one for all where there is one."""
+    mean, std = torch.tensor(statistics.mean) * 255, torch.tensor(statistics.std) * 255
     return mean[:channels], std[:channels].clamp_min(1e-3)
 
 
-def training_info(recipe: Recipe, other: DatasetInfo) -> DatasetInfo:
-    """Mean and standard deviation that a recipe's model was trained with, or, if its data is gone, those of `other`."""
-    with suppress(UserError):
-        return read_info(recipe.data_path)
-    return other
+def statistics_for(model: HPMViT, other: Statistics, source: str) -> PixelStatistics:
+    """By what a trained model's pixels are normalised, whatever they are of: everything that asks it asks here.
+
+    By what it was trained with (`checkpoint.load_weights` finds that), and where nobody knows it by those of the first
+    set that it meets here, the training set of a probe, and then by the same for all that follow.
+
+    - `other`, `source`: of that set, and its name
+    """
+    if model.pixels is None:
+        remark = f"nothing tells by what the model's pixels were normalised: all are by the mean and std of {source}"
+        model.pixels = PixelStatistics(tuple(other.mean), tuple(other.std), remark)
+    if model.pixels.remark:
+        note_once(model.pixels.remark)
+    return model.pixels
+
+
+def patches_for(model: HPMViT, recipe: Recipe, loader: Loader) -> NormalizedPatches:
+    """How a trained model's images, read by `loader`, become its patches; see `statistics_for`."""
+    return NormalizedPatches(recipe, statistics_for(model, loader.info, loader.source))
 
 
 def target_width(recipe: Recipe) -> int:

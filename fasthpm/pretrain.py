@@ -25,6 +25,7 @@ from fasthpm.cli import Arguments, Parser
 from fasthpm.data import build_loader
 from fasthpm.data.device import on_device
 from fasthpm.data.identity import identity_of
+from fasthpm.data.statistics import statistics_of
 from fasthpm.difficulty import HEAD
 from fasthpm.errors import UserError
 from fasthpm.exchange import exporting
@@ -162,6 +163,7 @@ def build(recipe: Recipe, launch: ranks.Launch, lock: FolderLock | None = None) 
     run = Run(
         recipe, launch, loader, deepspeed_engine, step, teacher, zero.MasterLayout(deepspeed_engine), saver, map_store
     )
+    run.notes |= checkpoint.pixels_note(statistics_of(loader.info))
     run.batches, run.data = endless(loader), data
     resume(run)
     run.observers = observers(run)
@@ -298,9 +300,8 @@ def finish(run: Run[Step]) -> PretrainResult:
         )
         return PretrainResult(output_dir, run.done, False, folder, None, None, metrics)
     model, recipe = checkpoint.load_weights(output_dir)
-    info = {"mean": run.loader.info.mean, "std": run.loader.info.std}
     exported = output_dir / exporting.EXPORTED[model.video]
-    exporting.export_weights(model, recipe, exported, info=info)
+    exporting.export_weights(model, recipe, exported, info=statistics_of(run.loader.info).as_json())
     report.write(output_dir)
     bad = (
         f"\n  bad samples  {run.bad_samples.count} were replaced: {run.bad_samples.path}"

@@ -46,7 +46,7 @@ class Recipe:
     )
     input_size: str = option("224", "side of the training crop, or HEIGHTxWIDTH", origin=PAPER)
     patch_size: int = option(16, "side of a patch", above=0, origin=PAPER)
-    channels: int = option(3, "image channels, as the prepared set has them", above=0, origin=PAPER)
+    channels: int = option(3, "image channels of the model, 1 or 3; sets are converted", above=0, origin=PAPER)
     num_frames: int = option(1, "frames of a clip; 1 = images", above=0)
     sampling_rate: int = option(
         1, "a clip takes every how many-th frame of its video (VideoMAE: SSv2 2, Kinetics 4)", above=0

@@ -241,3 +241,19 @@ def test_feature_loss_is_float32_and_leaves_the_target_alone() -> None:
     value.sum().backward()
     assert target.grad is None
     assert prediction.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("prediction", "target", "want"),
+    [
+        ([3.0, 4.0], [0.0, 0.0], 1.0),
+        ([0.0, 0.0], [3.0, 4.0], 1.0),
+        ([0.0, 0.0], [0.0, 0.0], 0.0),
+        ([2e-9, 0.0], [0.0, 3e-9], 2.0),  # small is not zero
+        ([1.0, 1.0], [-2.0, -2.0], 4.0),
+    ],
+)
+def test_feature_loss_of_no_direction(prediction: list[float], target: list[float], want: float) -> None:
+    """The squared distance after `torch.nn.functional.normalize`, which leaves a vector of zeros at zero."""
+    got = loss.feature_loss(torch.tensor([[prediction]]), torch.tensor([[target]]))
+    torch.testing.assert_close(got, torch.tensor([[want]]))

@@ -389,6 +389,11 @@ def test_published_attention_counts() -> None:
         (196, 0.45, 0.4, False, (88, 78)),
         (196, 0.75, 0.0, False, (147, 0)),
         (49, 0.44, 0.26, True, (22, 13)),
+        (49, 0.33, 0.5, True, (17, 25)),  # each rounded: of units of 4 patches 100 thrown, 28 visible
+        (49, 0.75, 0.0, True, (37, 0)),
+        (49, 0.1, 0.1, True, (5, 5)),
+        (49, 0.6, 0.4, True, (30, 19)),  # no more than there are
+        (36, 0.5, 0.25, True, (18, 9)),
     ):
         noise = torch.rand(2, length)
         sets = masks.attention_mask(torch.rand(2, length), mask_ratio, throw_ratio, noise, round_up=round_up)

@@ -19,6 +19,7 @@ from fasthpm.errors import UserError
 from fasthpm.maps.store import MapStore
 from fasthpm.pretrain import parse_arguments
 from fasthpm.recipe import Recipe
+from fasthpm.run.metrics import OVERVIEW, overview_tag
 from fasthpm.run.records import read_metrics
 from tests.helpers.launch import ROOT, check_ranks, ranks_of, run_ranks, running_ranks
 
@@ -64,11 +65,15 @@ def test_two_deepspeed_ranks_run_every_preset(name: str, tmp_path: Path) -> None
         assert (tmp_path / name_of_file).stat().st_size > 0
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [event.step for event in board.Scalars("predictor/teacher_spearman")] == [2, 4]
-    shown = {tag.partition("/")[2] for tag in board.Tags()["scalars"]}
-    assert shown == set(records[-1]) - {"step", "epoch", "time"}
+    tags = board.Tags()["scalars"]
+    shown = {tag.partition("/")[2] for tag in tags if not tag.startswith(OVERVIEW)}
+    told = {name for record in records for name, value in record.items() if value} - {"step", "epoch", "time"}
+    assert shown == told
+    assert {"bad_samples", "skipped_updates"} <= set(records[-1]) - shown  # nothing but zeros
+    assert sorted(tags)[:2] == [overview_tag("loss"), overview_tag("difficulty_spearman")]
     assert set(records[-1]) - set(records[0]) == {"difficulty_spearman", "difficulty_auc"}  # at the end, at least
     assert -1 < records[-1]["difficulty_spearman"] < 1
-    assert board.Tags()["images"] == ["panel"]
+    assert board.Tags()["images"] == [overview_tag("panel")]
     folder = newest_valid(tmp_path, pytest.fail)
     assert folder is not None
     assert damage(folder) == ""

@@ -26,6 +26,7 @@ from fasthpm.checkpoint.folder import (
     ways_on,
 )
 from fasthpm.checkpoint.foreign import load_reference
+from fasthpm.checkpoint.pixels import pixels_note, pixels_of
 from fasthpm.checkpoint.weights import checkpoint_of, has_teacher, initial_model, load_weights
 
 __all__ = [
@@ -52,6 +53,8 @@ __all__ = [
     "newest_valid",
     "oldest_step",
     "past_of",
+    "pixels_note",
+    "pixels_of",
     "read_state",
     "require_space",
     "rotate",

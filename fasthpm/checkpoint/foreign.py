@@ -7,7 +7,8 @@ VideoMAE's (`encoder.*`, `decoder.*`, `encoder_to_decoder.weight`) are translate
 
 import argparse
 import re
-from collections.abc import Iterable, Mapping
+import types
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,7 @@ WITHOUT_PREDICTOR = ("mae", "amt", "videomae")
 STUDENT_KEYS = ("state_dict", "model", "module", "model_state_dict", "student", "net")
 TEACHER_KEYS = ("ema_state_dict", "model_ema", "state_dict_ema", "ema", "teacher")
 WRAPPERS = ("module.", "_orig_mod.", "student.", "model.", "backbone.")
+COUNTER = "n_averaged"  # of torch.optim.swa_utils.AveragedModel: how often, no weight, and beside all prefixes
 ANCHOR = "patch_embed.proj.weight"  # in every state dict of a ViT, whatever is wrapped around it
 ENCODER_PREFIXES = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
 HEAD_PREFIXES = ("head.", "head_dist.", "fc_norm.")
@@ -37,12 +39,15 @@ VIDEO_NAMES = (  # VideoMAE's beginnings of names and ours
     ("decoder.norm.", "decoder_norm."),
     ("decoder.head.", "decoder_pred."),
 )
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 LISTED = 6  # names that an error message spells out
 
 
 # -------------------------------------------------------------------------------------------------- the weights in it
-def find_weights(content: Mapping[str, Any], which: str) -> dict[str, Tensor]:
+def find_weights(content: Mapping[str, Any], which: str, ignore: tuple[str, ...] = ()) -> dict[str, Tensor]:
     """State dict of the "student" or the "teacher" (EMA) in a checkpoint, without wrappers' prefixes; {} if none.
+
+    - `ignore`: beginnings of names that are left out, as they stand in the file; only then wrappers are looked for
 
     **Raises:** `UserError` for a tensor that claims more values than the file holds.
     """
@@ -51,6 +56,7 @@ def find_weights(content: Mapping[str, Any], which: str) -> dict[str, Tensor]:
     else:
         found = _search(content, STUDENT_KEYS if which == "student" else TEACHER_KEYS)
     tensors = {k: v for k, v in found.items() if isinstance(v, Tensor)} if found else {}
+    tensors = {k: v for k, v in tensors.items() if not (k.startswith(ignore) if ignore else False) and k != COUNTER}
     swollen = [k for k, v in tensors.items() if v.numel() * v.element_size() > v.untyped_storage().nbytes()]
     if swollen:  # a stride of 0 makes a terabyte of one number
         raise UserError(
@@ -84,7 +90,58 @@ def strip_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def stored_arguments(content: Mapping[str, Any]) -> dict[str, Any]:
     """The training arguments that a checkpoint carries along, {} if none."""
     arguments = content.get("args", {})
-    return dict(vars(arguments)) if isinstance(arguments, argparse.Namespace) else {}
+    if isinstance(arguments, argparse.Namespace | types.SimpleNamespace):
+        return dict(vars(arguments))
+    return dict(arguments) if isinstance(arguments, Mapping) else {}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Other people's names of a vision transformer, that are not among `SOURCES`."""
+
+    names: str  # whose
+    mark: str  # a regular expression of a name that others don't have
+    remedy: str = (
+        "these names can't be imported; give the checkpoint of the original code, or make features of it with its "
+        "own library"
+    )
+
+
+LAYOUTS = (
+    Layout("Hugging Face transformers", r"embeddings\.patch_embeddings\.projection\.weight$"),
+    Layout("torchvision", r"(^|\.)conv_proj\.weight$"),
+    Layout("OpenAI's CLIP or open_clip", r"(^|\.)(visual\.conv1\.weight|visual\.class_embedding)$"),
+    Layout("a Swin transformer", r"(^|\.)layers\.\d+\.blocks\.\d+\."),
+    Layout("BEiT", r"relative_position_(bias|index)"),
+    Layout("a ViT with LayerScale, as DINOv2 and BEiT have", r"(^|\.)blocks\.\d+\.(ls1\.gamma|gamma_1)$"),
+    Layout("a residual network, no transformer", r"(^|\.)layer1\.0\.conv1\.weight$"),
+)
+
+
+def foreign_layout(names: Iterable[str]) -> str:
+    """ "is of …, and what to do", for names of tensors that are recognised as somebody else's; empty for others."""
+    names = list(names)
+    for layout in LAYOUTS:
+        if any(re.search(layout.mark, name) for name in names):
+            return f"has the names of {layout.names}: {layout.remedy}"
+    return ""
+
+
+def all_names(content: Mapping[Any, Any], depth: int = 3) -> Iterator[str]:
+    """Names of the tensors in a checkpoint, at whatever depth they lie."""
+    for key, value in content.items():
+        if isinstance(value, Tensor):
+            yield str(key)
+        elif isinstance(value, Mapping) and depth:
+            yield from all_names(value, depth - 1)
+
+
+def unusable(state: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """Names of tensors that are no weights to compute with, under what is wrong with them."""
+    kinds = {key: str(value.dtype).removeprefix("torch.") for key, value in state.items()}
+    quantised = [key for key, value in state.items() if value.is_quantized or value.dtype not in FLOATS]
+    finite = [key for key in state if key not in quantised and not bool(torch.isfinite(state[key]).all())]
+    return {"quantised, no plain weights": [f"{key} ({kinds[key]})" for key in quantised], "not finite": finite}
 
 
 # -------------------------------------------------------------------------------------------------- its sizes
@@ -156,7 +213,7 @@ def infer_architecture(state: Mapping[str, Tensor], source: str = "") -> Archite
     telling = (ANCHOR, "blocks.0.mlp.fc1.weight", *(() if video else ("pos_embed", "cls_token")))
     missing = [key for key in telling if key not in state]
     if missing:
-        raise UserError(f"the weights have no {_listed(missing)}, which every HPM, MAE and AMT checkpoint has")
+        raise UserError(_why_missing(state, missing))
     if any(state[key].numel() == 0 for key in telling):
         raise UserError("the weights are empty: ZeRO-3 kept them elsewhere; run DeepSpeed's zero_to_fp32.py first")
     kernel = state[ANCHOR]
@@ -178,6 +235,23 @@ def infer_architecture(state: Mapping[str, Tensor], source: str = "") -> Archite
         predictor_depth=_depth(state, "decoder_blocks_losspred"),
         tubelet_size=kernel.shape[2] if video else 0,
     )
+
+
+def _why_missing(state: Mapping[str, Tensor], missing: list[str]) -> str:
+    """What is wrong with a state dict that lacks `missing`, as far as its names tell."""
+    wrapped = next((key for key in state if key.endswith(f".{ANCHOR}")), "")
+    if ANCHOR in missing and wrapped:
+        prefix = wrapped.removesuffix(ANCHOR)
+        others = [key for key in state if not key.startswith(prefix)]
+        if others:
+            return (
+                f"the weights lie under {prefix!r}, but for {_listed(others)}: leave these out with --ignore, if they "
+                f"are no part of the model"
+            )
+        return f"the weights lie under {prefix!r}, which no known trainer puts there; save them without it"
+    if layout := foreign_layout(state):
+        return layout
+    return f"the weights have no {_listed(missing)}, which every HPM, MAE and AMT checkpoint has"
 
 
 def _depth(state: Mapping[str, Tensor], name: str) -> int:
@@ -248,11 +322,14 @@ def load_reference(
         "missing": [key for key in absent if key not in report.fresh],
         "unexpected": [key for key in given if key not in own],
         "wrong shape": [_shapes(k, given[k], own[k]) for k in given if k in own and given[k].shape != own[k].shape],
-        "not finite": [key for key in given if not bool(torch.isfinite(given[key]).all())],
+        **unusable(given),
     }
     if any(problems.values()):
         found = "; ".join(f"{name} {_listed(keys, quoted=True)}" for name, keys in problems.items() if keys)
-        raise UserError(f"{source} weights do not fit the model: {found}{_remedy(problems)}")
+        layout = foreign_layout(problems["unexpected"])
+        raise UserError(
+            f"{source} weights do not fit the model: {found}{f'; it {layout}' if layout else _remedy(problems)}"
+        )
     _note_dtypes(given, own, report)
     model.load_state_dict({**own, **given})
     return report
@@ -321,6 +398,8 @@ def _note_dtypes(given: dict[str, Tensor], own: dict[str, Tensor], report: KeyRe
 def _remedy(problems: dict[str, list[str]]) -> str:
     if problems["not finite"]:
         return "; the file is of no use, take an earlier checkpoint"
+    if any(keys for name, keys in problems.items() if name.startswith("quantised")):
+        return "; give the weights as they were before quantisation"
     if problems["missing"] and not any(key.startswith(ENCODER_PREFIXES) for key in problems["missing"]):
         return "; create the model with the checkpoint's sizes, or load the encoder alone (encoder_only)"
     return "; create the model with the checkpoint's sizes"

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from fasthpm.checkpoint import shards
 from fasthpm.checkpoint.folder import FINETUNE_NOTES, RECIPE, newest_valid
-from fasthpm.checkpoint.foreign import load_reference
+from fasthpm.checkpoint.foreign import load_reference, unusable
+from fasthpm.checkpoint.pixels import pixels_of
 from fasthpm.errors import UserError, about, warn
 from fasthpm.model import HPMViT
 from fasthpm.patches import model_of
@@ -39,6 +40,8 @@ def checkpoint_of(source: Path) -> Path:
 def load_weights(source: Path, which: str = "student") -> tuple[HPMViT, Recipe]:
     """The float32 model of a run (its newest valid checkpoint) or of one checkpoint, in eval mode.
 
+    It knows by what its pixels are normalised (`patches.statistics_for`).
+
     - `which`: "student" or "teacher" (the EMA); "untrained" gives the run's weights before the first update
 
     **Raises:** `UserError` if there is no such checkpoint or it has no teacher.
@@ -46,8 +49,14 @@ def load_weights(source: Path, which: str = "student") -> tuple[HPMViT, Recipe]:
     folder = checkpoint_of(source)
     recipe = load_recipe(folder / RECIPE)
     model = (initial_model(recipe) if which == "untrained" else model_of(recipe)).eval()
+    model.pixels = pixels_of(folder, recipe)
     if which != "untrained":
-        model.load_state_dict({**dict(model.named_buffers()), **_read_weights(folder, which)}, strict=True)
+        state = _read_weights(folder, which)
+        problems = {what: keys for what, keys in unusable(state).items() if keys}
+        if problems:
+            what, keys = next(iter(problems.items()))
+            raise UserError(f"{folder}: weights {keys[:3]} are {what}; take an earlier checkpoint")
+        model.load_state_dict({**dict(model.named_buffers()), **state}, strict=True)
     return model, recipe
 
 

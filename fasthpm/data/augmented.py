@@ -25,6 +25,7 @@ from fasthpm.data.build import build_loader
 from fasthpm.data.keys import Stream
 from fasthpm.data.options import LoaderOptions, count_workers
 from fasthpm.data.sampling import Array, key_of, mix, replacements
+from fasthpm.data.statistics import PixelStatistics, statistics_of
 from fasthpm.data.types import Batch
 from fasthpm.data.video.sampling import REPEATS
 from fasthpm.errors import UserError
@@ -48,10 +49,10 @@ Sample = tuple[Tensor, int, int, bool]  # pixels, label, id of what was read, wh
 class AugmentedImages(Dataset[Sample]):
     """Key -> a sample whose pixels are float32 [C, H, W], normalised."""
 
-    def __init__(self, base: PrefetchLoader, augmentation: Augmentation) -> None:
+    def __init__(self, base: PrefetchLoader, augmentation: Augmentation, pixels: PixelStatistics) -> None:
         self.base = base
         self.transform = create_transform(
-            **_common(base, augmentation),
+            **_common(base, augmentation, pixels),
             scale=(augmentation.crop_min, 1.0),
             hflip=0.5 if augmentation.flip else 0.0,
             re_prob=augmentation.random_erasing,
@@ -96,11 +97,11 @@ class AugmentedClips(AugmentedImages):
     operations; random erasing paints the same box into all of them, with fresh noise.
     """
 
-    def __init__(self, base: PrefetchLoader, augmentation: Augmentation) -> None:
+    def __init__(self, base: PrefetchLoader, augmentation: Augmentation, pixels: PixelStatistics) -> None:
         self.base = base
-        self.alike = create_transform(**_common(base, augmentation), hflip=0.0, separate=True)[1]
+        self.alike = create_transform(**_common(base, augmentation, pixels), hflip=0.0, separate=True)[1]
         self.erase = RandomErasing(augmentation.random_erasing, mode="pixel", max_count=1, device="cpu")
-        self.mean, self.std = (torch.tensor(values)[:, None, None] for values in (base.info.mean, base.info.std))
+        self.mean, self.std = (torch.tensor(values)[:, None, None] for values in (pixels.mean, pixels.std))
 
     def _stored(self, drawn: int, sample: int) -> Array | None:
         return self.base.drawn(drawn, sample)
@@ -116,17 +117,17 @@ class AugmentedClips(AugmentedImages):
         return self.erase(clip.flatten(0, 1)).reshape(clip.shape).transpose(0, 1)
 
 
-def _common(base: PrefetchLoader, augmentation: Augmentation) -> dict[str, Any]:
-    """What timm's `create_transform` is told for images and for clips."""
-    info, grey = base.info, base.options.channels == 1
+def _common(base: PrefetchLoader, augmentation: Augmentation, pixels: PixelStatistics) -> dict[str, Any]:
+    """What timm's `create_transform` is told for images and for clips; it makes them RGB."""
+    rgb = pixels.in_channels(3)
     return {
         "input_size": base.options.image_size,
         "is_training": True,
         "interpolation": "bicubic",
         "color_jitter": augmentation.color_jitter or None,
         "auto_augment": augmentation.auto_augment or None,
-        "mean": tuple(info.mean) * (3 if grey else 1),
-        "std": tuple(info.std) * (3 if grey else 1),
+        "mean": rgb.mean,
+        "std": rgb.std,
     }
 
 
@@ -142,8 +143,8 @@ def _seed_all(seed: int) -> None:
 
 
 class AugmentedLoader:
-    """A `Loader` whose batches hold float32 [B, C, H, W] or clips [B, C, T, H, W], augmented and normalised over the
-    data set.
+    """A `Loader` whose batches hold float32 [B, C, H, W] or clips [B, C, T, H, W], augmented and normalised, by
+    the set's own mean and std unless `normalize_by` says others.
 
     - `augmentation`: what happens to a sample; `options`: the rest, with or without `train`, which is on. `num_workers`
       processes, 0 = cores / ranks
@@ -160,10 +161,18 @@ class AugmentedLoader:
         }
         self.base = cast(PrefetchLoader, build_loader(data_path, replace(options, num_workers=1, **own)))
         self.info, self.batch_size, self.repeats = self.base.info, self.base.batch_size, repeats
+        self.source = data_path
         self.num_workers = count_workers(options.num_workers)
-        kind = AugmentedClips if self.base.options.num_frames > 1 else AugmentedImages
-        self.images = kind(self.base, augmentation)
+        self._augmentation = augmentation
+        self.normalize_by(statistics_of(self.info))
         self._position = (0, 0)
+
+    def normalize_by(self, pixels: PixelStatistics) -> PixelStatistics:
+        """Normalise by `pixels`, which come back as they are used, from the next iteration on."""
+        kind = AugmentedClips if self.base.options.num_frames > 1 else AugmentedImages
+        pixels = pixels.in_channels(self.base.options.channels)
+        self.images = kind(self.base, self._augmentation, pixels)
+        return pixels
 
     def __len__(self) -> int:
         return len(self.base)

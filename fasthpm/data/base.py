@@ -27,6 +27,7 @@ from fasthpm.data.sampling import (
     sample_order,
     whole_crops,
 )
+from fasthpm.data.statistics import as_read
 from fasthpm.data.types import Batch, DatasetInfo
 from fasthpm.errors import UserError
 
@@ -43,7 +44,7 @@ class PrefetchLoader(ABC):
     crop_columns = 5  # of what `_crops` gives; a batch has the first five
 
     def __init__(self, info: DatasetInfo, options: LoaderOptions, source: str) -> None:
-        self.info, self.options, self.source = info, options, source
+        self.info, self.options, self.source = as_read(info, options.channels, source), options, source
         self.batch_size = options.batch_size
         self.num_workers = count_workers(options.num_workers)
         self._epoch = self._batch = 0
@@ -171,11 +172,6 @@ class PrefetchLoader(ABC):
     # ---------------------------------------------------------------------------------------------- batches
     def _check_info(self) -> None:
         options, info = self.options, self.info
-        if info.channels != options.channels:
-            raise UserError(
-                f"{self.source} has {info.channels} channel{'s' if info.channels > 1 else ''}, not "
-                f"{options.channels}; use --channels {info.channels}"
-            )
         if options.train and info.num_samples < options.global_batch:
             raise UserError(
                 f"{self.source} has {info.num_samples} samples, fewer than one global batch of "

@@ -5,15 +5,17 @@ from typing import Any
 
 from fasthpm.data.options import LoaderOptions
 from fasthpm.data.sources import is_beton, is_video_set
+from fasthpm.data.statistics import as_read
 from fasthpm.data.types import DatasetInfo, Loader
 from fasthpm.errors import UserError
 
 
-def read_info(data_path: str | Path) -> DatasetInfo:
+def read_info(data_path: str | Path, channels: int = 0) -> DatasetInfo:
     """What a data source holds, read cheaply: a prepared set's sidecar, or some images of a folder.
 
     **Args:** `data_path`: a prepared `.beton` or a comma list of them, a prepared video folder, an image folder
-    (channels, mean and std from up to 256 of its images), or `synthetic:N`.
+    (channels, mean and std from up to 256 of its images), or `synthetic:N`; `channels`: in how many channels it is
+    read, as `build_loader` does it, 0 = as many as it has.
 
     **Raises:** `UserError` if it is missing, damaged or none of these.
     """
@@ -21,7 +23,12 @@ def read_info(data_path: str | Path) -> DatasetInfo:
     if source.startswith("synthetic:"):
         from fasthpm.data.synthetic import synthetic_info
 
-        return synthetic_info(source)
+        return synthetic_info(source, channels or 3)
+    info = _stored_info(source)
+    return as_read(info, channels, source) if channels else info
+
+
+def _stored_info(source: str) -> DatasetInfo:
     if is_video_set(Path(source)):
         from fasthpm.data.video.prepared import open_videos
 
@@ -44,7 +51,7 @@ def build_loader(data_path: str | Path, options: LoaderOptions | None = None, **
 
     **Args:** `options`, or `keywords` to make them of: the fields of `LoaderOptions`.
 
-    **Raises:** `UserError` for a source that is missing, damaged or has other channels, and for values out of range.
+    **Raises:** `UserError` for a source that is missing or damaged, and for values out of range.
     """
     source = str(data_path)
     options = _options(options, keywords)

@@ -28,7 +28,7 @@ class DeviceLoader:
     """
 
     def __init__(self, loader: Loader, device: torch.device) -> None:
-        self.info, self.batch_size = loader.info, loader.batch_size
+        self.info, self.source, self.batch_size = loader.info, loader.source, loader.batch_size
         self._loader, self._device = loader, device
         self._state = loader.state_dict()
         self._current: weakref.ref[_OnDevice] | None = None

@@ -21,7 +21,9 @@ class LoaderOptions:
 
     batch_size: int = option(REQUIRED, "samples per rank and batch", low=1)
     image_size: tuple[int, int] = option(REQUIRED, "(height, width) of what comes out, in pixels")
-    channels: int = option(REQUIRED, "1 or 3, as the set has them; synthetic images have as many as asked for")
+    channels: int = option(
+        REQUIRED, "1 or 3; a grey set has its value in all three, a coloured one its luminance in one"
+    )
     seed: int = option(0, "of the order of the samples and of all that is drawn for them")
     rank: int = option(0, "which share of the samples this process loads", low=0)
     world_size: int = option(1, "how many processes share them", low=1)

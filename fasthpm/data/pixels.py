@@ -101,6 +101,12 @@ def is_grey(pixels: Array) -> bool:
     return bool((pixels[..., :1] == pixels[..., 1:]).all())
 
 
+def luminance(pixels: Array) -> Array:
+    """PIL's luma of uint8 [..., 3]: uint8 [..., 1]; of equal channels exactly their value."""
+    red, green, blue = (pixels[..., c].astype(np.uint32) for c in range(3))
+    return ((19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16).astype(np.uint8)[..., None]
+
+
 # ------------------------------------------------------------------------------------------------------- one crop
 def render(image: Array, crop: Array, size: tuple[int, int], interpolation: str, factors: Array) -> Array:
     """Cut `crop` out of uint8 [h, w, C], resize it to `size`, flip it and change its colours: uint8 [H, W, C].

@@ -7,14 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from fasthpm.data.bad import BadSample
 from fasthpm.data.base import PrefetchLoader
 from fasthpm.data.decoding import Decoded, read, size_of
 from fasthpm.data.labels import count_unlabelled
 from fasthpm.data.options import LoaderOptions
-from fasthpm.data.pixels import ImageList, is_grey, list_images, render
+from fasthpm.data.pixels import ImageList, is_grey, list_images, luminance, render
 from fasthpm.data.sampling import Array
 from fasthpm.data.types import DatasetInfo
 from fasthpm.errors import UserError, warn
@@ -128,7 +127,8 @@ class PlainLoader(PrefetchLoader):
         bad = np.zeros(len(ids), np.bool_)
         for k, (index, crop, change) in enumerate(zip(ids, crops, factors, strict=True)):
             try:
-                pixels = _first_channels(read_pixels(self._images.paths[index]), self.options.channels)
+                pixels = read_pixels(self._images.paths[index])
+                pixels = pixels if self.options.channels == 3 else luminance(pixels)
             except UserError:
                 bad[k] = True
                 continue
@@ -137,10 +137,3 @@ class PlainLoader(PrefetchLoader):
                 continue
             images[k] = render(pixels, crop, images.shape[1:3], self.options.interpolation, change)
         return bad
-
-
-def _first_channels(pixels: Array, channels: int) -> Array:
-    """RGB, or one channel: the luma, which for grey images is exactly the shared value."""
-    if channels == 3:
-        return pixels
-    return np.asarray(Image.fromarray(pixels).convert("L"))[..., None]

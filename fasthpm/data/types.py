@@ -52,6 +52,7 @@ class Loader(Protocol):
     """
 
     info: DatasetInfo
+    source: str  # its path, for messages
     batch_size: int
 
     def __len__(self) -> int:

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from fasthpm import files
 from fasthpm.checkpoint.foreign import IMPORT_NOTE
+from fasthpm.checkpoint.pixels import EXPORTED as EXPORTED
 from fasthpm.checkpoint.weights import load_weights
 from fasthpm.cli import Arguments, Parser
 from fasthpm.entry import Result
@@ -30,7 +30,6 @@ from fasthpm.recipe import Recipe
 
 TOLERANCE = 1e-8  # of the largest output, in float64: tells even a LayerNorm's eps of 1e-6 from 1e-5
 IMAGES = 2  # of the fixed input
-EXPORTED = ("encoder.safetensors", "model.safetensors")  # what a finished run holds: of images, of videos
 
 
 @dataclass(frozen=True, repr=False)
@@ -117,16 +116,6 @@ def _check(form: Form, model: HPMViT, path: Path) -> None:
         raise UserError(f"weights {broken[:3]} are not finite; export an earlier checkpoint")
 
 
-def statistics(run: Path) -> dict[str, Any]:
-    """Mean and standard deviation of a finished run's data, from the encoder that it wrote; {} if there is none."""
-    for folder in (run, run.parent.parent):
-        for name in EXPORTED:
-            if (path := folder / name).is_file():
-                with safe_open(path, "pt") as file:
-                    return {k: json.loads(v) for k, v in (file.metadata() or {}).items() if k in ("mean", "std")}
-    return {}
-
-
 def _refuse_missing_decoder(run: Path, form: Form) -> None:
     """An encoder that was imported alone has a decoder of random weights, which nobody wants to receive."""
     for note in (run / IMPORT_NOTE, *run.glob(f"checkpoints/*/{IMPORT_NOTE}")):
@@ -149,7 +138,7 @@ def main(argv: Arguments = None) -> ExportResult:
     form = named_form(arguments.format or default_form(model))
     path = arguments.output or Path(form.default)
     _refuse_missing_decoder(arguments.run, form)
-    info = {"weights": arguments.weights, **statistics(arguments.run)}
+    info = {"weights": arguments.weights, **(model.pixels.as_json() if model.pixels else {})}
     difference = export_weights(model, recipe, path, form.name, info)
     what = "model" if form.whole else "encoder"
     print(f"{path}: {what} of {arguments.run} ({arguments.weights}); {form.library} agrees within {difference:.1e}")

@@ -15,24 +15,30 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from fasthpm import checkpoint, files, recipes
 from fasthpm.checkpoint.foreign import (
+    COUNTER,
     EMBEDDED_RECIPE,
     IMPORT_NOTE,
     SOURCES,
     Architecture,
     KeyReport,
+    all_names,
     check_source,
     detect_source,
     find_weights,
+    foreign_layout,
     infer_architecture,
     load_reference,
     our_names,
     stored_arguments,
 )
+from fasthpm.checkpoint.pixels import metadata_statistics
 from fasthpm.cli import Parser
+from fasthpm.data.statistics import PixelStatistics
 from fasthpm.errors import UserError, about
 from fasthpm.model import SIZES, VIDEO_FRAMES, is_video, model_names
 from fasthpm.patches import model_of, target_width
@@ -53,6 +59,8 @@ class Imported:
     source: str
     encoder_only: bool
     assumed: list[str]  # what the shapes do not tell and nobody said
+    told: list[str] = dataclasses.field(default_factory=list)  # what the file's own arguments say
+    pixels: PixelStatistics | None = None  # by what its pixels were normalised; None: nothing tells
 
 
 def import_weights(
@@ -64,24 +72,27 @@ def import_weights(
     given: dict[str, Any] | None = None,
     encoder_only: bool = False,
     ignore: Sequence[str] = (),
+    pixels: PixelStatistics | None = None,
 ) -> Imported:
     """Read, recognise and convert a checkpoint; nothing is written.
 
     - `source`: see `foreign.SOURCES`; empty = recognised by its keys
     - `weights`: "student", "teacher" (the EMA, which becomes the student), or empty: both that there are
     - `base`: the recipe of the run, instead of one made from the file's shapes
-    - `given`: recipe fields that shapes do not tell: input_size, decoder_heads, norm_pix_loss
+    - `given`: recipe fields that shapes do not tell: input_size, decoder_heads, norm_pix_loss, sampling_rate …
+    - `pixels`: mean and standard deviation by which it was trained; None: as the file says, or its publishers
     - `encoder_only`, `ignore`: see `foreign.load_reference`
 
     **Raises:** `UserError` for anything that is not a whole checkpoint of a model that we have.
     """
     content, metadata = files.read_file(path)
     with about(path):
-        found = choose(content, weights)
+        found = choose(content, weights, tuple(ignore))
         source = source or detect_source(found["student"])
         check_source(source)
         fields = {k: v for k, v in (given or {}).items() if v is not None}
-        assumed: list[str] = []
+        assumed, stored = list[str](), stored_arguments(content)
+        told = list[str]()
         if base is None and EMBEDDED_RECIPE in metadata and not encoder_only:
             own = build_recipe(json.loads(metadata[EMBEDDED_RECIPE]), source="the recipe in it")
             recipe = dataclasses.replace(own, **fields)
@@ -90,21 +101,57 @@ def import_weights(
             check_recipe(recipe, measured(found["student"], encoder_only, source, target_width(recipe)))
         else:
             shape = measured(found["student"], encoder_only, source)
-            recipe, assumed = recipe_for(shape, source, fields, stored_arguments(content))
+            recipe, assumed = recipe_for(shape, source, fields, stored)
+            said = told_by(stored, bool(shape.tubelet_size))
+            told = [f"{name} {value}" for name, value in said.items() if name not in fields]
         states, reports = {}, {}
         for name, state in found.items():
             model = model_of(recipe)
             reports[name] = load_reference(model, state, source, encoder_only=encoder_only, ignore=ignore)
+            for reason, keys in left_out(content, ignore).items():
+                reports[name].ignored[reason] = [*keys, *reports[name].ignored.get(reason, [])]
             states[name] = checkpoint.cpu_state(model)
-    return Imported(recipe, states, reports, source, encoder_only, assumed)
+        if pixels is None:
+            pixels = pixels_for(metadata, recipe)
+        pixels = pixels and pixels.in_channels(recipe.channels)
+    return Imported(recipe, states, reports, source, encoder_only, assumed, told, pixels)
 
 
-def choose(content: dict[str, Any], weights: str) -> dict[str, dict[str, Tensor]]:
-    """The state dicts to import, {"student": …} and perhaps {"teacher": …}.
+def told_by(stored: dict[str, Any], video: bool) -> dict[str, Any]:
+    """Recipe fields that the arguments stored in a file tell, beside those that go with shapes."""
+    told: dict[str, Any] = {}
+    rate, ratio = stored.get("sampling_rate"), stored.get("mask_ratio")
+    if video and type(rate) is int and rate > 0:
+        told["sampling_rate"] = rate
+    if isinstance(ratio, float) and 0 < ratio < 1:
+        told["mask_ratio"] = float(ratio)
+    for name in ("norm_pix_loss", "normlize_target"):  # MAE's and VideoMAE's spelling
+        if isinstance(stored.get(name), bool):
+            told["norm_pix_loss"] = stored[name]
+    return told
+
+
+def left_out(content: dict[str, Any], ignore: Sequence[str]) -> dict[str, list[str]]:
+    """Names in the file that were left out before any wrapper was looked for, by why."""
+    names = sorted(set(all_names(content)))
+    asked = [name for name in names if ignore and name.startswith(tuple(ignore))]
+    reasons = {"as asked": asked, "how many weights were averaged": [name for name in names if name == COUNTER]}
+    return {reason: keys for reason, keys in reasons.items() if keys}
+
+
+def pixels_for(metadata: dict[str, str], recipe: Recipe) -> PixelStatistics | None:
+    """By what a file's pixels were normalised: as it says, else by ImageNet's, as all four trainers do with RGB."""
+    if (found := metadata_statistics(metadata)) is not None or EMBEDDED_RECIPE in metadata or recipe.channels != 3:
+        return found
+    return PixelStatistics(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+
+
+def choose(content: dict[str, Any], weights: str, ignore: tuple[str, ...] = ()) -> dict[str, dict[str, Tensor]]:
+    """The state dicts to import, {"student": …} and perhaps {"teacher": …}; `ignore`: see `find_weights`.
 
     **Raises:** `UserError` if the file has no such weights.
     """
-    found = {name: state for name in ("student", "teacher") if (state := find_weights(content, name))}
+    found = {name: state for name in ("student", "teacher") if (state := find_weights(content, name, ignore))}
     if not found:
         raise UserError(_nothing_found(content))
     if weights and weights not in found:
@@ -120,6 +167,8 @@ def _nothing_found(content: dict[str, Any]) -> str:
             "holds DeepSpeed's optimizer state, not weights; give mp_rank_00_model_states.pt, which lies beside it, "
             "or what DeepSpeed's zero_to_fp32.py makes of the folder"
         )
+    if layout := foreign_layout(all_names(content)):
+        return layout
     keys = ", ".join(str(key) for key in list(content)[:8])
     return f"holds no weights of a vision transformer (its keys: {keys}); expected patch_embed.proj.weight and the like"
 
@@ -172,9 +221,7 @@ def recipe_for(
     if not shape.predictor_depth:
         policy = "tube" if shape.tubelet_size and _slots({**known, **guessed}) > 1 else "random"
         known |= {"mask_policy": policy, "predict_loss": "none", "clip_grad": 0.0}
-    for name in ("norm_pix_loss", "normlize_target"):  # MAE's and VideoMAE's spelling
-        if isinstance(stored.get(name), bool):
-            known["norm_pix_loss"] = stored[name]
+    known |= told_by(stored, bool(shape.tubelet_size))
     conventions = {**guessed, **_conventions(shape, source)}
     assumed = {name: value for name, value in conventions.items() if name not in {**known, **fields}}
     if shape.decoder_dim and "decoder_heads" not in {**assumed, **fields}:
@@ -274,7 +321,7 @@ def write_run(output_dir: Path, imported: Imported, made_of: dict[str, Any]) -> 
     if any((output_dir / "checkpoints").glob("step-*")):
         raise UserError(f"output {output_dir} holds checkpoints already; choose another --output")
     with files.writing(output_dir, "choose another --output"):
-        aside = checkpoint.begin(output_dir, 0)
+        aside = checkpoint.begin(output_dir, 0, checkpoint.pixels_note(imported.pixels) if imported.pixels else None)
         try:
             for name, state in imported.states.items():
                 files.save_tensors(state, aside / f"{name}.safetensors")
@@ -290,6 +337,7 @@ def _note(imported: Imported, made_of: dict[str, Any]) -> dict[str, Any]:
         "source": imported.source,
         "encoder_only": imported.encoder_only,
         "assumed": imported.assumed,
+        "told": imported.told,
         "keys": {name: dataclasses.asdict(report) for name, report in imported.reports.items()},
     }
 
@@ -304,6 +352,11 @@ def summary(imported: Imported) -> list[str]:
     lines = [f"{what}, {frames or 'images '}{height}x{width}x{recipe.channels}{decoder}"]
     if imported.assumed:
         lines.append(f"  assumed    {', '.join(imported.assumed)}: not told by the shapes")
+    if imported.told:
+        lines.append(f"  told       {', '.join(imported.told)}: by the arguments in the file")
+    by = imported.pixels
+    shown = " ".join(f"{value:.4g}" for value in (*by.mean, *by.std)) if by else ""
+    lines.append(f"  pixels     {f'normalised by mean and std {shown}' if by else 'normalised by nobody knows what'}")
     for name, report in imported.reports.items():
         lines += [f"  {name}:", *(f"    {line}" for line in report.lines())]
     if imported.encoder_only:
@@ -331,6 +384,17 @@ def _parser() -> Parser:
     parser.add_argument(
         "--num_frames", type=int, help="frames of a video model's clips (default: as the file says, or 16)"
     )
+    parser.add_argument(
+        "--sampling_rate", type=int, help="a clip takes every how many-th frame (default: as the file says, or 1)"
+    )
+    parser.add_argument("--mask_ratio", type=float, help="share of patches that it masked (default: as the file says)")
+    parser.add_argument(
+        "--mean",
+        type=float,
+        nargs="+",
+        help="of its pixels, 0..1, one or three (default: as the file says, or ImageNet's)",
+    )
+    parser.add_argument("--std", type=float, nargs="+", help="the same, their standard deviation")
     parser.add_argument("--decoder_heads", type=int, help="heads of the decoders, where they are not 512 wide")
     parser.add_argument(
         "--norm_pix_loss",
@@ -338,6 +402,17 @@ def _parser() -> Parser:
         help="whether targets were normalised per patch (default: as the file says, else MAE and videos yes, HPM no)",
     )
     return parser
+
+
+def _pixels_given(arguments: argparse.Namespace) -> PixelStatistics | None:
+    """--mean and --std. **Raises:** `UserError` for one of them alone, for two numbers, and out of range."""
+    mean, std = arguments.mean, arguments.std
+    if mean is None and std is None:
+        return None
+    good = bool(mean and std) and len(mean) == len(std) and len(mean) in (1, 3)
+    if not (good and all(0 <= value <= 1 for value in mean) and all(0 < value <= 1 for value in std)):
+        raise UserError(f"mean is {mean} and std {std}, expected both, of one or three numbers in 0..1, std above 0")
+    return PixelStatistics(tuple(mean), tuple(std))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -349,10 +424,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         weights=arguments.weights,
         base=recipes.from_name(arguments.recipe) if arguments.recipe else None,
         given={
-            name: getattr(arguments, name) for name in ("input_size", "num_frames", "decoder_heads", "norm_pix_loss")
+            name: getattr(arguments, name)
+            for name in ("input_size", "num_frames", "sampling_rate", "mask_ratio", "decoder_heads", "norm_pix_loss")
         },
         encoder_only=arguments.encoder_only,
         ignore=arguments.ignore,
+        pixels=_pixels_given(arguments),
     )
     made_of = {"file": arguments.checkpoint.name, "sha256": files.file_hash(arguments.checkpoint)}
     write_run(arguments.output, imported, made_of)

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+ROUNDING = 32  # units in the last place within which two sums of the same values may differ
+
 
 # ------------------------------------------------------------------------------------------------------ attention
 def cls_attention(model: nn.Module, images: Tensor) -> Tensor:
@@ -33,11 +35,25 @@ def attention_weights(attention: Tensor, *, per_head: bool = False) -> Tensor:
 
     - `per_head`: scale each head first, and not the average, as the released code does
 
-    A constant map gives zeros, which `attention_mask` takes for equal weights (the released code: NaN).
+    A constant map gives zeros, which `attention_mask` takes for equal weights (the released code: NaN); so does one
+    that is constant but for rounding.
     """
     return _scaled(attention).mean(dim=1) if per_head else _scaled(attention.mean(dim=1))
 
 
 def _scaled(values: Tensor) -> Tensor:
     low, high = values.amin(dim=-1, keepdim=True), values.amax(dim=-1, keepdim=True)
-    return (values - low) / (high - low).clamp_min(torch.finfo(values.dtype).tiny)
+    return torch.where(told_apart(values), (values - low) / (high - low), 0.0)
+
+
+def standardized(values: Tensor) -> Tensor:
+    """Values of patches [B, L] with mean 0 and deviation 1 per image; zeros where they differ by rounding alone."""
+    deviation = values.std(dim=-1, keepdim=True)
+    return torch.where(told_apart(values), (values - values.mean(dim=-1, keepdim=True)) / deviation, 0.0)
+
+
+def told_apart(values: Tensor) -> Tensor:
+    """Whether values [..., L] differ by more than the rounding of their sums: bool [..., 1]."""
+    low, high = values.amin(dim=-1, keepdim=True), values.amax(dim=-1, keepdim=True)
+    rounding = ROUNDING * torch.finfo(values.dtype).eps * values.abs().amax(dim=-1, keepdim=True)
+    return ~(high - low <= rounding.clamp_min(torch.finfo(values.dtype).tiny))  # what is not finite is not hidden

@@ -185,7 +185,7 @@ class MapLoader:
     """A `Loader` whose batches carry the maps that a run has at the time; put it before `on_device`."""
 
     def __init__(self, loader: Loader, maps: RunMaps) -> None:
-        self.info, self.batch_size = loader.info, loader.batch_size
+        self.info, self.source, self.batch_size = loader.info, loader.source, loader.batch_size
         self._loader, self._maps = loader, maps
 
     def __len__(self) -> int:

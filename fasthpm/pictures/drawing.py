@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 
 from fasthpm.data.sampling import Array
 from fasthpm.files import replacing
+from fasthpm.maps.attention import ROUNDING
 
 Pictures = dict[str, Array]
 IMAGE_SIDE, FRAME_SIDE = 112, 56  # smaller ones are enlarged to at least this many pixels
@@ -27,12 +28,21 @@ def per_pixel(values: Array, size: tuple[int, ...]) -> Array:
 
 
 def heat(values: Array) -> Array:
-    """[N, ...] -> colours uint8 [N, ..., 3], scaled per image or clip from its lowest to its highest value."""
+    """[N, ...] -> colours uint8 [N, ..., 3], scaled per image or clip from its lowest to its highest value.
+
+    Where they differ by rounding alone, all are the lowest.
+    """
     from matplotlib import colormaps
 
     inner = tuple(range(1, values.ndim))
-    low, high = values.min(axis=inner, keepdims=True), values.max(axis=inner, keepdims=True)
-    return (colormaps["inferno"]((values - low) / np.maximum(high - low, 1e-12))[..., :3] * 255).astype(np.uint8)
+    return (colormaps["inferno"](from_0_to_1(values, inner))[..., :3] * 255).astype(np.uint8)
+
+
+def from_0_to_1(values: Array, axes: tuple[int, ...] | None = None) -> Array:
+    """Values scaled to [0, 1] over `axes`, None = all of them; 0 where they differ by the rounding of float32 alone."""
+    low, high = values.min(axis=axes, keepdims=True), values.max(axis=axes, keepdims=True)
+    rounding = ROUNDING * np.finfo(np.float32).eps * np.maximum(abs(low), abs(high))
+    return np.where(high - low > rounding, (values - low) / np.maximum(high - low, 1e-12), 0.0)
 
 
 def as_rgb(pixels: Array) -> Array:

@@ -36,7 +36,7 @@ from tqdm import tqdm
 from fasthpm import files
 from fasthpm.checkpoint import RECIPE, checkpoint_of
 from fasthpm.cli import Arguments, Parser
-from fasthpm.data import DatasetInfo, build_loader, read_info
+from fasthpm.data import build_loader, read_info
 from fasthpm.data.listing import files_below
 from fasthpm.data.names import sample_names
 from fasthpm.data.plain import read_pixels
@@ -45,7 +45,7 @@ from fasthpm.difficulty import averaged, refusal
 from fasthpm.entry import Result
 from fasthpm.errors import UserError
 from fasthpm.model import HPMViT, is_video
-from fasthpm.patches import NormalizedPatches, training_info
+from fasthpm.patches import NormalizedPatches, Statistics, statistics_for
 from fasthpm.pictures import drawing, panels
 from fasthpm.probes import answers
 from fasthpm.probes.answers import Answers
@@ -89,13 +89,13 @@ Features = Callable[[Tensor, Tensor], Tensor | None]  # see `difficulty_head.tar
 
 @torch.no_grad()
 def difficulty(
-    model: HPMViT, recipe: Recipe, info: DatasetInfo, images: Tensor, masks: int, features: Features
+    model: HPMViT, recipe: Recipe, statistics: Statistics, images: Tensor, masks: int, features: Features
 ) -> tuple[Tensor, Tensor]:
     """Predicted difficulty, and the true loss averaged over `masks` random masks (0: zeros): float32 [B, L] each.
 
-    - `images`: uint8 [B, H, W, C] on the model's device
+    - `statistics`: by which pixels are normalised; `images`: uint8 [B, H, W, C] on the model's device
     """
-    patches = NormalizedPatches(recipe, info)(images)
+    patches = NormalizedPatches(recipe, statistics)(images)
     zeros = torch.zeros_like(patches[:, :, 0])
     predicted = zeros if refusal(model, model.difficulty) else averaged(model, patches, LOOKS)
     if not masks:
@@ -116,13 +116,14 @@ def map_batches(model: HPMViT, recipe: Recipe, arguments: argparse.Namespace) ->
         max_bad_samples=1.0,
     )
     loader = build_loader(arguments.data_path, options)
-    info, grid, device = training_info(recipe, loader.info), recipe.grid_size, model.mask_token.device
+    pixels_by = statistics_for(model, loader.info, loader.source)
+    grid, device = recipe.grid_size, model.mask_token.device
     features: Features = target_features(model, recipe) if arguments.true_loss else lambda images, patches: None
     try:
         for batch in tqdm(loader, desc="maps", unit="batch"):
             keep = ~batch.replaced  # others stand in for what does not decode
             images = batch.images[keep]
-            values = difficulty(model, recipe, info, images.to(device), arguments.true_loss, features)
+            values = difficulty(model, recipe, pixels_by, images.to(device), arguments.true_loss, features)
             predicted, true = (x.float().cpu().numpy().reshape(-1, *grid) for x in values)
             pixels = images.numpy()
             yield ImageMaps(batch.ids[keep].numpy(), pixels, predicted, true, *emptiness(pixels, recipe.patch_size))
@@ -156,8 +157,7 @@ def auc(values: Array, inside: Array) -> float:
 
 def precision_recall(values: Array, inside: Array) -> Array:
     """Precision and recall at `THRESHOLDS` levels of the values scaled to [0, 1]: float64 [2, THRESHOLDS]."""
-    low, high = values.min(), values.max()
-    level = ((values - low) / max(high - low, 1e-12) * (THRESHOLDS - 1)).astype(int)
+    level = (drawing.from_0_to_1(values) * (THRESHOLDS - 1)).astype(int)
     hits, chosen = (np.bincount(level[side], minlength=THRESHOLDS)[::-1].cumsum() for side in (inside, slice(None)))
     return np.stack([hits / np.maximum(chosen, 1), hits / max(int(inside.sum()), 1)])
 

@@ -15,7 +15,7 @@ from fasthpm.loss import EPS
 from fasthpm.maps.attention import attention_weights, cls_attention
 from fasthpm.mask import MaskPlan
 from fasthpm.model import VIDEO_EPS, HPMViT
-from fasthpm.patches import NormalizedPatches
+from fasthpm.patches import NormalizedPatches, Statistics
 from fasthpm.pictures import drawing
 from fasthpm.pictures.drawing import Pictures
 from fasthpm.recipe import Recipe
@@ -51,7 +51,7 @@ def columns_of(recipe: Recipe) -> tuple[str, ...]:
 def pictures(
     model: HPMViT,
     recipe: Recipe,
-    info: DatasetInfo,
+    statistics: Statistics,
     images: Tensor,
     alpha: float,
     frozen: FrozenTeacher | None = None,
@@ -60,7 +60,8 @@ def pictures(
 ) -> Pictures:
     """One picture of every image or frame per name: uint8 [N, T, H, W, 3] each, under the names that readers see.
 
-    - `images`: uint8 [N, (T,) H, W, C]; `alpha`: share of the mask that the predicted difficulty chooses
+    - `statistics`: by which pixels are normalised; `images`: uint8 [N, (T,) H, W, C]
+    - `alpha`: share of the mask that the predicted difficulty chooses
     - `frozen`: the target's teacher, for targets dino and clip; with target ema, the true loss is that of the model's
       own features
     - `names`: of `COLUMNS` and `MORE_COLUMNS`, none: `columns_of(recipe)`; "hardest" masks the recipe's share of
@@ -71,7 +72,7 @@ def pictures(
     statistics. The true loss of a patch is averaged over the masks that hide it. Of a model that
     can't be asked the predicted loss stays empty.
     """
-    plan, patches_of = recipe.mask_plan, NormalizedPatches(recipe, info)
+    plan, patches_of = recipe.mask_plan, NormalizedPatches(recipe, statistics)
     images = images.to(model.mask_token.device)
     patches = patches_of(images)
     target = frozen(images) if frozen else model.encode(patches)[:, 1:] if recipe.target_teacher == "ema" else None

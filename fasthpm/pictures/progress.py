@@ -5,7 +5,7 @@ from pathlib import Path
 from fasthpm import schedule
 from fasthpm.patches import model_of
 from fasthpm.pictures import drawing, panels
-from fasthpm.run.metrics import Metrics
+from fasthpm.run.metrics import Metrics, overview_tag
 from fasthpm.run.records import METRICS_FILE, latest, read_records
 from fasthpm.run.state import Run
 from fasthpm.step import Step
@@ -33,6 +33,6 @@ def draw_panel(run: Run[Step], metrics: Metrics) -> None:
         drawing.save_png(picture, path)
         if animation:
             drawing.save_gif(animation, path.with_suffix(".gif"))
-    metrics.image("panel", picture, run.done)
+    metrics.image(overview_tag("panel"), picture, run.done)
     if animation:
-        metrics.animation("clips", animation, run.done)
+        metrics.animation(overview_tag("clips"), animation, run.done)

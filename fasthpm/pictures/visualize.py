@@ -10,35 +10,40 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from fasthpm.cli import Parser
-from fasthpm.data import DatasetInfo, read_info
-from fasthpm.data.pixels import render
+from fasthpm.data.pixels import luminance, render
 from fasthpm.data.plain import read_pixels
+from fasthpm.data.statistics import measured
 from fasthpm.errors import UserError
 from fasthpm.files import writing
 from fasthpm.frozen import build_frozen
 from fasthpm.model import HPMViT
+from fasthpm.patches import Statistics, statistics_for
 from fasthpm.pictures import drawing, panels
 from fasthpm.probes import answers
+from fasthpm.probes.clips import add_sampling_rate, at_rate
 from fasthpm.recipe import Recipe
 
 
-def chosen_images(recipe: Recipe, arguments: argparse.Namespace) -> tuple[Tensor, DatasetInfo]:
-    """What the command line asks for: files, or the first images of a data set; uint8 [N, (T,) H, W, C]."""
+def chosen_images(model: HPMViT, recipe: Recipe, arguments: argparse.Namespace) -> tuple[Tensor, Statistics]:
+    """What the command line asks for, and by what it is normalised: files, or the first images of a data set.
+
+    uint8 [N, (T,) H, W, C].
+    """
     if not arguments.images:
         recipe = recipe if not arguments.data_path else recipe.with_data(arguments.data_path)
-        return panels.fixed_images(recipe, arguments.num_images)
+        images, info = panels.fixed_images(recipe, arguments.num_images)
+        return images, statistics_for(model, info, recipe.data_path)
     pictures = []
     for name in arguments.images:
         pixels = read_pixels(name)
-        if recipe.channels == 1:
-            pixels = np.asarray(Image.fromarray(pixels).convert("L"))[..., None]
+        pixels = pixels if recipe.channels == 3 else luminance(pixels)
         crop = np.array([0, 0, *pixels.shape[:2], 0])
         pictures.append(render(pixels, crop, recipe.image_size, recipe.interpolation, np.ones(3, np.float32)))
-    return torch.from_numpy(np.stack(pictures)), read_info(recipe.data_path)
+    images = torch.from_numpy(np.stack(pictures))
+    return images, statistics_for(model, measured(images.numpy()), "these images")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -51,6 +56,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--attention", action="store_true", help="a further column: where the cls token attends to")
     parser.add_argument("--num_images", type=int, default=8, help="rows of the picture")
     answers.add_flags(parser)
+    add_sampling_rate(parser)
     parser.add_argument(
         "--alpha",
         type=float,
@@ -85,13 +91,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """`fasthpm visualize`."""
     arguments = parse_arguments(argv)
     model, recipe, asked_by = answers.load_asked(arguments.run, arguments.difficulty, arguments.weights)
+    recipe = at_rate(recipe, arguments.sampling_rate)
     asked = arguments.columns or panels.columns_of(recipe)
     columns = [*asked, *(["attention"] if arguments.attention else [])]
     check_model(model, recipe, arguments, columns)
-    images, info = chosen_images(recipe, arguments)
+    images, statistics = chosen_images(model, recipe, arguments)
     alpha = recipe.alpha_end if arguments.alpha < 0 else arguments.alpha
     frozen = build_frozen(recipe, torch.device("cpu"), torch.float32)
-    pictures = panels.pictures(model, recipe, info, images, alpha, frozen, columns, asked_by.spearman)
+    pictures = panels.pictures(model, recipe, statistics, images, alpha, frozen, columns, asked_by.spearman)
     with writing(arguments.output, "make room, or choose another -o"):
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         if arguments.output.suffix.lower() == ".gif":

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from fasthpm import checkpoint, files
 from fasthpm import loss as losses
 from fasthpm.checkpoint.foreign import IMPORT_NOTE
-from fasthpm.data import Batch, DatasetInfo, build_loader, read_info
+from fasthpm.data import Batch, build_loader, read_info
 from fasthpm.difficulty import DIFFICULTIES, HEAD, refusal
 from fasthpm.entry import Result
 from fasthpm.errors import UserError
@@ -31,7 +31,7 @@ from fasthpm.frozen import build_frozen
 from fasthpm.layers import DifficultyHead, init_linear
 from fasthpm.mask import draw_mask, sample_noise, split_ids
 from fasthpm.model import HPMViT
-from fasthpm.patches import NormalizedPatches, training_info
+from fasthpm.patches import NormalizedPatches, Statistics, statistics_for
 from fasthpm.recipe import Recipe
 from fasthpm.run.difficulty_check import CHUNK, mean_losses, random_plan
 
@@ -155,7 +155,7 @@ class Fitting:
 
     model: HPMViT
     recipe: Recipe
-    info: DatasetInfo  # mean and standard deviation that the model was trained with
+    info: Statistics  # mean and standard deviation that the model was trained with
     source: str
     batch_size: int = 64
     num_workers: int = 0
@@ -268,8 +268,8 @@ def fit_beside(
     if lacks_decoder(folder):
         raise UserError(f"{source} {NO_DECODER}")
     model.requires_grad_(False).to("cuda" if torch.cuda.is_available() else "cpu")
-    info = training_info(recipe, read_info(data_path))
-    fitting = Fitting(model, recipe, info, data_path, batch_size, num_workers)
+    statistics = statistics_for(model, read_info(data_path, recipe.channels), data_path)
+    fitting = Fitting(model, recipe, statistics, data_path, batch_size, num_workers)
     head = fitting.fresh()
     before = fitting.measure(head)[HEAD]
     fitting.train(head, updates)

@@ -11,9 +11,9 @@ the features alone, to be opened without reading it (np.load(…, mmap_mode="r")
 Both are written while they are computed, so that a larger set needs no more memory.
 
 Images are resized and cropped as for fasthpm knn: 224/256 of the short side, or whole where they are stored at the
-model's size; of a video, the clip in its middle. Features are not L2-normalised. --normalize: by mean and std of the
-data itself, as the probes do (the default), or of what the model was trained on (the default with --timm; better for a
-few images). One process, one GPU.
+model's size; of a video, the clip in its middle. Features are not L2-normalised. --normalize: by mean and std of what
+the model was trained on, as the probes do (the default, where they are known), or of the data itself. One process, one
+GPU.
 """
 
 import argparse
@@ -188,7 +188,7 @@ def main(argv: Arguments = None) -> EmbedResult:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     encoder = encoder_of(arguments, device)
     features = features_of(encoder, arguments.features)
-    by = arguments.normalize or ("model" if arguments.timm else "data")
+    by = arguments.normalize or ("model" if encoder.statistics else "data")
     loader = build_loader(
         arguments.data_path,
         batch_size=arguments.batch_size,

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,17 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from fasthpm import checkpoint
-from fasthpm.checkpoint.foreign import EMBEDDED_RECIPE, find_weights
-from fasthpm.data import DatasetInfo, read_info
-from fasthpm.errors import UserError, about, nearest
-from fasthpm.exchange import exporting
+from fasthpm.checkpoint.foreign import EMBEDDED_RECIPE, find_weights, foreign_layout, unusable
+from fasthpm.checkpoint.pixels import metadata_statistics
+from fasthpm.data import DatasetInfo
+from fasthpm.data.statistics import PixelStatistics, statistics_from, statistics_of
+from fasthpm.errors import UserError, about, nearest, note_once
 from fasthpm.files import LISTED, file_hash, read_file
 from fasthpm.model import HPMViT
 from fasthpm.patches import NormalizedPatches, model_of, pixel_statistics
 from fasthpm.probes.classifier import build_vit
 from fasthpm.recipe import Recipe, build_recipe
-
-Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std per channel, of pixels scaled to 0..1
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Encoder:
     has_cls: bool
     default: str  # how features are pooled, unless asked otherwise
     reading: dict[str, Any]  # how a loader has to read samples for it
-    statistics: Statistics | None  # of the data that it was trained on; None if they are not known
+    statistics: PixelStatistics | None  # of the data that it was trained on; None if they are not known
     norm_of_mean: nn.Module  # what follows the mean of the patches
     made_of: dict[str, Any]  # which weights these are
 
@@ -49,11 +48,10 @@ def of_run(run: Path, weights: str, device: torch.device) -> Encoder:
     """
     folder = checkpoint.checkpoint_of(run)
     model, recipe = checkpoint.load_weights(folder, weights)
-    statistics = _statistics(exporting.statistics(folder)) or _of_data(recipe)
     manifest = folder / checkpoint.MANIFEST
     digest = file_hash(manifest) if manifest.is_file() else ""
     made_of = {"weights": weights, "checkpoint": str(folder), "checkpoint_hash": digest}
-    return _of_model(model.to(device), recipe, statistics, made_of)
+    return _of_model(model.to(device), recipe, model.pixels, made_of)
 
 
 def of_file(path: Path, name: str, device: torch.device) -> Encoder:
@@ -63,7 +61,7 @@ def of_file(path: Path, name: str, device: torch.device) -> Encoder:
     """
     content, metadata = read_file(path)
     made_of = {"file": str(path), "sha256": file_hash(path)}
-    known = _statistics({key: json.loads(metadata[key]) for key in ("mean", "std") if key in metadata})
+    known = metadata_statistics(metadata)
     with about(path):
         if not name and EMBEDDED_RECIPE in metadata:
             recipe = build_recipe(json.loads(metadata[EMBEDDED_RECIPE]), source="the recipe in it")
@@ -72,7 +70,7 @@ def of_file(path: Path, name: str, device: torch.device) -> Encoder:
             return _of_model(model.to(device), recipe, known, made_of)
         if name:
             vit = _named(name, find_weights(content, "student"))
-            return _of_timm(vit.to(device), name, _statistics(vit.pretrained_cfg), made_of)
+            return _of_timm(vit.to(device), name, statistics_from(vit.pretrained_cfg), made_of)
         if "timm" not in metadata:
             raise UserError("does not say which network it belongs to; name it with --timm, like vit_base_patch16_224")
         arguments = json.loads(metadata["timm"])
@@ -83,7 +81,7 @@ def of_file(path: Path, name: str, device: torch.device) -> Encoder:
     return _of_timm(vit.to(device), metadata.get("model", "classifier"), known, made_of)
 
 
-def _of_model(model: HPMViT, recipe: Recipe, statistics: Statistics | None, made_of: dict[str, Any]) -> Encoder:
+def _of_model(model: HPMViT, recipe: Recipe, statistics: PixelStatistics | None, made_of: dict[str, Any]) -> Encoder:
     model.requires_grad_(False)
 
     def tokens(images: Tensor, info: DatasetInfo) -> Tensor:
@@ -109,7 +107,7 @@ def _of_model(model: HPMViT, recipe: Recipe, statistics: Statistics | None, made
     )
 
 
-def _of_timm(vit: Any, name: str, statistics: Statistics | None, made_of: dict[str, Any]) -> Encoder:
+def _of_timm(vit: Any, name: str, statistics: PixelStatistics | None, made_of: dict[str, Any]) -> Encoder:
     vit.eval().requires_grad_(False)
     embed = vit.patch_embed
 
@@ -138,6 +136,8 @@ def _named(name: str, state: dict[str, Tensor]) -> Any:
         raise UserError(f"--timm {name} is no model of timm {timm.__version__}{nearest(name, timm.list_models())}")
     projection = state.get("patch_embed.proj.weight")
     if projection is None:
+        if layout := foreign_layout(state):
+            raise UserError(layout)
         raise UserError("holds no weights of a vision transformer; expected patch_embed.proj.weight and the like")
     vit = timm.create_model(name, pretrained=False, num_classes=0, in_chans=projection.shape[1])
     if not isinstance(vit, timm.models.VisionTransformer):
@@ -154,6 +154,9 @@ def _load(model: nn.Module, state: dict[str, Tensor]) -> None:
         "has no place for": [key for key in state if key not in ours],
         "has another shape of": [key for key in ours if key in state and ours[key].shape != state[key].shape],
     }
+    for what, keys in unusable({key: state[key] for key in ours if key in state}).items():
+        if keys:
+            raise UserError(f"holds weights that are {what}: {', '.join(keys[:LISTED])}; give another file")
     for what, keys in problems.items():
         if keys:
             listed = ", ".join(keys[:LISTED])
@@ -161,26 +164,15 @@ def _load(model: nn.Module, state: dict[str, Tensor]) -> None:
     model.load_state_dict(state)
 
 
-def _statistics(values: Mapping[str, Any]) -> Statistics | None:
-    return (tuple(values["mean"]), tuple(values["std"])) if {"mean", "std"} <= values.keys() else None
-
-
-def _of_data(recipe: Recipe) -> Statistics | None:
-    """Mean and standard deviation of the run's own data; None if it is gone."""
-    try:
-        info = read_info(recipe.data_path)
-    except UserError:
-        return None
-    return info.mean, info.std
-
-
 def normalized_by(encoder: Encoder, info: DatasetInfo, by: str) -> DatasetInfo:
     """`info` with the mean and standard deviation to normalise by: of the "data" itself, or of the "model"'s data.
 
     **Raises:** `UserError` if the latter are not known.
     """
-    channels = encoder.reading["channels"]
-    found = (info.mean, info.std) if by == "data" else encoder.statistics
+    found = statistics_of(info) if by == "data" else encoder.statistics
     if found is None:
         raise UserError("mean and std of the model's own data are not known; use --normalize data")
-    return dataclasses.replace(info, mean=found[0][:channels], std=found[1][:channels])
+    if found.remark:
+        note_once(found.remark)
+    found = found.in_channels(encoder.reading["channels"])
+    return dataclasses.replace(info, mean=found.mean, std=found.std)

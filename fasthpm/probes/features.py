@@ -12,7 +12,7 @@ from tqdm import tqdm
 from fasthpm.data import Loader
 from fasthpm.errors import UserError
 from fasthpm.model import HPMViT
-from fasthpm.patches import NormalizedPatches
+from fasthpm.patches import patches_for
 from fasthpm.recipe import Recipe
 
 
@@ -41,7 +41,7 @@ def features(
       there is one: video models have none
     - `limit`: only samples whose id is below this; 0 = all
     """
-    patches_of = NormalizedPatches(recipe, loader.info)
+    patches_of = patches_for(model, recipe, loader)
     none = torch.zeros(0, device=device).long()
     pool = pool_of(model, pool)
     parts = [Features(torch.zeros(0, model.embed_dim, device=device), none, none)]
@@ -99,7 +99,7 @@ class PooledEncoder:
 
     def __init__(self, model: HPMViT, recipe: Recipe, loader: Loader, pool: str, device: torch.device) -> None:
         self.model, self.pool, self.device = model.to(device).eval().requires_grad_(False), pool, device
-        self.patches_of = NormalizedPatches(recipe, loader.info)
+        self.patches_of = patches_for(model, recipe, loader)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:

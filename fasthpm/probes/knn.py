@@ -29,6 +29,7 @@ from fasthpm.entry import Result
 from fasthpm.errors import UserError
 from fasthpm.model import HPMViT
 from fasthpm.probes import result
+from fasthpm.probes.clips import add_sampling_rate, at_rate
 from fasthpm.probes.features import Features, features, first, gather_rows, pool_of
 from fasthpm.recipe import Recipe
 
@@ -92,6 +93,7 @@ def evaluate(arguments: argparse.Namespace, weights: str, launch: ranks.Launch) 
     with ranks.in_agreement():
         result.check_sets(*((path, read_info(path)) for path in (arguments.train_path, arguments.val_path)))
         model, recipe = load_weights(arguments.run, weights)
+        recipe = at_rate(recipe, arguments.sampling_rate)
         model = model.to(launch.device)
         arguments.pool = pool_of(model, arguments.pool)
         largest = 0 if 0 in sizes else max(sizes)
@@ -176,6 +178,7 @@ def parse_arguments(argv: Arguments) -> argparse.Namespace:
         help="how many neighbours vote (default: 10 20 100 200, as many as fit)",
     )
     parser.add_argument("--num_workers", type=int, default=0, help="decoding threads; 0 = cores / ranks")
+    add_sampling_rate(parser)
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument(
         "-o", "--output", type=Path, default=None, help="JSON result (default: RUN/knn_WEIGHTS_POOL[_N].json)"

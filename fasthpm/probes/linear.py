@@ -39,9 +39,12 @@ from fasthpm.cli import Arguments, Parser
 from fasthpm.data import Loader, build_loader, read_info
 from fasthpm.data.identity import identity_of as data_of
 from fasthpm.data.sampling import sample_order
+from fasthpm.data.statistics import PixelStatistics, statistics_of
 from fasthpm.entry import Result
 from fasthpm.errors import UserError
+from fasthpm.patches import statistics_for
 from fasthpm.probes import result
+from fasthpm.probes.clips import add_sampling_rate, at_rate
 from fasthpm.probes.features import PooledEncoder, pool_of
 from fasthpm.probes.head import LinearHead, build_optimizer, lr_at
 from fasthpm.ranks.signals import StopSignals
@@ -157,6 +160,7 @@ def build(arguments: argparse.Namespace, launch: ranks.Launch, lock: FolderLock 
     """Encoder, data and head, new or as the last interrupted command left them; `lock`: of output_dir."""
     with ranks.in_agreement():
         model, recipe = load_weights(arguments.run, arguments.weights)
+        recipe = at_rate(recipe, arguments.sampling_rate)
         arguments.pool = pool_of(model, arguments.pool)
         fit_batch(arguments, read_info(arguments.train_path).num_samples, launch.world_size)
         accum_iter = accumulation(arguments, launch.world_size)
@@ -186,7 +190,7 @@ def build(arguments: argparse.Namespace, launch: ranks.Launch, lock: FolderLock 
         cached_val,
         accum_iter,
         steps,
-        identity_of(arguments, dim, train.info.classes),
+        identity_of(arguments, dim, train.info.classes, statistics_for(model, train.info, train.source)),
         origin,
     )
     with ranks.in_agreement():
@@ -228,7 +232,9 @@ def accumulation(arguments: argparse.Namespace, world_size: int) -> int:
     return arguments.global_batch_size // per_step
 
 
-def identity_of(arguments: argparse.Namespace, dim: int, classes: Sequence[str]) -> dict[str, Any]:
+def identity_of(
+    arguments: argparse.Namespace, dim: int, classes: Sequence[str], pixels: PixelStatistics
+) -> dict[str, Any]:
     """What must be the same for a probe to go on where another stopped."""
     names = (
         "protocol",
@@ -251,6 +257,8 @@ def identity_of(arguments: argparse.Namespace, dim: int, classes: Sequence[str])
         "encoder": encoder,
         "dim": dim,
         "classes": list(classes),
+        "pixels": pixels.as_json(),
+        "sampling_rate": arguments.sampling_rate,
     }
 
 
@@ -339,13 +347,13 @@ def resume(probe: Probe) -> None:
         theirs["data"] = probe.identity["data"]
     elif theirs["data"] == probe.identity["data"]:  # under another path it is no other data
         theirs["train_path"] = probe.identity["train_path"]
+    theirs.setdefault("sampling_rate", 0)
+    theirs.setdefault("pixels", statistics_of(probe.loaders[0].info).as_json())  # older heads' were always these
     for name, ours in probe.identity.items():
         if theirs.get(name) != ours:
-            what = (
-                f"{len(theirs[name])} classes, the data has {len(ours)} or others"
-                if name == "classes"
-                else f"{name} {str(theirs.get(name))[:20]}, this probe has {str(ours)[:20]}"
-            )
+            what = f"{name} {str(theirs.get(name))[:20]}, this probe has {str(ours)[:20]}"
+            if name == "classes":
+                what = f"{len(theirs[name])} classes, the data has {len(ours)} or others"
             raise UserError(f"{path} is a head with {what}; choose another --output_dir, or remove it")
     probe.head.load_state_dict({n.removeprefix("head."): v for n, v in tensors.items() if n.startswith("head.")})
     for name, parameter in probe.head.named_parameters():
@@ -364,14 +372,8 @@ def run(probe: Probe) -> LinearResult:
     arguments, launch = probe.arguments, probe.launch
     total = arguments.epochs * probe.steps_per_epoch
     figures: dict[str, float] = {}
-    progress = tqdm(
-        total=total,
-        initial=probe.epoch * probe.steps_per_epoch,
-        desc=f"linear, {arguments.protocol}",
-        unit="step",
-        disable=launch.rank != 0,
-        mininterval=1.0,
-    )
+    start, title = probe.epoch * probe.steps_per_epoch, f"linear, {arguments.protocol}"
+    progress = tqdm(total=total, initial=start, desc=title, unit="step", disable=launch.rank != 0, mininterval=1.0)
     with StopSignals() as stop, progress:
         last = min(arguments.epochs, arguments.stop_after_epoch or arguments.epochs)
         while probe.epoch < last:
@@ -453,6 +455,7 @@ def parse_arguments(argv: Arguments) -> argparse.Namespace:
     parser.add_argument("--eval_every", type=int, default=10, help="epochs between two tests")
     parser.add_argument("--save_every", type=int, default=1, help="epochs between two saves")
     parser.add_argument("--stop_after_epoch", type=int, default=0, help="stop after this epoch; 0 = never")
+    add_sampling_rate(parser)
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     for name, value in PROTOCOLS[arguments.protocol].items():

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fasthpm.data.statistics import PixelStatistics
 from fasthpm.errors import UserError
 from fasthpm.probes.answers import AUTO, load_asked
 
@@ -56,14 +57,22 @@ class TokenChooser:
 
     - `run`: pretrained, whose difficulty decides, asked as `difficulty` says (`answers.load_asked`); not needed for
       "random"
+    - `pixels`: by which the images of `choose` are normalised; None = as that run's are
 
     **Raises:** `UserError` for a run that can't say what is hard, or with another patch grid or channels than `vit`.
     """
 
     def __init__(
-        self, vit: Any, policy: str, keep: float, run: Path | None, device: torch.device, difficulty: str = AUTO
+        self,
+        vit: Any,
+        policy: str,
+        keep: float,
+        run: Path | None,
+        device: torch.device,
+        difficulty: str = AUTO,
+        pixels: PixelStatistics | None = None,
     ) -> None:
-        self.policy, self.keep, self.kept = policy, keep, KeptTokens()
+        self.policy, self.keep, self.kept, self.pixels = policy, keep, KeptTokens(), pixels
         self.num_patches = vit.patch_embed.num_patches
         self.model = self._load(run, vit, difficulty).to(device).eval().requires_grad_(False) if run else None
         vit.patch_drop = self.kept
@@ -88,5 +97,16 @@ class TokenChooser:
         if self.model is None:
             difficulty = images.new_zeros(len(images), self.num_patches)
         else:
+            images = self._as_the_run_sees_them(images)
             difficulty = self.model.predict_loss(images.to(next(self.model.parameters()).dtype))
         self.kept.ids = select_tokens(difficulty, self.keep, policy=self.policy)
+
+    def _as_the_run_sees_them(self, images: Tensor) -> Tensor:
+        """Images [B, C, H, W] normalised anew, if the run was trained with another mean and std."""
+        ours, theirs = self.pixels, self.model.pixels if self.model else None
+        if ours is None or theirs in (None, ours):
+            return images
+        (mean, std), (own_mean, own_std) = (
+            (images.new_tensor(values)[:, None, None] for values in (known.mean, known.std)) for known in (ours, theirs)
+        )
+        return (images * std + mean - own_mean) / own_std

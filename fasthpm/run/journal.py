@@ -34,6 +34,8 @@ class Journal:
         )
         self._first_step, self._disk_failed = first_step, False
         self._unwritten: list[str] = []  # lines that the disk has not taken yet
+        self._shown: set[str] = set()  # figures that TensorBoard has; those that were zero so far, and when last
+        self._zeros: dict[str, int] = {}
         self._writer: Any = None
         self._open(first_step)
 
@@ -46,8 +48,19 @@ class Journal:
         with self.surviving_the_disk(step):
             self._write_lines()
             with self._tensorboard() as writer:
-                for name, value in scalars.items():
-                    writer.add_scalar(name, value, step)
+                for name, value, when in self._told_of(scalars, step):
+                    writer.add_scalar(name, value, when)
+
+    def _told_of(self, scalars: dict[str, float], step: int) -> Iterator[tuple[str, float, int]]:
+        """(name, value, update) of what is worth a curve: a figure begins with its last zero before it was another."""
+        for name, value in scalars.items():
+            if name not in self._shown and value == 0:
+                self._zeros[name] = step
+                continue
+            self._shown.add(name)
+            if name in self._zeros:
+                yield name, 0.0, self._zeros.pop(name)
+            yield name, value, step
 
     def image(self, tag: str, picture: Any, step: int) -> None:
         """Add a picture [H, W, 3] uint8 to TensorBoard (rank 0)."""
@@ -72,6 +85,7 @@ class Journal:
         """Go back to update `step`: what was written of later ones will be written anew."""
         self.progress.n = self._first_step = step
         self.progress.refresh()
+        self._zeros.clear()
         self._close_writer()
         self._open(step)
 

@@ -27,6 +27,8 @@ from fasthpm.run.journal import Journal
 from fasthpm.step import METRICS, StepOutput
 
 FORENSICS = "nonfinite"
+OVERVIEW = "1_overview"  # before all other groups: TensorBoard sorts by name, and its first screen holds few
+TENSORBOARD_FIRST = ("loss", "difficulty_spearman", "images_per_second")
 TENSORBOARD_GROUPS = {
     "loss": ("loss", "reconstruction_loss", "difficulty_loss"),
     "predictor": (
@@ -162,9 +164,7 @@ class Metrics(Journal):
         super().rewind(step)
 
     def _tell(self, step: int, epoch: float, record: dict[str, float]) -> None:
-        groups = TENSORBOARD_GROUPS.items()
-        tags = {f"{group}/{name}": record[name] for group, names in groups for name in names if name in record}
-        self.write(step, epoch, record, tags)
+        self.write(step, epoch, record, tags_of(record))
         self.progress.set_postfix(
             loss=f"{record['loss']:.3f}",
             img_s=f"{record['images_per_second']:.0f}",
@@ -237,6 +237,19 @@ class Metrics(Journal):
             first,
             printed_elsewhere=self.rank != 0,
         )
+
+
+def tags_of(record: dict[str, float]) -> dict[str, float]:
+    """A record's figures under their names in TensorBoard: what matters most first, then all of them by groups."""
+    first = {overview_tag(name): record[name] for name in TENSORBOARD_FIRST if name in record}
+    groups = TENSORBOARD_GROUPS.items()
+    return first | {f"{group}/{name}": record[name] for group, names in groups for name in names if name in record}
+
+
+def overview_tag(name: str) -> str:
+    """The name in TensorBoard's first group of a figure that is one of the first, or of a picture, after them."""
+    places = {known: place for place, known in enumerate(TENSORBOARD_FIRST, 1)}
+    return f"{OVERVIEW}/{places.get(name, len(places) + 1)}_{name}"
 
 
 def memory_gib(device: torch.device) -> float:

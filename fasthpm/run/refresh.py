@@ -6,7 +6,7 @@ import torch
 
 from fasthpm import checkpoint, ranks
 from fasthpm.data import build_loader
-from fasthpm.maps.attention import attention_weights, cls_attention
+from fasthpm.maps.attention import attention_weights, cls_attention, standardized
 from fasthpm.ranks.watchdog import Watchdog
 from fasthpm.run.state import Run, endless
 from fasthpm.step import Step
@@ -21,8 +21,7 @@ def refresh_maps(run: Run[Step], watchdog: Watchdog) -> None:
 
     def compute(images: torch.Tensor) -> torch.Tensor:
         if recipe.teacher_maps:
-            difficulty = step.difficulty(images)
-            return (difficulty - difficulty.mean(1, keepdim=True)) / difficulty.std(1, keepdim=True).clamp_min(1e-6)
+            return standardized(step.difficulty(images))
         attention = cls_attention(step.student, step.normalized_patches(images))
         return attention_weights(attention, per_head=recipe.map_per_head)
 

@@ -122,3 +122,22 @@ def test_ffcvs_own_writer_would_store_the_same_pixels(tmp_path: Path) -> None:
         images = [Image.open(io.BytesIO(blob)) for blob in (stored.blob, kept[-1].tobytes())]
         assert np.array_equal(*map(np.asarray, images))
         assert [b"\xff\xdd" in blob for blob in (stored.blob, kept[-1].tobytes())] == [True, False]
+
+
+@pytest.mark.parametrize("grey", [True, False])
+def test_channels_may_be_asked_for(tmp_path: Path, grey: bool) -> None:
+    folder = image_folder(tmp_path / "in", 4, grey=grey)
+    infos = {}
+    for flags in ((), ("--channels", "1"), ("--channels", "3"), ("--grey",)):
+        name = "".join(flags).strip("-") or "measured"
+        infos[name] = open_beton(prepare(folder, tmp_path / f"{name}.beton", *flags)).info
+    assert {name: info.channels for name, info in infos.items()} == {
+        "measured": 1 if grey else 3,
+        "channels1": 1,
+        "channels3": 3,
+        "grey": 1,
+    }
+    assert infos["grey"] == infos["channels1"]
+    if grey:
+        assert infos["channels3"].mean == infos["measured"].mean * 3
+        assert infos["channels3"].std == infos["measured"].std * 3

@@ -289,7 +289,7 @@ def corrupt(path: Path, kind: str) -> None:
         ("half a zip", "is damaged, or not a file of torch.save"),
         ("half a legacy file", "is damaged, or not a file of torch.save"),
         ("text", "is damaged, or not a file of torch.save"),
-        ("empty", "is damaged, or not a file of torch.save"),
+        ("empty", "is empty; copy or download it again"),
         ("picture", "is damaged, or not a file of torch.save"),
         ("module", r"needs Python code to load \(torch.nn.modules.linear.Linear\)"),
         ("list", "holds a list, expected a dictionary"),
@@ -375,14 +375,16 @@ def test_a_full_videomae_checkpoint_becomes_a_run(tmp_path: Path, capsys: pytest
     """ViT-B's keys and shapes, in half precision, with the arguments that the trainer stores."""
     torch.manual_seed(0)
     model = fasthpm.create_model("videomae_vit_base_patch16_224").half()
-    stored = argparse.Namespace(num_frames=16, input_size=224, normlize_target=True, mask_ratio=0.9)
+    stored = argparse.Namespace(num_frames=16, input_size=224, normlize_target=True, mask_ratio=0.8, sampling_rate=4)
     torch.save({"model": {f"module.{k}": v for k, v in their_names(model).items()}, "args": stored}, tmp_path / "b.pth")
     dispatch(["import", str(tmp_path / "b.pth"), "-o", str(tmp_path / "run")])
     said = capsys.readouterr().out
     assert "videomae checkpoint: base, patches of 16, 16 frames of 224x224x3, decoder 384 x 4" in said
-    assert "12 heads, mask_ratio 0.9, decoder_heads 6: not told by the shapes" in said
+    assert "assumed    12 heads, decoder_heads 6: not told by the shapes" in said
+    assert "told       sampling_rate 4, mask_ratio 0.8, norm_pix_loss True: by the arguments in the file" in said
     again, recipe = weights.load_weights(tmp_path / "run")
-    assert (recipe.model, recipe.mask_policy, recipe.num_masked) == ("videomae_vit_base_patch16_224", "tube", 1408)
+    assert (recipe.model, recipe.mask_policy, recipe.num_masked) == ("videomae_vit_base_patch16_224", "tube", 1248)
+    assert (recipe.sampling_rate, recipe.mask_ratio) == (4, 0.8)
     assert (recipe.norm_pix_loss, recipe.decoder_heads, recipe.tubelet_size) == (True, 6, 2)
     want = {name: value.float() for name, value in model.state_dict().items() if not name.endswith("pos_embed")}
     for name, value in want.items():

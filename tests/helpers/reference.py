@@ -302,10 +302,13 @@ def attention_mask(
     weights: list[float], mask_ratio: float, throw_ratio: float, noise: list[float], round_up: bool = False
 ) -> tuple[set[int], set[int]]:
     """AMT: an exponential race of rate `weight`, which is drawing one after the other in proportion to weight."""
-    count = math.ceil if round_up else int
+    length = len(weights)
     times = [-math.log(u + 2.0**-25) / w if w else math.inf for w, u in zip(weights, noise, strict=True)]
     order = sorted(range(len(weights)), key=lambda i: (times[i], -noise[i]))
-    masked, gone = count(len(weights) * mask_ratio), count(len(weights) * (mask_ratio + throw_ratio))
+    masked, gone = int(length * mask_ratio), int(length * (mask_ratio + throw_ratio))
+    if round_up:
+        masked = math.ceil(length * mask_ratio)
+        gone = masked + math.ceil(length * throw_ratio)
     return set(order[:masked]), set(order[masked:gone])
 
 

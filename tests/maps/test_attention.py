@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 
 from fasthpm.layers import attend_plain
@@ -36,3 +37,22 @@ def test_weights_are_scaled_after_the_mean_or_before_it() -> None:
     released = maps_attention.attention_weights(attention, per_head=True)
     torch.testing.assert_close(released, torch.tensor([[0.5, 0.125, 0.5]]))
     assert maps_attention.attention_weights(torch.full((1, 2, 4), 0.25)).tolist() == [[0.0] * 4]
+
+
+@pytest.mark.parametrize("ulps", [0, 1, 4])
+@pytest.mark.parametrize("level", [1.0, 1 / 197, 1e-6, -3.0, 0.0])
+def test_rounding_is_no_difference(level: float, ulps: int) -> None:
+    """Else patches of a constant map would be masked for ever by their last bit."""
+    values = torch.full((2, 3, 50), level)
+    for _ in range(ulps):
+        values[:, :, ::7] = values[:, :, ::7].nextafter(torch.tensor(torch.inf))
+    values[1, :, 5] += 0.01  # the other image has something to tell
+    for per_head in (False, True):
+        weights = maps_attention.attention_weights(values, per_head=per_head)
+        assert weights[0].tolist() == [0.0] * 50
+        assert weights[1].argmax() == 5
+        assert weights[1, 5] == 1
+    apart = maps_attention.standardized(values[:, 0])
+    assert apart[0].tolist() == [0.0] * 50
+    torch.testing.assert_close(apart[1].std(), torch.tensor(1.0))
+    assert maps_attention.standardized(torch.tensor([[torch.nan, 1.0]])).isnan().all()

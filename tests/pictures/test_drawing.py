@@ -14,3 +14,12 @@ def test_png_is_written_whole(tmp_path: Path) -> None:
     with Image.open(tmp_path / "a.png") as written:
         assert np.array_equal(np.asarray(written), picture)
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_rounding_is_not_painted() -> None:
+    values = np.full((2, 4, 4), 0.3, np.float32)
+    values[:, 0] = np.nextafter(values[:, 0], np.float32(1))
+    values[1, 2, 2] = 0.4
+    colours = drawing.heat(values)
+    assert (colours[0] == colours[0, 0, 0]).all()
+    assert not (colours[1] == colours[1, 0, 0]).all()

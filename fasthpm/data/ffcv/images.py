@@ -16,6 +16,7 @@ from fasthpm.data.base import BLOCK_BYTES, PrefetchLoader
 from fasthpm.data.ffcv.beton import Beton, open_beton
 from fasthpm.data.ffcv.prepared import open_set
 from fasthpm.data.options import LoaderOptions
+from fasthpm.data.pixels import luminance
 from fasthpm.data.sampling import INTERPOLATIONS, Array
 from fasthpm.errors import UserError
 
@@ -47,6 +48,15 @@ class FfcvLoader(PrefetchLoader):
 
     def decode(self, images: Array, ids: Array, crops: Array, factors: Array | None = None) -> Array:
         """Write crops of samples like `_fill`, but return each sample's status, 0 if it decoded: int32 [b]."""
+        stored = self.data.info.channels
+        if images.shape[3] == stored:
+            return self._decode(images, ids, crops, factors)
+        own = np.zeros((*images.shape[:3], stored), np.uint8)
+        status = self._decode(own, ids, crops, factors)
+        images[:] = own if stored == 1 else luminance(own)
+        return status
+
+    def _decode(self, images: Array, ids: Array, crops: Array, factors: Array | None) -> Array:
         data, status = self.data, np.zeros(len(ids), np.int32)
         table = (data.addresses, data.lengths, data.modes, data.heights, data.widths)
         jitter = np.ones((len(ids), 3), np.float32) if factors is None else factors.astype(np.float32)

@@ -17,9 +17,11 @@ from fasthpm.checkpoint.saver import Saver
 from fasthpm.data import DatasetInfo, Loader, LoaderOptions, build_loader
 from fasthpm.data.augmented import Augmentation, AugmentedLoader
 from fasthpm.data.identity import identity_of
+from fasthpm.data.statistics import PixelStatistics, statistics_from
 from fasthpm.errors import UserError
+from fasthpm.files import read_json
 from fasthpm.model import HPMViT
-from fasthpm.patches import model_of
+from fasthpm.patches import model_of, statistics_for
 from fasthpm.probes import result
 from fasthpm.probes.answers import AUTO
 from fasthpm.probes.classifier import architecture, build_classifier, layer_decay_groups
@@ -63,6 +65,7 @@ class FineTuning(state.Run[ClassifierStep]):
     val_loader: Loader = dataclasses.field(kw_only=True)
     last_loader: Loader = dataclasses.field(kw_only=True)  # of the last test, all views
     origin: dict[str, Any] = dataclasses.field(kw_only=True)  # where the encoder comes from
+    pixels: PixelStatistics = dataclasses.field(kw_only=True)  # by which images are normalised
     best: float = 0.0  # accuracy in percent
 
     @property
@@ -83,11 +86,12 @@ def build(
         image_size = image_size_of(settings, model)
         plan, loader, val_loader, last_loader = open_data(settings, recipe, image_size, launch)
         data = identity_of(settings.train_path)
-        notes = describe(settings, arguments.run, model, loader.info)
+        pixels = loader.normalize_by(statistics_of_tuning(settings, model, loader))
+        notes = describe(settings, arguments.run, model, loader.info, pixels)
         refuse_other(Path(settings.output_dir), notes, data)
         config = ranks.merge_config(plan.deepspeed_config, plan, launch.world_size)
         vit = network(model, settings, image_size, len(loader.info.classes))
-        chooser = choose_tokens(vit, settings, launch.device)
+        chooser = choose_tokens(vit, settings, launch.device, pixels=pixels)
         origin = result.provenance(arguments.run, launch)
     if lock:
         lock.take(Path(settings.output_dir))
@@ -116,6 +120,7 @@ def build(
         val_loader=val_loader,
         last_loader=last_loader,
         origin=origin,
+        pixels=pixels,
         notes={checkpoint.FINETUNE_NOTES: notes},
         data=data,
     )
@@ -127,12 +132,19 @@ def load_encoder(run: Path, given: dict[str, Any]) -> tuple[HPMViT, Recipe]:
     """The run's model with the weights that fine-tuning starts from, and its recipe."""
     model, recipe = checkpoint.load_weights(run, given.get("weights", "student"))
     if given.get("from_scratch"):
-        model = model_of(dataclasses.replace(recipe, seed=given.get("seed", 0)))
+        pixels, model = model.pixels, model_of(dataclasses.replace(recipe, seed=given.get("seed", 0)))
+        model.pixels = pixels
     if model.video and given.get("token_policy"):
         raise UserError(f"{run} was trained on video, and --token_policy takes image models; leave it out")
     if not model.video and given.get("test_views", "1x1") != "1x1":
         raise UserError(f"test_views is {given['test_views']!r}, but {run} was trained on images; leave it out")
     return model, recipe
+
+
+def statistics_of_tuning(settings: FineTune, model: HPMViT, loader: Loader) -> PixelStatistics:
+    """By what a fine-tuning's images are normalised: as its encoder was trained, or as it began itself."""
+    begun = statistics_from(read_json(Path(settings.output_dir) / checkpoint.FINETUNE_NOTES))
+    return begun or statistics_for(model, loader.info, loader.source)
 
 
 def open_data(
@@ -208,7 +220,7 @@ def thorough_loader(settings: FineTune, options: LoaderOptions) -> Loader:
     return build_loader(settings.val_path, dataclasses.replace(options, views=settings.views, batch_size=batch_size))
 
 
-def describe(settings: FineTune, run: Path, model: HPMViT, info: DatasetInfo) -> str:
+def describe(settings: FineTune, run: Path, model: HPMViT, info: DatasetInfo, pixels: PixelStatistics) -> str:
     """What tells one fine-tuning from another, and rebuilds its classifier: JSON."""
     return (
         json.dumps(
@@ -217,8 +229,7 @@ def describe(settings: FineTune, run: Path, model: HPMViT, info: DatasetInfo) ->
                 "settings": settings.science,
                 "model": architecture(model),
                 "classes": list(info.classes),
-                "mean": list(info.mean),
-                "std": list(info.std),
+                **pixels.as_json(),
             },
             indent=2,
         )
@@ -290,9 +301,16 @@ def network(model: HPMViT, settings: FineTune, image_size: tuple[int, int], num_
 
 
 def choose_tokens(
-    vit: Any, settings: FineTune, device: torch.device, chosen: TokenChooser | None = None
+    vit: Any,
+    settings: FineTune,
+    device: torch.device,
+    chosen: TokenChooser | None = None,
+    pixels: PixelStatistics | None = None,
 ) -> TokenChooser | None:
-    """What decides which patches `vit` sees, if not all; a second ViT shares the first one's choice."""
+    """What decides which patches `vit` sees, if not all; a second ViT shares the first one's choice.
+
+    `pixels`: by which its images are normalised.
+    """
     if chosen is not None:
         vit.patch_drop = chosen.kept
         return chosen
@@ -300,5 +318,5 @@ def choose_tokens(
         return None
     run = Path(settings.difficulty_run) if settings.difficulty_run else None
     return TokenChooser(
-        vit, settings.token_policy, settings.keep_tokens, run, device, settings.token_difficulty or AUTO
+        vit, settings.token_policy, settings.keep_tokens, run, device, settings.token_difficulty or AUTO, pixels
     )

@@ -31,6 +31,7 @@ from torch import Tensor
 from fasthpm import checkpoint, files, ranks
 from fasthpm.checkpoint import shards
 from fasthpm.cli import Arguments, Parser
+from fasthpm.data.statistics import PixelStatistics
 from fasthpm.entry import Result
 from fasthpm.errors import UserError, warn
 from fasthpm.options import add_recipe_arguments
@@ -124,7 +125,7 @@ def write_classifier(run: FineTuning, weights: dict[str, Tensor], path: Path) ->
     }
     if "num_frames" in settings:  # not trained, and interpolated to img_size
         weights = {**weights, "pos_embed": vit.pos_embed.float().cpu()}
-    metadata = {"timm": settings, "classes": run.info.classes, "mean": run.info.mean, "std": run.info.std}
+    metadata = {"timm": settings, "classes": run.info.classes, **run.pixels.as_json()}
     tensors = {name.removeprefix("vit."): value.contiguous() for name, value in weights.items()}
     with files.writing(path, "make room and start again"), files.replacing(path) as aside:
         files.save_tensors(tensors, aside, {name: json.dumps(value) for name, value in metadata.items()})
@@ -237,9 +238,9 @@ def evaluate_only(arguments: argparse.Namespace, given: dict[str, Any], launch: 
         vit.load_state_dict({name.removeprefix("vit."): saved.whole(kind, name) for name in saved.names})
         origin = result.provenance(arguments.run, launch)
     begin = time.perf_counter()
-    step = ClassifierStep(vit.to(launch.device), choose_tokens(vit, settings, launch.device)).eval()
-    info = dataclasses.replace(loader.info, mean=tuple(notes["mean"]), std=tuple(notes["std"]))
-    figures = test(step, loader, info, launch, settings.seed, settings.views)
+    pixels = PixelStatistics(tuple(notes["mean"]), tuple(notes["std"]))
+    step = ClassifierStep(vit.to(launch.device), choose_tokens(vit, settings, launch.device, pixels=pixels)).eval()
+    figures = test(step, loader, pixels, launch, settings.seed, settings.views)
     loader.close()
     hours = (time.perf_counter() - begin) * launch.world_size / 3600
     figures = {**figures, "gpu_hours": round(hours, 4)}

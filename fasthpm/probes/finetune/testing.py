@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fasthpm import ranks
-from fasthpm.data import DatasetInfo, Loader
+from fasthpm.data import Loader
+from fasthpm.data.statistics import PixelStatistics
 from fasthpm.probes import result
 from fasthpm.probes.finetune.building import ClassifierStep, FineTuning
 
@@ -24,21 +25,21 @@ def evaluate(run: FineTuning) -> dict[str, float]:
         loader, views = run.last_loader, run.settings.views
     if run.teacher:
         forward = ClassifierStep(run.teacher.module, run.step.chooser)
-        return test(forward, loader, run.info, run.launch, run.settings.seed, views)
+        return test(forward, loader, run.pixels, run.launch, run.settings.seed, views)
     run.engine.eval()
     try:
-        return test(run.engine, loader, run.info, run.launch, run.settings.seed, views)
+        return test(run.engine, loader, run.pixels, run.launch, run.settings.seed, views)
     finally:
         run.engine.train()
 
 
 @torch.no_grad()
 def test(
-    forward: Any, loader: Loader, info: DatasetInfo, launch: ranks.Launch, seed: int, views: tuple[int, int]
+    forward: Any, loader: Loader, pixels: PixelStatistics, launch: ranks.Launch, seed: int, views: tuple[int, int]
 ) -> dict[str, float]:
     """{"accuracy", "accuracy_top5", "val_loss"} over all ranks' shares of `loader`.
 
-    - `forward`: images [B, C, (T,) H, W] -> logits [B, K]; `info`: of the data that it was trained on
+    - `forward`: images [B, C, (T,) H, W] -> logits [B, K]; `pixels`: by which they are normalised
     - `views`: (clips, crops) of every sample that `loader` gives as rows of a batch; their logits are averaged
       (VideoMAE's code averages the softmax of them)
     """
@@ -46,7 +47,7 @@ def test(
     sums = torch.zeros(4, dtype=torch.float64, device=launch.device)
     for number, batch in enumerate(tqdm(loader, desc="test", disable=launch.rank != 0, leave=False)):
         seed_all(seed, number, launch.rank)  # of randomly chosen tokens
-        images, labels = normalised(batch.images.to(launch.device), info), batch.labels[::rows].to(launch.device)
+        images, labels = normalised(batch.images.to(launch.device), pixels), batch.labels[::rows].to(launch.device)
         # A rank without samples runs along: the others may need it to gather weights.
         logits = forward(images if len(images) else images.new_zeros(rows, *images.shape[1:]))
         logits = logits.unflatten(0, (-1, rows)).mean(1)[: len(labels)]
@@ -58,9 +59,9 @@ def test(
     return {"accuracy": 100 * top1 / total, "accuracy_top5": 100 * top5 / total, "val_loss": loss / total}
 
 
-def normalised(images: Tensor, info: DatasetInfo) -> Tensor:
-    """uint8 [B, (T,) H, W, C] -> float32 [B, C, (T,) H, W], zero mean and unit variance over the data set."""
-    mean, std = (torch.tensor(values, device=images.device) for values in (info.mean, info.std))
+def normalised(images: Tensor, pixels: PixelStatistics) -> Tensor:
+    """uint8 [B, (T,) H, W, C] -> float32 [B, C, (T,) H, W], normalised."""
+    mean, std = (torch.tensor(values, device=images.device) for values in (pixels.mean, pixels.std))
     return ((images.float() / 255 - mean) / std).movedim(-1, 1)
 
 

@@ -1,15 +1,16 @@
 """Prepared images: the pixels that loaders make of them."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from fasthpm.data import build_loader, read_info
 from fasthpm.data.ffcv.beton import open_beton
 from fasthpm.data.pixels import render
-from fasthpm.errors import UserError
 from tests.helpers.data_fixtures import image_folder, picture, prepare
 
 
@@ -84,8 +85,11 @@ def test_grey_sets_come_out_with_one_channel(tmp_path: Path, kind: str) -> None:
     truth = sorted(np.asarray(picture(index, grey=True)).tobytes() for index in range(4))
     assert batch.images.shape == (4, 40, 48, 1)
     assert sorted(image.numpy().tobytes() for image in batch.images) == truth
-    with pytest.raises(UserError, match="use --channels 1"):
-        build_loader(source, batch_size=2, image_size=(8, 8), channels=3)
+    rgb = build_loader(source, batch_size=4, image_size=(40, 48), channels=3, train=False)
+    (colours,) = rgb
+    rgb.close()
+    assert torch.equal(colours.images, batch.images.expand(-1, -1, -1, 3))
+    assert rgb.info == dataclasses.replace(info, channels=3, mean=info.mean * 3, std=info.std * 3)
 
 
 def test_evaluation_crop_is_whole_for_images_of_the_right_size(tmp_path: Path) -> None:

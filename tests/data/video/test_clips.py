@@ -138,7 +138,6 @@ def test_clips_with_damaged_frames_are_replaced_and_named(prepared: Path, tmp_pa
         ({"crop": "corner"}, "crop is corner, expected one of auto, multi_scale"),
         ({"views": (2, 3)}, r"views is \(2, 3\), expected clips and crops"),
         ({"decoder": "dali", "interpolation": "area"}, "resizes bicubic and changes no colours; interpolation is area"),
-        ({"channels": 1}, "has 3 channels, not 1; use --channels 3"),
     ],
 )
 def test_wrong_options_are_one_line(prepared: Path, options: dict[str, Any], message: str) -> None:
