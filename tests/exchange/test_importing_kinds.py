@@ -212,7 +212,7 @@ def archive(kind: str) -> bytes:
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "is a Git LFS pointer"),
         (archive("zip"), r"is a zip archive of readme\.txt; unpack it"),
         (archive("tar"), r"is a tar archive of readme\.txt; unpack it"),
-        (gzip.compress(b"x" * 99), "is a compressed archive; unpack it first"),
+        (gzip.compress(b"x" * 99, mtime=0), "is a compressed archive; unpack it first"),
         (b"\x89HDF\r\n\x1a\n" + bytes(99), "is an HDF5 file"),
         (b"\x93NUMPY\x01\x00" + bytes(99), r"is a NumPy array"),
     ],
