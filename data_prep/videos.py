@@ -69,6 +69,22 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--fps", type=float, default=0.0, help="frames per second, before that; 0 = each video's own")
     parser.add_argument("--jpeg_quality", type=int, default=default.jpeg_quality, metavar="1..100", help="default 90")
     parser.add_argument(
+        "--copy",
+        action="store_true",
+        help="also keep video files for a GPU's decoder: originals that it shows as they are stored (constant rate, "
+        "4:2:0, BT.601 or no matrix stated), else H.264 of the stored frames in BT.601, with short ways",
+    )
+    _add_limits(parser, default)
+    parser.add_argument("--num_workers", type=int, default=0, metavar="N", help="processes; 0 = all cores (default)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the stored order (default 0)")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT_DIR if it is a prepared set")
+    add_check_content(parser)
+    return parser
+
+
+def _add_limits(parser: argparse.ArgumentParser, default: VideoOptions) -> None:
+    """Flags that say which videos are taken, and how much of them."""
+    parser.add_argument(
         "--min_frames",
         type=int,
         default=0,
@@ -83,12 +99,6 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"of longer videos only so much is stored (default {default.max_seconds:g})",
     )
     parser.add_argument(
-        "--copy",
-        action="store_true",
-        help="also keep video files for a GPU's decoder: originals that it shows as they are stored (constant rate, "
-        "4:2:0, BT.601 or no matrix stated), else H.264 of the stored frames in BT.601, with short ways",
-    )
-    parser.add_argument(
         "--max_rejected",
         type=float,
         default=0.01,
@@ -96,11 +106,6 @@ def build_parser() -> argparse.ArgumentParser:
         help="unusable videos that are accepted: below 1 a share, from 1 a number (default .01)",
     )
     parser.add_argument("--timeout", type=float, default=default.timeout, metavar="S", help="reject slower ones (600)")
-    parser.add_argument("--num_workers", type=int, default=0, metavar="N", help="processes; 0 = all cores (default)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the stored order (default 0)")
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT_DIR if it is a prepared set")
-    add_check_content(parser)
-    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -90,12 +90,15 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
 
     **Raises:** `OSError`, as other writers do, if the disk does not take it.
     """
+    new = not path.exists()
     path.touch()
     mode = path.stat().st_mode
     try:
         save_file(tensors, path, metadata)
         path.chmod(mode)
     except SafetensorError as error:
+        if new:
+            path.unlink(missing_ok=True)
         code = re.search(r"os error (\d+)", str(error))
         if code is None:
             raise

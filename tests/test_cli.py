@@ -144,7 +144,7 @@ def test_no_flag_takes_nan_or_inf(value: str) -> None:
     parser.add_argument("--a", type=float)
     parser.add_mutually_exclusive_group().add_argument("--b", type=float, nargs="+")
     for words in ([f"--a={value}"], [f"--b={value}"], {"a": float(value)}):
-        with pytest.raises(UserError, match=r"argument --[ab]: .*expected a finite one"):
+        with pytest.raises(UserError, match=r"[ab] is -?(nan|inf), expected a finite number"):
             parser.parse_args(words)
     assert parser.parse_args(["--a", "1e3", "--b", ".5", "-2"]).b == [0.5, -2]
     with pytest.raises(UserError, match="invalid float value: 'x'"):

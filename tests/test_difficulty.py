@@ -326,6 +326,7 @@ def test_runs_of_before_are_the_same_run(tmp_path: Path) -> None:
         for field in ("difficulty", "difficulty_every", "val_path"):
             del old[field]
         (tmp_path / "recipe.json").write_text(json.dumps(old))
+        (tmp_path / "checkpoints" / "step-00000004").mkdir(parents=True, exist_ok=True)  # else there is no past
         assert load_recipe(tmp_path / "recipe.json").question.name == name
         compare_recipes(recipe, science_of)
     with pytest.raises(UserError, match="difficulty 'masked_query', this one has 'measured'"):

@@ -26,6 +26,7 @@ from fasthpm.checkpoint import folder as checkpoint_folder
 from fasthpm.checkpoint import shards
 from fasthpm.data import DatasetInfo, build_loader
 from fasthpm.data.bad import BadSample
+from fasthpm.data.statistics import statistics_of
 from fasthpm.errors import UserError
 from fasthpm.exchange import importing
 from fasthpm.files import file_hash
@@ -146,7 +147,7 @@ def classifier(disk: Path, inputs: Path) -> Write:
     weights = {f"vit.{name}": value for name, value in vit.state_dict().items()}
     step, settings = SimpleNamespace(vit=vit), SimpleNamespace(global_pool="avg")
     notes = {checkpoint_folder.FINETUNE_NOTES: json.dumps({"model": {}})}
-    run: Any = SimpleNamespace(step=step, settings=settings, notes=notes, info=INFO)
+    run: Any = SimpleNamespace(step=step, settings=settings, notes=notes, info=INFO, pixels=statistics_of(INFO))
     return lambda: command.write_classifier(run, weights, disk / "classifier.safetensors")
 
 

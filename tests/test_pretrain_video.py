@@ -7,6 +7,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fasthpm.__main__ import dispatch
+from fasthpm.run.metrics import overview_tag
 from fasthpm.run.records import read_metrics
 from tests.helpers.launch import ROOT, check_ranks
 from tests.helpers.video_fixtures import prepare_videos, video_folder
@@ -54,7 +55,8 @@ def test_a_video_run_from_pretraining_to_pictures_and_probes(tmp_path: Path) -> 
         assert ours["reconstruction_loss"] == pytest.approx(theirs["reconstruction_loss"], rel=0.01)
     assert {path.suffix for path in (run / "panels").iterdir()} == {".png", ".gif"}
     assert (run / "model.safetensors").is_file()
-    images = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0}).Reload().Images("clips")
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0}).Reload()
+    images = events.Images(overview_tag("clips"))
     assert images[-1].encoded_image_string[:4] == b"GIF8"
     for name in ("x.png", "x.gif"):
         dispatch(["visualize", str(run), "--num_images", "2", "-o", str(tmp_path / name)])

@@ -211,16 +211,20 @@ def newest_or_none(output_dir: Path, warn: Callable[[str], None]) -> Path | None
 
     **Raises:** `UserError` naming them if all are damaged: starting afresh would push out what may be saved of them.
     """
-    folders = _checkpoints(output_dir)
     found = newest_valid(output_dir, warn)
-    if folders and found is None:
-        named = "; ".join(f"{folder.name}: {damage(folder)}" for folder in folders[:LISTED])
-        more = f"; and {len(folders) - LISTED} more" if len(folders) > LISTED else ""
-        raise UserError(
-            f"all {len(folders)} checkpoints in {output_dir / 'checkpoints'} are damaged ({named}{more}); copy one of "
-            f"them again from where it is whole, or use another --output_dir to start afresh"
-        )
+    damaged = damages(output_dir) if found is None else ""
+    if damaged:
+        raise UserError(f"{damaged}; copy one of them again from where it is whole, or use another --output_dir")
     return found
+
+
+def damages(output_dir: Path) -> str:
+    """What is wrong with the checkpoints of a folder that has no valid one; empty if there are none at all."""
+    folders = _checkpoints(output_dir)
+    named = "; ".join(f"{folder.name}: {damage(folder)}" for folder in folders[:LISTED])
+    more = f"; and {len(folders) - LISTED} more" if len(folders) > LISTED else ""
+    where = output_dir / "checkpoints"
+    return f"all {len(folders)} checkpoints in {where} are damaged ({named}{more})" if folders else ""
 
 
 def with_training_state(folder: Path | None) -> Path | None:

@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fasthpm.checkpoint import shards
-from fasthpm.checkpoint.folder import FINETUNE_NOTES, RECIPE, newest_valid
+from fasthpm.checkpoint.folder import FINETUNE_NOTES, RECIPE, damages, newest_valid
 from fasthpm.checkpoint.foreign import load_reference, unusable
 from fasthpm.checkpoint.pixels import pixels_of
 from fasthpm.errors import UserError, about, warn
@@ -24,6 +24,8 @@ def checkpoint_of(source: Path) -> Path:
     """
     run = (source / "checkpoints").is_dir()
     folder = newest_valid(source, warn) if run else source
+    if run and folder is None and (damaged := damages(source)):
+        raise UserError(f"{source} holds no valid checkpoint: {damaged}; copy one of them again from where it is whole")
     if folder is None or not (folder / RECIPE).is_file():
         raise UserError(
             f"{source} holds no valid checkpoint; expected the output_dir of a run or one of its "
@@ -95,9 +97,6 @@ def initial_model(recipe: Recipe) -> HPMViT:
         return model
     donor, _ = load_weights(Path(recipe.init_from))
     given = donor.state_dict()
-    bad = next((name for name, value in given.items() if not bool(value.isfinite().all())), "")
-    if bad:
-        raise UserError(f"init_from {recipe.init_from} has weights that are not finite ({bad}); give sound ones")
     tables = {name: table.clone() for name, table in model.named_buffers() if name in given}
     for name, table in tables.items():
         if given[name].shape == table.shape and (given[name] - table).abs().max() > POSITION_TOLERANCE:

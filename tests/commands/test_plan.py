@@ -51,7 +51,7 @@ def test_the_largest_batch_that_fits_is_taken(monkeypatch: pytest.MonkeyPatch) -
         (["debug", "--gpu", "h10"], "gpu is 'h10'; did you mean 'h100'?; expected one of a100"),
         ([*DEBUG, "--gpus", "0"], "gpus is 0, expected more than 0"),
         ([*DEBUG, "--gpus", "3"], "global_batch_size 1024 cannot be shared by 3 GPUs; take a number of GPUs"),
-        ([*DEBUG, "--network", "nan"], "network is nan, expected more than 0"),
+        ([*DEBUG, "--network", "nan"], "network is nan, expected a finite number"),
         (["hpm_demo"], "how many samples hpm_demo trains on is not known; give --num_samples or --data_path"),
         (["hpm_vit_bas", "--gpus", "1"], "did you mean 'hpm_vit_base_"),
         ([*DEBUG, "--batch_size", "100"], "100"),

@@ -144,7 +144,7 @@ def test_wrong_flags_are_one_line(folder: Path, flags: tuple[str, ...], message:
 @pytest.mark.parametrize("flag", ["--val_fraction", "--max_rejected", "--compress_probability"])
 def test_nan_and_inf_are_refused_before_any_work(folder: Path, flag: str) -> None:
     for value in ("nan", "inf"):
-        with pytest.raises(UserError, match=f"argument {flag}: {value} is no number"):
+        with pytest.raises(UserError, match=f"{flag[2:]} is {value}, expected a finite number"):
             images.main([str(folder), str(folder.parent / "a.beton"), flag, value])
 
 

@@ -294,5 +294,5 @@ def test_what_stands_in_the_way_is_found_before_any_work(source: Path, tmp_path:
     (tmp_path / name).mkdir() if name.endswith("csv") else (tmp_path / name).touch()
     with pytest.raises(UserError, match=rf"{re.escape(name)} stands where preparation has to write"):
         prepare_videos(source, tmp_path / "set", "--overwrite")
-    with pytest.raises(UserError, match="max_seconds: nan is no number"):
+    with pytest.raises(UserError, match="max_seconds is nan, expected a finite number"):
         prepare_videos(source, tmp_path / "set", "--max_seconds", "nan")

@@ -1,6 +1,6 @@
 """Maps renewed in mid-run, with batches asked for ahead as on a GPU (a real thread, but no device)."""
 
-import sys
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ def test_no_batch_has_the_maps_before(kind: dict[str, Any], tmp_path: Path, monk
             assert torch.equal(batch.maps, maps.store.read(batch.ids))
         return scores(maps, batch)
 
-    monkeypatch.setattr(sys.modules[pretrain.__module__], "on_device", DeviceLoader)
+    monkeypatch.setattr(importlib.import_module("fasthpm.pretrain"), "on_device", DeviceLoader)
     monkeypatch.setattr(RunMaps, "scores", checked)
     pretrain(
         recipe="debug",

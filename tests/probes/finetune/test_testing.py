@@ -64,6 +64,7 @@ def test_a_network_is_tested_at_rest_and_trains_on() -> None:
         teacher=None,
         engine=network,
         info=INFO,
+        pixels=INFO,
         launch=LAUNCH,
     )
     testing.evaluate(run)
