@@ -87,6 +87,22 @@ def frame_type(data: bytes) -> int:
     return next((marker for marker, _, _ in segments(data) if marker in FRAMES), 0)
 
 
+def whole_header(data: bytes) -> tuple[int, int]:
+    """Height and width that a JPEG's header says, if every segment of it is there, one behind the other, up to the scan
+    that follows; (0, 0) if not."""
+    at, size = 2, (0, 0)
+    while data[:2] == b"\xff\xd8" and at + 4 <= len(data) and data[at] == 0xFF:
+        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
+        if marker in FRAMES:
+            size = int.from_bytes(data[at + 5 : at + 7], "big"), int.from_bytes(data[at + 7 : at + 9], "big")
+        at += 2 + length
+        if marker == SOS:
+            return size if at < len(data) else (0, 0)
+        if marker == EOI or length < 2:
+            break
+    return 0, 0
+
+
 def has_own_tables(data: bytes) -> bool:
     """Whether every table that a scan of a baseline JPEG needs stands before it in the file itself."""
     tables: set[tuple[int, int]] = set()  # (marker, number); of Huffman's the class is in the number

@@ -148,3 +148,17 @@ def test_a_hole_that_looks_like_another_process_is_damage() -> None:
     at = len(data) // 2
     with pytest.raises(jpegs.DamagedJpeg):
         read(data[:at] + b"\xff\xc3\0\x0b\x08\0\x10\0\x10\1\1\x11\0" + data[at + 13 :])
+
+
+@pytest.mark.parametrize("kind", ["baseline", "grey", "restarts", "progressive"])
+def test_a_header_is_whole_up_to_its_scan(kind: str) -> None:
+    data = made(kind)
+    scan = data.index(b"\xff\xda")
+    behind = scan + 2 + int.from_bytes(data[scan + 2 : scan + 4], "big")
+    assert jpegs.whole_header(data) == jpegs.whole_header(data[: behind + 1]) == (320, 480)
+    for end in range(behind + 1):
+        assert jpegs.whole_header(data[:end]) == (0, 0), end
+    segments = [start for _, start, _ in jpegs.segments(data) if start < scan]
+    for start in (0, *segments):
+        assert jpegs.whole_header(data[:start] + b"\0" + data[start + 1 :]) == (0, 0), start
+    assert jpegs.whole_header(bytes(len(data))) == (0, 0)

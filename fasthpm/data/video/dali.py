@@ -19,12 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fasthpm.data.jpegs import whole_header
 from fasthpm.data.options import LoaderOptions
 from fasthpm.data.sampling import Array
 from fasthpm.data.video.clips import ClipLoader
 from fasthpm.data.video.prepared import copied_file
 from fasthpm.errors import UserError
 
+HEADER = 2048  # bytes in which a stored frame's header ends
 CPU_CODECS = ("mjpeg", "vp8", "vp9")
 NO_SAMPLE = (
     "out of memory",
@@ -82,6 +84,10 @@ class DaliLoader(ClipLoader):
     def _outputs(self) -> Any:
         """What the pipeline makes of its inputs: uint8 [T, H, W, C] or [H, W, C] per sample."""
 
+    def _sound(self, ids: Array, crops: Array) -> bool:
+        """Whether DALI can be given these clips."""
+        return True
+
     @abstractmethod
     def _inputs(self, ids: Array, crops: Array) -> dict[str, Any]:
         """What it is fed for these clips."""
@@ -103,6 +109,8 @@ class DaliLoader(ClipLoader):
 
     def _run(self, images: Tensor, ids: Array, crops: Array) -> bool:
         """Whether these clips decode; if so, into `images`."""
+        if not self._sound(ids, crops):
+            return False
         if self._pipeline is None:
             self._pipeline = self._define(torch.cuda.current_device() if self.gpu else None)
             self._pipeline.build()
@@ -176,6 +184,19 @@ class DaliFrames(DaliLoader):
         )
         images = fn.resize(images, size=self.options.image_size, interp_type=types.INTERP_CUBIC, antialias=True)
         return fn.flip(images, horizontal=_external("flip", "INT32", 0))
+
+    def _sound(self, ids: Array, crops: Array) -> bool:
+        """Whether the headers of these clips' frames are whole and say what the set says.
+
+        DALI's image decoder gives up at a header that is not, while its threads go on with the other frames, whose
+        memory it has freed: the process then dies of a segmentation fault. Of a damaged scan it says so, and lives.
+        """
+        sizes = map(tuple, self._sizes(ids).tolist())
+        return all(
+            whole_header(self.data.jpeg(frame)[:HEADER].tobytes()) == size
+            for size, frames in zip(sizes, self._frames(ids, crops).tolist(), strict=True)
+            for frame in frames
+        )
 
     def _inputs(self, ids: Array, crops: Array) -> dict[str, Any]:
         frames = self._frames(ids, crops)
