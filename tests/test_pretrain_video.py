@@ -56,7 +56,8 @@ def test_a_video_run_from_pretraining_to_pictures_and_probes(tmp_path: Path) -> 
     assert {path.suffix for path in (run / "panels").iterdir()} == {".png", ".gif"}
     assert (run / "model.safetensors").is_file()
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0}).Reload()
-    images = events.Images(overview_tag("clips"))
+    assert {overview_tag("clips"), "clips"} <= set(events.Tags()["images"])
+    images = events.Images("clips")
     assert images[-1].encoded_image_string[:4] == b"GIF8"
     for name in ("x.png", "x.gif"):
         dispatch(["visualize", str(run), "--num_images", "2", "-o", str(tmp_path / name)])

@@ -33,6 +33,7 @@ def draw_panel(run: Run[Step], metrics: Metrics) -> None:
         drawing.save_png(picture, path)
         if animation:
             drawing.save_gif(animation, path.with_suffix(".gif"))
-    metrics.image(overview_tag("panel"), picture, run.done)
-    if animation:
-        metrics.animation(overview_tag("clips"), animation, run.done)
+    for tag in (overview_tag("panel"), "panel"):  # as figures, under its own name too
+        metrics.image(tag, picture, run.done)
+    for tag in (overview_tag("clips"), "clips") if animation else ():
+        metrics.animation(tag, animation, run.done)
