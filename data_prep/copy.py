@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.sets import byte_bar, files_path, members, notes_path, read_index, rejected_path
+from data_prep.sets import byte_bar, members, notes_path, read_index, rejected_path
 from fasthpm.cli import Parser, run_command
-from fasthpm.data.ffcv.beton import read_sidecar, sidecar_path
+from fasthpm.data.ffcv.beton import files_path, read_sidecar, sidecar_path
 from fasthpm.errors import UserError
 from fasthpm.files import HASH_CHUNK, file_hash, fsync
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data_prep import jpeg
+from data_prep.jpeg import fits
 from fasthpm.data.decoding import read
 from fasthpm.data.ffcv.beton import JPEG, RAW
 from fasthpm.data.pixels import is_grey, to_rgb
@@ -119,7 +119,7 @@ def _load(data: bytes, options: WriteOptions) -> tuple[Array, bytes | None, tupl
     if options.grey:
         return _rgb_pixels(decoded.pixels, grey=True), None, decoded.notes
     small = len(data) <= KEPT_BYTES_PER_PIXEL * decoded.pixels.shape[0] * decoded.pixels.shape[1]
-    keep = options.keep_jpeg and decoded.plain_jpeg and small and jpeg.fits(data)
+    keep = options.keep_jpeg and decoded.plain_jpeg and small and fits(data)
     return decoded.pixels, data if keep else None, decoded.notes
 
 

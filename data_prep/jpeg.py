@@ -1,17 +1,6 @@
-"""What JPEG files may be stored as they are. How they are read, preparation shares with training from folders."""
+"""What JPEG files may be stored as they are; how they are read stands in `fasthpm.data.jpegs`."""
 
-from fasthpm.data.jpegs import (
-    BASELINE,
-    DamagedJpeg,
-    OddJpeg,
-    decode,
-    decode_sound,
-    frame_type,
-    has_own_tables,
-    reduction,
-)
-
-__all__ = ["DamagedJpeg", "OddJpeg", "decode", "decode_sound", "fits", "frame_type", "has_own_tables", "reduction"]
+from fasthpm.data.jpegs import BASELINE, frame_type, has_own_tables
 
 
 def fits(data: bytes) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 from tqdm import tqdm
 
 from fasthpm.data.ffcv.beton import AGAIN, sidecar_path
+from fasthpm.data.listing import NOTES, REJECTED
 from fasthpm.errors import UserError
 from fasthpm.files import read_json
 
@@ -15,19 +16,14 @@ SHARDED = "ffcv-shards"  # the "format" of an index
 INDEX_TYPES = {"shards": list, "num_samples": int, "channels": int, "mean": list, "std": list, "classes": list}
 
 
-def files_path(out: Path) -> Path:
-    """`OUT.files.csv` of `OUT.beton`: the source of every sample, in stored order."""
-    return out.with_suffix(".files.csv")
-
-
 def rejected_path(out: Path) -> Path:
     """`OUT.rejected.csv` of `OUT.beton`."""
-    return out.with_suffix(".rejected.csv")
+    return out.with_suffix(REJECTED)
 
 
 def notes_path(out: Path) -> Path:
     """`OUT.notes.csv` of `OUT.beton`: what its owner should know of single sources that were stored."""
-    return out.with_suffix(".notes.csv")
+    return out.with_suffix(NOTES)
 
 
 def validation_path(out: Path) -> Path:

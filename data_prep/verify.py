@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.sets import byte_bar, files_path, members, progress_bar, read_csv, read_index
+from data_prep.sets import byte_bar, members, progress_bar, read_csv, read_index
 from data_prep.verify_pixels import decode_jpeg
 from data_prep.video_verify import compared_copies, verify_videos
 from fasthpm.cli import Parser, run_command
-from fasthpm.data.ffcv.beton import AGAIN, JPEG, Beton, open_beton, sidecar_path
+from fasthpm.data.ffcv.beton import AGAIN, JPEG, Beton, files_path, open_beton, sidecar_path
 from fasthpm.data.labels import UNLABELLED, count_unlabelled, counts_of
 from fasthpm.data.options import count_workers
 from fasthpm.data.sampling import Array

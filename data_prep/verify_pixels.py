@@ -4,7 +4,7 @@ import io
 
 from PIL import Image
 
-from data_prep import jpeg
+from fasthpm.data import jpegs
 
 
 def decode_jpeg(data: bytes, size: tuple[int, int]) -> None:
@@ -12,7 +12,7 @@ def decode_jpeg(data: bytes, size: tuple[int, int]) -> None:
     image = Image.open(io.BytesIO(data))
     if image.size != size:
         raise ValueError("another size")
-    if jpeg.decode is None:
+    if jpegs.decode is None:
         image.load()
     else:
-        jpeg.decode(data, *size)
+        jpegs.decode(data, *size)

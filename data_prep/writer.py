@@ -30,9 +30,9 @@ from data_prep.plan import (
 )
 from data_prep.pool import Work, append_all, become_worker, reason_of
 from data_prep.samples import Samples
-from data_prep.sets import byte_bar, files_path, notes_path, read_index, rejected_path, write_csv
+from data_prep.sets import byte_bar, notes_path, read_index, rejected_path, write_csv
 from data_prep.sidecars import index_of, sidecar_of
-from fasthpm.data.ffcv.beton import sidecar_path
+from fasthpm.data.ffcv.beton import files_path, sidecar_path
 from fasthpm.data.keys import Stream
 from fasthpm.data.options import count_workers
 from fasthpm.data.sampling import Array, key_of, uniforms

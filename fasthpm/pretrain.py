@@ -72,10 +72,8 @@ class PretrainResult(entry.Result):
     metrics: dict[str, float]  # the last reading
 
 
-def parse_arguments(argv: Arguments, *, ask: bool = False) -> Recipe:
+def parse_arguments(argv: Arguments) -> Recipe:
     """The recipe that is asked for. From Python `recipe` may be a `Recipe`.
-
-    - `ask`: refuse to guess what is to be trained, as the command does; otherwise it is `debug`
 
     **Raises:** `UserError` for anything unknown or out of range.
     """
@@ -93,7 +91,7 @@ def parse_arguments(argv: Arguments, *, ask: bool = False) -> Recipe:
         given = vars(parser.parse_args(argv))
         given.pop("local_rank")
         name = given.pop("recipe")
-        base = base if isinstance(base, Recipe) else base_of(name, given.get("output_dir", ""), ask=ask)
+        base = base if isinstance(base, Recipe) else base_of(name, given.get("output_dir", ""))
         if "blr" in given:
             given.setdefault("lr", 0.0)  # a recipe.json has the rate that its own blr gave
         recipe = build_recipe({**dataclasses.asdict(base), **given}, source="command line")
@@ -106,18 +104,16 @@ def parse_arguments(argv: Arguments, *, ask: bool = False) -> Recipe:
     return recipe
 
 
-def base_of(name: str | None, output_dir: str, *, ask: bool) -> Recipe:
+def base_of(name: str | None, output_dir: str) -> Recipe:
     """What the flags change: the recipe `name`, or without a name that of the run which output_dir holds.
 
-    **Raises:** `UserError` if there is neither, and it is to `ask`.
+    **Raises:** `UserError` if there is neither: what is trained is not guessed.
     """
     if name:
         return recipes.from_name(name)
     folder = Path(output_dir)
     if output_dir and checkpoint.has_checkpoints(folder) and (folder / checkpoint.RECIPE).is_file():
         return dataclasses.replace(recipes.from_name(str(folder / checkpoint.RECIPE)), resume="auto", stop_after=0)
-    if not ask:
-        return recipes.debug()
     raise UserError(
         "--recipe is missing: it says what is trained, for example --recipe hpm_vit_base_in1k_200e for photographs, "
         "--recipe hpm_demo for small images; fasthpm recipes lists them all"
@@ -363,7 +359,7 @@ def pursue(run: Run[Step]) -> PretrainResult:
 
 def main(argv: Arguments = None) -> PretrainResult:
     """`fasthpm pretrain` and `fasthpm.pretrain`, once per rank."""
-    asked = parse_arguments(argv, ask=True)
+    asked = parse_arguments(argv)
     with ranks.session() as launch:
         return pretrain(asked, launch)
 

@@ -115,7 +115,7 @@ def test_the_compiled_step_takes_them() -> None:
 
 @pytest.mark.usefixtures("added")
 def test_flags_and_checks_know_them(tmp_path: Path) -> None:
-    flags = ["--data_path", "synthetic:64", "--output_dir", str(tmp_path)]
+    flags = ["--recipe", "debug", "--data_path", "synthetic:64", "--output_dir", str(tmp_path)]
     assert parse_arguments([*flags, "--mask_policy", "rows"]).masks_by_difficulty
     assert parse_arguments([*flags, "--recipe", "hpm_rows"]).target == "statistics"
     assert parse_arguments([*flags, "--target", "statistics", "--mask_policy", "random"]).frozen_dim == 2

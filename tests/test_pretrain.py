@@ -1,5 +1,6 @@
 """Whole runs: real DeepSpeed, every preset, real launchers once each; wrong input, NaN, Ctrl-C, signals, resume."""
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -8,6 +9,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +20,8 @@ from fasthpm.checkpoint.folder import damage, newest_valid
 from fasthpm.checkpoint.weights import load_weights
 from fasthpm.errors import UserError
 from fasthpm.maps.store import MapStore
-from fasthpm.pretrain import parse_arguments
+from fasthpm.pretrain import COMPILE_SECONDS, parse_arguments, update
+from fasthpm.ranks.watchdog import Watchdog
 from fasthpm.recipe import Recipe
 from fasthpm.run.metrics import OVERVIEW, overview_tag
 from fasthpm.run.records import read_metrics
@@ -334,7 +338,7 @@ def test_attention_maps_are_made_by_all_ranks_and_survive_a_stop(tmp_path: Path)
     assert MapStore(tmp_path / "maps" / "attention-00000002.maps").header.epoch == 2
 
 
-OUT = ["--output_dir", "out"]
+OUT = ["--recipe", "debug", "--output_dir", "out"]
 
 
 @pytest.mark.parametrize(
@@ -400,3 +404,38 @@ def test_fast_modes_run_from_the_command_line(tmp_path: Path) -> None:
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all(-1 < record["map_spearman"] < 1 for record in records[4:])
     assert [path.name for path in (tmp_path / "run" / "maps").iterdir()] == ["difficulty-00000001.maps"]
+
+
+def test_the_first_update_may_take_as_long_as_compiling_takes(tmp_path: Path) -> None:
+    """Only until the step is compiled; what DeepSpeed's engine does is not what is looked at."""
+    phases = []
+    watchdog = Watchdog(tmp_path, 0, 1, timeout=1.0)
+    recipe = parse_arguments(OUT).resolve(64, world_size=1)
+
+    class Engine(SimpleNamespace):
+        def __call__(self, *_: Any) -> Any:
+            phases.append((watchdog._note["phase"], watchdog._longer))
+            return SimpleNamespace(loss=None)
+
+    nothing = lambda *_: None  # noqa: E731
+    engine = Engine(
+        basic_optimizer=SimpleNamespace(param_groups=[]), backward=nothing, step=nothing, get_global_grad_norm=nothing
+    )
+    metrics: Any = SimpleNamespace(waiting_for_data=contextlib.nullcontext, add=nothing, updated=nothing)
+    batch = SimpleNamespace(images=None, ids=None)
+    run: Any = SimpleNamespace(
+        recipe=recipe,
+        done=0,
+        launch=SimpleNamespace(device="cpu"),
+        skipped=[],
+        engine=engine,
+        teacher=None,
+        maps=None,
+        batches=iter([batch] * 2),
+        step=SimpleNamespace(compiled=False),
+        observers=[],
+    )
+    update(run, metrics, watchdog)
+    run.step.compiled = True
+    update(run, metrics, watchdog)
+    assert phases == [("compiling", COMPILE_SECONDS), ("step", 0.0)]

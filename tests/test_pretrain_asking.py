@@ -22,7 +22,7 @@ def test_a_recipe_is_asked_for(tmp_path: Path, left: str, form: Any) -> None:
     flags = {"data_path": "synthetic:8", "output_dir": str(tmp_path)}
     words = [word for name, value in flags.items() for word in (f"--{name}", value)]
     with pytest.raises(UserError) as caught:
-        parse_arguments(flags if form is dict else words, ask=True)
+        parse_arguments(flags if form is dict else words)
     said = str(caught.value)
     assert "\n" not in said
     assert said.startswith("--recipe is missing")
@@ -34,7 +34,7 @@ def test_a_run_that_goes_on_has_its_own(tmp_path: Path) -> None:
     write(tmp_path, 4)
     theirs = recipe_in(tmp_path, recipe="hpm_demo", data_path="synthetic:64", mask_ratio=0.5, stop_after=4, lr=0.01)
     save_recipe(theirs, tmp_path / "recipe.json")
-    assert parse_arguments(["--output_dir", str(tmp_path)], ask=True) == dataclasses.replace(theirs, stop_after=0)
+    assert parse_arguments(["--output_dir", str(tmp_path)]) == dataclasses.replace(theirs, stop_after=0)
     assert parse_arguments(["--output_dir", str(tmp_path), "--epochs", "7"]).epochs == 7
     other = parse_arguments(["--recipe", "debug", "--data_path", "x", "--output_dir", str(tmp_path)])
     assert other.mask_ratio == recipes.debug().mask_ratio

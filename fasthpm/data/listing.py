@@ -20,7 +20,8 @@ HELPERS = frozenset(  # in lower case: of macOS, Windows, NAS servers, file syst
     ]
 )
 BETON = ".beton"
-OURS = (BETON, ".files.csv", ".rejected.csv")  # endings of what preparation writes
+FILES, REJECTED, NOTES = ".files.csv", ".rejected.csv", ".notes.csv"
+OURS = (BETON, FILES, REJECTED, NOTES)  # endings of what preparation writes
 OUR_FOLDERS = (("metrics.jsonl", "checkpoints"), ("maps.npz", "images.csv"))  # a run's, those of `fasthpm maps`
 NAMED = 3  # names that one message tells
 MAGIC = 16  # bytes that tell a kind of file

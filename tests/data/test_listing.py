@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
+from data_prep.sets import notes_path, rejected_path
 from data_prep.sources import open_source
 from data_prep.video_sources import open_videos
 from fasthpm.data import read_info
+from fasthpm.data.ffcv.beton import files_path, sidecar_path
 from fasthpm.data.listing import files_below
 from fasthpm.data.pixels import list_images
 from fasthpm.errors import UserError
@@ -67,7 +69,9 @@ def test_what_systems_leave_behind_is_no_sample(tmp_path: Path) -> None:
 def test_what_preparation_writes_is_no_sample(tmp_path: Path) -> None:
     image_folder(tmp_path, 2)
     flat, tree = tmp_path / "ant", tmp_path
-    ours = ["set.beton", "set.json", "set.files.csv", "b.rejected.csv", "c.json", "c-00000-of-00002.beton"]
+    out = Path("set.beton")
+    ours = [path.name for path in (out, sidecar_path(out), files_path(out), rejected_path(out), notes_path(out))]
+    ours += ["b.rejected.csv", "b.notes.csv", "c.json", "c-00000-of-00002.beton"]
     for name in ours:
         (flat / name).write_bytes(jpeg_bytes(picture(1)))
         (tree / name).write_bytes(jpeg_bytes(picture(1)))

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep import encode, jpeg
+from data_prep import encode
 from data_prep.copy import copy_sets
 from data_prep.encode import WriteOptions
 from data_prep.sets import notes_path, read_csv, read_index
+from fasthpm.data import jpegs
 from fasthpm.data.ffcv.beton import open_beton
 from tests.helpers.data_fixtures import jpeg_bytes, picture, prepare
 from tests.helpers.odd_files import Tiff
@@ -111,8 +112,8 @@ def test_large_images_are_shrunk_but_never_to_nothing(
 
 
 def test_large_jpegs_are_halved_while_decoding_and_look_the_same(tmp_path: Path) -> None:
-    assert [jpeg.reduction(side, 500) for side in (1000, 1999, 2000, 4000, 40000)] == [0, 0, 1, 2, 3]
-    assert jpeg.reduction(4000, 0) == 0
+    assert [jpegs.reduction(side, 500) for side in (1000, 1999, 2000, 4000, 40000)] == [0, 0, 1, 2, 3]
+    assert jpegs.reduction(4000, 0) == 0
     data = jpeg_bytes(picture(3, (1200, 1601)))
     quick = encode.encode(data, WriteOptions(max_resolution=200, write_mode="raw"), 0.0)
     slow = encode.encode(Image.open(io.BytesIO(data)), WriteOptions(max_resolution=200, write_mode="raw"), 0.0)

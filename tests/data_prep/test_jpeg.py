@@ -11,6 +11,7 @@ from PIL import Image
 from data_prep import encode, jpeg, verify
 from data_prep.encode import WriteOptions
 from data_prep.sets import read_csv
+from fasthpm.data import jpegs
 from fasthpm.data.ffcv.beton import JPEG, open_beton
 from fasthpm.errors import UserError
 from tests.helpers.data_fixtures import jpeg_bytes, picture, prepare
@@ -57,7 +58,7 @@ def test_jpegs_that_do_not_fit_are_encoded_anew(
     assert beton.sidecar["kept_jpegs"] == 0
     assert not set(blobs(out)) & set(made.values())
     for data, mode in zip(blobs(out), beton.modes, strict=True):
-        assert mode != JPEG or jpeg.frame_type(data) == 0xC0
+        assert mode != JPEG or jpegs.frame_type(data) == 0xC0
     verify.main([str(out)])
 
 
@@ -65,7 +66,7 @@ def test_jpegs_that_do_not_fit_are_encoded_anew(
 def test_strict_decoding_agrees_with_pil(subsampling: int) -> None:
     data = jpeg_bytes(picture(1, (97, 130)), subsampling=subsampling)
     expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
-    assert np.abs(jpeg.decode(data, 130, 97) - expected).max() <= 2
+    assert np.abs(jpegs.decode(data, 130, 97) - expected).max() <= 2
 
 
 def test_strict_decoding_finds_what_pil_passes_over(tmp_path: Path) -> None:
@@ -87,11 +88,11 @@ def test_harmless_warnings_are_no_damage(tmp_path: Path) -> None:
     data = jpeg_bytes(picture(0, (64, 80)))
     at = data.index(b"\xff\xdb")
     odd = data[:at] + b"\0\0\0" + data[at:]
-    with pytest.raises(jpeg.OddJpeg):
-        jpeg.decode(odd, 80, 64)
+    with pytest.raises(jpegs.OddJpeg):
+        jpegs.decode(odd, 80, 64)
     stored = encode.encode(odd, WriteOptions(), 0.0)
     assert not stored.kept
-    jpeg.decode(stored.blob, 80, 64)
+    jpegs.decode(stored.blob, 80, 64)
 
 
 def unlike(seed: int, **options: Any) -> bytes:

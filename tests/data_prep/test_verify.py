@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from data_prep import verify
-from data_prep.sets import files_path, read_index
-from fasthpm.data.ffcv.beton import open_beton
+from data_prep.sets import read_index
+from fasthpm.data.ffcv.beton import files_path, open_beton
 from fasthpm.errors import UserError
 from fasthpm.files import file_hash
 from tests.helpers.data_fixtures import image_folder, prepare

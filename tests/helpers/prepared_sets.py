@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data_prep.sets import files_path, members, read_csv
+from data_prep.sets import members, read_csv
 from fasthpm.data import build_loader
-from fasthpm.data.ffcv.beton import open_beton
+from fasthpm.data.ffcv.beton import files_path, open_beton
 from tests.helpers.data_fixtures import jpeg_bytes, picture
 
 RAW_FLAGS = ("--write_mode", "raw")

@@ -169,3 +169,25 @@ def test_other_engines_keep_deepspeeds_update() -> None:
         step = built.optimizer.step
         assert not update_without_waits(built)
         assert built.optimizer.step == step
+
+
+class StaysHere(Step):
+    """For a launch that says "cuda" where there is none."""
+
+    def to(self, *_: Any, **__: Any) -> "StaysHere":
+        return self
+
+
+@pytest.mark.parametrize(("device", "policy", "taken"), [("cuda", "halt", 1), ("cuda", "skip", 0), ("cpu", "halt", 0)])
+def test_gpus_take_it_unless_every_update_must_be_known(
+    device: str, policy: str, taken: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr(engine, "update_without_waits", given.append)
+    recipe = Recipe(batch_size=4, deepspeed_config="zero1_bf16", on_nonfinite=policy).resolve(4, world_size=1)
+    config = deepspeed_json.merge_config(recipe.deepspeed_config, recipe, 1)
+    with ranks_launch.session() as launch:
+        seen: Any = SimpleNamespace(device=SimpleNamespace(type=device), world_size=1)
+        module = StaysHere()
+        built = engine.build_engine(module, recipe, config, seen if device == "cuda" else launch)
+    assert given == [built] * taken

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from fasthpm.data.listing import FILES
 from fasthpm.data.sampling import Array
 from fasthpm.data.types import DatasetInfo
 from fasthpm.errors import UserError
@@ -61,7 +62,7 @@ def sidecar_path(path: Path) -> Path:
 
 def files_path(path: Path) -> Path:
     """`OUT.files.csv` of `OUT.beton`: the source file of every sample."""
-    return path.with_suffix(".files.csv")
+    return path.with_suffix(FILES)
 
 
 def read_sidecar(path: Path) -> dict[str, Any]:
