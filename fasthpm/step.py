@@ -17,7 +17,6 @@ from fasthpm.mask import MaskPlan, Sets, draw_sets, sample_noise, split_ids
 from fasthpm.model import HPMViT, Output
 from fasthpm.patches import NormalizedPatches
 from fasthpm.recipe import Recipe
-from fasthpm.speed import fp8
 from fasthpm.speed.clock import Stopwatch
 from fasthpm.speed.compiled import Compiled
 
@@ -143,8 +142,7 @@ class Step(nn.Module):
         """
         images = images[:HEALTH_SAMPLES]
         used = self.difficulty(images) if scores is None else scores[:HEALTH_SAMPLES]
-        with fp8.exact(self._teacher[0]):
-            exact = self._teacher[0].predict_loss(self.normalized_patches(images))
+        exact = self._teacher[0].predict_loss(self.normalized_patches(images))
         return losses.spearman(used, exact)
 
     def difficulty(self, images: Tensor, noise: Tensor | None = None) -> Tensor:

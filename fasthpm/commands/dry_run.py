@@ -114,7 +114,7 @@ def dry_run(recipe: Recipe, gpu: GPU, *, bf16: bool = True) -> DryRun:
 
     - `bf16`: the forward pass is in bfloat16, else in float32
     """
-    recipe = dataclasses.replace(recipe, compile=False, teacher_precision="model")
+    recipe = dataclasses.replace(recipe, compile=False)
     dtype = torch.bfloat16 if bf16 else torch.float32
     info = DatasetInfo(1 << 20, recipe.channels, (0.5,) * recipe.channels, (0.25,) * recipe.channels, ("",))
     with FakeTensorMode(allow_non_fake_inputs=True), Meter(gpu) as meter:
