@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fasthpm import loss as losses
 from fasthpm.data import DatasetInfo
 from fasthpm.difficulty import HEAD, HEAD_SHARE, view_noise
-from fasthpm.mask import MaskPlan, Sets, draw_sets, sample_noise, split_ids
+from fasthpm.mask import MaskPlan, Sets, draw_sets, sample_noise
 from fasthpm.model import HPMViT, Output
 from fasthpm.patches import NormalizedPatches
 from fasthpm.recipe import Recipe
@@ -171,17 +171,16 @@ class Step(nn.Module):
             patches, mask, num_masked=plan.num_masked, thrown=thrown, num_thrown=plan.num_thrown, target=features
         )
         if tokens is not None:
-            output = self._with_head(output, mask, tokens)
+            output = self._with_head(output, tokens)
         difficulty = scores if self.recipe.masks_by_difficulty else torch.zeros_like(scores)
-        return StepOutput(output.loss, self._metrics(output, mask, difficulty), mask)
+        return StepOutput(output.loss, self._metrics(output, difficulty), mask)
 
-    def _with_head(self, output: Output, mask: Tensor, tokens: Tensor) -> Output:
+    def _with_head(self, output: Output, tokens: Tensor) -> Output:
         """`output` with the loss of the difficulty head in it: it is to rank the masked patches, seen by the teacher,
         as the student's losses of them do. The gradient reaches the head alone."""
-        count, actual = len(tokens), output.per_patch_loss
-        masked = split_ids(mask[:count], actual.shape[1])[1]
+        count = len(tokens)
         answers = getattr(self.student, HEAD)(tokens.detach())
-        loss = losses.ranking_loss(answers.gather(1, masked), actual[:count])
+        loss = losses.ranking_loss(answers.gather(1, output.masked[:count]), output.per_patch_loss[:count])
         return output._replace(loss=output.loss + loss, difficulty_loss=output.difficulty_loss + loss)
 
     def _sets(self, plan: MaskPlan, ids: Tensor, step: Tensor, alpha: Tensor, scores: Tensor) -> Sets:
@@ -211,17 +210,11 @@ class Step(nn.Module):
                 learn.give_up(error)
 
     @torch.no_grad()
-    def _metrics(self, output: Output, mask: Tensor, difficulty: Tensor) -> Tensor:
+    def _metrics(self, output: Output, difficulty: Tensor) -> Tensor:
         """Losses and predictor health. The teacher predicts with every patch visible, which nothing trains directly:
         `teacher_spearman` tells whether its difficulty, the one that makes the masks, agrees with the student's loss.
         """
-        predicted = output.predicted_difficulty[:HEALTH_SAMPLES]
-        actual = output.per_patch_loss[:HEALTH_SAMPLES]
-        masked = split_ids(mask[:HEALTH_SAMPLES], actual.shape[1])[1]
-        seen = difficulty[:HEALTH_SAMPLES].gather(1, masked)
-        health = (
-            losses.spearman(predicted, actual),
-            losses.pair_accuracy(predicted, actual),
-            losses.spearman(seen, actual),
-        )
-        return torch.stack([x.detach().float() for x in (*output[:3], *health)])
+        some = slice(HEALTH_SAMPLES)
+        seen = difficulty[some].gather(1, output.masked[some])
+        health = losses.health(output.predicted_difficulty[some], output.per_patch_loss[some], seen)
+        return torch.cat([torch.stack([x.detach().float() for x in output[:3]]), health])
