@@ -22,6 +22,7 @@ import torch
 from fasthpm import checkpoint, entry, maps, ranks, recipes, schedule
 from fasthpm.checkpoint.saver import Saver
 from fasthpm.cli import Arguments, Parser
+from fasthpm.commands import attention
 from fasthpm.data import build_loader
 from fasthpm.data.device import on_device
 from fasthpm.data.identity import identity_of
@@ -157,6 +158,7 @@ def build(recipe: Recipe, launch: ranks.Launch, lock: FolderLock | None = None) 
     )
     run.notes |= checkpoint.pixels_note(statistics_of(loader.info))
     run.batches, run.data = endless(loader), data
+    run.attention = attention.settle(recipe, launch.device, next(student.parameters()).dtype)
     resume(run)
     run.observers = observers(run)
     run.bad_samples = BadSampleLog(

@@ -30,6 +30,7 @@ PREDICTORS = ("separate", "shared")
 DECODER_ATTENTIONS = ("self", "cross")
 ALPHA_SCHEDULES = ("released", "paper", "step")
 ON_NONFINITE = ("halt", "skip", "rollback")
+BACKENDS = ("auto", "flash", "cudnn", "efficient", "math")
 GONE = {"teacher_precision": "model"}  # fields of older recipe files, and the value that is what all runs do now
 
 
@@ -265,6 +266,12 @@ class Recipe:
     )
     compile: bool = option(
         False, "compile the step with torch.compile: minutes at the start, then faster on GPUs", run_only=True
+    )
+    attention_backend: str = option(
+        "auto",
+        "torch's attention kernel on GPUs; auto = for each shape the one that is the fastest at the start",
+        choices=BACKENDS,
+        run_only=True,
     )
     online_probe_every: int = option(
         0,
