@@ -41,6 +41,16 @@ TABLE = (
 EXPLAINED = {
     "spearman": "spearman and pair_accuracy compare the student's predicted with its real loss of the masked patches",
     "teacher_spearman": "teacher_spearman compares the difficulty that makes the masks with the same real loss",
+    "difficulty_spearman": "difficulty_spearman compares the difficulty with the mean loss over random masks, on "
+    "samples held out",
+    "difficulty_auc": "difficulty_auc is the chance that it ranks one of the hardest quarter of an image's patches "
+    "above one of the others",
+    "mfu_percent",
+    "memory_gib",
+)
+EXPLAINED = {
+    "spearman": "spearman and pair_accuracy compare the student's predicted with its real loss of the masked patches",
+    "teacher_spearman": "teacher_spearman compares the difficulty that makes the masks with the same real loss",
     "difficulty_spearman": "difficulty_spearman compares the difficulty with the mean loss over random masks of "
     "held-out samples, and difficulty_auc is the chance that it ranks one of the hardest quarter of an image's patches above "
     "one of the others",
