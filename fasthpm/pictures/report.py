@@ -41,21 +41,9 @@ TABLE = (
 EXPLAINED = {
     "spearman": "spearman and pair_accuracy compare the student's predicted with its real loss of the masked patches",
     "teacher_spearman": "teacher_spearman compares the difficulty that makes the masks with the same real loss",
-    "difficulty_spearman": "difficulty_spearman compares the difficulty with the mean loss over random masks, on "
-    "samples held out",
-    "difficulty_auc": "difficulty_auc is the chance that it ranks one of the hardest quarter of an image's patches "
-    "above one of the others",
-    "mfu_percent",
-    "memory_gib",
-)
-EXPLAINED = {
-    "spearman": "spearman and pair_accuracy compare the student's predicted with its real loss of the masked patches",
-    "teacher_spearman": "teacher_spearman compares the difficulty that makes the masks with the same real loss",
-    "difficulty_spearman": "difficulty_spearman compares the difficulty with the mean loss over random masks of "
-    "held-out samples, and difficulty_auc is the chance that it ranks one of the hardest quarter of an image's patches above "
-    "one of the others",
-    "mfu_percent": "MFU counts the matrix products that the method needs, teacher included, over the matmul rate "
-    "measured on this machine",
+    "difficulty_spearman": "difficulty_spearman compares it with the mean loss over random masks of held-out samples",
+    "difficulty_auc": "difficulty_auc is the chance that it ranks a patch of the hardest quarter above another",
+    "mfu_percent": "MFU is what the method needs, teacher included, over the matmul rate of this machine",
 }
 
 
