@@ -160,6 +160,7 @@ METHODS = {
         for name, m in HARDEST.items()
     },
 }
+LAST = ("step", "reconstruction_loss", "teacher_spearman", "spearman")
 SETTINGS = ("set", "length", "bank", "extra")
 PROBES = ("knn", "linear")
 TRUTH = ("difficulty_spearman", "difficulty_auc")
@@ -242,7 +243,7 @@ def run_one(arguments: argparse.Namespace, method: str, seed: int, out: Path) ->
         "saliency": saliency(model, recipe, arguments),
         "train_seconds": trained,
         "train_cpu_seconds": trained_cpu,
-        "last": {name: last[name] for name in ("step", "reconstruction_loss", "teacher_spearman", "spearman")},
+        "last": {name: last[name] for name in LAST if name in last},
     }
     write_json(out / RESULT, result)
 
