@@ -70,7 +70,7 @@ def check(predicted: Tensor, actual: Tensor, seen: Tensor) -> None:
 
 def check_shapes() -> None:
     """Blocks that fit, blocks with a rest, several programs; with and without ties; strided, in 16 bits."""
-    cases = "1 2 16 64 0, 3 16 16 64 0, 2 33 16 64 3, 2 70 32 64 0, 5 21 4 8 2, 1 64 64 16 4"
+    cases = "1 2 16 64 0, 3 16 16 64 0, 2 33 16 64 3, 2 70 32 64 0, 2 21 8 8 2, 1 64 64 16 4"
     for seed, case in enumerate(cases.split(", ")):
         batch, count, rows, columns, ties = map(int, case.split())
         predicted, actual, seen = drawn(seed, batch, count, ties)
@@ -92,7 +92,7 @@ def check_sizes_of_training() -> None:
 def check_odd_values() -> None:
     """All equal; well and badly ordered beyond what exp takes; losses and predictions that are no numbers."""
     predicted, actual, seen = drawn(0, 2, 9)
-    with blocks(4, 8):
+    with blocks(8, 16):
         check(torch.zeros(2, 9), torch.ones(2, 9), -torch.zeros(2, 9))
         for scale in (1e-4, 300.0, -300.0):
             check_ranking(actual * scale, actual)
@@ -108,29 +108,21 @@ def check_odd_values() -> None:
 
 
 def check_the_way_to_them() -> None:
-    """`loss.ranking_loss` and `loss.health` of a device that is no CPU, eager and compiled, in 16 and 64 bits."""
+    """`loss.ranking_loss` and `loss.health` of a device that is no CPU, in 16, 32 and 64 bits."""
     usual, loss.on_cpu = loss.on_cpu, lambda values: False
     try:
         predicted, actual, seen = drawn(3, 2, 20)
         for dtype in (torch.float32, torch.bfloat16, torch.float64):
-            for compiled in (False, dtype == torch.bfloat16):
-                inputs = predicted.to(dtype).requires_grad_()
-
-                def both(inputs: Tensor) -> tuple[Tensor, Tensor]:
-                    return loss.ranking_loss(inputs, actual), loss.health(inputs, actual, seen)
-
-                run = torch.compile(both, fullgraph=True, dynamic=False, backend="aot_eager") if compiled else both
-                value, health = run(inputs)
-                (gradient,) = torch.autograd.grad(3 * value, inputs)
-                plain = inputs.detach().double().requires_grad_()
-                want = loss.ranking_loss_plain(plain, actual)
-                (slope,) = torch.autograd.grad(3 * want, plain)
-                assert value.dtype == torch.promote_types(dtype, torch.float32)
-                torch.testing.assert_close(value.double(), want, rtol=1e-6, atol=0)
-                torch.testing.assert_close(
-                    gradient.double(), slope, rtol=1e-2 if dtype.itemsize < 4 else 1e-5, atol=1e-6
-                )
-                check_health(health, inputs.detach(), actual, seen)
+            inputs = predicted.to(dtype).requires_grad_()
+            value, health = loss.ranking_loss(inputs, actual), loss.health(inputs, actual, seen)
+            (gradient,) = torch.autograd.grad(3 * value, inputs)
+            plain = inputs.detach().double().requires_grad_()
+            want = loss.ranking_loss_plain(plain, actual)
+            (slope,) = torch.autograd.grad(3 * want, plain)
+            assert value.dtype == torch.promote_types(dtype, torch.float32)
+            torch.testing.assert_close(value.double(), want, rtol=1e-6, atol=0)
+            torch.testing.assert_close(gradient.double(), slope, rtol=1e-2 if dtype.itemsize < 4 else 1e-5, atol=1e-6)
+            check_health(health, inputs.detach(), actual, seen)
         for shape in ((2, 1), (0, 5)):
             inputs = torch.full(shape, NAN, requires_grad=True)
             value = loss.ranking_loss(inputs, torch.zeros(shape))

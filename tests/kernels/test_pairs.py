@@ -63,6 +63,10 @@ def test_they_compile_for_gpus_and_fit(capability: int, tmp_path: Path, monkeypa
         assert usage["REG"] <= registers, (name, usage)
 
 
+def pair_loss(predicted: torch.Tensor, actual: torch.Tensor, seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return loss.ranking_loss(predicted, actual), loss.health(predicted, actual, seen)
+
+
 def both(predicted: torch.Tensor, actual: torch.Tensor, seen: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Loss, gradient and health."""
     predicted = predicted.clone().requires_grad_()
@@ -110,7 +114,14 @@ def test_memory_that_runs_out_is_not_tritons_fault(monkeypatch: pytest.MonkeyPat
 def test_compilers_are_told_the_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     """And nothing that the operations give is what they were given."""
     monkeypatch.setattr(kernels, "_failed", True)
+    monkeypatch.setattr(loss, "on_cpu", lambda values: False)
     values = torch.randn(3, 2, 20)
+    predicted = values[0].clone().requires_grad_()
+    run = torch.compile(pair_loss, fullgraph=True, dynamic=False, backend="aot_eager")
+    for got, expected in zip(run(predicted, *values[1:]), pair_loss(predicted, *values[1:]), strict=True):
+        torch.testing.assert_close(got, expected)
+        if got.requires_grad:
+            torch.testing.assert_close(*(torch.autograd.grad(x.square(), predicted) for x in (got, expected)))
     torch.library.opcheck(loss._ranking, tuple(values[:2]))
     torch.library.opcheck(loss._ranking, (values[0].t().contiguous().t(), values[1]))
     torch.library.opcheck(loss._health, tuple(values))
