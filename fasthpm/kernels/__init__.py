@@ -34,7 +34,8 @@ def launched(name: str, *tensors: Tensor) -> Any:
     try:
         from fasthpm.kernels import pairs  # Triton is imported only where it runs
 
-        return getattr(pairs, name)(*tensors)
+        with torch.cuda.device_of(tensors[0]):  # Triton launches on the current GPU
+            return getattr(pairs, name)(*tensors)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
