@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from fasthpm import ranks
+from fasthpm.commands import attention
 from fasthpm.data import DatasetInfo, Loader, build_loader, read_info
 from fasthpm.data.base import AHEAD
 from fasthpm.data.options import count_workers
@@ -73,8 +74,8 @@ def measure_copy(recipe: Recipe, seconds: float) -> dict[str, float]:
 
 
 # ------------------------------------------------------------------------------------------------------ step
-def measure_step(recipe: Recipe, seconds: float) -> dict[str, float]:
-    """Whole updates on random images: {"images_per_second", "batch_size", "memory_gib" on a GPU}.
+def measure_step(recipe: Recipe, seconds: float) -> dict[str, Any]:
+    """Whole updates on random images: {"images_per_second", "batch_size"; on a GPU "memory_gib" and "attention"}.
 
     Where the recipe's batch does not fit into the GPU's memory, half of it is tried, and so on.
     """
@@ -91,19 +92,21 @@ def measure_step(recipe: Recipe, seconds: float) -> dict[str, float]:
             recipe = dataclasses.replace(recipe, batch_size=recipe.batch_size // 2)
 
 
-def step_rate(recipe: Recipe, launch: ranks.Launch, seconds: float) -> dict[str, float]:
+def step_rate(recipe: Recipe, launch: ranks.Launch, seconds: float) -> dict[str, Any]:
     """The same at a batch size that is taken to fit."""
     recipe = dataclasses.replace(recipe, global_batch_size=0, accum_iter=1, steps_per_epoch=0)
     recipe = recipe.resolve(10**6, 1)
-    rate = repeat(build_update(recipe, launch), seconds, launch.device)
-    result = {"images_per_second": rate * recipe.batch_size, "batch_size": recipe.batch_size}
+    update, kernels = build_update(recipe, launch)
+    rate = repeat(update, seconds, launch.device)
+    result: dict[str, Any] = {"images_per_second": rate * recipe.batch_size, "batch_size": recipe.batch_size}
     if launch.device.type == "cuda":
+        result["attention"] = ", ".join(sorted(set(kernels.values())))
         result["memory_gib"] = torch.cuda.max_memory_allocated(launch.device) / 2**30
     return result
 
 
-def build_update(recipe: Recipe, launch: ranks.Launch) -> Callable[[], object]:
-    """A function that makes one update of a resolved recipe on fixed random images."""
+def build_update(recipe: Recipe, launch: ranks.Launch) -> tuple[Callable[[], object], dict[str, str]]:
+    """A function that makes one update of a resolved recipe on fixed random images, and its kernels of attention."""
     info = DatasetInfo(1, recipe.channels, (0.5,) * recipe.channels, (0.25,) * recipe.channels, ("any",))
     step = Step(model_of(recipe), recipe, info)
     built = ranks.build_engine(step, recipe, ranks.merge_config(recipe.deepspeed_config, recipe, 1), launch)
@@ -121,7 +124,7 @@ def build_update(recipe: Recipe, launch: ranks.Launch) -> Callable[[], object]:
         built.backward(built(images, ids, update, alpha).loss)
         built.step()
 
-    return run
+    return run, attention.settle(recipe, launch.device, next(step.student.parameters()).dtype)
 
 
 def repeat(action: Callable[[], object], seconds: float, device: torch.device) -> float:
@@ -139,7 +142,7 @@ def repeat(action: Callable[[], object], seconds: float, device: torch.device) -
 
 
 # ------------------------------------------------------------------------------------------------------ process
-PARTS: dict[str, Callable[[Recipe, float], dict[str, float]]] = {
+PARTS: dict[str, Callable[[Recipe, float], dict[str, Any]]] = {
     "decode": measure_decode,
     "copy": measure_copy,
     "step": measure_step,
