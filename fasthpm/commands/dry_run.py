@@ -16,16 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from fasthpm.data import DatasetInfo
+from fasthpm.frozen import untrained_teacher
 from fasthpm.model import HPMViT
 from fasthpm.patches import model_of
 from fasthpm.recipe import Recipe
 from fasthpm.speed.gpus import GPU
 from fasthpm.step import Step
+from fasthpm.targets import TARGETS
 
 BLOCK = 512  # bytes: the allocator rounds up to it
 FREE = frozenset({  # operations that launch no kernel
@@ -47,6 +50,7 @@ class DryRun:
     seconds: float  # by the GPU's roofline, forward and backward
     parameters: int  # of the student, trainable
     teacher_parameters: int
+    frozen_parameters: int = 0  # of a teacher that does not learn
 
 
 class Meter(TorchDispatchMode):
@@ -118,7 +122,7 @@ def dry_run(recipe: Recipe, gpu: GPU, *, bf16: bool = True) -> DryRun:
     with FakeTensorMode(allow_non_fake_inputs=True), Meter(gpu) as meter:
         step, teacher = step_without_values(recipe, torch.bfloat16 if bf16 else torch.float32)
         student = step.student
-        for module in (step, teacher):
+        for module in (step, teacher, step.frozen):
             if module is not None:
                 meter.know(module)
         meter.live = meter.peak = meter.flop = meter.moved = meter.seconds = 0.0
@@ -131,7 +135,8 @@ def dry_run(recipe: Recipe, gpu: GPU, *, bf16: bool = True) -> DryRun:
         moved=meter.moved,
         seconds=meter.seconds,
         parameters=sum(weight.numel() for weight in student.parameters() if weight.requires_grad),
-        teacher_parameters=sum(weight.numel() for weight in teacher.parameters()) if teacher else 0,
+        teacher_parameters=_count(teacher),
+        frozen_parameters=_count(step.frozen),
     )
 
 
@@ -144,7 +149,33 @@ def step_without_values(recipe: Recipe, dtype: torch.dtype) -> tuple[Step, HPMVi
     if recipe.uses_teacher:
         teacher = _model(recipe, dtype).eval().requires_grad_(False)
         step.attach_teacher(teacher)
+    if recipe.target_teacher == "frozen":
+        step.attach_frozen(_frozen(recipe))
     return step, teacher
+
+
+def _frozen(recipe: Recipe) -> nn.Module:
+    """The recipe's frozen teacher without its weights; what a target of one's own builds costs nothing here."""
+    family = TARGETS[recipe.target].family
+    if family is None:
+        return _Features(recipe)
+    with unset_fake_temporarily():  # timm looks at numbers while it builds
+        return untrained_teacher(recipe, family).bfloat16()
+
+
+class _Features(nn.Module):
+    """Features of every patch, [B, L, D'], from nowhere."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__()
+        self.shape = recipe.num_patches, recipe.frozen_dim
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.new_empty(len(images), *self.shape, dtype=torch.bfloat16)
+
+
+def _count(module: nn.Module | None) -> int:
+    return sum(weight.numel() for weight in module.parameters()) if module else 0
 
 
 def _model(recipe: Recipe, dtype: torch.dtype) -> HPMViT:

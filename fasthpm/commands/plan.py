@@ -108,7 +108,7 @@ def used(recipe: Recipe, found: DryRun, gpus: int) -> float:
     kept = state_bytes(
         found.parameters, found.teacher_parameters, stage=stage, world_size=gpus, bf16=bf16, ema=recipe.uses_teacher
     )
-    return found.activations + kept + CONTEXT
+    return found.activations + kept + 2 * found.frozen_parameters + CONTEXT  # a frozen teacher is in bfloat16
 
 
 def network_bytes(found: DryRun, gpus: int, *, bf16: bool) -> float:
