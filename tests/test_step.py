@@ -4,7 +4,6 @@ Ranks run this file too (`main`): combinations of baseline, mask, difficulty los
 """
 
 import dataclasses
-import gc
 import itertools
 from argparse import ArgumentParser
 from pathlib import Path
@@ -98,7 +97,6 @@ def main() -> None:
     with ranks_launch.session() as launch:
         for changes in sensible:
             train_three(toy(changes).resolve(100, launch.world_size), arguments.config, launch)
-            gc.freeze()  # DeepSpeed collects six times an engine, over all that earlier ones left
         if launch.rank == 0:
             print(f"{len(sensible)} combinations ran")
 
