@@ -39,6 +39,5 @@ def test_what_exists_is_not_collected_while_deepspeed_starts(monkeypatch: pytest
     with ranks_launch.session() as launch:
         config = deepspeed_json.merge_config(recipe.deepspeed_config, recipe, 1)
         engine.build_engine(nn.Linear(3, 2), recipe, config, launch)
-    assert len(left_out) >= 6
     assert min(left_out) > 10_000
     assert gc.get_freeze_count() == 0
