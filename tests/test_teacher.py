@@ -39,7 +39,10 @@ AUTO = dict.fromkeys(("train_batch_size", "gradient_clipping"), "auto")
 # The shipped presets, and two further layouts and options that users may choose.
 CONFIGS: dict[str, dict[str, Any]] = {
     "zero1_bf16_accumulation": {**AUTO, **BF16, "zero_optimization": {"stage": 1}},
-    **{f"{name}_without_waits": json.loads((ROOT / "ds_configs" / f"{name}.json").read_text()) for name in WITHOUT_WAITS},
+    **{
+        f"{name}_without_waits": json.loads((ROOT / "ds_configs" / f"{name}.json").read_text())
+        for name in WITHOUT_WAITS
+    },
     # ZeRO 3 comes last: it replaces torch.nn.functional.linear in the whole process.
     **{path.stem: json.loads(path.read_text()) for path in sorted((ROOT / "ds_configs").glob("*.json"))},
     "zero3_small_groups": {

@@ -22,7 +22,9 @@ def watch(found: list[dict[str, Any]]) -> None:
     def turn(run: Any, *rest: Any) -> None:
         with card.Watch() as seen:
             real(run, *rest)
-        compiled = {part.name: part.failure for part in (run.step.run_teacher, run.step.run_student) if is_compiled(part)}
+        compiled = {
+            part.name: part.failure for part in (run.step.run_teacher, run.step.run_student) if is_compiled(part)
+        }
         found.append(seen.summary | {"device": run.launch.device.type, "compiled": compiled})
 
     pretrain.turn = turn
