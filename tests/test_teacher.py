@@ -335,7 +335,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     folder = tmp_path_factory.mktemp("teacher")
     shared_memory = set(Path("/dev/shm").iterdir())
     for ranks in (1, 2):
-        check_ranks(Path(__file__), folder, ranks=ranks, launcher="torchrun", timeout=300)
+        check_ranks(Path(__file__), folder, ranks=ranks, launcher="forked", timeout=300)
     left = {path.name for path in set(Path("/dev/shm").iterdir()) - shared_memory}
     assert not any("deepspeed" in name for name in left)
     return {1: folder, 2: folder}
@@ -398,6 +398,9 @@ def test_one_and_two_ranks_learn_the_same(measured: dict[int, Path]) -> None:
         # Clipped in both: the order of the sums in the norm is all that differs.
         fast = torch.load(measured[ranks] / f"{name}_without_waits-{ranks}" / "masters.pt")
         assert distance(fast, to_double(learnt[f"{name}-{ranks}"])) < 1e-2
+        for config in (f"{name}_without_waits", name):
+            norms = [rank["grad_norm"] for rank in of_ranks((ranks, measured[ranks]), config)]
+            assert norms == [pytest.approx(of_ranks((1, measured[1]), name)[0]["grad_norm"], rel=1e-2)] * ranks
     for config, tolerance in (("zero0_fp32", 1e-4), ("zero1_fp32", 1e-4), ("zero1_bf16", 1e-2), ("zero2_bf16", 1e-2)):
         one, two = (learnt[f"{config}-{ranks}"] for ranks in (1, 2))
         assert distance(one, to_double(two)) < tolerance
