@@ -128,7 +128,11 @@ def train_three(recipe: Recipe, config: str, launch: ranks_launch.Launch) -> Non
 def test_sensible_combinations_train_through_the_engine(ranks: int, preset: str, every: int) -> None:
     """Some of them on one rank and on two, every target among them; `--every 1` runs them all."""
     output = check_ranks(
-        Path(__file__), "--config", ROOT / "ds_configs" / f"{preset}.json", "--every", every, ranks=ranks, timeout=400
+        Path(__file__),
+        *("--config", ROOT / "ds_configs" / f"{preset}.json", "--every", every),
+        launcher="forked",
+        ranks=ranks,
+        timeout=400,
     )
     count = len([changes for changes in combinations() if not why_not(changes)][::every])
     assert f"{count} combinations ran" in output
