@@ -1,4 +1,4 @@
-"""What the program does on GPUs only, done on a CPU: `python gpu_branches.py pretrain …` is `fasthpm pretrain …` with it.
+"""What the program does on GPUs only, on a CPU: `python gpu_branches.py pretrain …` is `fasthpm pretrain …` with it.
 
 Masks by torch instead of numpy, large blocks of pairs, fused attention in bfloat16, batches asked for one ahead, and
 the update without waits. Nothing here is a GPU: what differs between devices (rounding, streams) is not seen.
