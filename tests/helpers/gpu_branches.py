@@ -4,13 +4,14 @@ Masks by torch instead of numpy, large blocks of pairs, fused attention in bfloa
 the update without waits. Nothing here is a GPU: what differs between devices (rounding, streams) is not seen.
 """
 
+import importlib
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
-from fasthpm import layers, loss, mask_loops, pretrain, ranks
+from fasthpm import layers, loss, mask_loops, ranks
 from fasthpm.data.device import DeviceLoader
 from fasthpm.ranks.zero import update_without_waits
 
@@ -19,6 +20,7 @@ from fasthpm.ranks.zero import update_without_waits
 def gpu_branches() -> Iterator[None]:
     """While entered, the step and `fasthpm pretrain` take a GPU's branches."""
     build = ranks.build_engine
+    pretrain = importlib.import_module("fasthpm.pretrain")  # forked ranks import it anew
 
     def build_engine(*arguments: Any) -> Any:
         engine = build(*arguments)
