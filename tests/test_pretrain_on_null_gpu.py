@@ -12,7 +12,7 @@ from tests.helpers.null_gpu import run_on_null_gpu
 FLAGS = (
     *("--recipe", "debug", "--data_path", "synthetic:64", "--batch_size", "8", "--warmup_epochs", "0"),
     *("--epochs", "3", "--steps_per_epoch", "4", "--log_every", "3", "--difficulty_every", "0"),
-    *("--teacher_maps", "--map_refresh_epochs", "1", "--online_knn_every", "8"),
+    *("--teacher_maps", "--map_refresh_epochs", "1", "--online_knn_every", "2", "--online_probe_every", "1"),
 )
 STOP = 6  # updates; of 12
 QUIET = (2, 5, 10, 11)  # neither first after a start, nor with a reading, a checkpoint or a probe: from 1
