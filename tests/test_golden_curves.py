@@ -17,12 +17,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from fasthpm import recipes, schedule
+from fasthpm import pretrain, recipes, schedule
 from fasthpm.data import build_loader
 from fasthpm.model import Output
 from fasthpm.patches import model_of
 from fasthpm.ranks.engine import parameter_groups
 from fasthpm.step import Step
+from tests.helpers.gpu_branches import gpu_branches
 
 FILE = Path(__file__).parent / "golden" / "curves.json"
 GRADIENTS = FILE.with_name("gradients.json")
@@ -42,6 +43,7 @@ def curve(case: str) -> tuple[list[list[float]], list[list[float]]]:
     """[reconstruction loss, difficulty loss] of every update; the norms of their gradients at `GRADIENTS_AT`."""
     recipe = dataclasses.replace(recipes.debug(), batch_size=BATCH, warmup_epochs=0.0, **CASES[case]).resolve(400, 1)
     loader = build_loader("synthetic:400", batch_size=BATCH, image_size=(28, 28), channels=1, num_workers=1)
+    loader = pretrain.on_device(loader, torch.device("cpu"))
     step, teacher = Step(model_of(recipe), recipe, loader.info), model_of(recipe).eval().requires_grad_(False)
     step.attach_teacher(teacher)
     optimizer = torch.optim.AdamW(parameter_groups(step, recipe.weight_decay), recipe.lr, betas=(0.9, 0.95))
@@ -81,6 +83,12 @@ def test_the_losses_are_the_golden_ones(case: str) -> None:
     torch.testing.assert_close(torch.tensor(norms), torch.tensor(gradients), rtol=GRADIENT_TOLERANCE, atol=1e-6)
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(golden), rtol=TOLERANCE, atol=1e-5)
     assert golden[-1][0] < golden[0][0]
+
+
+def test_the_branches_of_gpus_give_the_golden_losses_too() -> None:
+    """Maps, masks by torch, large blocks of pairs, batches one ahead."""
+    with gpu_branches():
+        test_the_losses_are_the_golden_ones("hpm")
 
 
 if __name__ == "__main__":
