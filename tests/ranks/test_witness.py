@@ -22,7 +22,7 @@ from tests.helpers.launch import run_ranks
 
 def main(_: object = None) -> None:
     """Rank 1 ends in the way that is asked for, while rank 0 waits for it."""
-    folder, way = Path(sys.argv[1]), sys.argv[2]
+    folder, way = Path(sys.argv[-2]), sys.argv[-1]
     with launch.session() as here, Watchdog(folder, here.rank, 2, timeout=1.0) as watchdog:
         watchdog.progressed(12)
         time.sleep(0.5)  # a note is written
