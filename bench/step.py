@@ -194,7 +194,8 @@ def one_precision(precision: str, arguments: argparse.Namespace, launch: ranks.L
     built: dict[str, Built] = {}
     for variant in arguments.variants:
         say(f"{precision}: building {variant}")
-        recipe = dataclasses.replace(recipe_of(variant, arguments, CONFIGS[precision]), compile=arguments.compile)
+        changes = {"compile": arguments.compile, **arguments.fields}
+        recipe = dataclasses.replace(recipe_of(variant, arguments, CONFIGS[precision]), **changes)
         built[variant] = build(variant, recipe, launch, precision)
     repeats = arguments.repeats or (10 if launch.device.type == "cuda" else 1)
     updates = {name: one.update for name, one in built.items()}
@@ -207,7 +208,7 @@ def one_precision(precision: str, arguments: argparse.Namespace, launch: ranks.L
             share = [value / recipes.FAST_REFRESH_EPOCHS for value in times.pop(f"{name}{REFRESH}")]
             times[name] = [step + part for step, part in zip(times[name], share, strict=True)]
     exact = built.get("hpm")
-    loop = exact.loop(2 * repeats) if exact and exact.loop else None
+    loop = exact.loop(2 * repeats) if exact and exact.loop and arguments.loop else None
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     rate = measure_matmul_rate(launch.device, dtype)
     median = {name: statistics.median(values) for name, values in seconds.items()}
@@ -320,6 +321,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=0, help="threads of torch on the CPU (0: all cores)")
     parser.add_argument("--compile", action="store_true", help="compile our steps with torch.compile")
     parser.add_argument("-o", "--output", type=Path, default=None, help="write the raw figures here as JSON")
+    parser.set_defaults(loop=True, fields={})  # bench.gpu has others
     arguments = parser.parse_args(argv)
     if arguments.batch_size < 1 or arguments.rounds < 1:
         raise UserError("batch_size and rounds must be 1 or more")
