@@ -16,6 +16,7 @@ of 16 frames, MAE is VideoMAE, and the fast ones have their teacher in every ste
 import argparse
 import dataclasses
 import functools
+import importlib
 import json
 import statistics
 import subprocess
@@ -138,16 +139,28 @@ def build(variant: str, recipe: Recipe, launch: ranks.Launch, precision: str) ->
     if recipe.teacher_maps:
         refresh = functools.partial(teacher_pass, step, images)
     ids = torch.arange(recipe.batch_size, device=launch.device)
+    micro_step = micro_step_of(recipe, deepspeed_engine, step)
 
     def update_ours(number: int) -> None:
         ranks.set_lr(deepspeed_engine, schedule.lr_at(recipe, number))
         alpha = torch.full((), ALPHA, dtype=torch.float64, device=launch.device)
-        output = deepspeed_engine(images, ids, torch.full((), number, device=launch.device), alpha, maps)
-        deepspeed_engine.backward(output.loss)
-        deepspeed_engine.step()
+        micro_step(images, ids, torch.full((), number, device=launch.device), alpha, maps)
 
     loop = functools.partial(loop_share, recipe, launch, deepspeed_engine, step, teacher, images)
     return Built(update_ours, *work_of(step.student, recipe), refresh, loop)
+
+
+def micro_step_of(recipe: Recipe, engine: Any, step: Step) -> Callable[..., Any]:
+    """What makes an update: as one CUDA graph where the recipe has that and asks for it, else launch by launch."""
+    if "cuda_graph" in {field.name for field in dataclasses.fields(recipe)}:
+        graph = importlib.import_module("fasthpm.speed.graph")
+        return graph.micro_step(recipe.cuda_graph, engine, step.stopwatch)  # type: ignore[attr-defined, no-any-return]
+
+    def eager(*inputs: Tensor | None) -> None:
+        engine.backward(engine(*inputs).loss)
+        engine.step()
+
+    return eager
 
 
 @torch.no_grad()
