@@ -168,6 +168,8 @@ def of_machine(found: dict[str, Any]) -> str:
     """Machine and rates."""
     told = found["versions"]
     rates = ", ".join(f"{size}: {rate:.0f}" for size, rate in found["matmul_tflops"].items())
+    if "packed" in found:
+        told = {**told, "commit": found["packed"]}
     names = ("device", "torch", "deepspeed", "python", "commit")
     return (
         f"{', '.join(f'{name} {told[name]}' for name in names)}; {found['memory_gib']:.1f} GiB; TFLOP/s of bf16 "

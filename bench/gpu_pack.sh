@@ -27,5 +27,6 @@ for package in $pinned; do
         "${platforms[@]}" -d "$wheels" "$package" 2> /dev/null ||
         DS_BUILD_OPS=0 "$python" -m pip wheel -q --no-deps -w "$wheels" "$package" # sources only: built here, of no platform
 done
-git ls-files -z --cached --others --exclude-standard | tar cf build/gpu_pack.tar --null -T - "$wheels"
+git describe --always --dirty --abbrev=40 > build/gpu_pack/commit
+git ls-files -z --cached --others --exclude-standard | tar cf build/gpu_pack.tar --null -T - build/gpu_pack
 du -sh "$wheels" build/gpu_pack.tar

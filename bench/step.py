@@ -152,9 +152,9 @@ def build(variant: str, recipe: Recipe, launch: ranks.Launch, precision: str) ->
 
 def micro_step_of(recipe: Recipe, engine: Any, step: Step) -> Callable[..., Any]:
     """What makes an update: as one CUDA graph where the recipe has that and asks for it, else launch by launch."""
-    if "cuda_graph" in {field.name for field in dataclasses.fields(recipe)}:
+    if asked := vars(recipe).get("cuda_graph"):
         graph = importlib.import_module("fasthpm.speed.graph")
-        return graph.micro_step(recipe.cuda_graph, engine, step.stopwatch)  # type: ignore[attr-defined, no-any-return]
+        return graph.micro_step(asked, engine, step.stopwatch)
 
     def eager(*inputs: Tensor | None) -> None:
         engine.backward(engine(*inputs).loss)
