@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,9 +13,11 @@ from typing import Any
 
 import pytest
 
-from fasthpm.commands import doctor
+from fasthpm.commands import doctor, plan
 from fasthpm.commands.doctor import Finding, Rates, verdict
 from fasthpm.errors import UserError
+from fasthpm.speed.gpus import GPUS
+from fasthpm.speed.memory import CONTEXT
 from tests.helpers.data_fixtures import image_folder, prepare
 from tests.helpers.launch import ROOT
 
@@ -206,6 +209,52 @@ def measured(monkeypatch: pytest.MonkeyPatch, *found: dict[str, Any]) -> None:
     monkeypatch.setattr(doctor, "measure", lambda recipe, seconds: iter(found))
 
 
+STEP = {"part": "step", "images_per_second": 100.0, "batch_size": 16}
+
+
+@pytest.mark.parametrize(
+    ("name", "memory", "expected"),
+    [
+        (
+            "NVIDIA H100 80GB HBM3",
+            79,
+            r"predicted  [\d.e+]+ images/s \(a model of h100, .*measured is \d+% of it; 0.\d GiB",
+        ),
+        ("Tesla T4", 15, r"predicted  0.\d GiB of GPU memory; measured .*: there is no data sheet of Tesla T4 here"),
+    ],
+)
+def test_beside_what_is_measured_stands_what_is_predicted(
+    name: str, memory: int, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a fake GPU."""
+    import torch
+
+    size = memory * doctor.GIB
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (size, size))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    recipe, *_ = doctor.parse_arguments(["--recipe", "hpm_demo"])
+    line = doctor.predict(recipe, {**STEP, "memory_gib": 1.0})
+    assert re.search(expected, line), line
+    planned = plan.plan(dataclasses.replace(recipe, batch_size=16), GPUS["h100"], 1, 10**6, per_machine=1, network=1e9)
+    share = round(100 * 1.0 / ((planned.memory - CONTEXT) / doctor.GIB))
+    assert f"measured is {share}% of it" in line
+
+
+def test_a_step_alone_is_measured_where_there_is_no_data(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "CHECKS", ())
+    monkeypatch.setattr(doctor, "measure", lambda recipe, seconds, asked_for: iter([STEP]))
+    doctor.main(["--recipe", "hpm_demo"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-3:] == [
+        "  step       100 images/s (batch 16)",
+        "  predicted  of GPUs only: fasthpm plan hpm_demo --gpu h100 says what one would do",
+        "pretraining can run here; add --data_path to learn what bounds it",
+    ]
+
+
 def test_a_measurement_that_fails_is_said_and_gives_status_1(
     data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -238,7 +287,7 @@ def measure_with(script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, t
     (tmp_path / "python").write_text(f"#!{sys.executable}\n{script}")
     (tmp_path / "python").chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
-    recipe, _ = doctor.parse_arguments(["--recipe", "debug"])
+    recipe, *_ = doctor.parse_arguments(["--recipe", "debug"])
     return list(doctor.measure(recipe, 1.0, timeout))
 
 
