@@ -378,29 +378,11 @@ def describe(found: dict[str, Any]) -> str:
     return f"  {part:10} {text}"
 
 
-def predict(recipe: Recipe, measured: dict[str, Any]) -> str:
-    """A line about what the model of `fasthpm plan` expects of the step that was measured, beside that."""
-    import torch
+def predicted(recipe: Recipe, found: dict[str, Any]) -> str:
+    """The line of `expected.predict`; torch is imported late here, as what is broken shall be a finding."""
+    from fasthpm.commands.expected import predict
 
-    from fasthpm.commands.plan import plan
-    from fasthpm.speed import gpus
-    from fasthpm.speed.memory import CONTEXT
-
-    if "memory_gib" not in measured:
-        return f"  predicted  of GPUs only: fasthpm plan {recipe.recipe} --gpu h100 says what one would do"
-    gpu, known = gpus.installed(torch.device("cuda", 0))
-    changes = {"batch_size": measured["batch_size"], "global_batch_size": 0, "accum_iter": 1, "steps_per_epoch": 0}
-    try:
-        found = plan(dataclasses.replace(recipe, **changes), gpu, 1, 10**6, per_machine=1, network=1e9)
-    except Exception as error:  # a model that fails takes nothing from what was measured
-        return f"  predicted  nothing: the model of this step failed ({error!r})"
-    memory = (found.memory - CONTEXT) / GIB
-    share = f"{memory:.1f} GiB of GPU memory; measured is {measured['memory_gib'] / memory:.0%} of it"
-    if not known:
-        return f"  predicted  {share}; speed is not predicted: there is no data sheet of {gpu.name} here"
-    rate = f"{found.samples_per_second:.4g} images/s (a model of {gpu.name}, bound by {found.bound_by})"
-    reached = f"measured is {measured['images_per_second'] / found.samples_per_second:.0%} of it"
-    return f"  predicted  {rate}; {reached}; {share}"
+    return predict(recipe, found)
 
 
 def diagnose_step(recipe: Recipe, seconds: float) -> tuple[bool, str]:
@@ -409,7 +391,7 @@ def diagnose_step(recipe: Recipe, seconds: float) -> tuple[bool, str]:
     print(describe(found), flush=True)
     if "error" in found:
         return False, f"pretraining cannot run here: step: {found['error']}"
-    print(predict(recipe, found), flush=True)
+    print(predicted(recipe, found), flush=True)
     return True, "pretraining can run here; add --data_path to learn what bounds it"
 
 
@@ -430,7 +412,7 @@ def diagnose(recipe: Recipe, seconds: float) -> tuple[bool, str]:
         found[one["part"]] = one
         print(describe(one), flush=True)
         if one["part"] == "step" and "error" not in one:
-            print(predict(recipe, one), flush=True)
+            print(predicted(recipe, one), flush=True)
     errors = [f"{part}: {one['error']}" for part, one in found.items() if "error" in one]
     if errors:
         return False, f"pretraining cannot run here: {errors[0]}"

@@ -2,7 +2,6 @@
 
 import re
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -18,7 +17,6 @@ from fasthpm.speed import gpus
 from fasthpm.speed.gpus import GIB
 
 SAMPLES = 10**9  # of a data set: any number does, as memory does not depend on it
-LINGER = 10.0  # seconds in which slower ranks say it, too, before a launcher ends them for the first that has left
 LARGEST = 3  # kinds of tensors that are named
 
 
@@ -37,8 +35,7 @@ def explained(recipe: Recipe, launch: Launch, where: Callable[[], str]) -> Itera
         found = UserError(line)
         if launch.world_size > 1:
             tqdm.write(f"fasthpm: error: {line}\n", end="", file=sys.stderr)  # in one piece, below the progress bar
-            time.sleep(LINGER)
-            found.printed_elsewhere = True
+            found.printed_elsewhere = True  # the command lingers for the slower ones
         raise found from error
 
 

@@ -93,6 +93,8 @@ def test_it_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyP
     found = run_parts(tmp_path, "abc", SETTINGS, SOON)["parts"]
     assert ran == ["b", "c"]  # a has ended its process once
     assert found["a"] == {"state": "failed", "error": "the process ended in it"}
+    run_parts(tmp_path, "abc", SETTINGS, SOON)
+    assert ran == ["b", "c"]  # what failed fails again
     found = run_parts(tmp_path, "abcd", SETTINGS, time.time() + gpu.LEAST - 1)["parts"]
     assert ran == ["b", "c"]
     assert found["d"]["state"] == "left out"

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -13,11 +12,9 @@ from typing import Any
 
 import pytest
 
-from fasthpm.commands import doctor, plan
+from fasthpm.commands import doctor
 from fasthpm.commands.doctor import Finding, Rates, verdict
 from fasthpm.errors import UserError
-from fasthpm.speed.gpus import GPUS
-from fasthpm.speed.memory import CONTEXT
 from tests.helpers.data_fixtures import image_folder, prepare
 from tests.helpers.launch import ROOT
 
@@ -210,35 +207,6 @@ def measured(monkeypatch: pytest.MonkeyPatch, *found: dict[str, Any]) -> None:
 
 
 STEP = {"part": "step", "images_per_second": 100.0, "batch_size": 16}
-
-
-@pytest.mark.parametrize(
-    ("name", "memory", "expected"),
-    [
-        (
-            "NVIDIA H100 80GB HBM3",
-            79,
-            r"predicted  [\d.e+]+ images/s \(a model of h100, .*measured is \d+% of it; 0.\d GiB",
-        ),
-        ("Tesla T4", 15, r"predicted  0.\d GiB of GPU memory; measured .*: there is no data sheet of Tesla T4 here"),
-    ],
-)
-def test_beside_what_is_measured_stands_what_is_predicted(
-    name: str, memory: int, expected: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of a fake GPU."""
-    import torch
-
-    size = memory * doctor.GIB
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (size, size))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    recipe, *_ = doctor.parse_arguments(["--recipe", "hpm_demo"])
-    line = doctor.predict(recipe, {**STEP, "memory_gib": 1.0})
-    assert re.search(expected, line), line
-    planned = plan.plan(dataclasses.replace(recipe, batch_size=16), GPUS["h100"], 1, 10**6, per_machine=1, network=1e9)
-    share = round(100 * 1.0 / ((planned.memory - CONTEXT) / doctor.GIB))
-    assert f"measured is {share}% of it" in line
 
 
 def test_a_step_alone_is_measured_where_there_is_no_data(

@@ -94,6 +94,20 @@ def test_other_errors_stay_as_they_are() -> None:
         raise RuntimeError("odd")
 
 
+def test_a_rank_of_several_says_it_itself_and_lingers_for_the_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(shortage, "describe", lambda *_: "the line")
+    for launch, said in (
+        (GPU_LAUNCH, "fasthpm: error: the line\n"),
+        (dataclasses.replace(GPU_LAUNCH, world_size=1), ""),
+    ):
+        with pytest.raises(UserError, match="the line") as raised, shortage.explained(ASKED, launch, str):
+            raise ERROR
+        assert raised.value.printed_elsewhere == bool(said)
+        assert capsys.readouterr().err == said
+
+
 def test_every_rank_says_it_and_the_run_goes_on_with_the_batch_that_is_named(tmp_path: Path) -> None:
     words = (*RUN, "--save_every", 1, "--output_dir", tmp_path)
     finished = run_ranks(Path(__file__), *words, "--batch_size", 16, ranks=2, launcher="forked")
@@ -119,5 +133,4 @@ def test_a_rank_alone_says_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 if __name__ == "__main__":
-    shortage.LINGER = 4.0
     run_rank(main)
