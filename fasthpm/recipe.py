@@ -30,6 +30,7 @@ PREDICTORS = ("separate", "shared")
 DECODER_ATTENTIONS = ("self", "cross")
 TEACHER_PRECISIONS = ("model", "fp8")
 ALPHA_SCHEDULES = ("released", "paper", "step")
+CUDA_GRAPH = ("auto", "on", "off")
 ON_NONFINITE = ("halt", "skip", "rollback")
 
 
@@ -270,6 +271,13 @@ class Recipe:
     )
     compile: bool = option(
         False, "compile the step with torch.compile: minutes at the start, then faster on GPUs", run_only=True
+    )
+    cuda_graph: str = option(
+        "auto",
+        "run updates as one CUDA graph, which takes the host next to no time: auto = on GPUs where that can be, on "
+        "(says why it can't be), or off",
+        choices=CUDA_GRAPH,
+        run_only=True,
     )
     online_probe_every: int = option(
         0,
