@@ -108,7 +108,8 @@ def lay_blocks(proposals: Tensor, roots: Tensor, grid_size: tuple[int, int], cou
     smallest = max(1, rows * columns * 16 // 196)
     free = proposals.new_ones(batch, rows, columns)  # of numbers, for products: they count patches fastest
     missing = proposals.new_full((batch, 1), count)
-    size = torch.tensor(grid_size, dtype=torch.float64, device=proposals.device)
+    size = proposals.new_full((2,), columns)
+    size[0] = rows  # a tensor of the host's numbers would have to be waited for
     index = [torch.arange(n, dtype=torch.float64, device=proposals.device) for n in grid_size]
     for number in range(proposals.shape[1]):
         proposal, root = proposals[:, number], roots[:, number, None]
