@@ -13,30 +13,9 @@ MAX_FPS = 1000
 RATE_TOLERANCE = 0.001  # of a header's two rates that say the same
 NEAR = 0.02  # of a rate that a header states and one that is measured
 STANDARD_NEAR = 0.005
-STANDARD = tuple(
-    Fraction(rate)
-    for rate in (
-        *(
-            "5",
-            "6",
-            "8",
-            "10",
-            "12",
-            "12.5",
-            "15",
-            "16",
-            "18",
-            "20",
-            "24000/1001",
-            "24",
-            "25",
-            "30000/1001",
-            "30",
-            "48",
-        ),
-        *("50", "60000/1001", "60", "90", "100", "120000/1001", "120", "240"),
-    )
-)
+WHOLE = (5, 6, 8, 10, 12, 15, 16, 18, 20, 24, 25, 30, 48, 50, 60, 90, 100, 120, 240)
+NTSC = (Fraction(1000 * rate, 1001) for rate in (24, 30, 60, 120))
+STANDARD = tuple(sorted((*map(Fraction, WHOLE), *NTSC, Fraction(25, 2))))
 MOST_REPEATS = 2  # stored pictures per picture of the file, at most, for the sake of its fastest stretches
 COMPLETE = 0.9  # share of what a file promises, below which it counts as cut off
 PROGRESSIVE = ("progressive", "unknown", "")

@@ -39,7 +39,7 @@ def checkpoint_of(source: Path) -> Path:
     return folder
 
 
-def load_weights(source: Path, which: str = "student") -> tuple[HPMViT, Recipe]:
+def load_weights(source: str | Path, which: str = "student") -> tuple[HPMViT, Recipe]:
     """The float32 model of a run (its newest valid checkpoint) or of one checkpoint, in eval mode.
 
     It knows by what its pixels are normalised (`patches.statistics_for`).
@@ -48,7 +48,7 @@ def load_weights(source: Path, which: str = "student") -> tuple[HPMViT, Recipe]:
 
     **Raises:** `UserError` if there is no such checkpoint or it has no teacher.
     """
-    folder = checkpoint_of(source)
+    folder = checkpoint_of(Path(source))
     recipe = load_recipe(folder / RECIPE)
     model = (initial_model(recipe) if which == "untrained" else model_of(recipe)).eval()
     model.pixels = pixels_of(folder, recipe)

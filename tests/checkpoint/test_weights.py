@@ -141,7 +141,7 @@ def test_load_weights(tmp_path: Path) -> None:
     assert not model.training
     assert recipe.recipe == "debug"
     assert torch.equal(model.cls_token, load_file(folder / "student.safetensors")["cls_token"])
-    untrained, _ = weights.load_weights(folder, "untrained")
+    untrained, _ = weights.load_weights(str(folder), "untrained")
     assert torch.equal(untrained.blocks[0].attn.qkv.weight, model_of(recipe).blocks[0].attn.qkv.weight)
     shutil.rmtree(folder / "shards")
     assert not has_teacher(folder)
