@@ -1,12 +1,15 @@
 """Updates by graphs against updates as they are written, bit for bit.
 
-There is no CUDA here: the recorder is a fake (`tests/helpers/recorder.py`), and so is the GPU's way to update, which the
-engine gets on the CPU. The real recording is tested on the null GPU.
+There is no CUDA here: the recorder is a fake (`tests/helpers/recorder.py`), and a CPU updates as GPUs do. pytest starts
+this very file as the program of two ranks (`main`), too. The real recording is tested on the null GPU.
 """
 
 import dataclasses
+import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,40 +19,68 @@ from torch import Tensor
 from fasthpm import pretrain, ranks, recipes
 from fasthpm.checkpoint.folder import newest_valid, read_state
 from fasthpm.checkpoint.shards import STATES, SavedState
+from fasthpm.cli import run_rank
 from fasthpm.ranks import engine as engines
 from fasthpm.ranks.zero import update_without_waits
 from fasthpm.run.records import read_metrics
 from fasthpm.speed import graph
+from fasthpm.speed.clock import Stopwatch
+from fasthpm.step import Step, StepOutput
+from tests.helpers.launch import check_ranks
 from tests.helpers.recorder import FakeRecorder, without_numpy
 
 TIMES = ("images_per_second", "data_wait_percent", "teacher_percent", "mfu_percent", "memory_gib", "time")
 
 
+@dataclasses.dataclass
+class NoGraphs:
+    """A recorder that fails, at once or when all is recorded, and has changed none of `tensors`."""
+
+    at_once: bool
+    tensors: list[Tensor]
+
+    @torch.no_grad()
+    def __call__(self, function: Any) -> Any:
+        kept = [tensor.clone() for tensor in self.tensors]
+        if not self.at_once:
+            with torch.enable_grad():
+                function()
+        for tensor, old in zip(self.tensors, kept, strict=True):
+            tensor.copy_(old)
+        raise RuntimeError("no graphs here\nand more")
+
+
+def as_on_a_gpu(patch: pytest.MonkeyPatch, record: Any) -> None:
+    """Have this process update as GPUs do, and record with a fake."""
+    build = ranks.build_engine
+
+    def built(*arguments: Any, **options: Any) -> Any:
+        engine = build(*arguments, **options)
+        assert update_without_waits(engine)
+        engines.keep_rates_on(engine, engine.device)
+        return engine
+
+    patch.setattr(ranks, "build_engine", built)
+    patch.setattr(graph, "refusal", lambda engine: "")
+    patch.setattr(graph, "CudaRecorder", lambda: record)
+    patch.setattr(pretrain, "measure_matmul_rate", lambda *_: 1.0)
+    patch.setattr(pretrain, "finish", lambda run: None)
+    patch.setattr("deepspeed.runtime.bf16_optimizer.see_memory_usage", lambda *_, **__: None)  # seconds of garbage
+    without_numpy(patch)
+
+
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> FakeRecorder:
-    """The fake, in a process that believes to have a GPU where it matters."""
-    recorder, build = FakeRecorder(), ranks.build_engine
-
-    def as_on_a_gpu(*arguments: Any, **options: Any) -> Any:
-        built = build(*arguments, **options)
-        assert update_without_waits(built)
-        engines.keep_rates_on(built, built.device)
-        return built
-
-    monkeypatch.setattr(ranks, "build_engine", as_on_a_gpu)
-    monkeypatch.setattr(graph, "refusal", lambda engine: "")
-    monkeypatch.setattr(graph, "CudaRecorder", lambda: recorder)
-    monkeypatch.setattr(pretrain, "measure_matmul_rate", lambda *_: 1.0)
-    monkeypatch.setattr(pretrain, "finish", lambda run: None)
-    without_numpy(monkeypatch)
+    recorder = FakeRecorder()
+    as_on_a_gpu(monkeypatch, recorder)
     return recorder
 
 
 def trained(folder: Path, way: str, launch: ranks.Launch, **changes: Any) -> Path:
-    """8 updates of two micro-steps over two epochs; `way`: of `cuda_graph`."""
+    """8 updates of two micro-steps over two epochs, in which everything changes that can; `way`: `cuda_graph`."""
     fields = {
         "data_path": "synthetic:64",
-        "batch_size": 8,
+        "batch_size": 8 // launch.world_size,
         "global_batch_size": 16,
         "epochs": 2,
         "warmup_epochs": 0.5,
@@ -73,23 +104,141 @@ def state(run: Path) -> Iterator[tuple[str, Tensor]]:
     assert checkpoint is not None
     saved, kept = SavedState(checkpoint), read_state(checkpoint)
     yield "counts", torch.tensor([saved.optimizer_step, kept.step, kept.loader["epoch"], kept.loader["batch"]])
-    for which in STATES:
+    yield "skipped", torch.tensor(kept.skipped)
+    for which in filter(saved.has, STATES):
         for name in saved.names:
             yield f"{which} {name}", saved.whole(which, name)
 
 
 def assert_same(one: Path, other: Path) -> None:
+    """The same bits in their checkpoints, and the same figures but for times."""
     for (name, ours), (_, theirs) in zip(state(one), state(other), strict=True):
         assert torch.equal(ours, theirs), name
-    for ours, theirs in zip(read_metrics(one), read_metrics(other), strict=True):
-        assert {k: v for k, v in ours.items() if k not in TIMES} == {k: v for k, v in theirs.items() if k not in TIMES}
+    for mine, yours in zip(read_metrics(one), read_metrics(other), strict=True):
+        assert {k: v for k, v in mine.items() if k not in TIMES} == {k: v for k, v in yours.items() if k not in TIMES}
 
 
-def test_x(tmp_path: Path, recorder: FakeRecorder) -> None:
+OBSERVED = {"online_probe_every": 1, "difficulty_every": 2}
+CASES: dict[str, dict[str, Any]] = {
+    "hpm": {},
+    "maps": {"teacher_maps": True, "map_refresh_epochs": 1, **OBSERVED},  # from the second epoch on
+    "attention": {"mask_policy": "attention", "map_refresh_epochs": 1, "accum_iter": 1, "batch_size": 16},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_by_graphs_is_the_run(case: str, tmp_path: Path, recorder: FakeRecorder) -> None:
+    """With maps, there are other graphs for other masks."""
     with ranks.session() as launch:
-        eager = trained(tmp_path / "eager", "off", launch)
+        eager = trained(tmp_path / "eager", "off", launch, **CASES[case])
         assert recorder.made == 0
-        graphs = trained(tmp_path / "graph", "on", launch)
-        print(recorder.made, recorder.runs)
-        print(read_metrics(eager)[-1])
-    assert_same(eager, graphs)
+        graphs = trained(tmp_path / "graphs", "on", launch, **CASES[case])
+    assert (recorder.made, recorder.runs) == {"hpm": (2, 12), "maps": (4, 8), "attention": (2, 4)}[case]
+    assert_same(graphs, eager)
+    first, *_, last = read_metrics(eager)
+    assert all(first[name] != last[name] for name in ("lr", "alpha", "ema_momentum", "loss"))
+
+
+def test_a_run_goes_on_either_way(tmp_path: Path, recorder: FakeRecorder) -> None:
+    with ranks.session() as launch:
+        one, other = tmp_path / "one", tmp_path / "other"
+        for folder, (first, then) in {one: ("on", "off"), other: ("off", "on")}.items():
+            trained(folder, first, launch, stop_after=4)
+            trained(folder, then, launch)
+    assert recorder.made == 4
+    assert_same(one, other)
+
+
+def test_a_run_that_goes_back_reads_what_it_has_loaded(
+    tmp_path: Path, recorder: FakeRecorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The graphs of before are used after it."""
+    learn = Step.learn
+
+    def spoiled(self: Step, plan: Any, images: Tensor, ids: Tensor, step: Tensor, *rest: Any) -> StepOutput:
+        output = learn(self, plan, images, ids, step, *rest)
+        factor = torch.where(step == 5, math.nan, 1.0)
+        return StepOutput(output.loss * factor, output.metrics * factor, output.mask)
+
+    monkeypatch.setattr(Step, "learn", spoiled)
+    changes = {"on_nonfinite": "rollback", "log_every": 2}
+    with ranks.session() as launch:
+        eager = trained(tmp_path / "eager", "off", launch, **changes)
+        graphs = trained(tmp_path / "graph", "on", launch, **changes)
+    assert recorder.made == 2
+    assert dict(state(graphs))["skipped"].tolist() == [5]
+    assert_same(graphs, eager)
+
+
+def test_where_recording_fails_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line says why, and nothing is counted twice: whether it fails at once, or when all is recorded."""
+    said, tensors = list[str](), list[Tensor]()
+    broken = NoGraphs(at_once=True, tensors=tensors)
+    as_on_a_gpu(monkeypatch, broken)
+    build = ranks.build_engine
+
+    def built(*arguments: Any, **options: Any) -> Any:
+        engine = build(*arguments, **options)
+        tensors[:] = [*engine.optimizer.fp32_groups_gradients_flat, *engine.optimizer.bf16_groups_flat]
+        for master, state in engine.basic_optimizer.state.items():
+            tensors.extend([master, *state.values()])
+        return engine
+
+    monkeypatch.setattr(ranks, "build_engine", built)
+    monkeypatch.setattr(graph, "note_once", said.append)
+    with ranks.session() as launch:
+        eager = trained(tmp_path / "eager", "off", launch, mask_policy="random")
+        at_once = trained(tmp_path / "at_once", "on", launch, mask_policy="random")
+        broken.at_once = False
+        at_end = trained(tmp_path / "at_end", "on", launch, mask_policy="random")
+    assert said == ["no CUDA graph (RuntimeError: no graphs here): updates run eagerly"] * 2
+    assert_same(at_once, eager)
+    assert_same(at_end, eager)
+
+
+def test_what_cannot_be_a_graph_says_so_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(graph, "note_once", said.append)
+    rates = {True: torch.zeros(()), False: 0.0}
+
+    def engine(device: str = "cuda", stage: int = 1, rates_there: bool = True) -> Any:
+        optimizer = SimpleNamespace(param_groups=[{"lr": rates[rates_there]}])
+        return SimpleNamespace(
+            device=torch.device(device), zero_optimization_stage=lambda: stage, basic_optimizer=optimizer
+        )
+
+    for asked, given in (("auto", engine("cpu")), ("off", engine("cpu")), ("off", engine())):
+        assert isinstance(graph.micro_step(asked, given, Stopwatch()), graph.Eager)
+    assert said == []
+    for asked, given, wanted in (
+        ("on", engine("cpu"), "there is no GPU"),
+        ("auto", engine(stage=2), "asks the host"),
+        ("auto", engine(rates_there=False), "asks the host"),
+    ):
+        assert isinstance(graph.micro_step(asked, given, Stopwatch()), graph.Eager)
+        assert wanted in said.pop()
+        assert said == []
+    assert graph.refusal(engine()) == ""
+    monkeypatch.delattr(torch.autograd.graph, "set_override_stale_capture_stream")
+    assert torch.__version__ in graph.refusal(engine())
+
+
+# ------------------------------------------------------------------------------------------------------ several ranks
+def test_several_ranks_meet_beside_the_graph(tmp_path: Path) -> None:
+    check_ranks(Path(__file__), tmp_path, launcher="forked", timeout=300)
+    assert (tmp_path / "made").read_text() == "2 12"
+    assert_same(tmp_path / "graph", tmp_path / "eager")
+
+
+def main() -> None:
+    folder, recorder = Path(sys.argv[1]), FakeRecorder()
+    as_on_a_gpu(pytest.MonkeyPatch(), recorder)
+    with ranks.session() as launch:
+        trained(folder / "eager", "off", launch)
+        trained(folder / "graph", "on", launch)
+        if launch.rank == 0:
+            (folder / "made").write_text(f"{recorder.made} {recorder.runs}")
+
+
+if __name__ == "__main__":
+    run_rank(lambda _: main())
