@@ -109,7 +109,7 @@ def lay_blocks(proposals: Tensor, roots: Tensor, grid_size: tuple[int, int], cou
     free = proposals.new_ones(batch, rows, columns)  # of numbers, for products: they count patches fastest
     missing = proposals.new_full((batch, 1), count)
     size = proposals.new_full((2,), columns)
-    size[0] = rows  # a tensor of the host's numbers would have to be waited for
+    size[:1].fill_(rows)  # not copied from the host, who would wait for it
     index = [torch.arange(n, dtype=torch.float64, device=proposals.device) for n in grid_size]
     for number in range(proposals.shape[1]):
         proposal, root = proposals[:, number], roots[:, number, None]

@@ -67,9 +67,9 @@ def build_engine(
     MasterLayout(engine).create_optimizer_state()
     if engine.optimizer is optimizer:
         _clip_by_ourselves(engine, recipe.clip_grad)
-    if launch.device.type == "cuda" and recipe.on_nonfinite != "skip":  # which must know of every update at once
-        if update_without_waits(engine):
-            keep_rates_on(engine, launch.device)
+    on_device = launch.device.type == "cuda" and recipe.on_nonfinite != "skip"  # which must know of each update at once
+    if on_device and update_without_waits(engine):
+        keep_rates_on(engine, launch.device)
     if launch.world_size == 1:
         _do_not_reduce(engine)
     set_lr(engine, recipe.lr)
@@ -138,7 +138,14 @@ def update_applied(engine: Any) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------------ recorded steps
-COUNTED = ("micro_steps", "global_steps", "global_samples", "_step_applied", "_running_engine_step", "_global_grad_norm")
+COUNTED = (
+    "micro_steps",
+    "global_steps",
+    "global_samples",
+    "_step_applied",
+    "_running_engine_step",
+    "_global_grad_norm",
+)
 
 
 def updates_on_device(engine: Any) -> bool:

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 
 import torch
 
-
 Region = tuple[torch.cuda.Event, torch.cuda.Event]  # its beginning and its end
 
 

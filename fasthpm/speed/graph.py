@@ -45,8 +45,10 @@ def refusal(engine: Any) -> str:
     """Why updates of this engine cannot be a graph; empty if they can."""
     if engine.device.type != "cuda":
         return "there is no GPU"
-    if engine.zero_optimization_stage() != 1 or not ranks.updates_on_device(engine):
-        return "DeepSpeed's update asks the host; --deepspeed_config zero1_bf16 without --on_nonfinite skip does not"
+    if engine.zero_optimization_stage() != 1:
+        return f"ZeRO stage {engine.zero_optimization_stage()} is not recorded, --deepspeed_config zero1_bf16 is"
+    if not ranks.updates_on_device(engine):
+        return "updates in float32, and those with --on_nonfinite skip, ask the host"
     if not hasattr(torch.autograd.graph, "set_override_stale_capture_stream"):
         return f"torch {torch.__version__} cannot record DeepSpeed's hooks"
     return ""

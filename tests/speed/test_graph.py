@@ -5,6 +5,7 @@ this very file as the program of two ranks (`main`), too. The real recording is 
 """
 
 import dataclasses
+import json
 import math
 import sys
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ from fasthpm.speed import graph
 from fasthpm.speed.clock import Stopwatch
 from fasthpm.step import Step, StepOutput
 from tests.helpers.launch import check_ranks
+from tests.helpers.null_gpu import run_on_null_gpu
 from tests.helpers.recorder import FakeRecorder, without_numpy
 
 TIMES = ("images_per_second", "data_wait_percent", "teacher_percent", "mfu_percent", "memory_gib", "time")
@@ -118,10 +120,9 @@ def assert_same(one: Path, other: Path) -> None:
         assert {k: v for k, v in mine.items() if k not in TIMES} == {k: v for k, v in yours.items() if k not in TIMES}
 
 
-OBSERVED = {"online_probe_every": 1, "difficulty_every": 2}
 CASES: dict[str, dict[str, Any]] = {
     "hpm": {},
-    "maps": {"teacher_maps": True, "map_refresh_epochs": 1, **OBSERVED},  # from the second epoch on
+    "maps": {"teacher_maps": True, "map_refresh_epochs": 1, "online_probe_every": 1},  # maps from the second epoch on
     "attention": {"mask_policy": "attention", "map_refresh_epochs": 1, "accum_iter": 1, "batch_size": 16},
 }
 
@@ -212,8 +213,8 @@ def test_what_cannot_be_a_graph_says_so_where_it_is_asked_for(monkeypatch: pytes
     assert said == []
     for asked, given, wanted in (
         ("on", engine("cpu"), "there is no GPU"),
-        ("auto", engine(stage=2), "asks the host"),
-        ("auto", engine(rates_there=False), "asks the host"),
+        ("auto", engine(stage=2), "ZeRO stage 2 is not recorded"),
+        ("auto", engine(rates_there=False), "ask the host"),
     ):
         assert isinstance(graph.micro_step(asked, given, Stopwatch()), graph.Eager)
         assert wanted in said.pop()
@@ -221,6 +222,44 @@ def test_what_cannot_be_a_graph_says_so_where_it_is_asked_for(monkeypatch: pytes
     assert graph.refusal(engine()) == ""
     monkeypatch.delattr(torch.autograd.graph, "set_override_stale_capture_stream")
     assert torch.__version__ in graph.refusal(engine())
+
+
+NULL_CASES: list[dict[str, Any]] = [
+    {"recipe": "hpm_vit_base_in1k_200e", "model": "hpm_vit_small_patch16_224", "decoder_dim": 192, "decoder_depth": 2},
+    {"recipe": "debug", "mask_policy": "attention", "accum_iter": 2},
+    {"recipe": "debug", "mask_policy": "blockwise", "activation_checkpointing": True},
+]
+
+
+def test_updates_are_graphs_on_a_gpu() -> None:
+    """On the null GPU, where recording is real: all in the graph, nobody waits beside it, little more memory."""
+    NULL_CASES[0]["batch_size"] = 64
+    found = run_on_null_gpu("tests.nullgpu.graph", json.dumps(NULL_CASES))["cases"]
+    assert [len(plans) for plans in found] == [1, 2, 1]
+    for plans, case in zip(found, NULL_CASES, strict=True):
+        for plan in plans:
+            eager, graphs = plan["eager"], plan["graph"]
+            assert plan["problem"] == ""
+            assert set(graphs["waits"].values()) == {0}, graphs["who"]
+            assert sum(graphs["graphs"].values()) == case.get("accum_iter", 1)
+            kernels = sum(int(name.split()[-1]) * number for name, number in graphs["graphs"].items())
+            assert kernels > 0.98 * eager["launches"]
+            assert graphs["launches"] <= 10
+    ((small,), *_) = found
+    assert small["graph"]["peak"] < 1.06 * small["eager"]["peak"]  # room for products of matrices
+
+
+def test_rates_on_the_device_are_those_of_the_host() -> None:
+    weights = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    groups = [{"params": [weights[0]]}, {"params": [weights[1]], "lr_scale": 0.5}]
+    engine: Any = SimpleNamespace(basic_optimizer=torch.optim.AdamW(groups, lr=0.1))  # type: ignore[arg-type]
+    assert not ranks.updates_on_device(engine)
+    engines.keep_rates_on(engine, torch.device("cpu"))
+    assert ranks.updates_on_device(engine)
+    kept = [group["lr"] for group in engine.basic_optimizer.param_groups]
+    ranks.set_lr(engine, 0.25)
+    assert [float(rate) for rate in kept] == [0.25, 0.125]
+    assert all(group["lr"] is rate for group, rate in zip(engine.basic_optimizer.param_groups, kept, strict=True))
 
 
 # ------------------------------------------------------------------------------------------------------ several ranks
