@@ -14,6 +14,7 @@ from fasthpm import loss as losses
 from fasthpm.data import DatasetInfo
 from fasthpm.difficulty import HEAD, HEAD_SHARE, view_noise
 from fasthpm.mask import MaskPlan, Sets, draw_sets, sample_noise, split_ids
+from fasthpm.layers import regions_of
 from fasthpm.model import HPMViT, Output
 from fasthpm.patches import NormalizedPatches
 from fasthpm.recipe import Recipe
@@ -60,9 +61,11 @@ class Step(nn.Module):
             self.compile_with("inductor")
 
     def compile_with(self, backend: str | Callable[..., Any]) -> None:
-        """Compile the teacher's forward, and all from the mask to the losses and their gradients, with a backend."""
-        self.run_teacher = Compiled(self.teach, "the teacher", backend)
-        self.run_student = Compiled(self.learn, "the step", backend)
+        """Compile the teacher's forward, and what is worth it from the mask to the losses and their gradients."""
+        patches = (self, "normalized_patches")
+        self.run_teacher = Compiled(self.teach, "the teacher", backend, lambda: [patches, *regions_of(self._teacher[0])])
+        own = [patches, (self, "_sets"), (self, "_metrics"), (self.student, "_per_patch")]
+        self.run_student = Compiled(self.learn, "the step", backend, lambda: [*own, *regions_of(self.student)])
         self.compiled = False
 
     def attach_teacher(self, teacher: HPMViT) -> None:
