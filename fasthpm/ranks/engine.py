@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fasthpm.ranks.launch import Launch
-from fasthpm.ranks.zero import MasterLayout, update_without_waits
+from fasthpm.ranks.zero import MasterLayout, add_gradients_at_once, update_without_waits
 from fasthpm.recipe import Recipe
 
 
@@ -70,6 +70,7 @@ def build_engine(
     on_device = launch.device.type == "cuda" and recipe.on_nonfinite != "skip"  # which must know of each update at once
     if on_device and update_without_waits(engine):
         keep_rates_on(engine, launch.device)
+        add_gradients_at_once(engine)
     if launch.world_size == 1:
         _do_not_reduce(engine)
     set_lr(engine, recipe.lr)

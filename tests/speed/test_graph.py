@@ -22,7 +22,7 @@ from fasthpm.checkpoint.folder import newest_valid, read_state
 from fasthpm.checkpoint.shards import STATES, SavedState
 from fasthpm.cli import run_rank
 from fasthpm.ranks import engine as engines
-from fasthpm.ranks.zero import update_without_waits
+from fasthpm.ranks.zero import add_gradients_at_once, update_without_waits
 from fasthpm.run.records import read_metrics
 from fasthpm.speed import graph
 from fasthpm.speed.clock import Stopwatch
@@ -60,6 +60,7 @@ def as_on_a_gpu(patch: pytest.MonkeyPatch, record: Any) -> None:
         engine = build(*arguments, **options)
         assert update_without_waits(engine)
         engines.keep_rates_on(engine, engine.device)
+        add_gradients_at_once(engine)
         return engine
 
     patch.setattr(ranks, "build_engine", built)
