@@ -48,10 +48,10 @@ class Recording(TorchDispatchMode):
 
 
 class FakeRecorder:
-    """In the place of `fasthpm.speed.graph.CudaRecorder`; `made`: graphs, `runs`: of all of them."""
+    """In the place of `fasthpm.speed.graph.CudaRecorder`; `made`: graphs, `runs`: of all of them; `engines`: of tests."""
 
     def __init__(self) -> None:
-        self.made, self.runs = 0, 0
+        self.made, self.runs, self.engines = 0, 0, list[Any]()
 
     def __call__(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         recording, first = Recording(), [True]

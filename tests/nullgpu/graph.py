@@ -4,7 +4,7 @@
 
 Fields beside "recipe" are the recipe's. Prints one JSON object with, per case and in order, for each plan of masks that
 the recipe has: "eager" and "graph", a `card.Watch.summary` of one update each, but with the peak of memory of those
-before it, recording included; and "problem", why there is no graph.
+before it, recording included; "problem", why there is no graph; "teacher_seconds", measured by the graph.
 """
 
 import json
@@ -28,10 +28,11 @@ def counted(launch: Any, case: dict[str, Any]) -> list[dict[str, Any]]:
             with card.Watch() as first:
                 for number in range(before):
                     built.update(number, micro_step=micro_step)
+            built.step.stopwatch.read()
             with card.Watch() as watch:
                 built.update(before, micro_step=micro_step)
             one[name] = watch.summary | {"peak": first.peak}
-        found.append(one | {"problem": graphs.problem})
+        found.append(one | {"problem": graphs.problem, "teacher_seconds": built.step.stopwatch.read()})
     return found
 
 

@@ -31,6 +31,7 @@ from tests.helpers.launch import check_ranks
 from tests.helpers.null_gpu import run_on_null_gpu
 from tests.helpers.recorder import FakeRecorder, without_numpy
 
+COUNTERS = ("micro_steps", "global_steps", "global_samples", "_step_applied")  # of DeepSpeed's engine
 TIMES = ("images_per_second", "data_wait_percent", "teacher_percent", "mfu_percent", "memory_gib", "time")
 
 
@@ -40,6 +41,7 @@ class NoGraphs:
 
     at_once: bool
     tensors: list[Tensor]
+    engines: list[Any] = dataclasses.field(default_factory=list)
 
     @torch.no_grad()
     def __call__(self, function: Any) -> Any:
@@ -61,6 +63,7 @@ def as_on_a_gpu(patch: pytest.MonkeyPatch, record: Any) -> None:
         assert update_without_waits(engine)
         engines.keep_rates_on(engine, engine.device)
         add_gradients_at_once(engine)
+        record.engines.append(engine)
         return engine
 
     patch.setattr(ranks, "build_engine", built)
@@ -137,6 +140,8 @@ def test_a_run_by_graphs_is_the_run(case: str, tmp_path: Path, recorder: FakeRec
         graphs = trained(tmp_path / "graphs", "on", launch, **CASES[case])
     assert (recorder.made, recorder.runs) == {"hpm": (2, 12), "maps": (4, 8), "attention": (2, 4)}[case]
     assert_same(graphs, eager)
+    one, other = ([vars(engine)[name] for name in COUNTERS] for engine in recorder.engines)
+    assert one == other
     first, *_, last = read_metrics(eager)
     assert all(first[name] != last[name] for name in ("lr", "alpha", "ema_momentum", "loss"))
 
@@ -247,6 +252,7 @@ def test_updates_are_graphs_on_a_gpu() -> None:
             assert kernels > 0.98 * eager["launches"]
             assert graphs["launches"] <= 10
     ((small,), *_) = found
+    assert small["teacher_seconds"] == pytest.approx(1e-4)  # the null GPU's time between any two events
     assert small["graph"]["peak"] < 1.06 * small["eager"]["peak"]  # room for products of matrices
 
 
