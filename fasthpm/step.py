@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from fasthpm import loss as losses
 from fasthpm.data import DatasetInfo
 from fasthpm.difficulty import HEAD, HEAD_SHARE, view_noise
-from fasthpm.mask import MaskPlan, Sets, draw_sets, sample_noise, split_ids
 from fasthpm.layers import regions_of
+from fasthpm.mask import MaskPlan, Sets, draw_sets, sample_noise, split_ids
 from fasthpm.model import HPMViT, Output
 from fasthpm.patches import NormalizedPatches
 from fasthpm.recipe import Recipe
@@ -67,7 +67,9 @@ class Step(nn.Module):
         """
         patches = (self, "normalized_patches")
         loss = (self.student, "_per_patch")
-        self.run_teacher = Compiled(self.teach, "the teacher", backend, lambda: [patches, *regions_of(self._teacher[0])])
+        self.run_teacher = Compiled(
+            self.teach, "the teacher", backend, lambda: [patches, *regions_of(self._teacher[0])]
+        )
         self.run_student = Compiled(self.learn, "the step", backend, lambda: [patches, loss, *regions_of(self.student)])
         self.compiled = False
 

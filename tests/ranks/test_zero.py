@@ -223,5 +223,6 @@ def test_gradients_added_at_once_are_deepspeeds(micro_steps: int) -> None:
             states.append([full_state(layout, which) for which in ("master", "exp_avg", "exp_avg_sq")])
             assert built.global_steps == 6 // micro_steps
     for ours, theirs in zip(*states, strict=True):
-        assert ours and theirs
+        assert ours is not None
+        assert theirs is not None
         assert all(torch.equal(ours[name], values) for name, values in theirs.items())

@@ -65,7 +65,7 @@ def test_the_first_maps_compile_nothing() -> None:
 
 
 def test_blocks_are_compiled_in_the_step_alone() -> None:
-    """Once for each shape, to be computed again in the backward pass, too; probes and maps have batches of their own."""
+    """Once for each shape, and again in the backward pass if that is asked for; probes and maps have other batches."""
     step, eager = (step_of(activation_checkpointing=True) for _ in range(2))
     counter = CompileCounterWithBackend("aot_eager")
     step.compile_with(counter)
@@ -79,7 +79,9 @@ def test_blocks_are_compiled_in_the_step_alone() -> None:
     images, _ = batch(3)
     torch.testing.assert_close(step.difficulty(images), eager.difficulty(images))
     step.student.encode(step.normalized_patches(images))
-    assert counter.frame_count == before == 7  # patches (twice), blocks of the teacher (2) and of the student (2), losses
+    assert (
+        counter.frame_count == before == 7
+    )  # patches (twice), blocks of the teacher (2) and of the student (2), losses
 
 
 def test_a_compiler_that_fails_is_named_once_and_the_step_runs(capsys: pytest.CaptureFixture[str]) -> None:
