@@ -147,7 +147,7 @@ def last_metrics(out: Path) -> dict[str, float]:
     """What the run logged at its last update."""
     record = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
     names = ("step", "reconstruction_loss", "difficulty_loss", "spearman", "teacher_spearman")
-    return {name: record[name] for name in names}
+    return {name: record[name] for name in names if name in record}
 
 
 def probe(arguments: argparse.Namespace, out: Path, weights: str) -> dict[str, float]:

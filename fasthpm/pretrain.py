@@ -51,7 +51,7 @@ from fasthpm.run.records import read_metrics
 from fasthpm.run.refresh import refresh_maps
 from fasthpm.run.state import Run, endless, finish_last_save, resume, save
 from fasthpm.speed import flops, fp8, graph
-from fasthpm.step import Step
+from fasthpm.step import Step, telling
 from fasthpm.teacher import EMATeacher
 
 COMPILE_SECONDS = 1800.0  # that torch.compile may take on a rank
@@ -337,6 +337,7 @@ def pursue(run: Run[Step]) -> PretrainResult:
         flops_per_sample=flops.step_flops(run.step.student, recipe, run.step.frozen)["total"],
         matmul_rate=measure_matmul_rate(launch.device, dtype),
         device=launch.device,
+        shown=telling(recipe),
     )
     try:
         limit = 0.8 * ranks.timeout().total_seconds()  # before collectives give up, which name nobody

@@ -26,6 +26,16 @@ METRICS = ("loss", "reconstruction_loss", "difficulty_loss", "spearman", "pair_a
 HEALTH_SAMPLES = 16  # predictor health is measured on this many samples of a batch
 
 
+def telling(recipe: Recipe) -> tuple[str, ...]:
+    """Those of `METRICS` that say something in a recipe's runs: what it lacks has no figures, which would be chance."""
+    lacking = set() if recipe.predict_loss != "none" else {"spearman", "pair_accuracy"}
+    if lacking and not recipe.question.head:
+        lacking.add("difficulty_loss")
+    if not recipe.masks_by_difficulty:
+        lacking.add("teacher_spearman")
+    return tuple(name for name in METRICS if name not in lacking)
+
+
 class StepOutput(NamedTuple):
     """What one forward of `Step` gives."""
 

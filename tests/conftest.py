@@ -1,6 +1,7 @@
 """Settings and fixtures that every test process and whatever it starts share."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,9 @@ from tests.helpers.disk import mounted
 
 # Idle OpenMP threads that spin would take the cores from the tests that run beside them. Set before torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# A shell's background jobs ignore Ctrl-C, and hand that down; tests send it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

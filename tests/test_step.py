@@ -22,7 +22,7 @@ from fasthpm.patches import model_of
 from fasthpm.ranks import deepspeed_json, engine
 from fasthpm.ranks import launch as ranks_launch
 from fasthpm.recipe import PREDICT_LOSSES, Recipe
-from fasthpm.step import HEALTH_SAMPLES, METRICS, Step
+from fasthpm.step import HEALTH_SAMPLES, METRICS, Step, telling
 from fasthpm.teacher import EMATeacher
 from tests.helpers import reference
 from tests.helpers.launch import ROOT, check_ranks
@@ -265,6 +265,21 @@ def test_mae_is_the_same_step_without_teacher_and_predictor() -> None:
     assert metrics["loss"] == metrics["reconstruction_loss"]
     assert metrics["difficulty_loss"] == 0
     assert (output.mask.sum(1) == 37).all()
+
+
+@pytest.mark.parametrize(
+    ("fields", "lacking"),
+    [
+        ({}, set()),
+        ({"mask_policy": "random"}, {"teacher_spearman"}),
+        ({"predict_loss": "none", "difficulty": "measured"}, {"spearman", "pair_accuracy", "difficulty_loss"}),
+        ({"predict_loss": "none", "difficulty": "in_place"}, {"spearman", "pair_accuracy"}),
+        ({"predict_loss": "none", "mask_policy": "random"}, set(METRICS) - {"loss", "reconstruction_loss"}),
+    ],
+)
+def test_what_a_recipe_lacks_has_no_figures(fields: dict[str, Any], lacking: set[str]) -> None:
+    recipe = dataclasses.replace(recipes.from_name("debug"), **fields)
+    assert telling(recipe) == tuple(name for name in METRICS if name not in lacking)
 
 
 def test_metrics_are_what_they_are_called() -> None:

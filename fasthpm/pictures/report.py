@@ -38,6 +38,13 @@ TABLE = (
     "mfu_percent",
     "memory_gib",
 )
+EXPLAINED = {
+    "spearman": "spearman and pair_accuracy compare the student's predicted with its real loss of the masked patches",
+    "teacher_spearman": "teacher_spearman compares the difficulty that makes the masks with the same real loss",
+    "difficulty_spearman": "difficulty_spearman compares it with the mean loss over random masks of held-out samples",
+    "difficulty_auc": "difficulty_auc is the chance that it ranks a patch of the hardest quarter above another",
+    "mfu_percent": "MFU is what the method needs, teacher included, over the matmul rate of this machine",
+}
 
 
 def write(run: Path) -> Path:
@@ -111,12 +118,7 @@ def _figures(records: list[dict[str, float]]) -> str:
     rows = "\n".join(f"| {name} | {_cell(first, name)} | {_cell(last, name)} |" for name in known)
     return (
         f"## Figures\n\n| | update {first['step']:.0f} | update {last['step']:.0f} |\n|---|---|---|\n{rows}\n\n"
-        "Spearman and pair accuracy compare the student's predicted with its real loss of the masked patches; "
-        "teacher_spearman compares the teacher's prediction, the one that makes the masks, with the same; "
-        "difficulty_spearman compares it with the mean loss over random masks of samples held out, and difficulty_auc "
-        "is the chance that it ranks one of the hardest quarter of an image's patches above one of the others. MFU "
-        "counts the matrix products that the method needs, teacher included, over the matmul rate measured on this "
-        "machine.\n"
+        f"{'; '.join(words for name, words in EXPLAINED.items() if name in known)}.\n"
     )
 
 

@@ -8,7 +8,7 @@ import collections
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
@@ -51,6 +51,7 @@ class Metrics(Journal):
     """Everything a run measures, between two readings.
 
     - `flops_per_sample`: of a whole step; `matmul_rate`: FLOP/s of this rank's device
+    - `shown`: those of the step's `METRICS` that are written
     """
 
     def __init__(
@@ -64,9 +65,10 @@ class Metrics(Journal):
         flops_per_sample: float,
         matmul_rate: float,
         device: torch.device,
+        shown: Collection[str] = METRICS,
     ) -> None:
         super().__init__(output_dir, "pretrain", rank=rank, total_steps=total_steps, first_step=first_step)
-        self.world_size, self.device = world_size, device
+        self.world_size, self.device, self._told = world_size, device, shown
         self.flops_per_sample, self.matmul_rate = flops_per_sample, matmul_rate
         self._recent: collections.deque[tuple[int, Tensor, Tensor, Tensor]] = collections.deque()
         self._norms: dict[int, Tensor | float] = {}
@@ -133,7 +135,7 @@ class Metrics(Journal):
             return {}
         rate = samples / seconds
         record = (
-            {name: value / count for name, value in zip(METRICS, means, strict=True)}
+            {name: value / count for name, value in zip(METRICS, means, strict=True) if name in self._told}
             | values
             | {
                 "grad_norm": self._last_norm,

@@ -4,11 +4,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fasthpm import checkpoint, files, ranks
-from fasthpm.recipe import save_recipe
+from fasthpm import checkpoint, files, ranks, schedule
+from fasthpm.recipe import Recipe, save_recipe
 from fasthpm.run.state import Run
 from fasthpm.run.versions import versions
 from fasthpm.speed import flops
+
+LONG_MEMORY, GOOD_MEMORY = 1 / 2, 1 / 6  # of a teacher, as shares of the run: too long; what small runs did well with
+SHORT_TRIAL = 100  # updates, below which nobody expects anything
 
 
 def prepare_output(run: Run[Any]) -> None:
@@ -39,4 +42,19 @@ def announce(run: Run[Any]) -> None:
         f"{recipe.recipe}: lr {recipe.lr:.3e}, global batch {effective}, {recipe.total_steps} updates, "
         f"{run.launch.device.type}",
         file=sys.stderr,
+    )
+    if words := lag_of_teacher(recipe):
+        print(words, file=sys.stderr)
+
+
+def lag_of_teacher(recipe: Recipe) -> str:
+    """What to say of a teacher that remembers most of the run at its end: it averages over about 1 / (1 - m) updates,
+    and knows what was hard for an earlier student. An empty string for one that doesn't, and for short trials."""
+    forgets, updates = 1 - schedule.ema_momentum_at(recipe, recipe.total_steps - 1), recipe.total_steps
+    if not recipe.uses_teacher or updates < SHORT_TRIAL or forgets * updates > 1 / LONG_MEMORY:
+        return ""
+    over = f"about {1 / forgets:,.0f} updates" if forgets else "all updates"
+    return (
+        f"the teacher averages over {over} of {updates:,} and will lag behind the student; "
+        f"--ema_momentum_end {1 - float(f'{1 / (GOOD_MEMORY * updates):.1g}'):g} suits so short a run"
     )

@@ -48,7 +48,7 @@ class Recording(TorchDispatchMode):
 
 
 class FakeRecorder:
-    """In the place of `fasthpm.speed.graph.CudaRecorder`; `made`: graphs, `runs`: of all of them; `engines`: a test's."""
+    """In the place of `fasthpm.speed.graph.CudaRecorder`; `made` graphs, `runs` of all of them; `engines`: a test's."""
 
     def __init__(self) -> None:
         self.made, self.runs, self.engines = 0, 0, list[Any]()

@@ -20,6 +20,7 @@ def test_spikes_reach_the_metrics(tmp_path: Path, capsys: pytest.CaptureFixture[
             flops_per_sample=1.0,
             matmul_rate=1.0,
             device=torch.device("cpu"),
+            shown=("loss", "teacher_spearman"),
         )
         for update in range(60):
             values = torch.full((len(metrics.METRICS),), 3.0 if update == 57 else 1.0)
@@ -32,4 +33,5 @@ def test_spikes_reach_the_metrics(tmp_path: Path, capsys: pytest.CaptureFixture[
     finally:
         torch.distributed.destroy_process_group()
     assert record["loss_spikes"] == 1
+    assert set(record) & set(metrics.METRICS) == {"loss", "teacher_spearman"}
     assert "warning: the loss of update 58 is 3, the median before it 1" in capsys.readouterr().err
