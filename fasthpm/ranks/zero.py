@@ -320,6 +320,20 @@ def update_without_waits(engine: Any) -> bool:
     return True
 
 
+def prepare_deepspeed(timeout: timedelta) -> None:
+    """What must be set before DeepSpeed joins the ranks: settings for which it has no option.
+
+    - It would compile a shared-memory all-reduce that only its inference uses, needs a compiler, takes half a minute,
+      and leaves buffers in /dev/shm behind when a rank is killed.
+    - It would give its own process group torch's default timeout instead of ours.
+    """
+    import deepspeed
+    from deepspeed.utils import groups
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    groups._WORLD_GROUP = dist.new_group(timeout=timeout)
+
+
 def add_gradients_at_once(engine: Any) -> None:
     """Have a ZeRO 1 engine in bfloat16 take all gradients into float32 at the end of the backward pass, by a kernel or
     two, where DeepSpeed does it one by one with two kernels each. The same bits; all of them exist until then."""
@@ -336,26 +350,15 @@ def add_gradients_at_once(engine: Any) -> None:
     def add(clear_lp_grads: bool = False) -> None:
         there = [(total, weight.grad) for weight, total in pairs if weight.grad is not None]
         totals, new = [total for total, _ in there], [gradient for _, gradient in there]
-        if not alone:  # else the totals are zeros
-            new = torch._foreach_copy_([torch.empty_like(total) for total in totals], new)
-        (torch._foreach_copy_ if alone else torch._foreach_add_)(totals, new)
+        if alone:  # the totals are zeros
+            torch._foreach_copy_(totals, new)
+        else:
+            exact = [torch.empty_like(total) for total in totals]
+            torch._foreach_copy_(exact, new)
+            torch._foreach_add_(totals, exact)
         for weight, _ in pairs:
             weight.grad = None
 
     for hook in wrapper._grad_acc_hooks:
         hook.remove()
     wrapper.immediate_grad_update, wrapper.update_hp_grads = False, add
-
-
-def prepare_deepspeed(timeout: timedelta) -> None:
-    """What must be set before DeepSpeed joins the ranks: settings for which it has no option.
-
-    - It would compile a shared-memory all-reduce that only its inference uses, needs a compiler, takes half a minute,
-      and leaves buffers in /dev/shm behind when a rank is killed.
-    - It would give its own process group torch's default timeout instead of ours.
-    """
-    import deepspeed
-    from deepspeed.utils import groups
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    groups._WORLD_GROUP = dist.new_group(timeout=timeout)

@@ -1,8 +1,8 @@
 """torch.compile with a way back: where it fails, the same function runs eagerly, after one warning.
 
-Not the whole function is compiled, but regions of it, methods that hold what is worth fusing: transformer blocks, which
-have one code for all of them and compile once for each shape, take a third of the time that one graph of the whole
-takes. What lies between them stays as it is.
+Of a step not all is compiled, but regions of it, methods that hold what is worth fusing: blocks, which have one code
+and compile once for each shape, take a fraction of the time that one graph of the whole takes. What lies between them
+stays as it is.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -21,11 +21,10 @@ Region = tuple[Any, str]  # an object and the name of its method
 
 
 class Compiled:
-    """`function` with its `regions` compiled, each as one graph of fixed shapes, or as it is from the moment that this
-    fails.
+    """`function`, or regions of it, compiled as graphs of fixed shapes; or as it is, from the moment that this fails.
 
     - `name`: what it is, for the warning; `backend`: of torch.compile
-    - `regions`: asked at every call; each is compiled there, and nowhere else
+    - `regions`: asked at every call, and each compiled there and nowhere else; None: the whole function is
 
     Memory that runs out is no failure of the compiler and is raised.
     """
@@ -35,11 +34,12 @@ class Compiled:
         function: Callable[..., Any],
         name: str,
         backend: str | Callable[..., Any] = "inductor",
-        regions: Callable[[], Iterable[Region]] = lambda: (),
+        regions: Callable[[], Iterable[Region]] | None = None,
     ) -> None:
-        self.eager, self.name, self._regions = function, name, regions
+        self.eager, self.name, self._regions = function, name, regions or tuple
         self.failure = ""  # the reason, once it has failed
         self._compile = partial(torch.compile, fullgraph=True, dynamic=False, backend=backend)
+        self._function = function if regions else self._compile(function)
         self._codes: dict[Any, Any] = {}  # function -> compiled, which all objects that have it share
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_SHAPES)
 
@@ -47,7 +47,7 @@ class Compiled:
         if not self.failure:
             try:
                 with self._in_place():
-                    return self.eager(*arguments)
+                    return self._function(*arguments)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
@@ -59,7 +59,7 @@ class Compiled:
         """The compiled methods in the place of the others."""
         kept = []
         for owner, name in self._regions():
-            method, mine = getattr(owner, name), vars(owner)
+            method, mine = getattr(owner, name), owner.__dict__
             kept.append((mine, name, mine.get(name)))
             mine[name] = self._compiled(method)
         try:
