@@ -18,13 +18,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from fasthpm import recipes, schedule
+from fasthpm import pretrain, recipes, schedule
 from fasthpm.data import build_loader
 from fasthpm.model import Output
 from fasthpm.patches import model_of
 from fasthpm.ranks.engine import parameter_groups
 from fasthpm.speed.graph import WARM_UP, Eager, Graphs
 from fasthpm.step import Step
+from tests.helpers.gpu_branches import gpu_branches
 from tests.helpers.recorder import FakeRecorder, without_numpy
 
 FILE = Path(__file__).parent / "golden" / "curves.json"
@@ -79,6 +80,7 @@ def curve(case: str, record: Any = None) -> tuple[list[list[float]], list[list[f
     """
     recipe = dataclasses.replace(recipes.debug(), batch_size=BATCH, warmup_epochs=0.0, **CASES[case]).resolve(400, 1)
     loader = build_loader("synthetic:400", batch_size=BATCH, image_size=(28, 28), channels=1, num_workers=1)
+    loader = pretrain.on_device(loader, torch.device("cpu"))
     step, teacher = Step(model_of(recipe), recipe, loader.info), model_of(recipe).eval().requires_grad_(False)
     step.attach_teacher(teacher)
     groups = parameter_groups(step, recipe.weight_decay)
@@ -129,6 +131,12 @@ def test_graphs_give_the_golden_losses(monkeypatch: pytest.MonkeyPatch) -> None:
     golden = json.loads(FILE.read_text())["hpm"]
     assert (recorder.made, recorder.runs) == (1, UPDATES - WARM_UP)
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(golden), rtol=TOLERANCE, atol=1e-5)
+
+
+def test_the_branches_of_gpus_give_the_golden_losses_too() -> None:
+    """Maps, masks by torch, large blocks of pairs, batches one ahead."""
+    with gpu_branches():
+        test_the_losses_are_the_golden_ones("hpm")
 
 
 if __name__ == "__main__":

@@ -111,20 +111,27 @@ def comparable(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {key: value for key, value in state.items() if not key.endswith(zero)}
 
 
-def test_resume_continues_as_if_nothing_had_happened(tmp_path: Path) -> None:
-    common = (*SHORT, "--batch_size", 8, "--log_every", 1)
-    check_ranks(MODULE, *common, "--output_dir", tmp_path / "straight", launcher="forked", ranks=1)
+@pytest.mark.parametrize(
+    ("program", "name", "ranks"),
+    [((MODULE,), "zero1_bf16", 1), ((ROOT / "tests/helpers/gpu_branches.py", "pretrain"), "zero2_bf16", 2)],
+    ids=["cpu", "gpu_branches"],
+)
+def test_resume_continues_as_if_nothing_had_happened(
+    program: tuple[Any, ...], name: str, ranks: int, tmp_path: Path
+) -> None:
+    common = (*program, *SHORT, *preset(name), "--batch_size", 8, "--log_every", 1)
+    check_ranks(*common, "--output_dir", tmp_path / "straight", launcher="forked", ranks=ranks)
     broken = (*common, "--output_dir", tmp_path / "broken")
-    check_ranks(MODULE, *broken, "--stop_after", 3, launcher="forked", ranks=1)
-    output = check_ranks(MODULE, *broken, launcher="forked", ranks=1)
+    check_ranks(*broken, "--stop_after", 3, launcher="forked", ranks=ranks)
+    output = check_ranks(*broken, launcher="forked", ranks=ranks)
     assert "resuming from" in output
-    assert "at update 3 of 8" in output
+    assert f"at update 3 of {8 // ranks}" in output
     for which in ("student", "teacher"):
         assert distance(weights(tmp_path / "straight", which), weights(tmp_path / "broken", which)) == 0
     losses = [[r["loss"] for r in read_metrics(tmp_path / name)] for name in ("straight", "broken")]
     assert losses[0] == losses[1]
-    again = check_ranks(MODULE, *broken, launcher="forked", ranks=1)  # nothing is left to do
-    assert "finished 8 of 8 updates" in again
+    again = check_ranks(*broken, launcher="forked", ranks=ranks)  # nothing is left to do
+    assert f"finished {8 // ranks} of {8 // ranks} updates" in again
 
 
 def test_a_run_goes_on_with_other_ranks_and_another_zero_stage(tmp_path: Path) -> None:

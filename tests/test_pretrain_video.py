@@ -48,7 +48,7 @@ def test_a_video_run_from_pretraining_to_pictures_and_probes(tmp_path: Path) -> 
     zero3, zero1 = (
         ("--deepspeed_config", ROOT / "ds_configs" / f"{name}.json") for name in ("zero3_bf16", "zero1_bf16")
     )
-    check_ranks("fasthpm.pretrain", *flags, *zero3, "--batch_size", 2, "--output_dir", run, ranks=2)
+    check_ranks("fasthpm.pretrain", *flags, *zero3, "--batch_size", 2, "--output_dir", run, launcher="forked")
     dispatch(["pretrain", *map(str, (*flags, *zero1, "--batch_size", 4, "--output_dir", one, "--panel_every", 0))])
     # The ranks' shares make up the batch of one: halves of other samples would differ by much more.
     for ours, theirs in zip(read_metrics(run), read_metrics(one), strict=True):
@@ -68,7 +68,7 @@ def test_a_video_run_from_pretraining_to_pictures_and_probes(tmp_path: Path) -> 
     assert (run / "knn_untrained_mean.json").is_file()
     # Nine test videos: the second rank has a batch less.
     tune = ("--epochs", 1, "--global_batch_size", 8, "--test_views", "2x3", *zero3)
-    check_ranks("fasthpm.probes.finetune", run, *paths, *tune, ranks=2)
+    check_ranks("fasthpm.probes.finetune", run, *paths, *tune, launcher="forked")
     found = json.loads((run / "finetune" / "result.json").read_text())
     assert (found["protocol"], found["versions"]["world_size"]) == ("fine-tune, 1 epochs, 2x3 views", 2)
     assert found["accuracy"] * 9 / 100 == pytest.approx(round(found["accuracy"] * 9 / 100))

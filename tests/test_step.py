@@ -4,9 +4,10 @@ Ranks run this file too (`main`): combinations of baseline, mask, difficulty los
 """
 
 import dataclasses
-import gc
 import itertools
 from argparse import ArgumentParser
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from fasthpm.recipe import PREDICT_LOSSES, Recipe
 from fasthpm.step import HEALTH_SAMPLES, METRICS, Step, telling
 from fasthpm.teacher import EMATeacher
 from tests.helpers import reference
+from tests.helpers.gpu_branches import gpu_branches
 from tests.helpers.launch import ROOT, check_ranks
 from tests.helpers.small_teachers import TARGETS
 from tests.helpers.steps import ALPHA, INFO, NoSynchronisation, attach_frozen, batch, step_of
@@ -39,6 +41,17 @@ def test_pixels_are_normalised_and_cut_as_the_model_cuts_them() -> None:
     assert step.normalized_patches(images[:0]).shape == (0, 49, 16)
 
 
+@pytest.fixture(params=[nullcontext, gpu_branches], ids=["cpu", "gpu_branches"])
+def branches(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What a CPU does, and what a GPU does, on this CPU."""
+    with request.param():
+        yield
+
+
+both_ways = pytest.mark.usefixtures("branches")
+
+
+@both_ways
 def test_the_hardest_patches_by_the_teacher_are_masked() -> None:
     step = step_of()
     images, ids = batch()
@@ -98,7 +111,6 @@ def main() -> None:
     with ranks_launch.session() as launch:
         for changes in sensible:
             train_three(toy(changes).resolve(100, launch.world_size), arguments.config, launch)
-            gc.freeze()  # DeepSpeed collects six times an engine, over all that earlier ones left
         if launch.rank == 0:
             print(f"{len(sensible)} combinations ran")
 
@@ -130,7 +142,11 @@ def train_three(recipe: Recipe, config: str, launch: ranks_launch.Launch) -> Non
 def test_sensible_combinations_train_through_the_engine(ranks: int, preset: str, every: int) -> None:
     """Some of them on one rank and on two, every target among them; `--every 1` runs them all."""
     output = check_ranks(
-        Path(__file__), "--config", ROOT / "ds_configs" / f"{preset}.json", "--every", every, ranks=ranks, timeout=400
+        Path(__file__),
+        *("--config", ROOT / "ds_configs" / f"{preset}.json", "--every", every),
+        launcher="forked",
+        ranks=ranks,
+        timeout=400,
     )
     count = len([changes for changes in combinations() if not why_not(changes)][::every])
     assert f"{count} combinations ran" in output
@@ -189,6 +205,7 @@ def weights_of(recipe: Recipe, count: int = 6) -> torch.Tensor | None:
     return torch.rand(count, recipe.num_patches, generator=torch.Generator().manual_seed(5))
 
 
+@both_ways
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_samples_mask_does_not_depend_on_its_batch(policy: str) -> None:
     step = step_of(**POLICIES[policy])
@@ -206,6 +223,7 @@ def test_a_samples_mask_does_not_depend_on_its_batch(policy: str) -> None:
     assert not torch.equal(whole, mask_of(slice(None), 4))
 
 
+@both_ways
 @pytest.mark.parametrize("policy", ["amt", "amt-hpm", "amt-simmim"])
 def test_what_is_thrown_away_changes_nothing(policy: str) -> None:
     """Neither values nor gradients depend on the pixels of thrown patches; on all others they do."""
@@ -233,6 +251,7 @@ def test_what_is_thrown_away_changes_nothing(policy: str) -> None:
     assert plain[0] != masked[0]
 
 
+@both_ways
 def test_before_the_first_maps_masks_are_random_and_nothing_is_thrown() -> None:
     step = step_of(**POLICIES["amt"])
     images, ids = batch()
@@ -243,6 +262,7 @@ def test_before_the_first_maps_masks_are_random_and_nothing_is_thrown() -> None:
     assert got.loss == want.loss
 
 
+@both_ways
 def test_the_easiest_policy_masks_the_other_end() -> None:
     step = step_of(mask_policy="hpm_easiest")
     images, ids = batch()
@@ -258,6 +278,7 @@ def test_teacher_is_not_part_of_the_module() -> None:
     assert sum(p.numel() for p in step.parameters()) == sum(p.numel() for p in step.student.parameters())
 
 
+@both_ways
 def test_mae_is_the_same_step_without_teacher_and_predictor() -> None:
     step = step_of(model="mae_vit_nano_patch4_28", mask_policy="random", predict_loss="none")
     output = step(*batch(), torch.tensor(0), ALPHA)
@@ -282,6 +303,7 @@ def test_what_a_recipe_lacks_has_no_figures(fields: dict[str, Any], lacking: set
     assert telling(recipe) == tuple(name for name in METRICS if name not in lacking)
 
 
+@both_ways
 def test_metrics_are_what_they_are_called() -> None:
     step = step_of()
     images, ids = batch()
@@ -344,6 +366,7 @@ def test_weights_follow_the_seed_alone() -> None:
     assert not torch.equal(one.cls_token, other.cls_token)
 
 
+@both_ways
 @pytest.mark.parametrize("policy", ["hpm", "simmim", "simmim-hpm", "amt-hpm"])
 def test_gradients_reach_encoder_and_heads_but_no_teacher(policy: str) -> None:
     step = step_of(**POLICIES[policy])
@@ -354,6 +377,7 @@ def test_gradients_reach_encoder_and_heads_but_no_teacher(policy: str) -> None:
     assert all(p.grad is None for teacher in step._teacher for p in teacher.parameters())
 
 
+@both_ways
 def test_hard_units_are_masked_as_a_whole() -> None:
     """The units of the highest mean difficulty, each with all of its patches."""
     step = step_of(**POLICIES["hpm-units"])

@@ -32,7 +32,7 @@ class FeatureNorm(nn.Module):
             return (rows - self.mean) * (self.var + EPS).rsqrt()
         size = rows.shape[1]
         exact = rows.double()
-        sums = torch.cat([exact.sum(0), (exact**2).sum(0), exact.new_tensor([len(rows)])])
+        sums = torch.cat([exact.sum(0), (exact**2).sum(0), exact.new_full((1,), len(rows))])
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(sums)
         count = sums[-1]

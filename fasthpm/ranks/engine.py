@@ -5,6 +5,7 @@ dtypes, buckets) and says "auto" for the rest. A contradiction is an error that 
 """
 
 import copy
+import gc
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -60,7 +61,7 @@ def build_engine(
         eps=1e-8,
         fused=True,
     )
-    with hush():
+    with hush(), uncollected():
         engine, *_ = deepspeed.initialize(
             model=step_module, optimizer=optimizer, config=copy.deepcopy(config), dist_init_required=False
         )
@@ -105,6 +106,16 @@ def hush() -> Iterator[None]:
     """Swallow what DeepSpeed prints while it starts."""
     with redirect_stdout(io.StringIO()):
         yield
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Leave what exists out of garbage collections: DeepSpeed asks for six while it starts, which take two seconds."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def set_lr(engine: Any, lr: float) -> None:

@@ -9,7 +9,7 @@ With W ranks and one AdamW parameter group at a time, there are three layouts:
 Optimizer state (moments, EMA) has its master's shape, so whoever knows where the masters lie can gather all of them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import version
@@ -285,7 +285,7 @@ def full_state(layout: MasterLayout, which: State) -> dict[str, Tensor] | None:
 
 
 def update_without_waits(engine: Any) -> bool:
-    """Give a ZeRO 1 engine in bfloat16 an update that never waits for the device; other engines keep theirs.
+    """Give a ZeRO 1 or 2 engine in bfloat16 an update that never waits for the device; other engines keep theirs.
 
     DeepSpeed's own takes the norm of every parameter, looks at it from the host and multiplies every gradient. Here
     the norm is that of the flat gradients, and clipping and the leaving out of an update that is not finite happen
@@ -295,29 +295,99 @@ def update_without_waits(engine: Any) -> bool:
     **Returns:** whether `engine` has it now.
     """
     wrapper, inner = engine.optimizer, engine.basic_optimizer
-    parts = ("fp32_groups_actual_gradients_flat", "fp32_groups_gradient_flat_partition", "update_lp_params")
-    if not all(hasattr(wrapper, part) for part in parts) or wrapper.grad_acc_dtype is not torch.float32:
+    flat = _whole_gradients(wrapper) or _sharded_gradients(wrapper)
+    if flat is None:
         return False
-    gradients, limit = wrapper.fp32_groups_actual_gradients_flat, float(wrapper.clip_grad)
-    own = list(zip(wrapper.fp32_groups_flat_partition, wrapper.fp32_groups_gradient_flat_partition, strict=True))
+    limit = float(wrapper.clip_grad)
 
     @torch.no_grad()
     def step() -> None:
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        norm = flat.norm()
         finite = norm.isfinite()
         inner.found_inf = (~finite).float()
         if limit:
             inner.grad_scale = ((norm + CLIP_EPS) / limit).clamp_min(1.0)
         wrapper._global_grad_norm = norm.where(finite, torch.inf)
-        for master, gradient in own:
+        for master, gradient in flat.own():
             master.grad = gradient
         inner.step()
         wrapper._lazy_init_hp_params_optimizer_state()
         wrapper.update_lp_params()
-        wrapper.clear_hp_grads()
+        flat.clear()
 
     wrapper.step = step
+    if getattr(wrapper, "overlap_comm", False) and wrapper.reduction_stream is not None:
+        _join_reductions_without_waits(wrapper)
     return True
+
+
+@dataclass(frozen=True)
+class _FlatGradients:
+    """Where an optimizer keeps its float32 gradients between the backward pass and the update."""
+
+    norm: Callable[[], Tensor]  # of the whole model, float32 scalar; collective if each rank has a part
+    own: Callable[[], Iterable[tuple[Tensor, Tensor]]]  # this rank's masters, and their gradients
+    clear: Callable[[], None]
+
+
+def _whole_gradients(wrapper: Any) -> _FlatGradients | None:
+    """BF16_Optimizer's (ZeRO 1): every rank has all of them, flat, in buffers that stay."""
+    parts = ("fp32_groups_actual_gradients_flat", "fp32_groups_gradient_flat_partition", "update_lp_params")
+    if not all(hasattr(wrapper, part) for part in parts) or wrapper.grad_acc_dtype is not torch.float32:
+        return None
+    gradients = wrapper.fp32_groups_actual_gradients_flat
+    own = list(zip(wrapper.fp32_groups_flat_partition, wrapper.fp32_groups_gradient_flat_partition, strict=True))
+    return _FlatGradients(lambda: _norm(gradients), lambda: own, wrapper.clear_hp_grads)
+
+
+def _sharded_gradients(wrapper: Any) -> _FlatGradients | None:
+    """DeepSpeedZeroOptimizer's under ZeRO 2: this rank's shards, added up in new float32 buffers for every update."""
+    parts = ("averaged_gradients", "single_partition_of_fp32_groups", "_use_compact_grad_partition_buffer")
+    if not all(hasattr(wrapper, part) for part in parts) or not wrapper.partition_gradients or wrapper.cpu_offload:
+        return None
+    masters = wrapper.single_partition_of_fp32_groups
+    if not all(wrapper._use_compact_grad_partition_buffer(number) for number in range(len(masters))):
+        return None
+    ranks = dist.get_world_size(wrapper.dp_process_group)
+
+    def gradients() -> list[Tensor]:
+        return [wrapper.averaged_gradients[number].flat_partition for number in range(len(masters))]
+
+    def norm() -> Tensor:
+        own = _norm(gradients())
+        if ranks == 1:
+            return own
+        squares = own.square()
+        dist.all_reduce(squares, group=wrapper.dp_process_group)
+        return squares.sqrt()
+
+    def clear() -> None:
+        wrapper.micro_step_id = -1
+        for number, master in enumerate(masters):
+            master.grad = wrapper.averaged_gradients[number] = wrapper.all_grad_tensors[number] = None
+
+    return _FlatGradients(norm, lambda: zip(masters, gradients(), strict=True), clear)
+
+
+def _norm(tensors: list[Tensor]) -> Tensor:
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
+
+
+def _join_reductions_without_waits(wrapper: Any) -> None:
+    """After the backward pass, have the device's stream and not the host wait for ZeRO 2's overlapped reductions."""
+    own = wrapper.independent_gradient_partition_epilogue
+
+    def epilogue() -> None:
+        wrapper.reduce_ipg_grads()  # the last buckets, on the stream of their own
+        torch.cuda.current_stream().wait_stream(wrapper.reduction_stream)
+        wrapper._clear_previous_reduced_grads()
+        wrapper.overlap_comm = False  # else the host would wait here; nothing is left to reduce
+        try:
+            own()
+        finally:
+            wrapper.overlap_comm = True
+
+    wrapper.independent_gradient_partition_epilogue = epilogue
 
 
 def prepare_deepspeed(timeout: timedelta) -> None:

@@ -9,13 +9,12 @@ import torch
 from fasthpm import recipes
 from fasthpm.commands.dry_run import dry_run
 from fasthpm.patches import model_of
-from fasthpm.recipe import Recipe
 from fasthpm.speed.flops import step_flops
 from fasthpm.speed.gpus import GIB, GPUS
 from fasthpm.speed.memory import state_bytes
+from tests.helpers.budgets import BUDGETS
 
-BASE, VIDEO = "hpm_vit_base_in1k_200e", "hpm_video_vit_base_k400_800e"
-PLAIN: dict[str, Any] = {"mask_policy": "random", "predict_loss": "none"}
+BASE = "hpm_vit_base_in1k_200e"
 FAST: dict[str, Any] = {
     "teacher_maps": True,
     "map_refresh_epochs": 10,
@@ -25,17 +24,13 @@ FAST: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "fields", "batch", "gib"),
-    [(BASE, PLAIN, 256, 12.3), (BASE, FAST, 256, 11.3), (VIDEO, {}, 32, 9.2)],
-    ids=["mae", "fast", "video"],
-)
-def test_the_peak_is_that_of_torchs_allocator(name: str, fields: dict[str, Any], batch: int, gib: float) -> None:
-    """`gib`: torch.cuda.max_memory_allocated of an update under zero1_bf16, on a GPU whose kernels do nothing."""
-    recipe = dataclasses.replace(recipes.from_name(name), batch_size=batch, **fields)
+@pytest.mark.parametrize("name", BUDGETS)
+def test_the_peak_is_that_of_torchs_allocator(name: str) -> None:
+    """`gib`: what an update allocates on the null GPU (tests/test_step_on_null_gpu.py)."""
+    recipe = recipes.from_name(name)
     found = dry_run(recipe, GPUS["h200"])
     kept = state_bytes(found.parameters, found.teacher_parameters, stage=1, world_size=1, ema=recipe.uses_teacher)
-    assert (found.activations + kept) / GIB == pytest.approx(gib, rel=0.05)
+    assert (found.activations + kept) / GIB == pytest.approx(BUDGETS[name].gib, rel=0.03)
 
 
 @pytest.mark.parametrize("fields", [{}, FAST], ids=["hpm", "fast"])
@@ -43,28 +38,29 @@ def test_products_are_those_of_the_formulas(fields: dict[str, Any]) -> None:
     """Which know nothing of how torch does it; kept maps are not in a step."""
     recipe = dataclasses.replace(recipes.from_name(BASE), batch_size=2, **fields)
     with torch.device("meta"):
-        wanted = step_flops(model_of(recipe), recipe)
+        model = model_of(recipe)
+        wanted = step_flops(model, recipe)
     found = dry_run(recipe, GPUS["h100"])
     total = wanted["student" if recipe.teacher_maps else "total"]
     # Attention's backward pass computes the scores anew, which the formulas leave out.
     assert 1.0 <= found.flop / recipe.batch_size / total < 1.06
-    assert found.parameters == sum(weight.numel() for weight in model_of(recipe).parameters() if weight.requires_grad)
+    assert found.parameters == sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
 
 
 def test_memory_grows_with_the_batch_and_time_shrinks_with_the_gpu() -> None:
-    recipe = Recipe()
-    small, large = (dry_run(dataclasses.replace(recipe, batch_size=size), GPUS["a100"]) for size in (8, 32))
+    recipe = recipes.debug()
+    small, large = (dry_run(dataclasses.replace(recipe, batch_size=size), GPUS["a100"]) for size in (64, 256))
     assert large.activations == pytest.approx(4 * small.activations, rel=0.05)
     assert large.flop == pytest.approx(4 * small.flop)
     assert large.kernels >= small.kernels
-    full = dry_run(dataclasses.replace(recipe, batch_size=8), GPUS["a100"], bf16=False)
+    full = dry_run(dataclasses.replace(recipe, batch_size=64), GPUS["a100"], bf16=False)
     assert 1.3 < full.activations / small.activations < 2
     assert full.moved > small.moved
 
 
 def test_nothing_is_left_behind() -> None:
     before = torch.get_default_dtype()
-    dry_run(Recipe(batch_size=2), GPUS["h100"])
+    dry_run(recipes.debug(), GPUS["h100"])
     assert torch.get_default_dtype() == before
     assert torch.zeros(1).add(1).item() == 1
 

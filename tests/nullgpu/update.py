@@ -7,8 +7,10 @@ included. Prints one JSON object with a `card.Watch.summary` per case, in order,
 """
 
 import dataclasses
+import gc
 import json
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -83,7 +85,9 @@ class Built:
 
 
 def counted(launch: Any, case: dict[str, Any]) -> dict[str, Any]:
-    """The third update of one case."""
+    """The third update of one case; `peak` is without what earlier cases have left behind."""
+    gc.collect()
+    before, start = torch.cuda.memory_allocated(), time.process_time()
     built = Built(launch, case["recipe"], **{name: value for name, value in case.items() if name != "recipe"})
     for number in range(2):
         built.update(number)
@@ -94,7 +98,8 @@ def counted(launch: Any, case: dict[str, Any]) -> dict[str, Any]:
             phases[phase] += watch.launches() - sum(phases.values())
 
         built.update(2, mark)
-    return watch.summary | {"phases": phases}
+    found = watch.summary | {"phases": phases, "seconds": time.process_time() - start}
+    return found | {"peak": watch.peak - before}
 
 
 def main() -> None:

@@ -42,7 +42,7 @@ def test_linear_probe_resumes_as_if_nothing_had_happened(
 
 def test_linear_probe_is_the_same_on_two_ranks(run: Path, tmp_path: Path) -> None:
     words = (run, *LINEAR, "--protocol", "moco", "--lr", "0.3", "--output_dir")
-    check_ranks("fasthpm", "linear", *words, tmp_path / "two", launcher="torchrun")
+    check_ranks("fasthpm", "linear", *words, tmp_path / "two", launcher="forked")
     single = [*words, tmp_path / "one"]
     single[single.index("8")] = "16"
     start(linear, *single)

@@ -25,6 +25,7 @@ from fasthpm.teacher import EMATeacher
 from tests.helpers.layouts import KINDS, group_of, padded
 
 STATES = ("master", "ema", "exp_avg", "exp_avg_sq")
+PRESETS = ("zero1_bf16", "zero2_bf16")  # that have an update without waits
 States = dict[str, dict[str, Tensor]]
 
 
@@ -128,25 +129,29 @@ class Step(nn.Module):
         return (self.student(x).float() ** 2).mean() * scale
 
 
-def learnt(scales: list[float], limit: float, launch: ranks_launch.Launch, waits: bool) -> tuple[States, Any]:
-    """Every state after an update with each scale, and the engine."""
-    recipe = Recipe(batch_size=4, lr=1e-2, clip_grad=limit, deepspeed_config="zero1_bf16").resolve(4, world_size=1)
+def learnt(
+    scales: list[float], limit: float, launch: ranks_launch.Launch, waits: bool, preset: str
+) -> tuple[States, Any]:
+    """Every state after an update with each scale, of two micro-steps, and the engine."""
+    recipe = Recipe(batch_size=4, accum_iter=2, lr=1e-2, clip_grad=limit, deepspeed_config=preset).resolve(8, 1)
     module = Step()
     built = engine.build_engine(module, recipe, deepspeed_json.merge_config(recipe.deepspeed_config, recipe, 1), launch)
     assert waits or update_without_waits(built)
     teacher = EMATeacher(built, module.student, "student.", Step().student, 0.9)
     for scale in scales:
-        built.backward(built(scale))
-        built.step()
+        for part in (0.25, 0.75):
+            built.backward(built(scale * part))
+            built.step()
     return {which: full_state(teacher.layout, which) or {} for which in STATES}, built  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize(("limit", "bits"), [(0.0, True), (1e6, True), (0.01, False)])
-def test_the_update_is_deepspeeds(limit: float, bits: bool) -> None:
+def test_the_update_is_deepspeeds(limit: float, bits: bool, preset: str) -> None:
     """Bit for bit where nothing is clipped; else up to the order of the sums in the norm."""
     with ranks_launch.session() as launch:
-        ours, own = learnt([1.0, 3.0, 0.5], limit, launch, waits=False)
-        theirs, deepspeeds = learnt([1.0, 3.0, 0.5], limit, launch, waits=True)
+        ours, own = learnt([1.0, 3.0, 0.5], limit, launch, False, preset)
+        theirs, deepspeeds = learnt([1.0, 3.0, 0.5], limit, launch, True, preset)
         torch.testing.assert_close(float(engine.grad_norm(own)), float(engine.grad_norm(deepspeeds)), rtol=1e-5, atol=0)
     for which, wanted in theirs.items():
         for name, values in wanted.items():
@@ -155,13 +160,14 @@ def test_the_update_is_deepspeeds(limit: float, bits: bool) -> None:
             torch.testing.assert_close(ours[which][name], values, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
-def test_an_update_that_is_not_finite_is_left_out(bad: float) -> None:
+def test_an_update_that_is_not_finite_is_left_out(bad: float, preset: str) -> None:
     with ranks_launch.session() as launch:
-        wanted, _ = learnt([1.0, 2.0], 0.01, launch, waits=False)
-        found, built = learnt([1.0, bad, 2.0], 0.01, launch, waits=False)
+        wanted, _ = learnt([1.0, 2.0], 0.01, launch, False, preset)
+        found, built = learnt([1.0, bad, 2.0], 0.01, launch, False, preset)
         assert {float(built.basic_optimizer.state[m]["step"]) for m in MasterLayout(built).masters} == {2.0}
-        stopped, built = learnt([1.0, bad], 0.01, launch, waits=False)
+        stopped, built = learnt([1.0, bad], 0.01, launch, False, preset)
         assert float(engine.grad_norm(built)) == float("inf")
     for which, values in wanted.items():
         for name in values:

@@ -1,5 +1,7 @@
 """The compiled step against the eager one."""
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,9 +9,18 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from fasthpm.__main__ import dispatch
 from fasthpm.errors import UserError
+from fasthpm.run.records import read_metrics
 from fasthpm.speed.compiled import Compiled
+from fasthpm.step import Step
+from tests.helpers.launch import check_ranks
 from tests.helpers.steps import ALPHA, batch, step_of
+
+RUN = (
+    *("--recipe", "debug", "--data_path", "synthetic:64", "--warmup_epochs", "0", "--epochs", "1"),
+    *("--stop_after", "3", "--log_every", "1", "--panel_every", "0", "--difficulty_every", "0"),
+)
 
 
 def test_the_compiled_step_is_the_eager_one_and_compiled_once() -> None:
@@ -38,17 +49,22 @@ def test_the_compiled_step_is_the_eager_one_and_compiled_once() -> None:
         assert not part.failure
 
 
-def test_buffers_that_deepspeed_casts_compile() -> None:
-    """DeepSpeed casts buffers through `.data`, which leaves the base of a view in float32; Dynamo refuses such."""
-    step = step_of()
-    for module in (step.student, step._teacher[0]):
-        for tensor in (*module.parameters(), *module.buffers()):
-            tensor.data = tensor.data.bfloat16()
-    step.compile_with("aot_eager")
-    step(*batch(), torch.tensor(0), ALPHA).loss.backward()
-    for part in (step.run_teacher, step.run_student):
-        assert isinstance(part, Compiled)
-        assert not part.failure
+def main(folder: Path) -> None:
+    """Two runs of a few updates, eager and compiled: through DeepSpeed in bfloat16, with the watchdog on."""
+    real = Step.compile_with
+    Step.compile_with = lambda step, backend: real(step, "aot_eager")  # type: ignore[method-assign]  # not minutes of C++
+    for name, more in (("eager", []), ("compiled", ["--compile"])):
+        dispatch(["pretrain", *RUN, "--output_dir", str(folder / name), *more])
+
+
+def test_a_compiled_run_is_the_eager_one_and_is_not_taken_for_stuck(tmp_path: Path) -> None:
+    """Compiling takes longer than an update may; and DeepSpeed casts buffers so that views of them don't compile."""
+    limit = {"FASTHPM_TIMEOUT_MINUTES": "0.15"}
+    output = check_ranks(Path(__file__), tmp_path, ranks=1, launcher="forked", env=limit)
+    assert "torch.compile of" not in output
+    eager, compiled = ([record["loss"] for record in read_metrics(tmp_path / name)] for name in ("eager", "compiled"))
+    assert len(eager) == 3
+    assert compiled == pytest.approx(eager, rel=1e-3)
 
 
 def test_the_first_maps_compile_nothing() -> None:
@@ -104,3 +120,7 @@ def test_wrong_input_is_not_the_compilers_fault() -> None:
 
     with pytest.raises(UserError, match="wrong"):
         Compiled(fails, "it", "eager")(torch.ones(1))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
