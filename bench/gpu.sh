@@ -45,7 +45,7 @@ else
     device=(--device cuda --rounds 5)
     train=(--data_path "$data" --batch_size 256 --updates 40 --rounds 1)
     few=(--variants mae hpm hpm_fast measured_alone measured_fast eager_mae)
-    part no_sync 60 "$python" -m pytest -q tests/test_step_fast.py tests/speed/test_fp8.py -k "sync or fp8"
+    part no_sync 60 "$python" -m pytest -q tests/test_step_fast.py -k sync
     part step_base 130 "$python" -m bench.step --size base --batch_size 256 --precision bf16 --rounds 3 --repeats 5 \
         -o "$out/step_base_bf16.json"
     part step_large 100 "$python" -m bench.step --size large --batch_size 128 --precision bf16 --rounds 3 --repeats 3 \

@@ -1,4 +1,5 @@
-"""The ranking loss, forward and backward: in blocks and as written; time, peak memory, values and gradients.
+"""The ranking loss, forward and backward: in blocks, as written, and on a GPU in one kernel; time, peak memory, values
+and gradients.
 
     python -m bench.losses [--device cuda] [--threads 1] [--rounds 5] [-o bench/results/losses.json]
 
@@ -20,12 +21,21 @@ import torch
 from torch import Tensor
 
 from bench.common import add_device_arguments, table, use_device, write_json
-from fasthpm import loss
+from fasthpm import kernels, loss
 from fasthpm.cli import Parser, run_command
 from fasthpm.run.metrics import wait_for
 from fasthpm.run.versions import versions
 
-FORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"plain": loss.ranking_loss_plain, "blocks": loss.ranking_loss}
+
+def in_blocks(predicted: Tensor, actual: Tensor) -> Tensor:
+    """The loss in torch's own operations, on a GPU too."""
+    with kernels.off():
+        return loss.ranking_loss(predicted, actual)
+
+
+FORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"plain": loss.ranking_loss_plain, "blocks": in_blocks}
+if torch.cuda.is_available():
+    FORMS["kernel"] = loss.ranking_loss
 CASES = ((256, 147), (32, 1411))  # images and clips: batch, masked patches
 ACCURACY_BATCH = 4  # samples that are compared with float64
 
@@ -103,14 +113,14 @@ def accuracy(count: int, device: torch.device) -> dict[str, dict[str, float]]:
 def case(batch: int, count: int, rounds: int, device: torch.device) -> dict[str, Any]:
     """All figures of one size."""
     seconds = measure(batch, count, rounds, device)
-    ratios = [plain / blocks for plain, blocks in zip(seconds["plain"], seconds["blocks"], strict=True)]
+    ratios = {form: [a / b for a, b in zip(seconds["plain"], values, strict=True)] for form, values in seconds.items()}
     bytes_of_pairs = batch * count * count * 2
     peaks = {form: peak(form, batch, count, device) for form in FORMS}
     return {
         "batch": batch,
         "masked": count,
-        "times_faster": statistics.median(ratios),
-        "times_faster_range": [min(ratios), max(ratios)],
+        "times_faster": {form: statistics.median(values) for form, values in ratios.items()},
+        "times_faster_range": {form: [min(values), max(values)] for form, values in ratios.items()},
         "median_milliseconds": {form: statistics.median(values) * 1e3 for form, values in seconds.items()},
         "peak_bytes": peaks,
         "peak_in_copies_of_bf16_pairs": {form: value / bytes_of_pairs for form, value in peaks.items()},
@@ -125,13 +135,12 @@ def report(result: dict[str, Any]) -> str:
     for found in result["cases"]:
         for form in FORMS:
             errors, copies = found["error_against_float64"][form], found["peak_in_copies_of_bf16_pairs"][form]
-            faster = f"{found['times_faster']:.1f}" if form == "blocks" else "1"
             rows.append(
                 [
                     f"{found['batch']} x {found['masked']}",
                     form,
                     f"{found['median_milliseconds'][form]:.1f}",
-                    faster,
+                    f"{found['times_faster'][form]:.1f}",
                     f"{copies:.2f}",
                     f"{errors['value']:.0e}",
                     f"{errors['gradient']:.0e}",

@@ -35,6 +35,7 @@ from bench.methods import METHODS
 from bench.overhead import loop_share
 from fasthpm import ranks, recipes, schedule
 from fasthpm.cli import Parser, run_command
+from fasthpm.commands import attention
 from fasthpm.data import DatasetInfo
 from fasthpm.difficulty import HEAD
 from fasthpm.errors import UserError
@@ -77,6 +78,7 @@ class Built(NamedTuple):
     """A variant that is ready to be timed."""
 
     update: Update  # one whole update
+    attention: dict[str, str]  # on a GPU: each shape's kernel
     gflops: dict[str, float]  # per sample, by the formula of what the method needs
     traffic_mb: dict[str, float]  # per sample, by the formula
     refresh: Update | None = None  # the pass that refreshes its maps
@@ -126,7 +128,7 @@ def build(variant: str, recipe: Recipe, launch: ranks.Launch, precision: str) ->
         floats = images.movedim(-1, 1).float().div_(127.5).sub_(1).contiguous()
         student = model_of(recipe)
         update, _ = eager_update(student, recipe, floats, alpha=ALPHA, half=precision == "bf16")
-        return Built(update, *work_of(student, recipe))
+        return Built(update, {}, *work_of(student, recipe))
     step = Step(model_of(recipe), recipe, INFO)
     config = ranks.merge_config(recipe.deepspeed_config, recipe, 1)
     deepspeed_engine = ranks.build_engine(step, recipe, config, launch)
@@ -147,7 +149,8 @@ def build(variant: str, recipe: Recipe, launch: ranks.Launch, precision: str) ->
         deepspeed_engine.step()
 
     loop = functools.partial(loop_share, recipe, launch, deepspeed_engine, step, teacher, images)
-    return Built(update_ours, *work_of(step.student, recipe), refresh, loop)
+    kernels = attention.settle(recipe, launch.device, next(step.student.parameters()).dtype)
+    return Built(update_ours, kernels, *work_of(step.student, recipe), refresh, loop)
 
 
 @torch.no_grad()
@@ -230,6 +233,7 @@ def one_precision(precision: str, arguments: argparse.Namespace, launch: ranks.L
         "mfu": {name: work[name]["total"] * 1e9 * arguments.batch_size / median[name] / rate for name in seconds},
         "loop": loop,
         "memory_gib": memory_gib(launch.device),
+        "attention": {name: one.attention for name, one in built.items() if one.attention},
     }
 
 

@@ -1,17 +1,30 @@
 """The parts a masked autoencoder is made of: patch embedding, attention, blocks, positions, and how blocks are run."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from fasthpm import loss as losses
 from fasthpm.mask_loops import on_cpu
 
 LAYER_NORM_EPS = 1e-6
+
+
+class Attended(NamedTuple):
+    """What decides which attention kernel is the fastest."""
+
+    query: tuple[int, ...]  # B, heads, tokens, width
+    key: tuple[int, ...]
+    dtype: torch.dtype
+    training: bool  # a backward pass follows
+
+
+PINNED: dict[Attended, SDPBackend] = {}  # by `speed.attention`; for all others torch chooses
 
 
 class PatchEmbed(nn.Module):
@@ -178,7 +191,16 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """
     if on_cpu(query) and query.dtype == torch.bfloat16:
         return attend_plain(query, key, value)
-    return F.scaled_dot_product_attention(query, key, value)
+    backend = PINNED.get(attended(query, key)) if PINNED else None
+    if backend is None:
+        return F.scaled_dot_product_attention(query, key, value)
+    with sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(query, key, value)
+
+
+def attended(query: Tensor, key: Tensor) -> Attended:
+    """What `attend` is asked for."""
+    return Attended(tuple(query.shape), tuple(key.shape), query.dtype, query.requires_grad)
 
 
 def attend_plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

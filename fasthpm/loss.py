@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fasthpm.kernels import launched
 from fasthpm.mask_loops import on_cpu
 
 EPS = 1e-6
@@ -110,29 +111,47 @@ def pair_blocks(predicted: Tensor, actual: Tensor) -> Iterator[tuple[slice, slic
 
 
 class _RankingLoss(torch.autograd.Function):
-    """Value and gradient in one pass over the blocks, so that the backward pass is a product with a number."""
+    """Value and gradient in one pass over the pairs, so that the backward pass is a product with a number."""
 
     @staticmethod
     def forward(ctx: Any, predicted: Tensor, actual: Tensor) -> Tensor:
-        ordered, ids = actual.sort(dim=1, descending=True)
-        scores = predicted.gather(1, ids)
-        slope = torch.zeros_like(scores)
-        total = scores.new_zeros((), dtype=torch.float64)
-        pairs = torch.zeros((), dtype=torch.int64, device=scores.device)
-        for rows, columns, margin, valid in pair_blocks(scores, ordered):
-            total += F.softplus(-margin).mul_(valid).sum()
-            pairs += valid.sum()
-            push = torch.sigmoid_(margin.neg_()).mul_(valid)
-            slope[:, rows] -= push.sum(dim=2)
-            slope[:, columns] += push.sum(dim=1)
-        pairs = pairs.clamp_min(1)
-        ctx.save_for_backward(torch.empty_like(slope).scatter_(1, ids, slope / pairs))
-        return (total / pairs).to(scores.dtype)
+        value, slope = (_ranking_blocks if on_cpu(predicted) else _ranking)(predicted, actual)
+        ctx.save_for_backward(slope)
+        return value
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (slope,) = ctx.saved_tensors
         return gradients[0] * slope, None
+
+
+def _ranking_blocks(predicted: Tensor, actual: Tensor) -> tuple[Tensor, Tensor]:
+    """`ranking_loss` and its derivatives [B, M] by `predicted`, a block of pairs at a time."""
+    ordered, ids = actual.sort(dim=1, descending=True)
+    scores = predicted.gather(1, ids)
+    slope = torch.zeros_like(scores)
+    total = scores.new_zeros((), dtype=torch.float64)
+    pairs = torch.zeros((), dtype=torch.int64, device=scores.device)
+    for rows, columns, margin, valid in pair_blocks(scores, ordered):
+        total += F.softplus(-margin).mul_(valid).sum()
+        pairs += valid.sum()
+        push = torch.sigmoid_(margin.neg_()).mul_(valid)
+        slope[:, rows] -= push.sum(dim=2)
+        slope[:, columns] += push.sum(dim=1)
+    pairs = pairs.clamp_min(1)
+    return (total / pairs).to(scores.dtype), torch.empty_like(slope).scatter_(1, ids, slope / pairs)
+
+
+@torch.library.custom_op("fasthpm::ranking", mutates_args=())
+def _ranking(predicted: Tensor, actual: Tensor) -> tuple[Tensor, Tensor]:
+    """`_ranking_blocks` in one kernel, where there is one. An operation of its own: compilers don't look into it."""
+    fits = predicted.dtype == torch.float32 and predicted.shape[0] > 0 and predicted.shape[1] > 1
+    return (launched("ranking", predicted, actual) if fits else None) or _ranking_blocks(predicted, actual)
+
+
+@_ranking.register_fake
+def _(predicted: Tensor, actual: Tensor) -> tuple[Tensor, Tensor]:
+    return predicted.new_empty(()), torch.empty_like(predicted, memory_format=torch.contiguous_format)
 
 
 def absolute_loss(predicted: Tensor, actual: Tensor, *, standardize: bool = True) -> Tensor:
@@ -184,3 +203,28 @@ def pair_accuracy(predicted: Tensor, actual: Tensor) -> Tensor:
     for _, _, margin, valid in pair_blocks(scores, ordered):
         counts += torch.stack([((margin > 0) & valid).sum(), valid.sum()])
     return counts[0] / counts[1].clamp_min(1)
+
+
+def health(predicted: Tensor, actual: Tensor, seen: Tensor) -> Tensor:
+    """How well a step's difficulties are learnt, float32 [3] from [N, M] each.
+
+    (`spearman` of `predicted`, `pair_accuracy` of `predicted`, `spearman` of `seen`, the teacher's difficulty)
+    """
+    return (_health_plain if on_cpu(predicted) else _health)(predicted.detach(), actual.detach(), seen.detach())
+
+
+def _health_plain(predicted: Tensor, actual: Tensor, seen: Tensor) -> Tensor:
+    values = (spearman(predicted, actual), pair_accuracy(predicted, actual), spearman(seen, actual))
+    return torch.stack([value.float() for value in values])
+
+
+@torch.library.custom_op("fasthpm::health", mutates_args=())
+def _health(predicted: Tensor, actual: Tensor, seen: Tensor) -> Tensor:
+    """`_health_plain` in one kernel, where there is one."""
+    found = launched("health", predicted, actual, seen) if predicted.shape[0] > 0 and predicted.shape[1] > 1 else None
+    return _health_plain(predicted, actual, seen) if found is None else found
+
+
+@_health.register_fake
+def _(predicted: Tensor, actual: Tensor, seen: Tensor) -> Tensor:
+    return predicted.new_empty(3, dtype=torch.float32)

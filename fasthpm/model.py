@@ -50,6 +50,7 @@ class Output(NamedTuple):
     per_patch_loss: Tensor  # float32 [B, M], detached
     predicted_difficulty: Tensor  # float32 [B, M], zeros without a loss predictor
     reconstruction: Tensor  # [B, M, t*P*P*C], patches as (frame, row, column, channel); [B, M, D'] of target features
+    masked: Tensor  # int64 [B, M], their patch numbers
 
 
 class HPMViT(nn.Module):
@@ -265,7 +266,7 @@ class HPMViT(nn.Module):
                 self.predict_loss_kind, predicted, actual, standardize=self.absolute_standardize
             )
         mean = per_patch.mean()
-        return Output(mean + difficulty, mean, difficulty, actual, predicted, reconstruction)
+        return Output(mean + difficulty, mean, difficulty, actual, predicted, reconstruction, masked)
 
     def _per_patch(self, prediction: Tensor, patches: Tensor, features: Tensor | None, masked: Tensor) -> Tensor:
         """Reconstruction loss of the masked patches [B, M]: of their pixels, or of their features."""

@@ -22,6 +22,7 @@ import torch
 from fasthpm import checkpoint, entry, maps, ranks, recipes, schedule
 from fasthpm.checkpoint.saver import Saver
 from fasthpm.cli import Arguments, Parser
+from fasthpm.commands import attention
 from fasthpm.data import build_loader
 from fasthpm.data.device import on_device
 from fasthpm.data.identity import identity_of
@@ -50,7 +51,7 @@ from fasthpm.run.output import announce, prepare_output
 from fasthpm.run.records import read_metrics
 from fasthpm.run.refresh import refresh_maps
 from fasthpm.run.state import Run, endless, finish_last_save, resume, save
-from fasthpm.speed import flops, fp8, graph
+from fasthpm.speed import flops, graph
 from fasthpm.step import Step, telling
 from fasthpm.teacher import EMATeacher
 
@@ -134,8 +135,6 @@ def build(recipe: Recipe, launch: ranks.Launch, lock: FolderLock | None = None) 
         checkpoint.compare_recipes(recipe, science_of, data)
         config = ranks.merge_config(recipe.deepspeed_config, recipe, launch.world_size)
         online_probes.check(recipe, loader.info, config)
-        if recipe.teacher_precision == "fp8":
-            fp8.require_fp8(launch.device)
         student = checkpoint.initial_model(recipe)
         frozen = build_frozen(recipe, launch.device)
     if lock:
@@ -153,8 +152,6 @@ def build(recipe: Recipe, launch: ranks.Launch, lock: FolderLock | None = None) 
         momentum = schedule.ema_momentum_at(recipe, 0)
         teacher = EMATeacher(deepspeed_engine, step.student, "student.", model_of(recipe), momentum, HEAD)
         step.attach_teacher(teacher.module)
-        if recipe.teacher_precision == "fp8":
-            fp8.use_fp8(teacher.module)
     saver = Saver(launch.rank, launch.world_size, timeout=ranks.timeout().total_seconds())
     run = Run(
         recipe, launch, loader, deepspeed_engine, step, teacher, zero.MasterLayout(deepspeed_engine), saver, map_store
@@ -162,6 +159,7 @@ def build(recipe: Recipe, launch: ranks.Launch, lock: FolderLock | None = None) 
     run.notes |= checkpoint.pixels_note(statistics_of(loader.info))
     run.batches, run.data = endless(loader), data
     run.micro_step = graph.micro_step(recipe.cuda_graph, deepspeed_engine, step.stopwatch)
+    run.attention = attention.settle(recipe, launch.device, next(student.parameters()).dtype)
     resume(run)
     run.observers = observers(run)
     run.bad_samples = BadSampleLog(

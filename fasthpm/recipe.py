@@ -18,7 +18,7 @@ from fasthpm.data.options import LoaderOptions
 from fasthpm.data.sampling import INTERPOLATIONS, SAMPLE_ORDERS
 from fasthpm.data.video.sampling import DECODERS
 from fasthpm.difficulty import DIFFICULTIES, Difficulty, question_of
-from fasthpm.errors import UserError, nearest
+from fasthpm.errors import UserError, nearest, note_once
 from fasthpm.files import write_text
 from fasthpm.mask import MAP_CROPS, POLICIES, MaskPlan
 from fasthpm.options import OURS, PAPER, RELEASED, option, validate
@@ -28,10 +28,11 @@ PREDICT_LOSSES = ("relative", "absolute", "none")
 PIXEL_LOSSES = ("mse", "l1")
 PREDICTORS = ("separate", "shared")
 DECODER_ATTENTIONS = ("self", "cross")
-TEACHER_PRECISIONS = ("model", "fp8")
 ALPHA_SCHEDULES = ("released", "paper", "step")
 CUDA_GRAPH = ("auto", "on", "off")
 ON_NONFINITE = ("halt", "skip", "rollback")
+BACKENDS = ("auto", "flash", "cudnn", "efficient", "math")
+GONE = {"teacher_precision": "model"}  # fields of older recipe files, and the value that is what all runs do now
 
 
 @dataclass(frozen=True)
@@ -162,11 +163,6 @@ class Recipe:
     teacher_scale: int = option(
         1, "the teacher sees images this many times smaller, its map is enlarged; 1 = full size (fast mode)", above=0
     )
-    teacher_precision: str = option(
-        "model",
-        "the teacher's matrix products: model = as the model's, fp8 where the GPU has it (fast mode)",
-        choices=TEACHER_PRECISIONS,
-    )
     teacher_maps: bool = option(
         False,
         "masks follow maps of whole images that the teacher makes every map_refresh_epochs, cropped with the image "
@@ -279,6 +275,12 @@ class Recipe:
         choices=CUDA_GRAPH,
         run_only=True,
     )
+    attention_backend: str = option(
+        "auto",
+        "torch's attention kernel on GPUs; auto = for each shape the one that is the fastest at the start",
+        choices=BACKENDS,
+        run_only=True,
+    )
     online_probe_every: int = option(
         0,
         "updates between two steps of a linear probe on the encoder's detached features; 0 = off",
@@ -373,20 +375,12 @@ class Recipe:
     @property
     def approximates_teacher(self) -> bool:
         """Whether the masks follow a map that is not the exact teacher's of this crop and update."""
-        return self.teacher_maps or self.teacher_scale > 1 or self.teacher_precision != "model"
+        return self.teacher_maps or self.teacher_scale > 1
 
     @property
     def fast_modes(self) -> list[str]:
         """The fast modes that are on, each as `field value`."""
-        names = (
-            "teacher_maps",
-            "predictor",
-            "predictor_depth",
-            "predictor_dim",
-            "decoder_attention",
-            "teacher_scale",
-            "teacher_precision",
-        )
+        names = ("teacher_maps", "predictor", "predictor_depth", "predictor_dim", "decoder_attention", "teacher_scale")
         usual = {field.name: field.default for field in dataclasses.fields(self)}
         return [f"{name} {getattr(self, name)}" for name in names if getattr(self, name) != usual[name]]
 
@@ -468,6 +462,10 @@ def load_recipe(path: Path) -> Recipe:
 
 def build_recipe(values: dict[str, Any], *, source: str) -> Recipe:
     """A `Recipe` from named values; unknown names are an error that names the nearest field."""
+    for name in GONE.keys() & values.keys():
+        if values[name] != GONE[name]:
+            note_once(f"{source}: {name} {values[name]} is no longer offered; {GONE[name]} takes its place")
+    values = {name: value for name, value in values.items() if name not in GONE}
     known = [field.name for field in dataclasses.fields(Recipe)]
     for name in values:
         if name not in known:

@@ -48,7 +48,7 @@ def _check_fast_modes(recipe: Any) -> None:
     shared_predictor_has_no_shape(recipe.predictor, recipe.predictor_dim, recipe.predictor_depth)
     decoder_has_blocks(recipe.model, recipe.predictor, recipe.decoder_attention)
     teacher_maps_are_of_images(recipe.teacher_maps, policy, follows, recipe.num_frames)
-    teacher_is_asked(policy, follows, recipe.teacher_scale, recipe.teacher_precision)
+    teacher_is_asked(policy, follows, recipe.teacher_scale)
 
 
 def _check_target(recipe: Any) -> None:
@@ -237,12 +237,12 @@ def teacher_maps_are_of_images(teacher_maps: bool, mask_policy: str, follows_dif
         )
 
 
-def teacher_is_asked(mask_policy: str, follows_difficulty: bool, teacher_scale: int, teacher_precision: str) -> None:
+def teacher_is_asked(mask_policy: str, follows_difficulty: bool, teacher_scale: int) -> None:
     """What makes the teacher faster needs masks that ask it."""
-    if not follows_difficulty and (teacher_scale != 1 or teacher_precision != "model"):
+    if not follows_difficulty and teacher_scale != 1:
         raise UserError(
-            f"teacher_scale {teacher_scale} and teacher_precision {teacher_precision} change the "
-            f"teacher, but mask_policy {mask_policy} uses none; use --mask_policy hpm"
+            f"teacher_scale {teacher_scale} changes the teacher, but mask_policy {mask_policy} uses none; use "
+            f"--mask_policy hpm"
         )
 
 

@@ -14,11 +14,10 @@ from fasthpm import loss as losses
 from fasthpm.data import DatasetInfo
 from fasthpm.difficulty import HEAD, HEAD_SHARE, view_noise
 from fasthpm.layers import regions_of
-from fasthpm.mask import MaskPlan, Sets, draw_sets, sample_noise, split_ids
+from fasthpm.mask import MaskPlan, Sets, draw_sets, sample_noise
 from fasthpm.model import HPMViT, Output
 from fasthpm.patches import NormalizedPatches
 from fasthpm.recipe import Recipe
-from fasthpm.speed import fp8
 from fasthpm.speed.clock import Stopwatch
 from fasthpm.speed.compiled import Compiled
 
@@ -64,6 +63,7 @@ class Step(nn.Module):
         self.normalized_patches = NormalizedPatches(recipe, info)
         self._teacher: list[HPMViT] = []
         self._frozen: list[nn.Module] = []
+        self.run_patches: Callable[[Tensor], Tensor] = self.normalized_patches
         self.run_teacher: Callable[..., TeacherOutput] = self.teach
         self.run_student: Callable[..., StepOutput] = self.learn
         self.compiled = True  # False: the next forward compiles first
@@ -71,16 +71,14 @@ class Step(nn.Module):
             self.compile_with("inductor")
 
     def compile_with(self, backend: str | Callable[..., Any]) -> None:
-        """Compile, of the teacher's forward and of all from the mask to the losses, what is worth it.
+        """Compile, of the teacher's forward and of all from the pixels to the losses, what is worth it.
 
         Masks and metrics are not: their sorts take three quarters of the time that compiling takes.
         """
-        patches = (self, "normalized_patches")
         loss = (self.student, "_per_patch")
-        self.run_teacher = Compiled(
-            self.teach, "the teacher", backend, lambda: [patches, *regions_of(self._teacher[0])]
-        )
-        self.run_student = Compiled(self.learn, "the step", backend, lambda: [patches, loss, *regions_of(self.student)])
+        self.run_patches = Compiled(self.normalized_patches, "the pixels", backend)
+        self.run_teacher = Compiled(self.teach, "the teacher", backend, lambda: regions_of(self._teacher[0]))
+        self.run_student = Compiled(self.learn, "the step", backend, lambda: [loss, *regions_of(self.student)])
         self.compiled = False
 
     def attach_teacher(self, teacher: HPMViT) -> None:
@@ -108,17 +106,20 @@ class Step(nn.Module):
         """
         self.normalized_patches.move(images.device)
         plan = self.warmup_plan if scores is None else self.mask_plan
-        answer = self.ask_teachers(images, ids, step)
+        patches = self.run_patches(images)
+        answer = self.ask_teachers(images, patches, ids, step)
         if answer.difficulty is not None:
             scores = answer.difficulty
         elif scores is None:
             scores, alpha = self._no_scores(images), torch.zeros_like(alpha)
         if not self.compiled:
-            self._compile_now(images, ids, step, alpha, scores, answer.features, answer.tokens)
-        return self.run_student(plan, images, ids, step, alpha, scores, answer.features, answer.tokens)
+            self._compile_now(patches, ids, step, alpha, scores, answer.features, answer.tokens)
+        return self.run_student(plan, patches, ids, step, alpha, scores, answer.features, answer.tokens)
 
-    def ask_teachers(self, images: Tensor, ids: Tensor, step: Tensor) -> TeacherOutput:
+    def ask_teachers(self, images: Tensor, patches: Tensor, ids: Tensor, step: Tensor) -> TeacherOutput:
         """What the recipe's teachers say of this batch: the EMA teacher, unless its maps are kept, and a frozen one.
+
+        - `patches`: those of `images`, normalised
 
         With kept maps a difficulty head learns on the teacher's features of a few of the samples.
         """
@@ -127,10 +128,10 @@ class Step(nn.Module):
             if recipe.uses_teacher and not recipe.teacher_maps:
                 noise = view_noise(step, ids, recipe.num_patches, recipe.seed) if recipe.question.look else None
                 with self.stopwatch.measure(images.device):
-                    answer = self.run_teacher(images, noise)
+                    answer = self.run_teacher(patches, noise)
             elif recipe.uses_teacher and recipe.question.head:
                 with self.stopwatch.measure(images.device):
-                    answer = self.run_teacher(images[: -(-len(images) // HEAD_SHARE)])
+                    answer = self.run_teacher(patches[: -(-len(patches) // HEAD_SHARE)])
             if self._frozen:
                 with self.stopwatch.measure(images.device):
                     answer = answer._replace(features=self._frozen[0](images))
@@ -140,18 +141,20 @@ class Step(nn.Module):
         """Nothing to follow: float32 zeros [B, L]."""
         return torch.zeros(len(images), self.recipe.num_patches, device=images.device)
 
-    def teach(self, images: Tensor, noise: Tensor | None = None) -> TeacherOutput:
-        """One pass of the EMA teacher, for difficulty (unless its maps are kept), features or both; `noise`: as in
-        `HPMViT.predict_loss`."""
+    def teach(self, patches: Tensor, noise: Tensor | None = None) -> TeacherOutput:
+        """One pass of the EMA teacher, for difficulty (unless its maps are kept), features or both.
+
+        - `patches`: normalised, [B, L, t*P*P*C]; `noise`: as in `HPMViT.predict_loss`
+        """
         features, head = self.recipe.target_teacher == "ema", self.recipe.question.head
         asked = self.recipe.masks_by_difficulty and not self.recipe.teacher_maps
-        if not (features or head):
-            return TeacherOutput(self.difficulty(images, noise), None)
         teacher = self._teacher[0]
-        tokens = teacher.encode(self.normalized_patches(images))
+        if not (features or head):
+            return TeacherOutput(teacher.predict_loss(patches, self.recipe.teacher_scale, noise), None)
+        tokens = teacher.encode(patches)
         difficulty = teacher.difficulty_of(tokens) if asked else None
-        patches = tokens[:, teacher.num_prefix_tokens :]
-        return TeacherOutput(difficulty, patches if features else None, patches if head else None)
+        found = tokens[:, teacher.num_prefix_tokens :]
+        return TeacherOutput(difficulty, found if features else None, found if head else None)
 
     @torch.no_grad()
     def map_spearman(self, images: Tensor, scores: Tensor | None = None) -> Tensor:
@@ -161,8 +164,7 @@ class Step(nn.Module):
         """
         images = images[:HEALTH_SAMPLES]
         used = self.difficulty(images) if scores is None else scores[:HEALTH_SAMPLES]
-        with fp8.exact(self._teacher[0]):
-            exact = self._teacher[0].predict_loss(self.normalized_patches(images))
+        exact = self._teacher[0].predict_loss(self.normalized_patches(images))
         return losses.spearman(used, exact)
 
     def difficulty(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -172,7 +174,7 @@ class Step(nn.Module):
     def learn(
         self,
         plan: MaskPlan,
-        images: Tensor,
+        patches: Tensor,
         ids: Tensor,
         step: Tensor,
         alpha: Tensor,
@@ -182,26 +184,25 @@ class Step(nn.Module):
     ) -> StepOutput:
         """Everything after the teachers: mask, student, losses.
 
+        - `patches`: normalised, [B, L, t*P*P*C]
         - `scores`: [B, L], what the mask follows; `features`: [B, L, D'], what is reconstructed, None = pixels
         - `tokens`: [B or fewer, L, D], features of the teacher on which a difficulty head learns
         """
-        patches = self.normalized_patches(images)
         mask, thrown = self._sets(plan, ids, step, alpha, scores)
         output = self.student(
             patches, mask, num_masked=plan.num_masked, thrown=thrown, num_thrown=plan.num_thrown, target=features
         )
         if tokens is not None:
-            output = self._with_head(output, mask, tokens)
+            output = self._with_head(output, tokens)
         difficulty = scores if self.recipe.masks_by_difficulty else torch.zeros_like(scores)
-        return StepOutput(output.loss, self._metrics(output, mask, difficulty), mask)
+        return StepOutput(output.loss, self._metrics(output, difficulty), mask)
 
-    def _with_head(self, output: Output, mask: Tensor, tokens: Tensor) -> Output:
+    def _with_head(self, output: Output, tokens: Tensor) -> Output:
         """`output` with the loss of the difficulty head in it: it is to rank the masked patches, seen by the teacher,
         as the student's losses of them do. The gradient reaches the head alone."""
-        count, actual = len(tokens), output.per_patch_loss
-        masked = split_ids(mask[:count], actual.shape[1])[1]
+        count = len(tokens)
         answers = getattr(self.student, HEAD)(tokens.detach())
-        loss = losses.ranking_loss(answers.gather(1, masked), actual[:count])
+        loss = losses.ranking_loss(answers.gather(1, output.masked[:count]), output.per_patch_loss[:count])
         return output._replace(loss=output.loss + loss, difficulty_loss=output.difficulty_loss + loss)
 
     def _sets(self, plan: MaskPlan, ids: Tensor, step: Tensor, alpha: Tensor, scores: Tensor) -> Sets:
@@ -231,17 +232,11 @@ class Step(nn.Module):
                 learn.give_up(error)
 
     @torch.no_grad()
-    def _metrics(self, output: Output, mask: Tensor, difficulty: Tensor) -> Tensor:
+    def _metrics(self, output: Output, difficulty: Tensor) -> Tensor:
         """Losses and predictor health. The teacher predicts with every patch visible, which nothing trains directly:
         `teacher_spearman` tells whether its difficulty, the one that makes the masks, agrees with the student's loss.
         """
-        predicted = output.predicted_difficulty[:HEALTH_SAMPLES]
-        actual = output.per_patch_loss[:HEALTH_SAMPLES]
-        masked = split_ids(mask[:HEALTH_SAMPLES], actual.shape[1])[1]
-        seen = difficulty[:HEALTH_SAMPLES].gather(1, masked)
-        health = (
-            losses.spearman(predicted, actual),
-            losses.pair_accuracy(predicted, actual),
-            losses.spearman(seen, actual),
-        )
-        return torch.stack([x.detach().float() for x in (*output[:3], *health)])
+        some = slice(HEALTH_SAMPLES)
+        seen = difficulty[some].gather(1, output.masked[some])
+        health = losses.health(output.predicted_difficulty[some], output.per_patch_loss[some], seen)
+        return torch.cat([torch.stack([x.detach().float() for x in output[:3]]), health])

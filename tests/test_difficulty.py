@@ -250,7 +250,7 @@ def test_with_kept_maps_the_head_learns_on_some_samples() -> None:
     fields = {"difficulty": "in_place", "predict_loss": "none", "teacher_maps": True, "map_refresh_epochs": 1}
     step = step_of(mask_policy="hpm", **fields)
     images, ids = batch(33)
-    answer = step.ask_teachers(images, ids, torch.tensor(3))
+    answer = step.ask_teachers(images, step.normalized_patches(images), ids, torch.tensor(3))
     assert answer.difficulty is None
     assert answer.tokens is not None
     assert len(answer.tokens) == 3  # of 33, one of 16
@@ -266,11 +266,11 @@ def test_the_masks_follow_the_answer_without_waiting(name: str) -> None:
     images, ids = batch()
     with NoSynchronisation():
         mask = step(images, ids, torch.tensor(3), ALPHA).mask
-    answers = step.ask_teachers(images, ids, torch.tensor(3)).difficulty
+    answers = step.ask_teachers(images, step.normalized_patches(images), ids, torch.tensor(3)).difficulty
     assert answers is not None
     for row, values in zip(mask, answers, strict=True):
         assert row[values.argsort(descending=True)[: int(0.5 * step.recipe.num_masked)]].all()
-    other = step.ask_teachers(images, ids, torch.tensor(4)).difficulty
+    other = step.ask_teachers(images, step.normalized_patches(images), ids, torch.tensor(4)).difficulty
     assert torch.equal(answers, other) == (name != "measured")  # looks are drawn anew in every update
 
 
@@ -278,7 +278,10 @@ def test_looks_are_drawn_from_the_seed_and_apart_from_the_masks() -> None:
     step = step_of(difficulty="measured", seed=5)
     (images, ids), update = batch(), torch.tensor(3)
     noise = difficulty.view_noise(update, ids, 49, seed=5)
-    assert torch.equal(step.ask_teachers(images, ids, update).difficulty, step.difficulty(images, noise))
+    assert torch.equal(
+        step.ask_teachers(images, step.normalized_patches(images), ids, update).difficulty,
+        step.difficulty(images, noise),
+    )
     for masks in sample_noise(5, update, ids, 49):
         assert (masks != noise).float().mean() > 0.99
 

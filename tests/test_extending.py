@@ -96,7 +96,7 @@ def test_a_target_by_the_teacher_of_the_run_is_a_loss_alone() -> None:
     images, ids = batch()
     output = step(images, ids, torch.tensor(3), ALPHA)
     patches = step.normalized_patches(images)
-    features = step.teach(images).features
+    features = step.teach(patches).features
     with torch.no_grad():
         again = step.student(patches, output.mask, target=features)
     assert features is not None

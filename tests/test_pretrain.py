@@ -382,7 +382,7 @@ def test_every_field_is_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_fast_modes_run_from_the_command_line(tmp_path: Path) -> None:
-    """One process, a few updates, with every mode that a CPU has; fp8 is refused before the first."""
+    """One process, a few updates, with every mode."""
     flags = (
         "--recipe",
         "debug",

@@ -1,6 +1,7 @@
 """Recipes: what is wrong is named in one line, what is right round-trips."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,20 @@ def test_recipe_file_with_an_unknown_field_is_refused(tmp_path: Path) -> None:
         load_recipe(tmp_path / "recipe.json")
 
 
+@pytest.mark.parametrize(("precision", "notes"), [("model", 0), ("fp8", 1)])
+def test_recipe_files_with_a_field_that_is_no_more_still_load(
+    precision: str, notes: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that had it goes on; a value that did something is named."""
+    recipe = dataclasses.replace(recipes.debug(), output_dir=str(tmp_path))
+    values = dataclasses.asdict(recipe) | {"teacher_precision": precision}
+    (tmp_path / "recipe.json").write_text(json.dumps(values))
+    assert load_recipe(tmp_path / "recipe.json") == recipe
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == notes
+    assert all("recipe.json: teacher_precision fp8 is no longer offered; model takes" in line for line in lines)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -101,7 +116,7 @@ def test_recipe_file_with_an_unknown_field_is_refused(tmp_path: Path) -> None:
         ({"predictor": "shared", "predict_loss": "none", "mask_policy": "random"}, "predictor is shared, but predict"),
         ({"decoder_attention": "cross", "model": "simmim_vit_base_patch16_224"}, "has no decoder blocks to share"),
         ({"teacher_scale": 4}, "teacher_scale 4 does not divide the grid of 14 x 14"),
-        ({"teacher_scale": 2, "mask_policy": "random"}, "change the teacher, but mask_policy random uses none"),
+        ({"teacher_scale": 2, "mask_policy": "random"}, "changes the teacher, but mask_policy random uses none"),
         ({"teacher_maps": True, "mask_policy": "random"}, "teacher_maps keeps a teacher's maps of images, but"),
         ({"teacher_scale": 0}, "teacher_scale is 0, expected more than 0"),
     ],

@@ -19,7 +19,7 @@ from fasthpm.cli import run_rank
 from fasthpm.errors import UserError
 from fasthpm.mask import POLICIES as MASK_POLICIES
 from fasthpm.mask import split_ids
-from fasthpm.patches import model_of
+from fasthpm.patches import NormalizedPatches, model_of
 from fasthpm.ranks import deepspeed_json, engine
 from fasthpm.ranks import launch as ranks_launch
 from fasthpm.recipe import PREDICT_LOSSES, Recipe
@@ -341,6 +341,16 @@ def test_the_health_of_a_large_batch_is_that_of_its_first_samples() -> None:
     for name, value in want.items():
         assert got[name] == pytest.approx(float(value), abs=1e-5), name
     assert torch.equal(step.map_spearman(images, maps), step.map_spearman(images[some], maps[some]))
+
+
+@pytest.mark.parametrize("fields", [{}, {"target": "ema"}, {"difficulty": "in_place"}])
+def test_pixels_are_normalised_once(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the teacher and for the student."""
+    calls, real = [], NormalizedPatches.__call__
+    monkeypatch.setattr(NormalizedPatches, "__call__", lambda self, x: calls.append(x.shape) or real(self, x))
+    images, ids = batch()
+    step_of(**fields)(images, ids, torch.tensor(3), ALPHA)
+    assert calls == [images.shape]
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -47,7 +47,7 @@ def test_a_head_reads_all_patches_of_a_clip() -> None:
     step = Step(model_of(recipe), recipe, INFO)
     step.attach_teacher(model_of(dataclasses.replace(recipe, seed=1)).eval())
     clips = torch.randint(0, 256, (2, 8, 16, 16, 3), dtype=torch.uint8)
-    answer = step.ask_teachers(clips, torch.tensor([5, 9]), torch.tensor(3))
+    answer = step.ask_teachers(clips, step.normalized_patches(clips), torch.tensor([5, 9]), torch.tensor(3))
     tokens = step._teacher[0].encode(step.normalized_patches(clips))
     assert tokens.shape[1] == recipe.num_patches
     assert answer.tokens is not None

@@ -12,7 +12,7 @@ from tests.helpers.launch import ROOT
 
 # From the ground up; a storey is one word or several that stand side by side.
 STOREYS = (
-    "entry", "errors machine", "files", "cli", "options", "data",
+    "entry", "errors machine", "files", "cli", "options", "data", "kernels",
     "mask mask_loops loss difficulty layers architecture model targets rules recipe schedule patches",
     "recipes", "ranks", "speed", "frozen step teacher", "maps", "checkpoint", "exchange", "run", "probes",
     "pictures", "commands", "pretrain",

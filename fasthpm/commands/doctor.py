@@ -367,6 +367,7 @@ def describe(found: dict[str, Any]) -> str:
     else:
         text = f"{found['images_per_second']:.4g} images/s"
         details = {"workers": "{:.0f} threads", "batch_size": "batch {:.0f}", "memory_gib": "{:.1f} GiB of GPU memory"}
+        details["attention"] = "attention by {}"
         known = [form.format(found[name]) for name, form in details.items() if name in found]
         text += f" ({', '.join(known)})" if known else ""
     return f"  {part:10} {text}"

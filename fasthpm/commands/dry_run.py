@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from fasthpm.data import DatasetInfo
+from fasthpm.model import HPMViT
 from fasthpm.patches import model_of
 from fasthpm.recipe import Recipe
 from fasthpm.speed.gpus import GPU
@@ -114,22 +115,15 @@ def dry_run(recipe: Recipe, gpu: GPU, *, bf16: bool = True) -> DryRun:
 
     - `bf16`: the forward pass is in bfloat16, else in float32
     """
-    recipe = dataclasses.replace(recipe, compile=False, teacher_precision="model")
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    info = DatasetInfo(1 << 20, recipe.channels, (0.5,) * recipe.channels, (0.25,) * recipe.channels, ("",))
     with FakeTensorMode(allow_non_fake_inputs=True), Meter(gpu) as meter:
-        student, teacher = _model(recipe, dtype), None
-        step = Step(student, recipe, info)
-        step.stopwatch = SimpleNamespace(measure=lambda device: nullcontext())  # type: ignore[assignment]
-        if recipe.uses_teacher:
-            teacher = _model(recipe, dtype).eval().requires_grad_(False)
-            step.attach_teacher(teacher)
+        step, teacher = step_without_values(recipe, torch.bfloat16 if bf16 else torch.float32)
+        student = step.student
         for module in (step, teacher):
             if module is not None:
                 meter.know(module)
         meter.live = meter.peak = meter.flop = meter.moved = meter.seconds = 0.0
         meter.kernels = 0
-        _train(step, recipe)
+        _train(step)
     return DryRun(
         activations=meter.peak,
         kernels=meter.kernels,
@@ -141,7 +135,19 @@ def dry_run(recipe: Recipe, gpu: GPU, *, bf16: bool = True) -> DryRun:
     )
 
 
-def _model(recipe: Recipe, dtype: torch.dtype) -> Any:
+def step_without_values(recipe: Recipe, dtype: torch.dtype) -> tuple[Step, HPMViT | None]:
+    """The recipe's eager step, which measures no time, and its teacher; made where fake tensors are in force."""
+    recipe = dataclasses.replace(recipe, compile=False)
+    info = DatasetInfo(1 << 20, recipe.channels, (0.5,) * recipe.channels, (0.25,) * recipe.channels, ("",))
+    step, teacher = Step(_model(recipe, dtype), recipe, info), None
+    step.stopwatch = SimpleNamespace(measure=lambda device: nullcontext())  # type: ignore[assignment]
+    if recipe.uses_teacher:
+        teacher = _model(recipe, dtype).eval().requires_grad_(False)
+        step.attach_teacher(teacher)
+    return step, teacher
+
+
+def _model(recipe: Recipe, dtype: torch.dtype) -> HPMViT:
     """The recipe's model without values, weights and buffers in `dtype`."""
     usual = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -155,13 +161,19 @@ def _model(recipe: Recipe, dtype: torch.dtype) -> Any:
     return model
 
 
-def _train(step: Step, recipe: Recipe) -> None:
-    """Forward and backward, the gradients dropped as soon as they would have been added to the optimizer's."""
+def loss_of(step: Step, *, maps: bool) -> Tensor:
+    """The step's loss of a batch without values; `maps`: with those of a recipe that keeps some."""
+    recipe = step.recipe
     shape = (recipe.batch_size, *((recipe.num_frames,) if recipe.num_frames > 1 else ()), *recipe.image_size)
     images = torch.empty(*shape, recipe.channels, dtype=torch.uint8)
     ids, number = torch.empty(recipe.batch_size, dtype=torch.int64), torch.empty((), dtype=torch.int64)
-    scores = torch.empty(recipe.batch_size, recipe.num_patches) if recipe.uses_maps else None
+    scores = torch.empty(recipe.batch_size, recipe.num_patches) if maps else None
+    return step(images, ids, number, torch.empty((), dtype=torch.float64), scores).loss
+
+
+def _train(step: Step) -> None:
+    """Forward and backward, the gradients dropped as soon as they would have been added to the optimizer's."""
     for weight in step.parameters():
         if weight.requires_grad:
             weight.register_post_accumulate_grad_hook(lambda w: setattr(w, "grad", None))
-    step(images, ids, number, torch.empty((), dtype=torch.float64), scores).loss.backward()
+    loss_of(step, maps=step.recipe.uses_maps).backward()

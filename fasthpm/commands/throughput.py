@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from fasthpm import ranks
+from fasthpm.commands import attention
 from fasthpm.data import DatasetInfo, Loader, build_loader, read_info
 from fasthpm.data.base import AHEAD
 from fasthpm.data.options import count_workers
@@ -74,8 +75,8 @@ def measure_copy(recipe: Recipe, seconds: float) -> dict[str, float]:
 
 
 # ------------------------------------------------------------------------------------------------------ step
-def measure_step(recipe: Recipe, seconds: float) -> dict[str, float]:
-    """Whole updates on random images: {"images_per_second", "batch_size", "memory_gib" on a GPU}.
+def measure_step(recipe: Recipe, seconds: float) -> dict[str, Any]:
+    """Whole updates on random images: {"images_per_second", "batch_size"; on a GPU "memory_gib" and "attention"}.
 
     Where the recipe's batch does not fit into the GPU's memory, half of it is tried, and so on.
     """
@@ -92,22 +93,23 @@ def measure_step(recipe: Recipe, seconds: float) -> dict[str, float]:
             recipe = dataclasses.replace(recipe, batch_size=recipe.batch_size // 2)
 
 
-def step_rate(recipe: Recipe, launch: ranks.Launch, seconds: float) -> dict[str, float]:
+def step_rate(recipe: Recipe, launch: ranks.Launch, seconds: float) -> dict[str, Any]:
     """The same at a batch size that is taken to fit."""
     recipe = dataclasses.replace(recipe, global_batch_size=0, accum_iter=1, steps_per_epoch=0)
     recipe = recipe.resolve(10**6, 1)
-    update = build_update(recipe, launch)
+    update, kernels = build_update(recipe, launch)
     for _ in range(graph.WARM_UP if launch.device.type == "cuda" else 0):
         update()
     rate = repeat(update, seconds, launch.device)
-    result = {"images_per_second": rate * recipe.batch_size, "batch_size": recipe.batch_size}
+    result: dict[str, Any] = {"images_per_second": rate * recipe.batch_size, "batch_size": recipe.batch_size}
     if launch.device.type == "cuda":
+        result["attention"] = ", ".join(sorted(set(kernels.values())))
         result["memory_gib"] = torch.cuda.max_memory_allocated(launch.device) / 2**30
     return result
 
 
-def build_update(recipe: Recipe, launch: ranks.Launch) -> Callable[[], object]:
-    """A function that makes one update of a resolved recipe on fixed random images."""
+def build_update(recipe: Recipe, launch: ranks.Launch) -> tuple[Callable[[], object], dict[str, str]]:
+    """A function that makes one update of a resolved recipe on fixed random images, and its kernels of attention."""
     info = DatasetInfo(1, recipe.channels, (0.5,) * recipe.channels, (0.25,) * recipe.channels, ("any",))
     step = Step(model_of(recipe), recipe, info)
     built = ranks.build_engine(step, recipe, ranks.merge_config(recipe.deepspeed_config, recipe, 1), launch)
@@ -122,7 +124,8 @@ def build_update(recipe: Recipe, launch: ranks.Launch) -> Callable[[], object]:
     alpha = torch.full((), 0.25, dtype=torch.float64, device=launch.device)
 
     micro_step = graph.micro_step(recipe.cuda_graph, built, step.stopwatch)
-    return lambda: micro_step(images, ids, update, alpha)
+    kernels = attention.settle(recipe, launch.device, next(step.student.parameters()).dtype)
+    return lambda: micro_step(images, ids, update, alpha), kernels
 
 
 def repeat(action: Callable[[], object], seconds: float, device: torch.device) -> float:
@@ -140,7 +143,7 @@ def repeat(action: Callable[[], object], seconds: float, device: torch.device) -
 
 
 # ------------------------------------------------------------------------------------------------------ process
-PARTS: dict[str, Callable[[Recipe, float], dict[str, float]]] = {
+PARTS: dict[str, Callable[[Recipe, float], dict[str, Any]]] = {
     "decode": measure_decode,
     "copy": measure_copy,
     "step": measure_step,

@@ -7,7 +7,7 @@ from typing import Any
 from fasthpm import checkpoint, files, ranks, schedule
 from fasthpm.recipe import Recipe, save_recipe
 from fasthpm.run.state import Run
-from fasthpm.run.versions import versions
+from fasthpm.run.versions import VERSIONS, versions
 from fasthpm.speed import flops
 
 LONG_MEMORY, GOOD_MEMORY = 1 / 2, 1 / 6  # of a teacher, as shares of the run: too long; what small runs did well with
@@ -22,12 +22,14 @@ def prepare_output(run: Run[Any]) -> None:
     output_dir = Path(run.recipe.output_dir)
     config = ranks.merge_config(run.recipe.deepspeed_config, run.recipe, run.launch.world_size)
     made_with = versions(run.launch.device, run.launch.world_size)
+    if run.attention:
+        made_with["attention"] = run.attention
     with files.writing(output_dir, "choose another --output_dir"):
         output_dir.mkdir(parents=True, exist_ok=True)
         checkpoint.require_space(output_dir, run.num_parameters)
         save_recipe(run.recipe, output_dir / checkpoint.RECIPE)
         files.write_json(output_dir / "deepspeed.json", config)
-        files.write_json(output_dir / "versions.json", made_with)
+        files.write_json(output_dir / VERSIONS, made_with)
 
 
 def announce(run: Run[Any]) -> None:
@@ -38,6 +40,8 @@ def announce(run: Run[Any]) -> None:
     fast = f"fast modes: {', '.join(recipe.fast_modes)}; " if recipe.fast_modes else ""
     if asked or fast:
         print(f"{asked}{fast}{flops.cost_over_mae(recipe):.2f} x MAE's FLOPs", file=sys.stderr)
+    if run.attention:
+        print(f"attention: {', '.join(f'{shape} {name}' for shape, name in run.attention.items())}", file=sys.stderr)
     print(
         f"{recipe.recipe}: lr {recipe.lr:.3e}, global batch {effective}, {recipe.total_steps} updates, "
         f"{run.launch.device.type}",

@@ -55,6 +55,7 @@ class Run(Generic[Wrapped]):
     skipped: list[int] = dataclasses.field(default_factory=list)  # updates (from 0) that are left out: not finite
     batches: Iterator[Batch] = dataclasses.field(init=False)  # from here on
     observers: list[Observer] = dataclasses.field(default_factory=list)
+    attention: dict[str, str] = dataclasses.field(default_factory=dict)  # on a GPU: each shape's kernel, by name
     notes: dict[str, str] = dataclasses.field(default_factory=dict)  # further files of every checkpoint: name and text
 
     @property

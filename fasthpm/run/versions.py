@@ -10,6 +10,7 @@ import torch
 
 from fasthpm.machine import processor_name
 
+VERSIONS = "versions.json"  # of a run
 PACKAGES = ("fasthpm", "torch", "deepspeed", "timm", "ffcv", "numba", "numpy")
 
 

@@ -82,7 +82,7 @@ def step_flops(model: HPMViT, recipe: Recipe, frozen: nn.Module | None = None) -
 
 def mae_of(recipe: Recipe) -> Recipe:
     """MAE with the recipe's encoder, reconstructor and masks, which follow no difficulty."""
-    fast = ("teacher_maps", "teacher_scale", "teacher_precision", "predictor", "predictor_depth", "predictor_dim")
+    fast = ("teacher_maps", "teacher_scale", "predictor", "predictor_depth", "predictor_dim")
     usual = {name: getattr(Recipe, name) for name in (*fast, "decoder_attention", "difficulty")}
     policy = "random" if recipe.masks_by_difficulty else recipe.mask_policy
     return dataclasses.replace(recipe, mask_policy=policy, predict_loss="none", absolute_standardize=True, **usual)

@@ -272,3 +272,14 @@ def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in doctor.LAUNCHER_NAMES:
         monkeypatch.delenv(name, raising=False)
     return
+
+
+def test_a_gpus_step_names_its_kernels_of_attention() -> None:
+    found = {
+        "part": "step",
+        "images_per_second": 2000.0,
+        "batch_size": 256,
+        "memory_gib": 19.4,
+        "attention": "cudnn, flash",
+    }
+    assert doctor.describe(found).endswith("(batch 256, 19.4 GiB of GPU memory, attention by cudnn, flash)")

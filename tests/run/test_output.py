@@ -1,11 +1,16 @@
 """The opening words of a run."""
 
 import dataclasses
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from fasthpm import recipes
-from fasthpm.run.output import lag_of_teacher
+from fasthpm.run.output import announce, lag_of_teacher, prepare_output
 
 
 @pytest.mark.parametrize(
@@ -31,3 +36,17 @@ def test_a_teacher_that_remembers_most_of_the_run_is_named(fields: dict[str, obj
     found = lag_of_teacher(recipe)
     assert expected in found
     assert bool(found) == bool(expected)
+
+
+@pytest.mark.parametrize("kernels", [{}, {"8 x 4 x 13 x 32 bfloat16 training": "cudnn"}])
+def test_the_kernels_of_attention_are_named(
+    kernels: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where there was a choice: on a GPU."""
+    recipe = dataclasses.replace(recipes.debug(), output_dir=str(tmp_path)).resolve(64, 1)
+    launch = SimpleNamespace(device=torch.device("cpu"), world_size=1)
+    run: Any = SimpleNamespace(recipe=recipe, launch=launch, attention=kernels, num_parameters=1)
+    prepare_output(run)
+    announce(run)
+    assert json.loads((tmp_path / "versions.json").read_text()).get("attention", {}) == kernels
+    assert ("attention: 8 x 4 x 13 x 32 bfloat16 training cudnn\n" in capsys.readouterr().err) is bool(kernels)

@@ -44,7 +44,7 @@ def test_the_compiled_step_is_the_eager_one_and_compiled_once() -> None:
                 theirs -= 0.01 * theirs.grad
         counts.append(counter.frame_count)
     assert counts[0] == counts[-1]
-    for part in (compiled.run_teacher, compiled.run_student):
+    for part in (compiled.run_patches, compiled.run_teacher, compiled.run_student):
         assert isinstance(part, Compiled)
         assert not part.failure
 
@@ -110,7 +110,7 @@ def test_a_compiler_that_fails_is_named_once_and_the_step_runs(capsys: pytest.Ca
         arguments = (*batch(), torch.tensor(number), ALPHA)
         torch.testing.assert_close(step(*arguments).metrics, eager(*arguments).metrics)
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2  # the teacher, the step
+    assert len(lines) == 3  # the pixels, the teacher, the step
     assert all("warning: torch.compile of the" in line and "no compiler here" in line for line in lines)
 
 
