@@ -95,9 +95,7 @@ def test_blocks_are_compiled_in_the_step_alone() -> None:
     images, _ = batch(3)
     torch.testing.assert_close(step.difficulty(images), eager.difficulty(images))
     step.student.encode(step.normalized_patches(images))
-    assert (
-        counter.frame_count == before == 6
-    )  # patches, blocks of the teacher (2) and of the student (2), losses
+    assert counter.frame_count == before == 6  # patches, blocks of teacher (2) and student (2), losses
 
 
 def test_a_compiler_that_fails_is_named_once_and_the_step_runs(capsys: pytest.CaptureFixture[str]) -> None:
