@@ -408,7 +408,7 @@ def add_gradients_at_once(engine: Any) -> None:
     """Have a ZeRO 1 engine in bfloat16 take all gradients into float32 at the end of the backward pass, by a kernel or
     two, where DeepSpeed does it one by one with two kernels each. The same bits; all of them exist until then."""
     wrapper, alone = engine.optimizer, engine.gradient_accumulation_steps() == 1
-    if not hasattr(wrapper, "_grad_acc_hooks"):
+    if _whole_gradients(wrapper) is None:
         return
     pairs = [
         (weight, total.view(weight.shape))

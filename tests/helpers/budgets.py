@@ -15,8 +15,8 @@ class Budget(NamedTuple):
 
 
 BUDGETS = {
-    "hpm_vit_base_in1k_200e": Budget(2240, 19.45),
-    "mae_vit_base_in1k_200e": Budget(1460, 12.22),
-    "hpm_vit_base_in1k_200e_fast": Budget(1680, 11.24),
-    "hpm_video_vit_base_ssv2_800e": Budget(1730, 9.49),
+    "hpm_vit_base_in1k_200e": Budget(1400, 19.45),
+    "mae_vit_base_in1k_200e": Budget(870, 12.22),
+    "hpm_vit_base_in1k_200e_fast": Budget(1050, 11.24),
+    "hpm_video_vit_base_ssv2_800e": Budget(1080, 9.10),
 }
