@@ -51,7 +51,7 @@ from fasthpm.run.output import announce, prepare_output
 from fasthpm.run.records import read_metrics
 from fasthpm.run.refresh import refresh_maps
 from fasthpm.run.state import Run, endless, finish_last_save, resume, save
-from fasthpm.speed import flops
+from fasthpm.speed import flops, graph
 from fasthpm.step import Step, telling
 from fasthpm.teacher import EMATeacher
 
@@ -158,6 +158,7 @@ def build(recipe: Recipe, launch: ranks.Launch, lock: FolderLock | None = None) 
     )
     run.notes |= checkpoint.pixels_note(statistics_of(loader.info))
     run.batches, run.data = endless(loader), data
+    run.micro_step = graph.micro_step(recipe.cuda_graph, deepspeed_engine, step.stopwatch)
     run.attention = attention.settle(recipe, launch.device, next(student.parameters()).dtype)
     resume(run)
     run.observers = observers(run)
@@ -222,9 +223,7 @@ def update(run: Run[Step], metrics: Metrics, watchdog: Watchdog) -> None:
             continue
         scores = run.maps.scores(batch) if run.maps else None
         with contextlib.nullcontext() if run.step.compiled else watchdog.doing("compiling", COMPILE_SECONDS):
-            output = run.engine(batch.images, batch.ids, number, alpha, scores)
-        run.engine.backward(output.loss)
-        run.engine.step()
+            output = run.micro_step(batch.images, batch.ids, number, alpha, scores)
         metrics.add(now, batch, output)
         run.seen = (batch.images, scores)
     if left_out:
