@@ -257,7 +257,7 @@ register(
     Difficulty(
         "measured",
         "the teacher reconstructs every patch where it is masked, and the loss is measured (ours)",
-        likely="0.5 to 0.9",
+        likely="0.8 to 0.9",
         look=_measured,
     )
 )
