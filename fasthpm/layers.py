@@ -1,7 +1,7 @@
 """The parts a masked autoencoder is made of: patch embedding, attention, blocks, positions, and how blocks are run."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -245,6 +245,16 @@ def block_stack(depth: int, dim: int, num_heads: int, mlp_ratio: float, attentio
     return nn.ModuleList(kind(dim, num_heads, mlp_ratio) for _ in range(depth))
 
 
+def regions_of(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """The methods of a model that are worth compiling: its blocks'."""
+    return [(module, "forward") for module in model.modules() if isinstance(module, Block | CrossBlock)]
+
+
+def again_in_backward(block: nn.Module, *tokens: Any) -> Any:
+    """Activation checkpointing of one block: by its compiled method too where that is in place now."""
+    return checkpoint(vars(block).get("forward", block), *tokens, use_reentrant=False)
+
+
 def run_blocks(blocks: nn.ModuleList, tokens: Tensor, last: int = 0, again: bool = False) -> Tensor:
     """All blocks; the last one only for the `last` tokens at the end (0 = all).
 
@@ -252,7 +262,7 @@ def run_blocks(blocks: nn.ModuleList, tokens: Tensor, last: int = 0, again: bool
     """
     for number, block in enumerate(blocks, 1):
         kept = last if number == len(blocks) else 0
-        tokens = checkpoint(block, tokens, kept, use_reentrant=False) if again else block(tokens, kept)
+        tokens = again_in_backward(block, tokens, kept) if again else block(tokens, kept)
     return tokens if len(blocks) else tokens[:, -last:]
 
 
@@ -260,7 +270,7 @@ def run_cross_blocks(blocks: nn.ModuleList, tokens: Tensor, last: int, again: bo
     """All cross-attention blocks: the `last` tokens at the end attend to those before them."""
     context, tokens = tokens.split([tokens.shape[1] - last, last], dim=1)
     for block in blocks:
-        tokens = checkpoint(block, tokens, context, use_reentrant=False) if again else block(tokens, context)
+        tokens = again_in_backward(block, tokens, context) if again else block(tokens, context)
     return tokens
 
 

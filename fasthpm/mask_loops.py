@@ -108,7 +108,8 @@ def lay_blocks(proposals: Tensor, roots: Tensor, grid_size: tuple[int, int], cou
     smallest = max(1, rows * columns * 16 // 196)
     free = proposals.new_ones(batch, rows, columns)  # of numbers, for products: they count patches fastest
     missing = proposals.new_full((batch, 1), count)
-    size = torch.tensor(grid_size, dtype=torch.float64, device=proposals.device)
+    size = proposals.new_full((2,), columns)
+    size[:1].fill_(rows)  # not copied from the host, who would wait for it
     index = [torch.arange(n, dtype=torch.float64, device=proposals.device) for n in grid_size]
     for number in range(proposals.shape[1]):
         proposal, root = proposals[:, number], roots[:, number, None]

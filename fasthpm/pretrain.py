@@ -22,7 +22,7 @@ import torch
 from fasthpm import checkpoint, entry, maps, ranks, recipes, schedule
 from fasthpm.checkpoint.saver import Saver
 from fasthpm.cli import Arguments, Parser
-from fasthpm.commands import attention
+from fasthpm.commands import attention, shortage
 from fasthpm.data import build_loader
 from fasthpm.data.device import on_device
 from fasthpm.data.identity import identity_of
@@ -51,7 +51,7 @@ from fasthpm.run.output import announce, prepare_output
 from fasthpm.run.records import read_metrics
 from fasthpm.run.refresh import refresh_maps
 from fasthpm.run.state import Run, endless, finish_last_save, resume, save
-from fasthpm.speed import flops
+from fasthpm.speed import flops, graph
 from fasthpm.step import Step, telling
 from fasthpm.teacher import EMATeacher
 
@@ -158,6 +158,7 @@ def build(recipe: Recipe, launch: ranks.Launch, lock: FolderLock | None = None) 
     )
     run.notes |= checkpoint.pixels_note(statistics_of(loader.info))
     run.batches, run.data = endless(loader), data
+    run.micro_step = graph.micro_step(recipe.cuda_graph, deepspeed_engine, step.stopwatch)
     run.attention = attention.settle(recipe, launch.device, next(student.parameters()).dtype)
     resume(run)
     run.observers = observers(run)
@@ -222,9 +223,7 @@ def update(run: Run[Step], metrics: Metrics, watchdog: Watchdog) -> None:
             continue
         scores = run.maps.scores(batch) if run.maps else None
         with contextlib.nullcontext() if run.step.compiled else watchdog.doing("compiling", COMPILE_SECONDS):
-            output = run.engine(batch.images, batch.ids, number, alpha, scores)
-        run.engine.backward(output.loss)
-        run.engine.step()
+            output = run.micro_step(batch.images, batch.ids, number, alpha, scores)
         metrics.add(now, batch, output)
         run.seen = (batch.images, scores)
     if left_out:
@@ -316,7 +315,9 @@ def finish(run: Run[Step]) -> PretrainResult:
 def pretrain(asked: Recipe, launch: ranks.Launch) -> PretrainResult:
     """Run `asked`, on all ranks, to its end or to a signal. **Raises:** `KeyboardInterrupt` if that was Ctrl-C."""
     with FolderLock(launch.rank) as lock:
-        return pursue(build(asked, launch, lock))
+        with shortage.explained(asked, launch, lambda: "before the first update"):
+            run = build(asked, launch, lock)
+        return pursue(run)
 
 
 def pursue(run: Run[Step]) -> PretrainResult:
@@ -342,7 +343,7 @@ def pursue(run: Run[Step]) -> PretrainResult:
         limit = 0.8 * ranks.timeout().total_seconds()  # before collectives give up, which name nobody
         watchdog = Watchdog(Path(recipe.output_dir), launch.rank, launch.world_size, timeout=limit)
         with StopSignals() as stop, watchdog:
-            with ranks.naming_lost_ranks(lambda: f"after update {run.done}"):
+            with ranks.naming_lost_ranks(run.reached), shortage.explained(recipe, launch, run.reached):
                 train(run, metrics, stop, watchdog)
                 stop.drain()
                 finish_last_save(run, alive=lambda: watchdog.progressed(run.done))

@@ -29,6 +29,7 @@ PIXEL_LOSSES = ("mse", "l1")
 PREDICTORS = ("separate", "shared")
 DECODER_ATTENTIONS = ("self", "cross")
 ALPHA_SCHEDULES = ("released", "paper", "step")
+CUDA_GRAPH = ("auto", "on", "off")
 ON_NONFINITE = ("halt", "skip", "rollback")
 BACKENDS = ("auto", "flash", "cudnn", "efficient", "math")
 GONE = {"teacher_precision": "model"}  # fields of older recipe files, and the value that is what all runs do now
@@ -266,6 +267,13 @@ class Recipe:
     )
     compile: bool = option(
         False, "compile the step with torch.compile: minutes at the start, then faster on GPUs", run_only=True
+    )
+    cuda_graph: str = option(
+        "auto",
+        "run updates as one CUDA graph, which takes the host next to no time: auto = on GPUs where that can be, on "
+        "(says why it can't be), or off",
+        choices=CUDA_GRAPH,
+        run_only=True,
     )
     attention_backend: str = option(
         "auto",

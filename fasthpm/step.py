@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fasthpm import loss as losses
 from fasthpm.data import DatasetInfo
 from fasthpm.difficulty import HEAD, HEAD_SHARE, view_noise
+from fasthpm.layers import regions_of
 from fasthpm.mask import MaskPlan, Sets, draw_sets, sample_noise
 from fasthpm.model import HPMViT, Output
 from fasthpm.patches import NormalizedPatches
@@ -70,10 +71,14 @@ class Step(nn.Module):
             self.compile_with("inductor")
 
     def compile_with(self, backend: str | Callable[..., Any]) -> None:
-        """Compile the teacher's forward, and all from the mask to the losses and their gradients, with a backend."""
+        """Compile, of the teacher's forward and of all from the pixels to the losses, what is worth it.
+
+        Masks and metrics are not: their sorts take three quarters of the time that compiling takes.
+        """
+        loss = (self.student, "_per_patch")
         self.run_patches = Compiled(self.normalized_patches, "the pixels", backend)
-        self.run_teacher = Compiled(self.teach, "the teacher", backend)
-        self.run_student = Compiled(self.learn, "the step", backend)
+        self.run_teacher = Compiled(self.teach, "the teacher", backend, lambda: regions_of(self._teacher[0]))
+        self.run_student = Compiled(self.learn, "the step", backend, lambda: [loss, *regions_of(self.student)])
         self.compiled = False
 
     def attach_teacher(self, teacher: HPMViT) -> None:

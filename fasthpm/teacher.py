@@ -31,6 +31,7 @@ class EMATeacher(Generic[Module]):
     def __init__(
         self, engine: Any, student: nn.Module, prefix: str, module: Module, momentum: float, followed: str = ""
     ) -> None:
+        self._weight = torch.zeros((), device=engine.device)  # 1 - m in float32, where an update needs no host
         self.momentum = momentum
         self.module: Module = module.to(engine.device).eval().requires_grad_(False)
         self.layout = MasterLayout(engine)
@@ -52,12 +53,28 @@ class EMATeacher(Generic[Module]):
         self.layout.optimizer.register_step_post_hook(self._after_step)
         self.refresh()
 
+    @property
+    def momentum(self) -> float:
+        """m of the next steps."""
+        return self._momentum
+
+    @momentum.setter
+    def momentum(self, momentum: float) -> None:
+        self._momentum = momentum
+        self._weight.fill_(1 - momentum)
+
     @torch.no_grad()
     def refresh(self) -> None:
-        """Make `module` the average, rounded to the forward dtype (collective); buffers come from the student."""
+        """Make `module` the average, rounded to the forward dtype (collective); buffers come from the student.
+
+        All stays where it is in memory, once it has the forward dtype: a recorded step reads it there.
+        """
         buffers = dict(self._student.named_buffers())
         for name, buffer in self.module.named_buffers():
-            buffer.data = buffers[name].detach().clone()
+            if buffer.dtype == buffers[name].dtype:
+                buffer.copy_(buffers[name])
+            else:
+                buffer.data = buffers[name].detach().clone()
         self._publish(self.layout.masters)
 
     @torch.no_grad()
@@ -70,7 +87,7 @@ class EMATeacher(Generic[Module]):
             if left_out is None:
                 torch._foreach_lerp_(averages, [master.detach() for master in masters], 1 - self.momentum)
             else:
-                weight = (1 - self.momentum) * (1 - left_out)
+                weight = self._weight * (1 - left_out)
                 for average, master in zip(averages, masters, strict=True):
                     average.lerp_(master.detach(), weight)
             self._follow(masters)

@@ -25,6 +25,7 @@ from fasthpm.ranks.watchdog import Watchdog
 from fasthpm.recipe import Recipe
 from fasthpm.run.metrics import OVERVIEW, overview_tag
 from fasthpm.run.records import read_metrics
+from fasthpm.speed.graph import Eager
 from tests.helpers.launch import ROOT, check_ranks, ranks_of, run_ranks, running_ranks
 
 PRESETS = sorted(path.stem for path in (ROOT / "ds_configs").glob("*.json"))
@@ -436,6 +437,7 @@ def test_the_first_update_may_take_as_long_as_compiling_takes(tmp_path: Path) ->
         launch=SimpleNamespace(device="cpu"),
         skipped=[],
         engine=engine,
+        micro_step=Eager(engine),
         teacher=None,
         maps=None,
         batches=iter([batch] * 2),

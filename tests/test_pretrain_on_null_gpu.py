@@ -39,6 +39,9 @@ def test_the_command_runs_and_goes_on(runs: list[dict[str, Any]], folder: Path) 
     assert [len(run["updates"]) for run in runs] == [STOP, 12 - STOP]
     assert {update["device"] for run in runs for update in run["updates"]} == {"cuda"}
     assert all(update["launches"] > 500 or update["graphs"] for run in runs for update in run["updates"])
+    begun, continued = ([bool(update["graphs"]) for update in run["updates"]] for run in runs)
+    assert begun == [False, False, True, True, False, False]  # then the first maps come
+    assert continued == [False, False, True, True, True, True]
     made = ("encoder.safetensors", "report.md", "checkpoints/step-00000012", "maps/difficulty-00000002.maps")
     assert all((folder / name).exists() for name in (*made, "online_probe.safetensors"))
 

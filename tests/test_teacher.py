@@ -303,6 +303,9 @@ def test_the_copy_is_the_average_and_follows_what_it_should(monkeypatch: pytest.
             got = weights[slot.name.removeprefix("student.")]
             torch.testing.assert_close(got.double(), want, rtol=2**-8, atol=1e-6)
     assert (average - master.double()).abs().max() > 0.05
+    places = {name: tensor.data_ptr() for name, tensor in copy.state_dict().items()}
+    teacher.refresh()  # as after loading a checkpoint, while a recorded step reads them
+    assert {name: tensor.data_ptr() for name, tensor in copy.state_dict().items()} == places
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])

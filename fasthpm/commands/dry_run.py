@@ -8,10 +8,11 @@ a model of the time: neither is a measurement, and both follow the code as it is
 import dataclasses
 import math
 import weakref
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,15 @@ FREE = frozenset({  # operations that launch no kernel
 })  # fmt: skip
 
 
+class Held(NamedTuple):
+    """Tensors of one kind that are in memory at its peak."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    number: int
+    bytes: int  # of all of them
+
+
 @dataclass(frozen=True)
 class DryRun:
     """What a step of one GPU comes to."""
@@ -50,7 +60,8 @@ class DryRun:
     seconds: float  # by the GPU's roofline, forward and backward
     parameters: int  # of the student, trainable
     teacher_parameters: int
-    frozen_parameters: int = 0  # of a teacher that does not learn
+    frozen_parameters: int  # of a teacher that does not learn
+    held: tuple[Held, ...]  # the activations at the peak that grow with the batch, largest first
 
 
 class Meter(TorchDispatchMode):
@@ -61,7 +72,10 @@ class Meter(TorchDispatchMode):
         self.gpu = gpu
         self.live = self.peak = 0.0
         self.kernels, self.flop, self.moved, self.seconds = 0, 0.0, 0.0, 0.0
+        self.at_peak: list[Held] = []  # every tensor by itself, as it was first seen
         self._known: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._alive: dict[int, Held] = {}
+        self._number, self._climbing = 0, False
 
     def know(self, module: nn.Module) -> None:
         """Leave a module's weights out of what is counted."""
@@ -86,12 +100,17 @@ class Meter(TorchDispatchMode):
         if storage not in self._known:
             size = -(-storage.nbytes() // BLOCK) * BLOCK
             self._known.add(storage)
+            self._number += 1
+            self._alive[self._number] = Held(tuple(tensor.shape), tensor.dtype, 1, size)
             self.live += size
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self._free, size)
+            if self.live > self.peak:
+                self.peak, self._climbing = self.live, True
+            weakref.finalize(storage, self._free, self._number)
 
-    def _free(self, size: int) -> None:
-        self.live -= size
+    def _free(self, number: int) -> None:
+        if self._climbing:
+            self.at_peak, self._climbing = list(self._alive.values()), False
+        self.live -= self._alive.pop(number).bytes
 
 
 def _flop(packet: Any, args: Any, kwargs: Any, out: Any) -> float:
@@ -128,6 +147,9 @@ def dry_run(recipe: Recipe, gpu: GPU, *, bf16: bool = True) -> DryRun:
         meter.live = meter.peak = meter.flop = meter.moved = meter.seconds = 0.0
         meter.kernels = 0
         _train(step)
+    weights = {
+        shape for weight in student.parameters() for shape in (tuple(weight.shape), tuple(reversed(weight.shape)))
+    }
     return DryRun(
         activations=meter.peak,
         kernels=meter.kernels,
@@ -137,7 +159,22 @@ def dry_run(recipe: Recipe, gpu: GPU, *, bf16: bool = True) -> DryRun:
         parameters=sum(weight.numel() for weight in student.parameters() if weight.requires_grad),
         teacher_parameters=_count(teacher),
         frozen_parameters=_count(step.frozen),
+        held=_by_kind(
+            one
+            for one in meter.at_peak
+            if one.shape not in weights and one.shape and math.prod(one.shape) % recipe.batch_size == 0
+        ),
     )
+
+
+def _by_kind(tensors: Iterable[Held]) -> tuple[Held, ...]:
+    """Those of a shape and type together, the most bytes first."""
+    sums: dict[tuple[tuple[int, ...], torch.dtype], Held] = {}
+    for one in tensors:
+        kind = one.shape, one.dtype
+        before = sums.get(kind, Held(*kind, 0, 0))
+        sums[kind] = Held(*kind, before.number + one.number, before.bytes + one.bytes)
+    return tuple(sorted(sums.values(), key=lambda held: -held.bytes))
 
 
 def step_without_values(recipe: Recipe, dtype: torch.dtype) -> tuple[Step, HPMViT | None]:

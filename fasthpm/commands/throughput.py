@@ -26,6 +26,7 @@ from fasthpm.patches import model_of
 from fasthpm.recipe import Recipe
 from fasthpm.run.metrics import wait_for
 from fasthpm.run.state import endless
+from fasthpm.speed import graph
 from fasthpm.step import Step
 from fasthpm.teacher import EMATeacher
 
@@ -97,6 +98,8 @@ def step_rate(recipe: Recipe, launch: ranks.Launch, seconds: float) -> dict[str,
     recipe = dataclasses.replace(recipe, global_batch_size=0, accum_iter=1, steps_per_epoch=0)
     recipe = recipe.resolve(10**6, 1)
     update, kernels = build_update(recipe, launch)
+    for _ in range(graph.WARM_UP if launch.device.type == "cuda" else 0):
+        update()
     rate = repeat(update, seconds, launch.device)
     result: dict[str, Any] = {"images_per_second": rate * recipe.batch_size, "batch_size": recipe.batch_size}
     if launch.device.type == "cuda":
@@ -120,11 +123,9 @@ def build_update(recipe: Recipe, launch: ranks.Launch) -> tuple[Callable[[], obj
     update = torch.zeros((), dtype=torch.int64, device=launch.device)
     alpha = torch.full((), 0.25, dtype=torch.float64, device=launch.device)
 
-    def run() -> None:
-        built.backward(built(images, ids, update, alpha).loss)
-        built.step()
-
-    return run, attention.settle(recipe, launch.device, next(step.student.parameters()).dtype)
+    micro_step = graph.micro_step(recipe.cuda_graph, built, step.stopwatch)
+    kernels = attention.settle(recipe, launch.device, next(step.student.parameters()).dtype)
+    return lambda: micro_step(images, ids, update, alpha), kernels
 
 
 def repeat(action: Callable[[], object], seconds: float, device: torch.device) -> float:

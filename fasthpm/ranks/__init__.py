@@ -2,7 +2,17 @@
 
 from fasthpm.ranks.agreement import agree, by_first, in_agreement, naming_lost_ranks
 from fasthpm.ranks.deepspeed_json import merge_config
-from fasthpm.ranks.engine import build_engine, grad_norm, hush, set_lr, update_applied
+from fasthpm.ranks.engine import (
+    build_engine,
+    count_micro_step,
+    ends_update,
+    grad_norm,
+    hush,
+    only_recorded,
+    set_lr,
+    update_applied,
+    updates_on_device,
+)
 from fasthpm.ranks.launch import Launch, minutes, session, timeout
 
 __all__ = [
@@ -10,14 +20,18 @@ __all__ = [
     "agree",
     "build_engine",
     "by_first",
+    "count_micro_step",
+    "ends_update",
     "grad_norm",
     "hush",
     "in_agreement",
     "merge_config",
     "minutes",
     "naming_lost_ranks",
+    "only_recorded",
     "session",
     "set_lr",
     "timeout",
     "update_applied",
+    "updates_on_device",
 ]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fasthpm.ranks.launch import Launch
-from fasthpm.ranks.zero import MasterLayout, update_without_waits
+from fasthpm.ranks.zero import MasterLayout, add_gradients_at_once, update_without_waits
 from fasthpm.recipe import Recipe
 
 
@@ -68,8 +68,10 @@ def build_engine(
     MasterLayout(engine).create_optimizer_state()
     if engine.optimizer is optimizer:
         _clip_by_ourselves(engine, recipe.clip_grad)
-    if launch.device.type == "cuda" and recipe.on_nonfinite != "skip":  # which must know of every update at once
-        update_without_waits(engine)
+    on_device = launch.device.type == "cuda" and recipe.on_nonfinite != "skip"  # which must know of each update at once
+    if on_device and update_without_waits(engine):
+        keep_rates_on(engine, launch.device)
+        add_gradients_at_once(engine)
     if launch.world_size == 1:
         _do_not_reduce(engine)
     set_lr(engine, recipe.lr)
@@ -119,7 +121,18 @@ def uncollected() -> Iterator[None]:
 def set_lr(engine: Any, lr: float) -> None:
     """Learning rate of every parameter group, times its `lr_scale` if it has one, from the next update on."""
     for group in engine.basic_optimizer.param_groups:
-        group["lr"] = lr * group.get("lr_scale", 1.0)
+        rate = lr * group.get("lr_scale", 1.0)
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+def keep_rates_on(engine: Any, device: torch.device) -> None:
+    """Have AdamW read its learning rates from `device`, in float32: an update then needs no number of the host's, and
+    may be recorded as a graph."""
+    for group in engine.basic_optimizer.param_groups:
+        group["lr"] = torch.full((), group["lr"], dtype=torch.float32, device=device)
 
 
 def grad_norm(engine: Any) -> Tensor | float:
@@ -134,3 +147,54 @@ def update_applied(engine: Any) -> bool:
     The same on all ranks. Stages 1 and 2 in bf16 look at the gradient only if bf16.check_grad_overflow is set.
     """
     return bool(engine.was_step_applied())
+
+
+# ------------------------------------------------------------------------------------------------------ recorded steps
+COUNTED = (
+    "micro_steps",
+    "global_steps",
+    "global_samples",
+    "_step_applied",
+    "_running_engine_step",
+    "_global_grad_norm",
+)
+
+
+def updates_on_device(engine: Any) -> bool:
+    """Whether an update asks the host for nothing; see `keep_rates_on`."""
+    return all(isinstance(group["lr"], Tensor) for group in engine.basic_optimizer.param_groups)
+
+
+def ends_update(engine: Any) -> bool:
+    """Whether the micro-step that is due is the last of its update."""
+    return bool(engine.is_gradient_accumulation_boundary())
+
+
+def count_micro_step(engine: Any, norm: Tensor | None) -> None:
+    """Count a micro-step that the device has done without DeepSpeed; `norm`: of the gradient, if it ended an update."""
+    engine.micro_steps += 1
+    if norm is not None:
+        engine.global_steps += 1
+        engine.global_samples += engine.train_batch_size()
+        engine._step_applied, engine._global_grad_norm = True, norm
+
+
+@contextmanager
+def only_recorded(engine: Any) -> Iterator[None]:
+    """Leave no trace in DeepSpeed of a micro-step that is recorded inside, and not done: no count, no gradient, and no
+    reduction of the ranks' gradients either."""
+    kept, reduces = {name: getattr(engine, name) for name in COUNTED}, engine.enable_backward_allreduce
+    engine.enable_backward_allreduce = False
+    groups = engine.basic_optimizer.param_groups
+    for group in groups:
+        group["capturable"] = True  # AdamW's word that it will be recorded
+    try:
+        yield
+    finally:
+        for group in groups:
+            group["capturable"] = False
+        vars(engine).update(kept)
+        engine.enable_backward_allreduce = reduces
+        engine.optimizer.exit_backward()  # where an error has ended it
+        for weight in engine.module.parameters():
+            weight.grad = None

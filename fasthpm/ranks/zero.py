@@ -402,3 +402,33 @@ def prepare_deepspeed(timeout: timedelta) -> None:
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     groups._WORLD_GROUP = dist.new_group(timeout=timeout)
+
+
+def add_gradients_at_once(engine: Any) -> None:
+    """Have a ZeRO 1 engine in bfloat16 take all gradients into float32 at the end of the backward pass, by a kernel or
+    two, where DeepSpeed does it one by one with two kernels each. The same bits; all of them exist until then."""
+    wrapper, alone = engine.optimizer, engine.gradient_accumulation_steps() == 1
+    if _whole_gradients(wrapper) is None:
+        return
+    pairs = [
+        (weight, total.view(weight.shape))
+        for weights, totals in zip(wrapper.bf16_groups, wrapper.fp32_groups_gradients, strict=True)
+        for weight, total in zip(weights, totals, strict=True)
+    ]
+
+    @torch.no_grad()
+    def add(clear_lp_grads: bool = False) -> None:
+        there = [(total, weight.grad) for weight, total in pairs if weight.grad is not None]
+        totals, new = [total for total, _ in there], [gradient for _, gradient in there]
+        if alone:  # the totals are zeros
+            torch._foreach_copy_(totals, new)
+        else:
+            exact = [torch.empty_like(total) for total in totals]
+            torch._foreach_copy_(exact, new)
+            torch._foreach_add_(totals, exact)
+        for weight, _ in pairs:
+            weight.grad = None
+
+    for hook in wrapper._grad_acc_hooks:
+        hook.remove()
+    wrapper.immediate_grad_update, wrapper.update_hp_grads = False, add

@@ -23,6 +23,7 @@ from fasthpm.ranks import zero
 from fasthpm.recipe import Recipe, load_recipe, science_of
 from fasthpm.run.bad_samples import BadSampleLog
 from fasthpm.run.observer import Observer
+from fasthpm.speed.graph import MicroStep
 from fasthpm.teacher import EMATeacher
 
 DISK_MINUTES, DEFAULT_DISK_MINUTES = "FASTHPM_DISK_MINUTES", 3.0  # how long the last checkpoint waits for a disk
@@ -43,6 +44,7 @@ class Run(Generic[Wrapped]):
     layout: zero.MasterLayout
     saver: Saver
     maps: RunMaps | None = None
+    micro_step: MicroStep = dataclasses.field(init=False)  # forward, backward and update, or their graph
     bad_samples: BadSampleLog = dataclasses.field(init=False)
     seen: tuple[torch.Tensor, torch.Tensor | None] | None = None  # images and maps of the last micro-step
     done: int = 0  # updates
@@ -60,6 +62,10 @@ class Run(Generic[Wrapped]):
     def num_parameters(self) -> int:
         """Trainable parameters of the student, whatever share of them this rank holds."""
         return sum(slot.shape.numel() for group in self.layout.groups for slot in group.slots)
+
+    def reached(self) -> str:
+        """How far it has come, for messages."""
+        return f"after update {self.done}"
 
     def weights(self) -> dict[str, dict[str, torch.Tensor]]:
         """Full float32 {"student": …, "teacher": …} state dicts on rank 0, {} elsewhere. Collective."""

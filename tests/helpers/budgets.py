@@ -15,8 +15,8 @@ class Budget(NamedTuple):
 
 
 BUDGETS = {
-    "hpm_vit_base_in1k_200e": Budget(2140, 19.42),
-    "mae_vit_base_in1k_200e": Budget(1400, 12.22),
-    "hpm_vit_base_in1k_200e_fast": Budget(1590, 11.24),
-    "hpm_video_vit_base_ssv2_800e": Budget(1620, 9.10),
+    "hpm_vit_base_in1k_200e": Budget(1400, 19.42),
+    "mae_vit_base_in1k_200e": Budget(870, 12.22),
+    "hpm_vit_base_in1k_200e_fast": Budget(1050, 11.24),
+    "hpm_video_vit_base_ssv2_800e": Budget(1080, 9.10),
 }

@@ -62,8 +62,9 @@ class Built:
         self.ids = torch.arange(recipe.batch_size, device=device)
         self.maps = torch.rand(recipe.batch_size, recipe.num_patches).to(device) if recipe.uses_maps else None
 
-    def update(self, number: int, mark: Any = lambda phase: None) -> None:
-        """One update, as fasthpm.pretrain makes it; `mark` is called after each phase."""
+    def update(self, number: int, mark: Any = lambda phase: None, micro_step: Any = None) -> None:
+        """One update, as fasthpm.pretrain makes it; `mark` is called after each phase, unless a `micro_step` of
+        fasthpm.speed.graph does all of them."""
         from fasthpm import ranks, schedule
 
         device = self.images.device
@@ -71,6 +72,9 @@ class Built:
         alpha = torch.full((), 0.25, dtype=torch.float64, device=device)
         update = torch.full((), number, device=device)
         for _ in range(self.recipe.accum_iter):
+            if micro_step:
+                micro_step(self.images, self.ids, update, alpha, self.maps)
+                continue
             output = self.engine(self.images, self.ids, update, alpha, self.maps)
             mark("forward")
             self.engine.backward(output.loss)

@@ -11,7 +11,15 @@ from torch import Tensor, nn
 from fasthpm.errors import UserError
 from fasthpm.ranks import deepspeed_json, engine, zero
 from fasthpm.ranks import launch as ranks_launch
-from fasthpm.ranks.zero import Group, MasterLayout, Slot, _common_elements, full_state, update_without_waits
+from fasthpm.ranks.zero import (
+    Group,
+    MasterLayout,
+    Slot,
+    _common_elements,
+    add_gradients_at_once,
+    full_state,
+    update_without_waits,
+)
 from fasthpm.recipe import Recipe
 from fasthpm.teacher import EMATeacher
 from tests.helpers.layouts import KINDS, group_of, padded
@@ -197,3 +205,30 @@ def test_gpus_take_it_unless_every_update_must_be_known(
         module = StaysHere()
         built = engine.build_engine(module, recipe, config, seen if device == "cuda" else launch)
     assert given == [built] * taken
+
+
+# ------------------------------------------------------------------------------------------------------ the gradients
+@pytest.mark.parametrize("micro_steps", [1, 3])
+def test_gradients_added_at_once_are_deepspeeds(micro_steps: int) -> None:
+    """Bit for bit, and none is left in bfloat16."""
+    recipe = Recipe(batch_size=4, accum_iter=micro_steps, lr=1e-2, clip_grad=0.01).resolve(12, world_size=1)
+    states = []
+    with ranks_launch.session() as launch:
+        for at_once in (True, False):
+            module = Step()
+            config = deepspeed_json.merge_config("zero1_bf16", recipe, 1)
+            built = engine.build_engine(module, recipe, config, launch)
+            assert update_without_waits(built)
+            if at_once:
+                add_gradients_at_once(built)
+            for scale in (1.0, 3.0, 0.5, 2.0, 7.0, 0.1):
+                built.backward(built(scale))
+                assert all(weight.grad is None for weight in module.parameters())
+                built.step()
+            layout = MasterLayout(built)
+            states.append([full_state(layout, which) for which in ("master", "exp_avg", "exp_avg_sq")])
+            assert built.global_steps == 6 // micro_steps
+    for ours, theirs in zip(*states, strict=True):
+        assert ours is not None
+        assert theirs is not None
+        assert all(torch.equal(ours[name], values) for name, values in theirs.items())

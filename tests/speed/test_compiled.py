@@ -80,6 +80,24 @@ def test_the_first_maps_compile_nothing() -> None:
     assert counter.frame_count == before > 0
 
 
+def test_blocks_are_compiled_in_the_step_alone() -> None:
+    """Once for each shape, and again in the backward pass if that is asked for; probes and maps have other batches."""
+    step, eager = (step_of(activation_checkpointing=True) for _ in range(2))
+    counter = CompileCounterWithBackend("aot_eager")
+    step.compile_with(counter)
+    for each in (step, eager):
+        each(*batch(), torch.tensor(0), ALPHA).loss.backward()
+    for ours, theirs in zip(step.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-7)
+    assert isinstance(step.run_student, Compiled)
+    assert not step.run_student.failure
+    before = counter.frame_count
+    images, _ = batch(3)
+    torch.testing.assert_close(step.difficulty(images), eager.difficulty(images))
+    step.student.encode(step.normalized_patches(images))
+    assert counter.frame_count == before == 6  # patches, blocks of teacher (2) and student (2), losses
+
+
 def test_a_compiler_that_fails_is_named_once_and_the_step_runs(capsys: pytest.CaptureFixture[str]) -> None:
     def broken(graph: Any, inputs: Any) -> Any:
         raise RuntimeError("no compiler here\nand more")
