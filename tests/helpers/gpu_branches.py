@@ -1,7 +1,8 @@
 """What the program does on GPUs only, on a CPU: `python gpu_branches.py pretrain …` is `fasthpm pretrain …` with it.
 
 Masks by torch instead of numpy, large blocks of pairs, fused attention in bfloat16, batches asked for one ahead, and
-the update without waits. Nothing here is a GPU: what differs between devices (rounding, streams) is not seen.
+the update without waits, its rates on the device and its gradients added at once; no graphs (speed/test_graph.py has).
+Nothing here is a GPU: what differs between devices (rounding, streams) is not seen.
 """
 
 import importlib
@@ -13,7 +14,8 @@ from unittest.mock import patch
 
 from fasthpm import layers, loss, mask_loops, ranks
 from fasthpm.data.device import DeviceLoader
-from fasthpm.ranks.zero import update_without_waits
+from fasthpm.ranks.engine import keep_rates_on
+from fasthpm.ranks.zero import add_gradients_at_once, update_without_waits
 
 
 @contextmanager
@@ -25,6 +27,8 @@ def gpu_branches() -> Iterator[None]:
     def build_engine(*arguments: Any) -> Any:
         engine = build(*arguments)
         assert update_without_waits(engine)
+        keep_rates_on(engine, engine.device)
+        add_gradients_at_once(engine)
         return engine
 
     with ExitStack() as stack:

