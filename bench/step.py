@@ -16,6 +16,7 @@ of 16 frames, MAE is VideoMAE, and the fast ones have their teacher in every ste
 import argparse
 import dataclasses
 import functools
+import importlib
 import json
 import statistics
 import subprocess
@@ -140,17 +141,29 @@ def build(variant: str, recipe: Recipe, launch: ranks.Launch, precision: str) ->
     if recipe.teacher_maps:
         refresh = functools.partial(teacher_pass, step, images)
     ids = torch.arange(recipe.batch_size, device=launch.device)
+    micro_step = micro_step_of(recipe, deepspeed_engine, step)
 
     def update_ours(number: int) -> None:
         ranks.set_lr(deepspeed_engine, schedule.lr_at(recipe, number))
         alpha = torch.full((), ALPHA, dtype=torch.float64, device=launch.device)
-        output = deepspeed_engine(images, ids, torch.full((), number, device=launch.device), alpha, maps)
-        deepspeed_engine.backward(output.loss)
-        deepspeed_engine.step()
+        micro_step(images, ids, torch.full((), number, device=launch.device), alpha, maps)
 
     loop = functools.partial(loop_share, recipe, launch, deepspeed_engine, step, teacher, images)
     kernels = attention.settle(recipe, launch.device, next(step.student.parameters()).dtype)
     return Built(update_ours, kernels, *work_of(step.student, recipe), refresh, loop)
+
+
+def micro_step_of(recipe: Recipe, engine: Any, step: Step) -> Callable[..., Any]:
+    """What makes an update: as one CUDA graph where the recipe has that and asks for it, else launch by launch."""
+    if asked := vars(recipe).get("cuda_graph"):
+        graph = importlib.import_module("fasthpm.speed.graph")
+        return graph.micro_step(asked, engine, step.stopwatch)
+
+    def eager(*inputs: Tensor | None) -> None:
+        engine.backward(engine(*inputs).loss)
+        engine.step()
+
+    return eager
 
 
 @torch.no_grad()
@@ -197,7 +210,8 @@ def one_precision(precision: str, arguments: argparse.Namespace, launch: ranks.L
     built: dict[str, Built] = {}
     for variant in arguments.variants:
         say(f"{precision}: building {variant}")
-        recipe = dataclasses.replace(recipe_of(variant, arguments, CONFIGS[precision]), compile=arguments.compile)
+        changes = {"compile": arguments.compile, **arguments.fields}
+        recipe = dataclasses.replace(recipe_of(variant, arguments, CONFIGS[precision]), **changes)
         built[variant] = build(variant, recipe, launch, precision)
     repeats = arguments.repeats or (10 if launch.device.type == "cuda" else 1)
     updates = {name: one.update for name, one in built.items()}
@@ -210,7 +224,7 @@ def one_precision(precision: str, arguments: argparse.Namespace, launch: ranks.L
             share = [value / recipes.FAST_REFRESH_EPOCHS for value in times.pop(f"{name}{REFRESH}")]
             times[name] = [step + part for step, part in zip(times[name], share, strict=True)]
     exact = built.get("hpm")
-    loop = exact.loop(2 * repeats) if exact and exact.loop else None
+    loop = exact.loop(2 * repeats) if exact and exact.loop and arguments.loop else None
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     rate = measure_matmul_rate(launch.device, dtype)
     median = {name: statistics.median(values) for name, values in seconds.items()}
@@ -324,6 +338,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=0, help="threads of torch on the CPU (0: all cores)")
     parser.add_argument("--compile", action="store_true", help="compile our steps with torch.compile")
     parser.add_argument("-o", "--output", type=Path, default=None, help="write the raw figures here as JSON")
+    parser.set_defaults(loop=True, fields={})  # bench.gpu has others
     arguments = parser.parse_args(argv)
     if arguments.batch_size < 1 or arguments.rounds < 1:
         raise UserError("batch_size and rounds must be 1 or more")

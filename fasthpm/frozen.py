@@ -62,13 +62,19 @@ def build_frozen(recipe: Recipe, device: torch.device, dtype: torch.dtype = torc
 
 def pretrained_teacher(recipe: Recipe, family: Family) -> FrozenTeacher:
     """A teacher of `family` with the weights that the recipe names, or the papers'. **Raises:** as `build_frozen`."""
+    teacher = untrained_teacher(recipe, family)
+    weights = recipe.target_weights or family.weights
+    with about(Path(weights)):
+        load_vit_weights(teacher.vit, weights)
+    return teacher
+
+
+def untrained_teacher(recipe: Recipe, family: Family) -> FrozenTeacher:
+    """The same with random weights: what it costs. **Raises:** as `build_frozen`."""
     check_input(recipe)
     weights = recipe.target_weights or family.weights
     architecture = recipe.target_model or default_architecture(weights, family)
-    vit = create_vit(recipe, architecture, family)
-    with about(Path(weights)):
-        load_vit_weights(vit, weights)
-    return FrozenTeacher(vit, family)
+    return FrozenTeacher(create_vit(recipe, architecture, family), family)
 
 
 def check_input(recipe: Recipe) -> None:

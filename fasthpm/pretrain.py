@@ -22,7 +22,7 @@ import torch
 from fasthpm import checkpoint, entry, maps, ranks, recipes, schedule
 from fasthpm.checkpoint.saver import Saver
 from fasthpm.cli import Arguments, Parser
-from fasthpm.commands import attention
+from fasthpm.commands import attention, shortage
 from fasthpm.data import build_loader
 from fasthpm.data.device import on_device
 from fasthpm.data.identity import identity_of
@@ -316,7 +316,9 @@ def finish(run: Run[Step]) -> PretrainResult:
 def pretrain(asked: Recipe, launch: ranks.Launch) -> PretrainResult:
     """Run `asked`, on all ranks, to its end or to a signal. **Raises:** `KeyboardInterrupt` if that was Ctrl-C."""
     with FolderLock(launch.rank) as lock:
-        return pursue(build(asked, launch, lock))
+        with shortage.explained(asked, launch, lambda: "before the first update"):
+            run = build(asked, launch, lock)
+        return pursue(run)
 
 
 def pursue(run: Run[Step]) -> PretrainResult:
@@ -342,7 +344,7 @@ def pursue(run: Run[Step]) -> PretrainResult:
         limit = 0.8 * ranks.timeout().total_seconds()  # before collectives give up, which name nobody
         watchdog = Watchdog(Path(recipe.output_dir), launch.rank, launch.world_size, timeout=limit)
         with StopSignals() as stop, watchdog:
-            with ranks.naming_lost_ranks(lambda: f"after update {run.done}"):
+            with ranks.naming_lost_ranks(run.reached), shortage.explained(recipe, launch, run.reached):
                 train(run, metrics, stop, watchdog)
                 stop.drain()
                 finish_last_save(run, alive=lambda: watchdog.progressed(run.done))

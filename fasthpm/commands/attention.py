@@ -1,6 +1,5 @@
 """The attention kernels of a run: found out by a step without values, timed, pinned and named."""
 
-import dataclasses
 from pathlib import Path
 
 import torch
@@ -44,8 +43,6 @@ def known(recipe: Recipe, device: torch.device) -> dict[str, str]:
 
 def shapes_of(recipe: Recipe, dtype: torch.dtype) -> list[Attended]:
     """What `layers.attend` is asked for in a micro-step of the recipe, before and after its first maps."""
-    if recipe.target_teacher == "frozen":  # whose own attention is not ours
-        recipe = dataclasses.replace(recipe, target="pixels", target_weights="", target_model="", target_dim=0)
     with FakeTensorMode(allow_non_fake_inputs=True), attention.nothing_pinned(), attention.Recorder() as recorder:
         step, _ = dry_run.step_without_values(recipe, dtype)
         for maps in {False, recipe.uses_maps}:

@@ -1,10 +1,12 @@
 """What this machine is, what is installed, and what bounds training on your data.
 
     fasthpm doctor                                                     # machine and installation
+    fasthpm doctor --recipe NAME [flags]                               # and the speed of its step
     fasthpm doctor --data_path in1k_train.beton --recipe NAME [flags]  # and what bounds training: about a minute
 
 With data it measures, each alone and for a few seconds: decoding at the recipe's crop with all its threads, copying to
 the GPU, and training steps on random images. The last line says which of them bounds training, and what to change.
+Beside the step that it measures on a GPU stands what the model of fasthpm plan predicts for it.
 Every flag of `fasthpm pretrain` may be given. Status 0 if pretraining can run here, 1 if not.
 """
 
@@ -42,6 +44,7 @@ ENOUGH = 1.1  # a supply is enough if it is so many times what the step takes
 TAKEN, TIGHT = 0.02, 0.7  # shares of the cores that decoding may take without a word: of the step's own, of all
 SMALLER_SIDE = 400
 SYSTEM_PACKAGES = "libopencv-dev libturbojpeg0-dev pkg-config g++"
+PARTS = ("decode", "copy", "step")
 LAUNCHER_NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 
 
@@ -325,12 +328,14 @@ def read_rate(files: Sequence[Path]) -> float:
 
 
 # ------------------------------------------------------------------------------------------------------ measuring
-def measure(recipe: Recipe, seconds: float, timeout: float = TIMEOUT) -> Iterator[dict[str, Any]]:
+def measure(
+    recipe: Recipe, seconds: float, timeout: float = TIMEOUT, asked_for: Sequence[str] = PARTS
+) -> Iterator[dict[str, Any]]:
     """What `fasthpm.commands.throughput` finds, part by part: {"part", "images_per_second", …} or {"part", "error"}.
 
     In a process of its own: one that dies or takes longer than `timeout` is a finding, not the end of this one.
     """
-    parts = ["decode", "copy", "step"]
+    parts = list(asked_for)
     asked = json.dumps({"recipe": dataclasses.asdict(recipe), "seconds": seconds, "parts": parts})
     environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER_NAMES}
     with tempfile.TemporaryFile("w+") as errors:
@@ -373,6 +378,23 @@ def describe(found: dict[str, Any]) -> str:
     return f"  {part:10} {text}"
 
 
+def predicted(recipe: Recipe, found: dict[str, Any]) -> str:
+    """The line of `expected.predict`; torch is imported late here, as what is broken shall be a finding."""
+    from fasthpm.commands.expected import predict
+
+    return predict(recipe, found)
+
+
+def diagnose_step(recipe: Recipe, seconds: float) -> tuple[bool, str]:
+    """As `diagnose`, of the step alone."""
+    (found,) = measure(recipe, seconds, asked_for=("step",))
+    print(describe(found), flush=True)
+    if "error" in found:
+        return False, f"pretraining cannot run here: step: {found['error']}"
+    print(predicted(recipe, found), flush=True)
+    return True, "pretraining can run here; add --data_path to learn what bounds it"
+
+
 def diagnose(recipe: Recipe, seconds: float) -> tuple[bool, str]:
     """Measure everything, say it line by line; returns whether training runs, and the closing line."""
     from fasthpm.errors import UserError
@@ -389,6 +411,8 @@ def diagnose(recipe: Recipe, seconds: float) -> tuple[bool, str]:
     for one in measure(recipe, seconds):
         found[one["part"]] = one
         print(describe(one), flush=True)
+        if one["part"] == "step" and "error" not in one:
+            print(predicted(recipe, one), flush=True)
     errors = [f"{part}: {one['error']}" for part, one in found.items() if "error" in one]
     if errors:
         return False, f"pretraining cannot run here: {errors[0]}"
@@ -415,21 +439,22 @@ def rates_of(found: dict[str, dict[str, Any]], data: Data, disk: float | None) -
 
 
 # ------------------------------------------------------------------------------------------------------ command
-def parse_arguments(argv: Sequence[str] | None) -> tuple[Recipe, float]:
-    """The recipe to measure, and the seconds for each part."""
+def parse_arguments(argv: Sequence[str] | None) -> tuple[Recipe, float, bool]:
+    """The recipe to measure, the seconds for each part, and whether the recipe was named."""
     parser = Parser(prog="fasthpm doctor", description=__doc__)
-    parser.add_argument("--recipe", default=RECIPE, help=f"measure this one (default {RECIPE}), or a recipe.json")
+    parser.add_argument("--recipe", default="", help=f"measure this one (default {RECIPE}), or a recipe.json")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_SECONDS:g} s for each part, not {SECONDS:g}")
     add_recipe_arguments(parser, Recipe)
     given = vars(parser.parse_args(argv))
     seconds = QUICK_SECONDS if given.pop("quick") else SECONDS
-    base = recipes.from_name(given.pop("recipe"))
-    return build_recipe({**dataclasses.asdict(base), **given}, source="command line"), seconds
+    name = given.pop("recipe")
+    base = recipes.from_name(name or RECIPE)
+    return build_recipe({**dataclasses.asdict(base), **given}, source="command line"), seconds, bool(name)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """`fasthpm doctor`."""
-    recipe, seconds = parse_arguments(argv)
+    recipe, seconds, named = parse_arguments(argv)
     files = prepared_files(recipe.data_path)
     folder = files[0].parent if files else Path(recipe.data_path)
     print("machine", *describe_machine(folder if folder.is_dir() else Path.cwd()), "installation", sep="\n", flush=True)
@@ -443,6 +468,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif recipe.data_path:
         print(f"measured, {recipe.recipe}, {recipe.input_size} pixels, {recipe.data_path}", flush=True)
         good, closing = diagnose(recipe, seconds)
+    elif named:
+        print(f"measured, {recipe.recipe}, {recipe.input_size} pixels", flush=True)
+        good, closing = diagnose_step(recipe, seconds)
     else:
         good, closing = True, "pretraining can run here; add --data_path and --recipe to learn what bounds it"
     print(closing)

@@ -8,24 +8,28 @@ a model of the time: neither is a measurement, and both follow the code as it is
 import dataclasses
 import math
 import weakref
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from fasthpm.data import DatasetInfo
+from fasthpm.frozen import untrained_teacher
 from fasthpm.model import HPMViT
 from fasthpm.patches import model_of
 from fasthpm.recipe import Recipe
 from fasthpm.speed.gpus import GPU
 from fasthpm.step import Step
+from fasthpm.targets import TARGETS
 
 BLOCK = 512  # bytes: the allocator rounds up to it
 FREE = frozenset({  # operations that launch no kernel
@@ -34,6 +38,15 @@ FREE = frozenset({  # operations that launch no kernel
     "_reshape_alias", "_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided",
     "is_same_size", "record_stream",
 })  # fmt: skip
+
+
+class Held(NamedTuple):
+    """Tensors of one kind that are in memory at its peak."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    number: int
+    bytes: int  # of all of them
 
 
 @dataclass(frozen=True)
@@ -47,6 +60,8 @@ class DryRun:
     seconds: float  # by the GPU's roofline, forward and backward
     parameters: int  # of the student, trainable
     teacher_parameters: int
+    frozen_parameters: int  # of a teacher that does not learn
+    held: tuple[Held, ...]  # the activations at the peak that grow with the batch, largest first
 
 
 class Meter(TorchDispatchMode):
@@ -57,7 +72,10 @@ class Meter(TorchDispatchMode):
         self.gpu = gpu
         self.live = self.peak = 0.0
         self.kernels, self.flop, self.moved, self.seconds = 0, 0.0, 0.0, 0.0
+        self.at_peak: list[Held] = []  # every tensor by itself, as it was first seen
         self._known: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._alive: dict[int, Held] = {}
+        self._number, self._climbing = 0, False
 
     def know(self, module: nn.Module) -> None:
         """Leave a module's weights out of what is counted."""
@@ -82,12 +100,17 @@ class Meter(TorchDispatchMode):
         if storage not in self._known:
             size = -(-storage.nbytes() // BLOCK) * BLOCK
             self._known.add(storage)
+            self._number += 1
+            self._alive[self._number] = Held(tuple(tensor.shape), tensor.dtype, 1, size)
             self.live += size
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self._free, size)
+            if self.live > self.peak:
+                self.peak, self._climbing = self.live, True
+            weakref.finalize(storage, self._free, self._number)
 
-    def _free(self, size: int) -> None:
-        self.live -= size
+    def _free(self, number: int) -> None:
+        if self._climbing:
+            self.at_peak, self._climbing = list(self._alive.values()), False
+        self.live -= self._alive.pop(number).bytes
 
 
 def _flop(packet: Any, args: Any, kwargs: Any, out: Any) -> float:
@@ -118,12 +141,15 @@ def dry_run(recipe: Recipe, gpu: GPU, *, bf16: bool = True) -> DryRun:
     with FakeTensorMode(allow_non_fake_inputs=True), Meter(gpu) as meter:
         step, teacher = step_without_values(recipe, torch.bfloat16 if bf16 else torch.float32)
         student = step.student
-        for module in (step, teacher):
+        for module in (step, teacher, step.frozen):
             if module is not None:
                 meter.know(module)
         meter.live = meter.peak = meter.flop = meter.moved = meter.seconds = 0.0
         meter.kernels = 0
         _train(step)
+    weights = {
+        shape for weight in student.parameters() for shape in (tuple(weight.shape), tuple(reversed(weight.shape)))
+    }
     return DryRun(
         activations=meter.peak,
         kernels=meter.kernels,
@@ -131,8 +157,24 @@ def dry_run(recipe: Recipe, gpu: GPU, *, bf16: bool = True) -> DryRun:
         moved=meter.moved,
         seconds=meter.seconds,
         parameters=sum(weight.numel() for weight in student.parameters() if weight.requires_grad),
-        teacher_parameters=sum(weight.numel() for weight in teacher.parameters()) if teacher else 0,
+        teacher_parameters=_count(teacher),
+        frozen_parameters=_count(step.frozen),
+        held=_by_kind(
+            one
+            for one in meter.at_peak
+            if one.shape not in weights and one.shape and math.prod(one.shape) % recipe.batch_size == 0
+        ),
     )
+
+
+def _by_kind(tensors: Iterable[Held]) -> tuple[Held, ...]:
+    """Those of a shape and type together, the most bytes first."""
+    sums: dict[tuple[tuple[int, ...], torch.dtype], Held] = {}
+    for one in tensors:
+        kind = one.shape, one.dtype
+        before = sums.get(kind, Held(*kind, 0, 0))
+        sums[kind] = Held(*kind, before.number + one.number, before.bytes + one.bytes)
+    return tuple(sorted(sums.values(), key=lambda held: -held.bytes))
 
 
 def step_without_values(recipe: Recipe, dtype: torch.dtype) -> tuple[Step, HPMViT | None]:
@@ -144,7 +186,33 @@ def step_without_values(recipe: Recipe, dtype: torch.dtype) -> tuple[Step, HPMVi
     if recipe.uses_teacher:
         teacher = _model(recipe, dtype).eval().requires_grad_(False)
         step.attach_teacher(teacher)
+    if recipe.target_teacher == "frozen":
+        step.attach_frozen(_frozen(recipe))
     return step, teacher
+
+
+def _frozen(recipe: Recipe) -> nn.Module:
+    """The recipe's frozen teacher without its weights; what a target of one's own builds costs nothing here."""
+    family = TARGETS[recipe.target].family
+    if family is None:
+        return _Features(recipe)
+    with unset_fake_temporarily():  # timm looks at numbers while it builds
+        return untrained_teacher(recipe, family).bfloat16()
+
+
+class _Features(nn.Module):
+    """Features of every patch, [B, L, D'], from nowhere."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__()
+        self.shape = recipe.num_patches, recipe.frozen_dim
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.new_empty(len(images), *self.shape, dtype=torch.bfloat16)
+
+
+def _count(module: nn.Module | None) -> int:
+    return sum(weight.numel() for weight in module.parameters()) if module else 0
 
 
 def _model(recipe: Recipe, dtype: torch.dtype) -> HPMViT:

@@ -108,7 +108,7 @@ def used(recipe: Recipe, found: DryRun, gpus: int) -> float:
     kept = state_bytes(
         found.parameters, found.teacher_parameters, stage=stage, world_size=gpus, bf16=bf16, ema=recipe.uses_teacher
     )
-    return found.activations + kept + CONTEXT
+    return found.activations + kept + 2 * found.frozen_parameters + CONTEXT  # a frozen teacher is in bfloat16
 
 
 def network_bytes(found: DryRun, gpus: int, *, bf16: bool) -> float:
@@ -118,8 +118,10 @@ def network_bytes(found: DryRun, gpus: int, *, bf16: bool) -> float:
     return shared * (gpus - 1) / gpus
 
 
-def fitting_batch(recipe: Recipe, gpu: GPU, gpus: int, samples: int) -> Recipe:
+def fitting_batch(recipe: Recipe, gpu: GPU, gpus: int, samples: int, too_large: DryRun | None = None) -> Recipe:
     """The recipe with the largest batch per GPU that fits and divides its global batch.
+
+    - `too_large`: a dry run of the recipe's own batch, which has shown that it does not fit: smaller ones are tried
 
     **Raises:** `UserError` if the GPUs cannot share the global batch, or not even one sample fits.
     """
@@ -135,8 +137,12 @@ def fitting_batch(recipe: Recipe, gpu: GPU, gpus: int, samples: int) -> Recipe:
         return dataclasses.replace(recipe, batch_size=batch, accum_iter=0, global_batch_size=whole)
 
     batches = [batch for batch in range(share, 0, -1) if share % batch == 0]
-    probe = next((batch for batch in batches if batch <= 64), batches[-1])
-    first = dry_run(with_batch(probe), gpu, bf16=precision(with_batch(probe).resolve(samples, gpus), gpus)[1])
+    if too_large:
+        probe, first = recipe.batch_size, too_large
+        batches = [batch for batch in batches if batch < probe]
+    else:
+        probe = next((batch for batch in batches if batch <= 64), batches[-1])
+        first = dry_run(with_batch(probe), gpu, bf16=precision(with_batch(probe).resolve(samples, gpus), gpus)[1])
     rest = used(with_batch(probe).resolve(samples, gpus), first, gpus) - first.activations
     room = USABLE * gpu.memory - rest
     for batch in batches:  # activations are all but proportional to the batch

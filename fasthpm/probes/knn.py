@@ -25,6 +25,7 @@ from fasthpm import ranks
 from fasthpm.checkpoint.weights import load_weights
 from fasthpm.cli import Arguments, Parser
 from fasthpm.data import DatasetInfo, build_loader, read_info
+from fasthpm.data.device import on_device
 from fasthpm.entry import Result
 from fasthpm.errors import UserError
 from fasthpm.model import HPMViT
@@ -135,7 +136,7 @@ def _side(
         num_workers=arguments.num_workers,
         train=False,
     )
-    loader = build_loader(path, options)
+    loader = on_device(build_loader(path, options), launch.device)
     try:
         quiet = launch.rank != 0
         return features(

@@ -37,6 +37,7 @@ from fasthpm import files, ranks
 from fasthpm.checkpoint.weights import checkpoint_of, load_weights
 from fasthpm.cli import Arguments, Parser
 from fasthpm.data import Loader, build_loader, read_info
+from fasthpm.data.device import on_device
 from fasthpm.data.identity import identity_of as data_of
 from fasthpm.data.sampling import sample_order
 from fasthpm.data.statistics import PixelStatistics, statistics_of
@@ -153,7 +154,7 @@ def open_data(
         flip=recipe.flip or not video,
     )
     train = build_loader(arguments.train_path, options if arguments.cache_features else augmented)
-    return train, build_loader(arguments.val_path, options)
+    return on_device(train, launch.device), on_device(build_loader(arguments.val_path, options), launch.device)
 
 
 def build(arguments: argparse.Namespace, launch: ranks.Launch, lock: FolderLock | None = None) -> Probe:

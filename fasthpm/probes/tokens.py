@@ -98,7 +98,8 @@ class TokenChooser:
             difficulty = images.new_zeros(len(images), self.num_patches)
         else:
             images = self._as_the_run_sees_them(images)
-            difficulty = self.model.predict_loss(images.to(next(self.model.parameters()).dtype))
+            with torch.autocast(images.device.type, enabled=False):  # difficulties are ranked in float32
+                difficulty = self.model.predict_loss(images.to(next(self.model.parameters()).dtype))
         self.kept.ids = select_tokens(difficulty, self.keep, policy=self.policy)
 
     def _as_the_run_sees_them(self, images: Tensor) -> Tensor:

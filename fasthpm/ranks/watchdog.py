@@ -3,11 +3,13 @@
 A collective waits for its slowest rank, so one rank that hangs stops them all without an error. Each rank therefore
 notes its update and what it is doing in a file beside the run, from a thread of its own; one that has made no progress
 for the timeout reads the others' notes, says who is to blame, and ends its process. Its launcher then ends the others.
+One that dies of a signal is named by its witness, a process of its own.
 """
 
 import contextlib
 import json
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fasthpm.files import read_json, write_text
+from fasthpm.ranks import witness
 
 EXIT_STUCK = 3
 FOLDER = ".heartbeats"
@@ -37,15 +40,20 @@ class Watchdog:
         self._progress = time.monotonic()
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="fasthpm-watchdog", daemon=True)
+        self._witness: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> "Watchdog":
         self._progress = time.monotonic()
+        if self.world_size > 1:  # alone, a shell says it
+            self._witness = witness.start(self.rank, self._path(self.rank))
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._end.set()
         self._thread.join()
+        if self._witness:
+            witness.dismiss(self._witness)
         with contextlib.suppress(OSError):
             self._path(self.rank).unlink()
 
@@ -89,6 +97,8 @@ class Watchdog:
             file=sys.stderr,
             flush=True,
         )
+        if self._witness:
+            witness.dismiss(self._witness)
         os._exit(EXIT_STUCK)  # the main thread hangs in a call that no exception can reach
 
 

@@ -63,6 +63,10 @@ class Run(Generic[Wrapped]):
         """Trainable parameters of the student, whatever share of them this rank holds."""
         return sum(slot.shape.numel() for group in self.layout.groups for slot in group.slots)
 
+    def reached(self) -> str:
+        """How far it has come, for messages."""
+        return f"after update {self.done}"
+
     def weights(self) -> dict[str, dict[str, torch.Tensor]]:
         """Full float32 {"student": …, "teacher": …} state dicts on rank 0, {} elsewhere. Collective."""
         kinds: dict[str, zero.State] = {"student": "master"}

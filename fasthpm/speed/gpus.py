@@ -1,6 +1,13 @@
 """GPUs that a run may be planned for: what their makers publish, and how much of it a step reaches."""
 
-from dataclasses import dataclass
+import itertools
+import math
+import re
+from dataclasses import dataclass, replace
+
+import torch
+
+from fasthpm.speed.memory import CONTEXT
 
 # Shares of the published figures: large bf16 products reach 0.8 of them on a Hopper, those of a step 0.8 of that;
 # memory 0.9, kernels 0.85 of that. No kernel is shorter than LAUNCH.
@@ -39,3 +46,29 @@ GPUS = {
         GPU("rtx5090", 32 * GIB, 1.792e12, 210e12, 64e9),
     )
 }
+
+SLOWER = {"laptop", "max", "pcie", "nvl", "d", "mig"}  # words of names whose GPUs have other data sheets
+SAME = 0.15  # by how much the memory that a driver reports may differ from the data sheet's
+
+
+def known_as(name: str, memory: float) -> GPU | None:
+    """The data sheet of the GPU that a driver calls `name` and says to have so many bytes; None if there is none."""
+    words = re.findall(r"[a-z0-9.]+", name.lower())
+    words += [first + second for first, second in itertools.pairwise(words)]  # "RTX 4090"
+    if SLOWER.intersection(words):
+        return None
+    fitting = [gpu for gpu in GPUS.values() if gpu.name.partition("-")[0] in words]
+    return next((gpu for gpu in fitting if abs(gpu.memory / memory - 1) < SAME), None)
+
+
+def installed(device: torch.device) -> tuple[GPU, bool]:
+    """The GPU `device` with the memory that this process can have of it, and whether its speed is known.
+
+    One without a data sheet is called as its driver calls it, and is infinitely fast.
+    """
+    free, total = torch.cuda.mem_get_info(device)
+    name = torch.cuda.get_device_name(device)
+    found = known_as(name, total)
+    ours = free + torch.cuda.memory_reserved(device) + CONTEXT  # which is in use already
+    gpu = found or GPU(name, total, math.inf, math.inf, math.inf)
+    return replace(gpu, memory=min(total, ours)), found is not None

@@ -13,7 +13,7 @@ from tests.helpers.launch import run_ranks
 
 
 def test_the_step_bench_runs_and_is_reported(tmp_path: Path) -> None:
-    """Some of each kind, one round; then the roofline and the page. `TINY=1 bench/gpu.sh OUT` does all the rest too."""
+    """Some of each kind, one round; then the roofline and the page. `bench/gpu.sh OUT --rehearse` does more."""
     out = tmp_path / "step.json"
     flags = ("--size", "nano", "--batch_size", 2, "--rounds", 1, "--threads", 1, "--precision", "bf16", "-o", out)
     variants = ("mae", "hpm", "hpm_fast", "in_place_maps", "measured_fast", *step.EAGER)

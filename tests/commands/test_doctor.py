@@ -206,6 +206,23 @@ def measured(monkeypatch: pytest.MonkeyPatch, *found: dict[str, Any]) -> None:
     monkeypatch.setattr(doctor, "measure", lambda recipe, seconds: iter(found))
 
 
+STEP = {"part": "step", "images_per_second": 100.0, "batch_size": 16}
+
+
+def test_a_step_alone_is_measured_where_there_is_no_data(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "CHECKS", ())
+    monkeypatch.setattr(doctor, "measure", lambda recipe, seconds, asked_for: iter([STEP]))
+    doctor.main(["--recipe", "hpm_demo"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-3:] == [
+        "  step       100 images/s (batch 16)",
+        "  predicted  of GPUs only: fasthpm plan hpm_demo --gpu h100 says what one would do",
+        "pretraining can run here; add --data_path to learn what bounds it",
+    ]
+
+
 def test_a_measurement_that_fails_is_said_and_gives_status_1(
     data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -238,7 +255,7 @@ def measure_with(script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, t
     (tmp_path / "python").write_text(f"#!{sys.executable}\n{script}")
     (tmp_path / "python").chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
-    recipe, _ = doctor.parse_arguments(["--recipe", "debug"])
+    recipe, *_ = doctor.parse_arguments(["--recipe", "debug"])
     return list(doctor.measure(recipe, 1.0, timeout))
 
 

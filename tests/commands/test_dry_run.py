@@ -33,6 +33,19 @@ def test_the_peak_is_that_of_torchs_allocator(name: str) -> None:
     assert (found.activations + kept) / GIB == pytest.approx(BUDGETS[name].gib, rel=0.03)
 
 
+@pytest.mark.parametrize("target", ["dino", "clip"])
+def test_a_frozen_teacher_costs_a_pass(target: str) -> None:
+    plain, features = (
+        dry_run(dataclasses.replace(recipes.from_name(name), batch_size=2), GPUS["h100"])
+        for name in (BASE, f"hpm_{target}_vit_base_in1k_200e")
+    )
+    assert plain.frozen_parameters == 0
+    assert features.frozen_parameters == pytest.approx(86e6, rel=0.01)
+    assert features.flop - plain.flop == pytest.approx(
+        2 * 35e9, rel=0.05
+    )  # 2 FLOPs for each of ViT-B's 17.6 G products
+
+
 @pytest.mark.parametrize("fields", [{}, FAST], ids=["hpm", "fast"])
 def test_products_are_those_of_the_formulas(fields: dict[str, Any]) -> None:
     """Which know nothing of how torch does it; kept maps are not in a step."""

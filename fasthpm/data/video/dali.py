@@ -58,6 +58,7 @@ class DaliLoader(ClipLoader):
 
     def __init__(self, path: Path, options: LoaderOptions) -> None:
         self._pipeline: Any = None
+        self._stream: Any = None  # of copies on the GPU: what training has queued on its own would have to end first
         if options.interpolation != "bicubic" or options.color_jitter:
             raise UserError(
                 f"decoder {options.decoder} resizes bicubic and changes no colours; interpolation is "
@@ -96,7 +97,11 @@ class DaliLoader(ClipLoader):
     def _empty(self, count: int, pin: bool = False) -> Tensor:
         if not self.gpu:
             return super()._empty(count, pin)
-        return torch.empty((count, *self.options.sample_shape), dtype=torch.uint8, device="cuda")
+        training = torch.cuda.current_stream()
+        with self._aside():
+            images = torch.empty((count, *self.options.sample_shape), dtype=torch.uint8, device="cuda")
+        images.record_stream(training)  # its memory is used anew when that stream, too, is done with it
+        return images
 
     def _fill_in_parallel(self, images: Tensor, ids: Array, crops: Array, factors: Array) -> Array:
         """Decode a batch; clip by clip where DALI refuses it as a whole, to find out which it is."""
@@ -119,7 +124,8 @@ class DaliLoader(ClipLoader):
             for name, values in self._inputs(ids, crops).items():
                 self._pipeline.feed_input(name, values)
             (output,) = self._pipeline.run()
-            _copy(output, images)
+            with self._aside():
+                _copy(output, images)
         except (torch.OutOfMemoryError, torch.AcceleratorError):
             raise
         except RuntimeError as error:  # DALI's, for whatever it cannot decode
@@ -128,6 +134,13 @@ class DaliLoader(ClipLoader):
                 raise
             return False
         return True
+
+    def _aside(self) -> contextlib.AbstractContextManager[Any]:
+        """Work on a stream of the loader's own; on a CPU as usual."""
+        if not self.gpu:
+            return contextlib.nullcontext()
+        self._stream = self._stream or torch.cuda.Stream()
+        return torch.cuda.stream(self._stream)
 
     def _define(self, device: int | None) -> Any:
         """The pipeline, not yet built."""

@@ -16,6 +16,7 @@ from fasthpm import checkpoint, ranks
 from fasthpm.checkpoint.saver import Saver
 from fasthpm.data import DatasetInfo, Loader, LoaderOptions, build_loader
 from fasthpm.data.augmented import Augmentation, AugmentedLoader
+from fasthpm.data.device import on_device
 from fasthpm.data.identity import identity_of
 from fasthpm.data.statistics import PixelStatistics, statistics_from
 from fasthpm.errors import UserError
@@ -106,10 +107,11 @@ def build(
         ema = EMATeacher(deepspeed_engine, step.vit, "vit.", copy, settings.ema_decay)
         choose_tokens(copy, settings, launch.device, chooser)
     saver = Saver(launch.rank, launch.world_size, timeout=ranks.timeout().total_seconds())
+    test_loader = on_device(val_loader, launch.device)
     run = FineTuning(
         plan,
         launch,
-        loader,
+        on_device(loader, launch.device),
         deepspeed_engine,
         step,
         ema,
@@ -117,8 +119,8 @@ def build(
         saver,
         settings=settings,
         maps=None,
-        val_loader=val_loader,
-        last_loader=last_loader,
+        val_loader=test_loader,
+        last_loader=test_loader if last_loader is val_loader else on_device(last_loader, launch.device),
         origin=origin,
         pixels=pixels,
         notes={checkpoint.FINETUNE_NOTES: notes},

@@ -31,12 +31,14 @@ from torch import Tensor
 from fasthpm import checkpoint, files, ranks
 from fasthpm.checkpoint import shards
 from fasthpm.cli import Arguments, Parser
+from fasthpm.data.device import on_device
 from fasthpm.data.statistics import PixelStatistics
 from fasthpm.entry import Result
 from fasthpm.errors import UserError, warn
 from fasthpm.options import add_recipe_arguments
 from fasthpm.probes import result
 from fasthpm.probes.classifier import architecture
+from fasthpm.probes.features import half
 from fasthpm.probes.finetune.building import (
     ClassifierStep,
     FineTuning,
@@ -226,7 +228,8 @@ def evaluate_only(arguments: argparse.Namespace, given: dict[str, Any], launch: 
             )
         settings = dataclasses.replace(settings, **stored(notes["settings"]))
         image_size = image_size_of(settings, model)
-        loader = thorough_loader(settings, loader_options(settings, recipe, image_size, launch))
+        options = loader_options(settings, recipe, image_size, launch)
+        loader = on_device(thorough_loader(settings, options), launch.device)
         if list(loader.info.classes) != notes["classes"]:
             raise UserError(
                 f"the classifier in {folder} has {len(notes['classes'])} classes, {settings.val_path} has "
@@ -240,7 +243,8 @@ def evaluate_only(arguments: argparse.Namespace, given: dict[str, Any], launch: 
     begin = time.perf_counter()
     pixels = PixelStatistics(tuple(notes["mean"]), tuple(notes["std"]))
     step = ClassifierStep(vit.to(launch.device), choose_tokens(vit, settings, launch.device, pixels=pixels)).eval()
-    figures = test(step, loader, pixels, launch, settings.seed, settings.views)
+    with half(launch.device):
+        figures = test(step, loader, pixels, launch, settings.seed, settings.views)
     loader.close()
     hours = (time.perf_counter() - begin) * launch.world_size / 3600
     figures = {**figures, "gpu_hours": round(hours, 4)}

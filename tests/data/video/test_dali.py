@@ -1,8 +1,13 @@
 """Clips through DALI: the same as without it."""
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -93,3 +98,63 @@ def test_memory_that_runs_out_is_no_sample_s_fault(
         assert bool(loader.bad_samples()) is not raised
     finally:
         loader.close()
+
+
+class FakeGPU:
+    """A fake of the torch that `dali` uses: no GPU, only a list of what is done on which stream."""
+
+    OutOfMemoryError, AcceleratorError = torch.OutOfMemoryError, torch.AcceleratorError
+    uint8 = torch.uint8
+
+    def __init__(self) -> None:
+        self.done: list[tuple[str, str]] = []
+        self.now = "training"
+        self.cuda = SimpleNamespace(
+            Stream=lambda: "aside",
+            stream=self._entered,
+            current_stream=lambda: SimpleNamespace(name=self.now, synchronize=lambda: self._note("synchronize")),
+        )
+
+    @contextlib.contextmanager
+    def _entered(self, stream: str) -> Iterator[None]:
+        before, self.now = self.now, stream
+        yield
+        self.now = before
+
+    def _note(self, what: str, stream: str = "") -> None:
+        self.done.append((what, stream or self.now))
+
+    def empty(self, shape: Any, dtype: Any, device: str) -> Any:
+        self._note("allocate")
+        flat = SimpleNamespace(copy_=lambda other: self._note("copy"))
+        return SimpleNamespace(
+            is_cuda=True, view=lambda _: flat, record_stream=lambda stream: self._note("used by", stream.name)
+        )
+
+    def from_dlpack(self, output: Any) -> Any:
+        self._note("take over")
+        return SimpleNamespace(view=lambda _: None)
+
+
+def test_clips_are_copied_on_a_stream_of_their_own(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else each batch waits for the step that training has queued; the memory stays training's until that is over."""
+    from fasthpm.data.video import dali
+
+    loader, fake = loader_of(prepared, decoder="dali", batch_size=2), FakeGPU()
+    monkeypatch.setattr(dali, "torch", fake)
+    monkeypatch.setattr(loader, "gpu", True)
+    output = SimpleNamespace(as_tensor=lambda: None)
+    loader._pipeline = SimpleNamespace(feed_input=lambda name, values: None, run=lambda: (output,))
+    images = loader._empty(2)
+    ids = np.arange(2)
+    crops = loader._crops(0, ids, loader._sizes(ids), ids)
+    assert loader._run(images, ids, crops)
+    assert fake.done == [
+        ("allocate", "aside"),
+        ("used by", "training"),
+        ("take over", "aside"),
+        ("copy", "aside"),
+        ("synchronize", "aside"),
+    ]
+    assert fake.now == "training"
+    loader.close()
