@@ -144,7 +144,8 @@ def build(recipe: Recipe, launch: ranks.Launch, lock: FolderLock | None = None) 
     map_store = maps.for_recipe(recipe, loader.info)
     loader = on_device(maps.with_maps(loader, map_store), launch.device)
     step = Step(student, recipe, loader.info)
-    deepspeed_engine = ranks.build_engine(step, recipe, config, launch)
+    with graph.recordable(launch.device):
+        deepspeed_engine = ranks.build_engine(step, recipe, config, launch)
     if frozen:
         step.attach_frozen(frozen)
     teacher = None

@@ -112,7 +112,9 @@ def build_update(recipe: Recipe, launch: ranks.Launch) -> tuple[Callable[[], obj
     """A function that makes one update of a resolved recipe on fixed random images, and its kernels of attention."""
     info = DatasetInfo(1, recipe.channels, (0.5,) * recipe.channels, (0.25,) * recipe.channels, ("any",))
     step = Step(model_of(recipe), recipe, info)
-    built = ranks.build_engine(step, recipe, ranks.merge_config(recipe.deepspeed_config, recipe, 1), launch)
+    config = ranks.merge_config(recipe.deepspeed_config, recipe, 1)
+    with graph.recordable(launch.device):
+        built = ranks.build_engine(step, recipe, config, launch)
     if frozen := build_frozen(recipe, launch.device):
         step.attach_frozen(frozen)
     if recipe.uses_teacher:

@@ -9,7 +9,8 @@ it gives is copied from where it writes. Numbers that change from update to upda
 the teacher's momentum, α, the update's number); DeepSpeed's own counters are advanced by hand.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,8 @@ from fasthpm.errors import note_once
 from fasthpm.speed.clock import Region, Stopwatch
 from fasthpm.speed.compiled import reason
 
+OVERRIDE = "set_override_stale_capture_stream"  # of torch.autograd.graph
+WARNS = "set_warn_on_accumulate_grad_stream_mismatch"  # of the same
 WARM_UP = 2  # micro-steps of a kind before it is recorded: they compile, load kernels and fill caches
 
 MicroStep = Callable[..., Any]  # (images, ids, update, alpha, scores) -> what the engine's module gives, all applied
@@ -49,9 +52,24 @@ def refusal(engine: Any) -> str:
         return f"ZeRO stage {engine.zero_optimization_stage()} is not recorded, --deepspeed_config zero1_bf16 is"
     if not ranks.updates_on_device(engine):
         return "updates in float32, and those with --on_nonfinite skip, ask the host"
-    if not hasattr(torch.autograd.graph, "set_override_stale_capture_stream"):
-        return f"torch {torch.__version__} cannot record DeepSpeed's hooks"
     return ""
+
+
+@contextmanager
+def recordable(device: torch.device) -> Iterator[None]:
+    """Build an engine inside: its gradients then arrive on the stream that graphs are recorded on.
+
+    A newer torch lets them follow a recording wherever they were going to arrive, and needs no such stream.
+    """
+    if device.type != "cuda" or hasattr(torch.autograd.graph, OVERRIDE):
+        yield
+        return
+    stream = torch.cuda.Stream(device)
+    torch.cuda.graph.default_capture_stream = stream
+    getattr(torch.autograd.graph, WARNS, bool)(False)  # that it is another stream than the other work's
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream(device).wait_stream(stream)
 
 
 class Eager:
@@ -178,6 +196,7 @@ class CudaRecorder:
 
     @staticmethod
     def _let_hooks_follow(recording: bool) -> None:
-        """DeepSpeed's hooks belong to the stream that it was built on; a recording has its own."""
-        torch.autograd.graph.set_override_stale_capture_stream(recording)
-        torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(not recording)
+        """Gradients arrive on the stream that the engine was built on; a recording has its own. See `recordable`."""
+        if hasattr(torch.autograd.graph, OVERRIDE):
+            getattr(torch.autograd.graph, OVERRIDE)(recording)
+            getattr(torch.autograd.graph, WARNS)(not recording)

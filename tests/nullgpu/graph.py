@@ -2,14 +2,17 @@
 
     python -m tests.nullgpu.graph '[{"recipe": "debug", "accum_iter": 2}, …]'
 
-Fields beside "recipe" are the recipe's. Prints one JSON object with, per case and in order, for each plan of masks that
-the recipe has: "eager" and "graph", a `card.Watch.summary` of one update each, but with the peak of memory of those
-before it, recording included; "problem", why there is no graph; "teacher_seconds", measured by the graph.
+Fields beside "recipe" are the recipe's, and "older_torch": torch cannot redirect gradients from then on. Prints a JSON
+object with, per case and in order, for each plan of masks that the recipe has: "eager" and "graph", a
+`card.Watch.summary` of one update each, but with the peak of memory of those before it, recording included; "problem",
+why there is no graph; "teacher_seconds", measured by the graph.
 """
 
 import json
 import sys
 from typing import Any
+
+import torch
 
 from tests.nullgpu import card
 from tests.nullgpu.update import Built
@@ -19,6 +22,8 @@ def counted(launch: Any, case: dict[str, Any]) -> list[dict[str, Any]]:
     """One case."""
     from fasthpm.speed import graph
 
+    if case.pop("older_torch", False):
+        delattr(torch.autograd.graph, graph.OVERRIDE)
     built = Built(launch, case["recipe"], **{name: value for name, value in case.items() if name != "recipe"})
     graphs: Any = graph.micro_step("on", built.engine, built.step.stopwatch)
     found, maps = [], built.maps

@@ -40,6 +40,7 @@ class Built:
         from fasthpm.data import DatasetInfo
         from fasthpm.difficulty import HEAD
         from fasthpm.patches import model_of
+        from fasthpm.speed import graph
         from fasthpm.step import Step
         from fasthpm.teacher import EMATeacher
 
@@ -50,7 +51,8 @@ class Built:
         with without_values():
             self.step = Step(model_of(recipe), recipe, info)
             config = ranks.merge_config(recipe.deepspeed_config, recipe, 1)
-            self.engine = ranks.build_engine(self.step, recipe, config, launch)
+            with graph.recordable(launch.device):
+                self.engine = ranks.build_engine(self.step, recipe, config, launch)
             self.teacher = None
             if recipe.uses_teacher:
                 copy = model_of(recipe)

@@ -224,14 +224,12 @@ def test_what_cannot_be_a_graph_says_so_where_it_is_asked_for(monkeypatch: pytes
         assert wanted in said.pop()
         assert said == []
     assert graph.refusal(engine()) == ""
-    monkeypatch.delattr(torch.autograd.graph, "set_override_stale_capture_stream")
-    assert torch.__version__ in graph.refusal(engine())
 
 
 NULL_CASES: list[dict[str, Any]] = [
     {"recipe": "hpm_vit_base_in1k_200e", "model": "hpm_vit_small_patch16_224", "decoder_dim": 192, "decoder_depth": 2},
     {"recipe": "debug", "mask_policy": "attention", "accum_iter": 2},
-    {"recipe": "debug", "mask_policy": "blockwise", "activation_checkpointing": True},
+    {"recipe": "debug", "mask_policy": "blockwise", "activation_checkpointing": True, "older_torch": True},
 ]
 
 
