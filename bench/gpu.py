@@ -188,7 +188,7 @@ def of_checks(found: dict[str, Any]) -> str:
 def of_steps(found: dict[str, Any]) -> str:
     """Times, then ratios, of one run of `bench.step` or of several by name."""
     runs = found if "median_seconds" not in found else {str(found["batch_size"]): found}
-    rows, over = [], []
+    rows, over, kernels = [], [], set[str]()
     for name, run in runs.items():
         if "error" in run:
             rows.append([name, "", run["error"], "", "", "", ""])
@@ -198,10 +198,15 @@ def of_steps(found: dict[str, Any]) -> str:
             rate = run["images_per_second"][variant]
             cells = (f"{seconds * 1e3:.2f}", f"{host * 1e3:.2f}", f"{rate:,.0f}", f"{run['mfu'][variant]:.0%}")
             rows.append([name, variant, *cells, f"{run['memory_gib']:.1f}"])
+        for variant, chosen in run.get("attention", {}).items():
+            kernels.add(f"{variant}: {', '.join(sorted(set(chosen.values())))}")
         over += [[name, ratio, f"{value['median']:.3f}"] for ratio, value in run["ratios"].items()]
     header = ("run", "step", "ms", "ms of processors", "samples/s", "MFU", "GiB, peak of all")
     text = table(header, rows)
-    return text + (f"\n\n{table(('run', 'ratio of time', 'median'), over)}" if over else "")
+    if "without_baselines" in found:
+        text += f"\n\nThe baselines could not be timed: {found['without_baselines']}"
+    text += f"\n\n{table(('run', 'ratio of time', 'median'), over)}" if over else ""
+    return text + (f"\n\nKernels of attention: {'; '.join(sorted(kernels))}." if kernels else "")
 
 
 def of_profile(found: dict[str, Any]) -> str:

@@ -40,11 +40,14 @@ def dismiss(witness: "subprocess.Popen[bytes]") -> None:
         witness.communicate(GOODBYE, timeout=5)
 
 
-def watch(rank: int, pid: int, note: Path) -> str:
-    """What to say of the process `pid`, once it has ended; empty if it has said something itself."""
+def watch(rank: int, pid: int, note: Path, pipe: int = 0) -> str:
+    """What to say of the process `pid`, once it has ended; empty if it has said something itself.
+
+    - `pipe`: the end that it holds the other one of
+    """
     while True:
-        if select.select([0], [], [], LOOK)[0]:
-            if os.read(0, 1):
+        if select.select([pipe], [], [], LOOK)[0]:
+            if os.read(pipe, 1):
                 return ""
             break
         if _status(pid)[0] in ("Z", ""):

@@ -121,6 +121,19 @@ def test_native_code_that_never_returns_ends_the_process(monkeypatch: pytest.Mon
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == gpu.EXIT_AGAIN
 
 
+def test_baselines_that_fail_cost_the_others_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def timed(settings: Settings, *variants: str) -> dict[str, Any]:
+        if "eager_hpm" in variants:
+            raise torch.OutOfMemoryError("too large\nby far")
+        return {"batch_size": 1, "median_seconds": {}, "ratios": {}}
+
+    monkeypatch.setattr(gpu_parts, "timed", timed)
+    found: dict[str, Any] = {}
+    gpu_parts.steps(SETTINGS, found)
+    assert found["without_baselines"] == "OutOfMemoryError: too large"
+    assert "The baselines could not be timed: OutOfMemoryError: too large" in gpu.of_steps(found)
+
+
 def test_a_device_that_computes_wrongly_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     real = gpu_parts.losses.ranking_loss
     calls = iter(range(99))

@@ -6,6 +6,7 @@ The ranks run this file too (`main`).
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,12 +17,12 @@ import torch.distributed as dist
 
 from fasthpm.cli import run_rank
 from fasthpm.ranks import agreement, launch, witness
-from fasthpm.ranks.watchdog import Watchdog
+from fasthpm.ranks.watchdog import FOLDER, Watchdog
 from tests.helpers.launch import run_ranks
 
 
 def main(_: object = None) -> None:
-    """Rank 1 ends in the way that is asked for, while rank 0 waits for it."""
+    """Rank 1 ends in the way that is asked for, while rank 0 waits for it, and then for its witness."""
     folder, way = Path(sys.argv[-2]), sys.argv[-1]
     with launch.session() as here, Watchdog(folder, here.rank, 2, timeout=1.0) as watchdog:
         watchdog.progressed(12)
@@ -31,38 +32,68 @@ def main(_: object = None) -> None:
                 os.kill(os.getpid(), int(way))
             if way == "raise":
                 raise ValueError("odd")
-            if way == "leave":
-                os._exit(1)
-        with agreement.naming_lost_ranks(lambda: "after update 12"):
-            dist.barrier()
+        else:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # by which the launcher ends this one
+        try:
+            with agreement.naming_lost_ranks(lambda: "after update 12"):
+                dist.barrier()
+        finally:
+            while here.rank == 0 and witnesses(folder / FOLDER / "rank-00001.json"):
+                time.sleep(0.05)
 
 
-@pytest.mark.parametrize(
-    ("way", "words"),
-    [
-        (signal.SIGABRT, "native code gave up, NCCL for example"),
-        (signal.SIGKILL, "the system took it, as it does where memory is short"),
-        (signal.SIGSEGV, "native code crashed"),
-    ],
-)
-def test_a_rank_that_dies_of_a_signal_is_named(tmp_path: Path, way: signal.Signals, words: str) -> None:
-    finished = run_ranks(Path(__file__), tmp_path, int(way), launcher="forked")
-    assert finished.status == -way
-    found = re.findall(
-        r"fasthpm: error: rank (\d) \(process \d+ on .+\) died of (\w+) without a word .*", finished.output
-    )
-    assert found == [("1", way.name)]
-    assert f"(its last note is of update 12, step): {words}" in finished.output
+def witnesses(word: Path) -> list[psutil.Process]:
+    """Processes whose command line holds `word`."""
+    return [one for one in psutil.process_iter(["cmdline"]) if str(word) in (one.info["cmdline"] or ())]
+
+
+def test_a_rank_that_dies_of_a_signal_is_named(tmp_path: Path) -> None:
+    finished = run_ranks(Path(__file__), tmp_path, int(signal.SIGABRT), launcher="forked")
+    assert finished.status == -signal.SIGABRT
+    found = re.findall(r"fasthpm: error: rank (\d) \(process \d+ on .+\) died .*without a word (.*)", finished.output)
+    assert len(found) == 1, finished.output
+    assert found[0][0] == "1"
+    assert found[0][1].startswith("(its last note is of update 12, step): ")
     assert "fasthpm: error: rank 0 lost another rank after update 12" in finished.output
 
 
-@pytest.mark.parametrize(("way", "status"), [("raise", 1), ("leave", 1), ("well", 0), (int(signal.SIGTERM), -15)])
-def test_a_rank_that_ends_by_itself_or_is_told_to_is_not(tmp_path: Path, way: object, status: int) -> None:
+@pytest.mark.parametrize(("way", "status"), [("raise", 1), ("well", 0)])
+def test_a_rank_that_ends_by_itself_is_not(tmp_path: Path, way: str, status: int) -> None:
     finished = run_ranks(Path(__file__), tmp_path, way, launcher="forked")
     assert finished.status == status
     assert "without a word" not in finished.output
-    left = [process for process in psutil.process_iter(["cmdline"]) if str(tmp_path) in (process.info["cmdline"] or ())]
-    assert left == []
+
+
+def said_of(ending: str, tmp_path: Path, *, goodbye: bytes = b"") -> str:
+    """What the witness says of a shell that ends so."""
+    reading, writing = os.pipe()
+    with subprocess.Popen(["/bin/sh", "-c", ending]) as process:
+        os.write(writing, goodbye)
+        os.close(writing)
+        (tmp_path / "note").write_text('{"update": 12, "phase": "step"}')
+        line = witness.watch(3, process.pid, tmp_path / "note", reading)  # nobody has waited for it yet
+        assert not line or f"rank 3 (process {process.pid} on " in line
+    os.close(reading)
+    return line
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("ABRT", "native code gave up, NCCL for example"),
+        ("KILL", "the system took it, as it does where memory is short"),
+        ("SEGV", "native code crashed"),
+    ],
+)
+def test_the_signal_is_named(tmp_path: Path, name: str, words: str) -> None:
+    line = said_of(f"kill -{name} $$", tmp_path)
+    assert f"died of SIG{name} without a word (its last note is of update 12, step): {words}" in line
+
+
+def test_who_is_told_to_end_or_says_goodbye_is_not(tmp_path: Path) -> None:
+    for ending in ("kill -TERM $$", "kill -INT $$", "exit 1", "exit 0"):
+        assert said_of(ending, tmp_path) == ""
+    assert said_of("kill -ABRT $$", tmp_path, goodbye=witness.GOODBYE) == ""
 
 
 def test_the_witness_leaves_with_the_watchdog(tmp_path: Path) -> None:
@@ -75,16 +106,12 @@ def test_the_witness_leaves_with_the_watchdog(tmp_path: Path) -> None:
         assert watchdog._witness is None  # a rank alone is named by its shell
 
 
-def test_a_rank_whose_end_nobody_can_see_any_more_is_named_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its launcher has asked for its status; what it held is closed."""
+def test_a_rank_whose_end_nobody_can_see_any_more_is_named_too(tmp_path: Path) -> None:
+    """Its launcher has asked for its status, and a child of it holds the pipe."""
     reading, writing = os.pipe()
+    line = witness.watch(3, 2**22 + 1, tmp_path / "none.json", reading)
+    os.close(reading)
     os.close(writing)
-    standard = os.dup(0)
-    os.dup2(reading, 0)
-    try:
-        line = witness.watch(3, 2**22 + 1, tmp_path / "none.json")
-    finally:
-        os.dup2(standard, 0)
     assert re.match(
         r"fasthpm: error: rank 3 \(process 4194305 on .*\) died without a word \(it had noted nothing", line
     )
