@@ -21,6 +21,7 @@ from fasthpm.ranks.watchdog import Watchdog
 from fasthpm.recipe import Recipe
 from fasthpm.run import state
 from fasthpm.run.metrics import Metrics, wait_for
+from fasthpm.speed.graph import Eager
 from fasthpm.step import Step
 from fasthpm.teacher import EMATeacher
 
@@ -70,6 +71,7 @@ def loop_share(
     with tempfile.TemporaryDirectory(prefix="fasthpm-bench-") as folder:
         recipe = dataclasses.replace(recipe, log_every=1, panel_every=0, save_every=10**9, output_dir=folder)
         run = state.Run(recipe, launch, _nothing(), timed, step, teacher, _nothing(), _nothing())
+        run.micro_step = Eager(timed)  # a graph asks nothing of an engine that could be timed
         run.batches = itertools.repeat(_batch(images))
         run.bad_samples = _nothing()
         metrics = Metrics(

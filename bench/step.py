@@ -16,7 +16,6 @@ of 16 frames, MAE is VideoMAE, and the fast ones have their teacher in every ste
 import argparse
 import dataclasses
 import functools
-import importlib
 import json
 import statistics
 import subprocess
@@ -44,7 +43,7 @@ from fasthpm.patches import model_of
 from fasthpm.recipe import Recipe
 from fasthpm.run.metrics import measure_matmul_rate, memory_gib, wait_for
 from fasthpm.run.versions import versions
-from fasthpm.speed import flops, traffic
+from fasthpm.speed import flops, graph, traffic
 from fasthpm.step import Step
 from fasthpm.teacher import EMATeacher
 
@@ -141,7 +140,7 @@ def build(variant: str, recipe: Recipe, launch: ranks.Launch, precision: str) ->
     if recipe.teacher_maps:
         refresh = functools.partial(teacher_pass, step, images)
     ids = torch.arange(recipe.batch_size, device=launch.device)
-    micro_step = micro_step_of(recipe, deepspeed_engine, step)
+    micro_step = graph.micro_step(recipe.cuda_graph, deepspeed_engine, step.stopwatch)
 
     def update_ours(number: int) -> None:
         ranks.set_lr(deepspeed_engine, schedule.lr_at(recipe, number))
@@ -151,19 +150,6 @@ def build(variant: str, recipe: Recipe, launch: ranks.Launch, precision: str) ->
     loop = functools.partial(loop_share, recipe, launch, deepspeed_engine, step, teacher, images)
     kernels = attention.settle(recipe, launch.device, next(step.student.parameters()).dtype)
     return Built(update_ours, kernels, *work_of(step.student, recipe), refresh, loop)
-
-
-def micro_step_of(recipe: Recipe, engine: Any, step: Step) -> Callable[..., Any]:
-    """What makes an update: as one CUDA graph where the recipe has that and asks for it, else launch by launch."""
-    if asked := vars(recipe).get("cuda_graph"):
-        graph = importlib.import_module("fasthpm.speed.graph")
-        return graph.micro_step(asked, engine, step.stopwatch)
-
-    def eager(*inputs: Tensor | None) -> None:
-        engine.backward(engine(*inputs).loss)
-        engine.step()
-
-    return eager
 
 
 @torch.no_grad()
