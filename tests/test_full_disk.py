@@ -165,7 +165,7 @@ def finetunes_folder(disk: Path, inputs: Path) -> Write:
 def pretrainings_folder(disk: Path, inputs: Path) -> Write:
     resolved = {"accum_iter": 1, "global_batch_size": 8}
     recipe = dataclasses.replace(recipes.debug(), output_dir=str(disk / "run"), **resolved)
-    run: Any = SimpleNamespace(recipe=recipe, launch=LAUNCH, num_parameters=0)
+    run: Any = SimpleNamespace(recipe=recipe, launch=LAUNCH, num_parameters=0, attention={})
     return lambda: pretrain.prepare_output(run)
 
 

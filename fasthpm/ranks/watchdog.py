@@ -45,15 +45,15 @@ class Watchdog:
     def __enter__(self) -> "Watchdog":
         self._progress = time.monotonic()
         if self.world_size > 1:  # alone, a shell says it
+            self._ended.unlink(missing_ok=True)
             self._witness = witness.start(self.rank, self._path(self.rank))
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         self._end.set()
         self._thread.join()
-        if self._witness:
-            witness.dismiss(self._witness)
+        self._dismiss(failed=kind is not None)
         with contextlib.suppress(OSError):
             self._path(self.rank).unlink()
 
@@ -88,6 +88,20 @@ class Watchdog:
     def _path(self, rank: int) -> Path:
         return self.folder / f"rank-{rank:05d}.json"
 
+    @property
+    def _ended(self) -> Path:
+        return self._path(self.rank).with_suffix(witness.ENDED)
+
+    def _dismiss(self, *, failed: bool) -> None:
+        """Let this rank's witness go, and the others' know that it has said why it ends."""
+        if self._witness is None:
+            return
+        if failed:
+            with contextlib.suppress(OSError):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._ended.touch()
+        witness.dismiss(self._witness)
+
     def _give_up(self, limit: float) -> NoReturn:
         notes = {rank: read_json(self._path(rank)) for rank in range(self.world_size)}
         culprit = blame(notes, time.time(), 3 * self._interval)
@@ -97,8 +111,7 @@ class Watchdog:
             file=sys.stderr,
             flush=True,
         )
-        if self._witness:
-            witness.dismiss(self._witness)
+        self._dismiss(failed=True)
         os._exit(EXIT_STUCK)  # the main thread hangs in a call that no exception can reach
 
 

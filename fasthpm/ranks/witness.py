@@ -20,11 +20,12 @@ from contextlib import suppress
 from pathlib import Path
 
 GOODBYE = b"."
+ENDED = ".ended"  # beside the notes: a rank has ended with an error of its own, and launchers kill the others then
 LOOK = 1.0  # seconds between two looks at the rank, in case a child of it holds the other end open
 ASKED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # by which a launcher or a user ends it
 HINTS = {
     signal.SIGABRT: "native code gave up, NCCL for example, and what it says stands above",
-    signal.SIGKILL: "the system took it, as it does where memory is short, or a launcher after another rank had failed",
+    signal.SIGKILL: "the system took it, as it does where memory is short, or somebody else did",
 }
 
 
@@ -41,10 +42,12 @@ def dismiss(witness: "subprocess.Popen[bytes]") -> None:
 
 
 def watch(rank: int, pid: int, note: Path, pipe: int = 0) -> str:
-    """What to say of the process `pid`, once it has ended; empty if it has said something itself.
+    """What to say of the process `pid`, once it has ended; empty if it has said something itself, or was killed after
+    another rank had.
 
     - `pipe`: the end that it holds the other one of
     """
+    begin = time.time()
     while True:
         if select.select([pipe], [], [], LOOK)[0]:
             if os.read(pipe, 1):
@@ -52,8 +55,9 @@ def watch(rank: int, pid: int, note: Path, pipe: int = 0) -> str:
             break
         if _status(pid)[0] in ("Z", ""):
             break
+    others = any(path.stat().st_mtime >= begin for path in note.parent.glob(f"*{ENDED}"))
     number = _cause(pid)
-    if number == 0 or number in ASKED:
+    if number == 0 or number in ASKED or (number == signal.SIGKILL and others):
         return ""
     how = f"died of {signal.Signals(number).name}" if number else "died"
     last = {}

@@ -96,6 +96,25 @@ def test_who_is_told_to_end_or_says_goodbye_is_not(tmp_path: Path) -> None:
     assert said_of("kill -ABRT $$", tmp_path, goodbye=witness.GOODBYE) == ""
 
 
+@pytest.mark.parametrize(("age", "name", "said"), [(-5, "KILL", False), (3600, "KILL", True), (-5, "ABRT", True)])
+def test_who_is_killed_after_another_rank_has_failed_is_not(tmp_path: Path, age: float, name: str, said: bool) -> None:
+    """By a launcher; an older run's mark means nothing."""
+    mark, then = tmp_path / f"rank-00000{witness.ENDED}", time.time() - age
+    mark.touch()
+    os.utime(mark, (then, then))
+    assert bool(said_of(f"kill -{name} $$", tmp_path)) == said
+
+
+def test_a_rank_that_fails_leaves_its_mark_and_one_that_ends_well_none(tmp_path: Path) -> None:
+    mark = tmp_path / FOLDER / f"rank-00000{witness.ENDED}"
+    with pytest.raises(ValueError, match="odd"), Watchdog(tmp_path, 0, 2, timeout=5.0):
+        raise ValueError("odd")
+    assert mark.exists()
+    with Watchdog(tmp_path, 0, 2, timeout=5.0):
+        assert not mark.exists()
+    assert not mark.exists()
+
+
 def test_the_witness_leaves_with_the_watchdog(tmp_path: Path) -> None:
     with Watchdog(tmp_path, 0, 2, timeout=5.0) as watchdog:
         process = watchdog._witness
