@@ -53,3 +53,15 @@ def test_nothing_waits_between_readings(runs: list[dict[str, Any]], number: int)
     assert update["who"] == {}
     copies = {name.split()[1] for name in update["copies"]}
     assert copies == {"device>device", "pinned>device"}
+
+
+def test_it_compiles_for_a_gpu(tmp_path: Path) -> None:
+    """By Inductor and Triton for sm_90, in the first update: nothing falls back, and the update is one graph then."""
+    flags = [*FLAGS[:6], *("--epochs", "1", "--steps_per_epoch", "6", "--difficulty_every", "0", "--panel_every", "0")]
+    asked = [[*flags, "--compile", "--output_dir", str(tmp_path)]]
+    (run,) = run_on_null_gpu("tests.nullgpu.command", json.dumps(asked))["runs"]
+    assert [update["compiled"] for update in run["updates"]] == 6 * [{"the teacher": "", "the step": ""}]
+    _, second, *recorded = run["updates"]
+    assert second["launches"] < 700
+    assert [len(update["graphs"]) for update in recorded] == 4 * [1]
+    assert recorded[2]["who"] == {}
