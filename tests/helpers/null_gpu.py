@@ -137,5 +137,10 @@ def _environment(library: Path) -> dict[str, str]:
     }
 
 
+def main(arguments: list[str]) -> None:
+    """`python -m tests.helpers.null_gpu MODULE …`: run a module there, in the place of this process."""
+    os.execvpe(sys.executable, [sys.executable, "-m", *arguments], _environment(built()))
+
+
 if __name__ == "__main__":
-    os.execvpe(sys.executable, [sys.executable, "-m", *sys.argv[1:]], _environment(built()))
+    main(sys.argv[1:])
