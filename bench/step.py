@@ -116,8 +116,7 @@ def recipe_of(variant: str, arguments: argparse.Namespace, deepspeed_config: str
 
 def pixels(recipe: Recipe, device: torch.device) -> Tensor:
     """Fixed random images, uint8 [B, H, W, C], or clips [B, T, H, W, C]."""
-    frames = (recipe.num_frames,) if recipe.num_frames > 1 else ()
-    shape = (recipe.batch_size, *frames, *recipe.image_size, recipe.channels)
+    shape = (recipe.batch_size, *recipe.sample_shape)
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).to(device)
 
 

@@ -303,6 +303,12 @@ class Recipe:
         return rules.sides_of(self.input_size)
 
     @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """(height, width, channels) of an image, (frames, height, width, channels) of a clip."""
+        frames = (self.num_frames,) if self.num_frames > 1 else ()
+        return *frames, *self.image_size, self.channels
+
+    @property
     def grid_size(self) -> tuple[int, int]:
         """(rows, columns) of patches."""
         return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size

@@ -232,8 +232,7 @@ def _model(recipe: Recipe, dtype: torch.dtype) -> HPMViT:
 def loss_of(step: Step, *, maps: bool) -> Tensor:
     """The step's loss of a batch without values; `maps`: with those of a recipe that keeps some."""
     recipe = step.recipe
-    shape = (recipe.batch_size, *((recipe.num_frames,) if recipe.num_frames > 1 else ()), *recipe.image_size)
-    images = torch.empty(*shape, recipe.channels, dtype=torch.uint8)
+    images = torch.empty(recipe.batch_size, *recipe.sample_shape, dtype=torch.uint8)
     ids, number = torch.empty(recipe.batch_size, dtype=torch.int64), torch.empty((), dtype=torch.int64)
     scores = torch.empty(recipe.batch_size, recipe.num_patches) if maps else None
     return step(images, ids, number, torch.empty((), dtype=torch.float64), scores).loss

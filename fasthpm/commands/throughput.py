@@ -69,7 +69,7 @@ def measure_copy(recipe: Recipe, seconds: float) -> dict[str, float]:
     if not torch.cuda.is_available():
         return {}
     device = torch.device("cuda", torch.cuda.current_device())
-    batch = torch.empty((recipe.batch_size, *recipe.image_size, recipe.channels), dtype=torch.uint8, pin_memory=True)
+    batch = torch.empty((recipe.batch_size, *recipe.sample_shape), dtype=torch.uint8, pin_memory=True)
     rate = repeat(lambda: batch.to(device, non_blocking=True), min(seconds, 2.0), device)
     return {"images_per_second": rate * len(batch)}
 
@@ -119,8 +119,7 @@ def build_update(recipe: Recipe, launch: ranks.Launch) -> tuple[Callable[[], obj
         step.attach_frozen(frozen)
     if recipe.uses_teacher:
         step.attach_teacher(EMATeacher(built, step.student, "student.", model_of(recipe), 0.999).module)
-    shape = (recipe.batch_size, *recipe.image_size, recipe.channels)
-    images = torch.randint(0, 256, shape, dtype=torch.uint8).to(launch.device)
+    images = torch.randint(0, 256, (recipe.batch_size, *recipe.sample_shape), dtype=torch.uint8).to(launch.device)
     ids = torch.arange(recipe.batch_size, device=launch.device)
     update = torch.zeros((), dtype=torch.int64, device=launch.device)
     alpha = torch.full((), 0.25, dtype=torch.float64, device=launch.device)

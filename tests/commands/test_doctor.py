@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from fasthpm import recipes
 from fasthpm.commands import doctor
 from fasthpm.commands.doctor import Finding, Rates, verdict
 from fasthpm.errors import UserError
@@ -257,6 +258,13 @@ def measure_with(script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     recipe, *_ = doctor.parse_arguments(["--recipe", "debug"])
     return list(doctor.measure(recipe, 1.0, timeout))
+
+
+@pytest.mark.parametrize("name", ["hpm_video_demo", "hpm_demo"])
+def test_the_step_of_images_and_of_clips_is_measured(name: str) -> None:
+    recipe = dataclasses.replace(recipes.from_name(name), batch_size=2)
+    (found,) = doctor.measure(recipe, 0.01, asked_for=("step",))
+    assert found["images_per_second"] > 0, found
 
 
 DECODED = json.dumps({"part": "decode", "images_per_second": 5.0, "workers": 1})

@@ -58,8 +58,7 @@ class Built:
                 copy = model_of(recipe)
                 self.teacher = EMATeacher(self.engine, self.step.student, "student.", copy, 0.999, HEAD)
                 self.step.attach_teacher(self.teacher.module)
-        frames = (recipe.num_frames,) if recipe.num_frames > 1 else ()
-        shape, device = (recipe.batch_size, *frames, *recipe.image_size, channels), launch.device
+        shape, device = (recipe.batch_size, *recipe.sample_shape), launch.device
         self.images = torch.empty(shape, dtype=torch.uint8, device=device)
         self.ids = torch.arange(recipe.batch_size, device=device)
         self.maps = torch.rand(recipe.batch_size, recipe.num_patches).to(device) if recipe.uses_maps else None
