@@ -30,14 +30,8 @@ from fasthpm.run.metrics import measure_matmul_rate, wait_for
 from fasthpm.run.versions import versions
 from fasthpm.step import Step
 
-FIVE = (
-    "mae",
-    "hpm",
-    "hpm_fast",
-    "measured_maps",
-    "in_place_alone",
-    "measured_alone",
-)  # the last two: one form, two ways
+# MAE, and HPM in its forms; the last two are one form, asked in two ways.
+FORMS = ("mae", "hpm", "hpm_fast", "measured_maps", "in_place_alone", "measured_alone")
 LARGE_TENSOR = 2**20  # bytes; smaller ones may be constants that functions keep
 KERNELS = 40  # of a profile
 BACKENDS = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
@@ -236,11 +230,11 @@ def ranked(batch: int, masked: int, device: torch.device) -> list[dict[str, Any]
 def steps(settings: Settings, found: Found) -> None:
     """MAE, and HPM in five forms, beside both as published code is built."""
     try:
-        found.update(timed(settings, *FIVE, *step.EAGER))
+        found.update(timed(settings, *FORMS, *step.EAGER))
     except Exception as error:  # of the baselines, perhaps: ours are worth knowing without them
         found["without_baselines"] = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
         release(settings.device)
-        found.update(timed(settings, *FIVE))
+        found.update(timed(settings, *FORMS))
 
 
 def profile(settings: Settings, found: Found) -> None:

@@ -25,7 +25,7 @@ def test_a_rehearsal_runs_to_the_end_and_is_read_as_tables(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Some of the steps for all of them; `python -m bench.gpu OUT --rehearse` does the rest."""
-    monkeypatch.setattr(gpu_parts, "FIVE", ("hpm",))
+    monkeypatch.setattr(gpu_parts, "FORMS", ("hpm",))
     parts = ("machine", "correctness", "steps", "profile", "attention")
     gpu.main([str(tmp_path), "--rehearse", "--parts", *parts])
     found = json.loads((tmp_path / gpu.RESULTS).read_text())["parts"]
