@@ -1,0 +1,1 @@
+"""Dense tasks on a run's encoder: segmentation, detection, and probes of single patches."""

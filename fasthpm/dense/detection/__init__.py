@@ -1,0 +1,1 @@
+"""Detection: Mask R-CNN on a run's encoder as ViTDet has it, COCO's and LVIS's sets and measures."""
