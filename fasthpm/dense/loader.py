@@ -1,7 +1,7 @@
 """Batches of images with masks or boxes: order, worker processes, position, and samples that cannot be read.
 
 What a sample is, and what happens to it, is a `DenseSet`'s and a `Transform`'s affair; here is what all loaders have in
-common. Order and random numbers are functions of (seed, epoch, sample id): the same for any number of ranks and workers,
+common. Order and random numbers are functions of (seed, epoch, sample id), the same for any number of ranks and workers
 and after resuming. Samples go through torch's worker processes, because the time goes into decoding and resizing whole
 pictures in Python libraries; FFCV's files hold no boxes.
 """
