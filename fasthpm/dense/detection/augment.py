@@ -73,13 +73,14 @@ def whole_window(shape: tuple[int, int], side: int) -> Window:
 
 
 def show(pixels: Array, window: Window, side: int) -> Array:
-    """uint8 [H, W, 3] -> uint8 [S, S, 3]: the window (bilinear, averaging where it shrinks), the rest grey."""
-    image = Image.fromarray(pixels)
+    """uint8 [H, W, C] -> uint8 [S, S, C]: the window (bilinear, averaging where it shrinks), the rest grey."""
+    channels = pixels.shape[2]
+    image = Image.fromarray(pixels if channels == 3 else pixels[..., 0])
     left, top, right, bottom = window.box()
     box = (left, top, min(right, image.width), min(bottom, image.height))
-    canvas = np.full((side, side, 3), FILL, np.uint8)
+    canvas = np.full((side, side, channels), FILL, np.uint8)
     resized = image.resize((window.width, window.height), Image.Resampling.BILINEAR, box)
-    canvas[: window.height, : window.width] = np.asarray(resized)
+    canvas[: window.height, : window.width] = np.asarray(resized).reshape(window.height, window.width, channels)
     return canvas
 
 
@@ -98,7 +99,7 @@ class Jitter:
     - `side`: S; `scales`: least and largest, see `draw_window`; `flip`: mirror every second sample
     - `least_side`: objects of which a side is shorter in the crop, in pixels, are left out
 
-    The image is uint8 [3, S, S]; the target holds `boxes` float32 [N, 4], `labels` int64 [N], `masks` uint8 [N, S, S].
+    The image is uint8 [C, S, S]; the target holds `boxes` float32 [N, 4], `labels` int64 [N], `masks` uint8 [N, S, S].
     """
 
     side: int
@@ -145,7 +146,7 @@ def _channels_first(pixels: Array) -> Tensor:
 
 
 def collate(samples: list[tuple[Tensor, dict[str, Any]]]) -> tuple[Tensor, list[dict[str, Any]]]:
-    """Samples as a batch: uint8 [B, 3, S, S] and the targets as a list; [0, 3, 0, 0] of none."""
+    """Samples as a batch: uint8 [B, C, S, S] and the targets as a list; [0, 3, 0, 0] of none."""
     if not samples:
         return torch.zeros(0, 3, 0, 0, dtype=torch.uint8), []
     return torch.stack([image for image, _ in samples]), [target for _, target in samples]

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fasthpm.data.pixels import luminance
 from fasthpm.data.plain import read_pixels
 from fasthpm.data.sampling import Array
 from fasthpm.dense.detection import masks
@@ -53,7 +54,7 @@ class Image(NamedTuple):
 class Seen(NamedTuple):
     """What a sample is: an image and, to train on, its objects."""
 
-    pixels: Array  # uint8 [H, W, 3]
+    pixels: Array  # uint8 [H, W, C]
     masks: Array  # uint8 [N, H, W]
     labels: Array  # int64 [N], from 1
     sample: int  # its number in the set
@@ -292,6 +293,7 @@ class CocoSet:
         self.categories = found.categories
         self.classes = tuple(category["name"] for category in found.categories)
         self._images, self._things = Packed(found.images), Packed(found.things)
+        self.channels = 3  # that images are read with; 1: their luminance
         self.repeated: Array | None = None  # float [N], see `lvis.repeat_factors`
 
     def __len__(self) -> int:
@@ -331,6 +333,7 @@ class CocoSet:
             made = masks.decode([thing.segmentation for thing in things], image.height, image.width)
         except ValueError as error:
             raise Unreadable(f"has an object of {self.source} that cannot be read ({error})") from error
+        pixels = luminance(pixels) if self.channels == 1 else pixels
         return Seen(pixels, made, np.array([thing.label for thing in things], np.int64), sample)
 
     def truth(self, samples: Iterable[int]) -> dict[str, Any]:

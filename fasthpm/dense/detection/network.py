@@ -14,7 +14,7 @@ B images, C channels, S their side.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -83,6 +83,11 @@ SMALL = Heads(
 )
 
 
+def heads_of(name: str, score: float, detections: int) -> Heads:
+    """Heads by name, "vitdet" or "small", with these limits of tests."""
+    return replace({"vitdet": Heads(), "small": SMALL}[name], score=score, detections=detections)
+
+
 class Detector(MaskRCNN):
     """Encoder, pyramid, proposals, boxes and masks.
 
@@ -118,6 +123,7 @@ class Detector(MaskRCNN):
             mask_predictor=MaskPredictor(channels, channels, num_classes + 1),
         )
         self.transform = Unchanged()
+        self.side = backbone.body.windows.grid[0] * side  # S
 
     def encoder_name(self, name: str) -> str:
         """timm's name of a parameter of the encoder, "" for one of the rest: what the learning rate per layer asks."""
