@@ -82,9 +82,15 @@ def find_split(root: Path, split: str) -> tuple[Path, Path]:
         (f"annotations/lvis_v1_{split}.json", ""),  # LVIS, on COCO's folders
         (f"lvis_v1_{split}.json", ""),
     )
+    sidecar = root / f"{split}.json" if (root / f"{split}.beton").is_file() else None  # what data_prep.images writes
     for file, folder in layouts:
-        if (root / file).is_file():
+        if (root / file).is_file() and root / file != sidecar:
             return root / file, root / folder
+    if sidecar:
+        raise UserError(
+            f"{sidecar} belongs to the prepared set beside it, which has taken the place of a file of objects; make "
+            f"the set again, and prepare it under another name"
+        )
     names = ", ".join(file for file, _ in layouts)
     there = "is no folder" if not root.is_dir() else f"holds none of {names}"
     raise UserError(f"data_path {root} {there}; give such a folder, or --{split}_json and --{split}_images")

@@ -136,8 +136,9 @@ def maskrcnn_vit_base_lvis() -> Detect:
 
 
 def maskrcnn_small() -> Detect:
-    """Mask R-CNN for small images (up to 128 pixels) and small encoders: minutes on two CPU cores. No paper; ours: see
-    docs/dense.md.
+    """Mask R-CNN for small images (up to 128 pixels) and small encoders: minutes on two CPU cores.
+
+    No paper; ours: see docs/dense.md.
 
     [ours] crops of 96 by jitter 0.5 to 1.5, heads of 64 channels and 64 regions an image, 300 updates of 8, lr 1e-3, a
     tenth at 0.8 of them, layer decay 0.75, weight decay 0.05, gradients clipped at 1, no drop path, no relative

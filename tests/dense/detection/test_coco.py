@@ -211,6 +211,16 @@ def test_layouts(tmp_path: Path) -> None:
         find_split(tmp_path / "set", "val")
 
 
+def test_a_prepared_sets_sidecar_is_no_file_of_objects(tmp_path: Path) -> None:
+    (tmp_path / "train.json").write_text("{}")
+    (tmp_path / "train.beton").touch()
+    with pytest.raises(UserError, match="belongs to the prepared set beside it"):
+        find_split(tmp_path, "train")
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "train.json").write_text("{}")
+    assert find_split(tmp_path, "train")[0] == tmp_path / "annotations" / "train.json"
+
+
 def test_files_named_by_their_address(content: Any, write: Write) -> None:
     """LVIS names no files."""
     for image in content["images"]:
