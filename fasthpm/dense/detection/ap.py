@@ -19,7 +19,7 @@ from fasthpm.dense.detection.coco import CocoSet
 from fasthpm.dense.detection.masks import coco_library, encode, paste
 from fasthpm.ranks.agreement import PATIENCE
 
-KINDS = {"box": "bbox", "mask": "segm"}
+KINDS = {"mask": "segm", "box": "bbox"}
 SHOWN = ("AP_all", "AP_50", "AP_75", "AP_small", "AP_medium", "AP_large")
 NAMES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 FREQUENCIES = {"APr": "ap_rare", "APc": "ap_common", "APf": "ap_frequent"}  # LVIS's
@@ -95,13 +95,20 @@ def _once(parts: Sequence[Found]) -> Found:
 
 
 # -------------------------------------------------------------------------------------------------- measuring
-def average_precision(data: CocoSet, found: Found) -> dict[str, float]:
-    """Figures in percent of the images that were looked at: `box_ap`, `box_ap50`, …, `mask_ap_large`, and of LVIS
-    `box_ap_rare` and so on.
+def average_precision(data: CocoSet, found: Found) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Figures in percent of the images that were looked at, `mask_ap`, `mask_ap50`, …, `box_ap_large`, and of LVIS
+    `mask_ap_rare` and so on; and a row per class with its `mask_ap` and `box_ap`, None where it has no object.
 
-    - `found`: gathered; **Raises:** `UserError` if faster_coco_eval is missing
+    - `found`: gathered
     """
-    return {name: value for kind in KINDS for name, value in measure(data, found, kind)[0].items()}
+    figures: dict[str, float] = {}
+    table: list[dict[str, Any]] = [{"class": name} for name in data.classes]
+    for kind in KINDS:
+        of_all, by_class = measure(data, found, kind)
+        figures |= of_all
+        for row, value in zip(table, by_class, strict=True):
+            row[f"{kind}_ap"] = None if value is None else round(value, 4)
+    return figures, table
 
 
 def measure(data: CocoSet, found: Found, kind: str) -> tuple[dict[str, float], list[float | None]]:

@@ -30,7 +30,7 @@ from fasthpm.data.statistics import PixelStatistics
 from fasthpm.dense import command
 from fasthpm.dense.command import DenseResult
 from fasthpm.dense.detection import masks, pictures
-from fasthpm.dense.detection.ap import FREQUENCIES, NAMES, Found, described, gathered, measure
+from fasthpm.dense.detection.ap import FREQUENCIES, NAMES, Found, average_precision, described, gathered
 from fasthpm.dense.detection.augment import Fit, Jitter, collate
 from fasthpm.dense.detection.coco import CocoSet, find_split, open_set
 from fasthpm.dense.detection.settings import RECIPES, SMALL, SMALL_SIDE, Detect
@@ -106,7 +106,7 @@ class Detection(Task):
             settings.drop_path,
             settings.activation_checkpointing,
         )
-        heads = heads_of(settings.heads, settings.score, settings.detections)
+        heads = heads_of(settings.heads, *settings.limits)
         network = build_detector(model, windows, heads, len(data.classes), settings.seed)
         if settings.loss == "federated":
             from fasthpm.dense.detection.lvis import FederatedHeads, image_counts, labels_of
@@ -120,7 +120,7 @@ class Detection(Task):
         for predictions, batch in predicted(forward, loader, pixels, launch):
             found.add(predictions, batch.targets)
         whole = gathered(found)
-        return ranks.by_first(lambda: tested(data, whole))
+        return ranks.by_first(lambda: Tested(*average_precision(data, whole)))
 
     def draw(
         self, forward: Any, loader: DenseLoader, pixels: PixelStatistics, launch: ranks.Launch, path: Path
@@ -166,18 +166,6 @@ def predicted(
             channels = as_coco(loader).channels
             images = torch.zeros(1, channels, side, side, device=launch.device)
         yield forward(images)[: len(batch.targets)], batch
-
-
-def tested(data: CocoSet, found: Found) -> Tested:
-    """Figures and the table of classes."""
-    figures: dict[str, float] = {}
-    table: list[dict[str, Any]] = [{"class": name} for name in data.classes]
-    for kind in ("mask", "box"):
-        of_all, by_class = measure(data, found, kind)
-        figures |= of_all
-        for row, value in zip(table, by_class, strict=True):
-            row[f"{kind}_ap"] = None if value is None else round(value, 4)
-    return Tested(figures, table)
 
 
 def example(data: CocoSet, prediction: dict[str, Tensor], target: dict[str, Tensor]) -> pictures.Example:

@@ -8,7 +8,7 @@ from fasthpm.errors import UserError
 from fasthpm.options import OURS, RELEASED, option
 
 SMALL_SIDE = 128  # pixels of a run's images: up to here --recipe auto means small
-LOSSES = ("softmax", "federated")
+LIMITS = {"softmax": (0.05, 100), "federated": (0.02, 300)}  # least score, most detections of an image
 HEADS = ("vitdet", "small")
 COCO_IMAGES = 118_000  # as ViTDet counts an epoch
 
@@ -44,13 +44,28 @@ class Detect(Dense):
         1.0, "objects with a shorter side in the crop, in pixels, are left out", low=0, origin=OURS
     )
     # long tails
-    loss: str = option("softmax", "of the classes; federated: LVIS's, with sigmoids", choices=LOSSES, origin=RELEASED)
+    loss: str = option(
+        "softmax", "of the classes; federated: LVIS's, with sigmoids", choices=tuple(LIMITS), origin=RELEASED
+    )
     repeat_threshold: float = option(
         0.0, "images of classes rarer than this share come more often; 0 = never", low=0, below=1, origin=RELEASED
     )
     # test
-    score: float = option(0.05, "detections below this are left out", low=0, below=1, origin=RELEASED, run_only=True)
-    detections: int = option(100, "most detections of an image", low=1, origin=RELEASED, run_only=True)
+    score: float = option(
+        0.0,
+        f"detections below this are left out; 0 = {LIMITS['softmax'][0]}, of a federated loss {LIMITS['federated'][0]}",
+        low=0,
+        below=1,
+        origin=RELEASED,
+        run_only=True,
+    )
+    detections: int = option(
+        0,
+        f"most detections of an image; 0 = {LIMITS['softmax'][1]}, of a federated loss {LIMITS['federated'][1]}",
+        low=0,
+        origin=RELEASED,
+        run_only=True,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,6 +79,12 @@ class Detect(Dense):
     def side(self) -> int:
         """Of the square that the network sees."""
         return self.image_size[0]
+
+    @property
+    def limits(self) -> tuple[float, int]:
+        """Least score and most detections of an image."""
+        score, detections = LIMITS[self.loss]
+        return self.score or score, self.detections or detections
 
 
 # -------------------------------------------------------------------------------------------------- recipes
@@ -120,7 +141,7 @@ def maskrcnn_vit_base_lvis() -> Detect:
     HPM's: not at hand. Ours: not yet run.
 
     [released code] (detectron2's projects/ViTDet) repeat-factor sampling at 0.001; sigmoids, federated loss of 50
-    classes; score 0.02, 300 detections; lr 2e-4 at batch 64, 156,250 updates. The rest as in
+    classes; detections from 0.02, 300 of an image; lr 2e-4 at batch 64, 156,250 updates. The rest as in
     maskrcnn_vit_base_coco_100e.
     """
     return replace(
@@ -129,8 +150,6 @@ def maskrcnn_vit_base_lvis() -> Detect:
         lr=2e-4,
         loss="federated",
         repeat_threshold=0.001,
-        score=0.02,
-        detections=300,
         eval_every=31_250,
     )
 

@@ -98,7 +98,7 @@ def test_figures_are_pycocotools(seed: int) -> None:
     data = random_set(generator)
     detections = random_detections(generator, data)
     found = Found(set(range(len(data))), detections)
-    ours = average_precision(data, found)
+    ours, table = average_precision(data, found)
     for kind, theirs in (("box", "bbox"), ("mask", "segm")):
         wanted, precision = pycocotools_ap(data.truth(range(len(data))), detections, theirs)
         names = [f"{kind}_{name}" for name in ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")]
@@ -108,6 +108,7 @@ def test_figures_are_pycocotools(seed: int) -> None:
         _, by_class = measure(data, found, kind)
         each = [100 * precision[:, :, k, 0, 2].mean() for k in range(CLASSES)]
         assert by_class == pytest.approx(each, abs=1e-6)
+        assert [row[f"{kind}_ap"] for row in table] == pytest.approx(each, abs=1e-3)
 
 
 def test_of_some_images_alone() -> None:
@@ -116,13 +117,13 @@ def test_of_some_images_alone() -> None:
     data = random_set(generator)
     detections = random_detections(generator, data)
     some = [row for row in detections if row["image_id"] < 6]
-    ours = average_precision(data, Found(set(range(6)), some))
+    ours, _ = average_precision(data, Found(set(range(6)), some))
     assert ours["box_ap"] == pytest.approx(100 * pycocotools_ap(data.truth(range(6)), some, "bbox")[0][0], abs=1e-6)
 
 
 def test_nothing_detected_is_zero() -> None:
     data = random_set(np.random.default_rng(0))
-    figures = average_precision(data, Found(set(range(len(data))), []))
+    figures, _ = average_precision(data, Found(set(range(len(data))), []))
     assert figures["mask_ap"] == figures["box_ap50"] == 0
     _, by_class = measure(data, Found(set(range(len(data))), []), "mask")
     assert by_class == [0.0] * CLASSES
@@ -142,7 +143,7 @@ def test_a_perfect_detector_has_all() -> None:
     data = random_set(generator)
     truth = data.truth(range(len(data)))["annotations"]
     detections = [{**row, "score": 0.9} for row in truth if not row["iscrowd"]]
-    figures = average_precision(data, Found(set(range(len(data))), detections))
+    figures, _ = average_precision(data, Found(set(range(len(data))), detections))
     assert figures["box_ap"] == pytest.approx(100)
     assert figures["mask_ap"] == pytest.approx(100)
 

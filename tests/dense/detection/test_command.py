@@ -156,7 +156,7 @@ def test_lvis_trains_too(run: Path, data: Path, tmp_path: Path) -> None:
         (data / f"lvis_v1_{split}.json").write_text(json.dumps(content))
     words = [word for split in ("train", "val") for word in (f"--{split}_json", data / f"lvis_v1_{split}.json")]
     words += ["--train_images", data / "train", "--val_images", data / "val"]
-    words += ["--loss", "federated", "--repeat_threshold", 0.9, "--detections", 300, "--score", 0.02]
+    words += ["--loss", "federated", "--repeat_threshold", 0.9]
     found = start(run, *words, *SHORT, "--output_dir", tmp_path / "out")
     assert {"box_ap_rare", "mask_ap_frequent"} < found.figures.keys()
     assert start(run, *words, "--evaluate", "--output_dir", tmp_path / "out").figures.keys() >= {"box_ap_rare"}

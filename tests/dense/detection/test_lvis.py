@@ -145,7 +145,7 @@ def test_ap_counts_only_what_is_known(content: Any, write: Any) -> None:
         return {**where, "image_id": sample, "category_id": label, "score": 0.9}
 
     def ap(*more: dict[str, Any]) -> dict[str, float]:
-        return average_precision(data, Found({0, 1, 2}, [dict(row) for row in (*right, *more)]))
+        return average_precision(data, Found({0, 1, 2}, [dict(row) for row in (*right, *more)]))[0]
 
     perfect = ap()
     assert perfect["box_ap"] == perfect["mask_ap"] == pytest.approx(100)

@@ -35,7 +35,9 @@ def test_the_papers_schedule_is_twelve_epochs() -> None:
     short = RECIPES["maskrcnn_vit_base_coco_12e"]()
     assert (short.steps, short.global_batch_size, short.lr) == (88_500, 16, 4e-5)
     lvis = RECIPES["maskrcnn_vit_base_lvis"]()
-    assert (lvis.loss, lvis.repeat_threshold, lvis.score, lvis.detections) == ("federated", 0.001, 0.02, 300)
+    assert (lvis.loss, lvis.repeat_threshold, lvis.limits) == ("federated", 0.001, (0.02, 300))
+    assert short.limits == (0.05, 100)
+    assert Detect(score=0.3, detections=7).limits == (0.3, 7)
 
 
 @pytest.mark.parametrize(
