@@ -55,7 +55,7 @@ def draw_ground(photographs: Sequence[Image.Image], draws: Array, size: int) -> 
     return best.copy()
 
 
-def read_photograph(file: Path, shorter: int = SHORTER_SIDE) -> Image.Image:
+def read_photograph(file: Path, shorter: int) -> Image.Image:
     """A photograph whose shorter side has `shorter` pixels, or fewer. **Raises:** `UserError` if it is damaged."""
     try:
         image = read_source(file, (max(DECODED[0], shorter), max(DECODED[1], shorter)))
@@ -75,7 +75,7 @@ def read_photographs(files: Sequence[Path], size: int = 0) -> dict[str, list[Ima
     found, shorter = [], 2 * size if size * CLOSEST * 1.25 > SHORTER_SIDE else SHORTER_SIDE
     with progress_bar(len(files), "look", "photograph") as bar:
         for number, file in enumerate(files):
-            photograph = read_photograph(file)
+            photograph = read_photograph(file, SHORTER_SIDE)
             draws = uniforms(key_of(0, 0, Stream.PREPARATION), np.array([number]), PROBES * BOX).reshape(PROBES, BOX)
             shares = [texture(crop(photograph, PROBE_SIDE, draw[1:])) for draw in draws]
             if sum(share >= TEXTURED for share in shares) >= FEWEST_TEXTURED:
