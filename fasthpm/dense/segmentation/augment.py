@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fasthpm.dense.segmentation.network import IGNORE
+from fasthpm.dense.pairs import IGNORED
 
 Array = NDArray[np.uint8]
 Sample = tuple[Array, Array]
@@ -24,13 +24,13 @@ HUES = 256 / 180  # Pillow's steps in one of these
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Callable: an image uint8 [H, W, 3], its mask [H, W] and random numbers -> a crop: uint8 [3, h, w] and [h, w].
+    """Callable: an image uint8 [H, W, C], its mask [H, W] and random numbers -> a crop: uint8 [C, h, w] and [h, w].
 
     In this order: resize by a random factor with the aspect kept, crop at random (again while one class has more than
     `cat_max_ratio` of the labelled pixels, up to 10 times), pad, mirror, distort the colours.
 
     - `crop`: (h, w); `short_side`: of a resize by the factor 1; `factors`: lowest and highest
-    - `distort`: whether colours are distorted; `fill`: colour of what lies outside the image, whose mask is `IGNORE`
+    - `distort`: whether colours are distorted; `fill`: colour of what lies outside the image, whose mask is `IGNORED`
     """
 
     crop: tuple[int, int]
@@ -39,7 +39,7 @@ class Augmentation:
     cat_max_ratio: float = 0.75
     flip: bool = True
     distort: bool = True
-    fill: tuple[int, int, int] = (124, 116, 104)
+    fill: tuple[int, ...] = (124, 116, 104)
 
     def __call__(self, sample: Sample, random: np.random.Generator) -> Sample:
         """See the class."""
@@ -54,7 +54,7 @@ class Augmentation:
         if self.distort:
             image = distorted(image, random)
         image = padded(image, self.crop, self.fill)
-        return np.ascontiguousarray(image.transpose(2, 0, 1)), padded(mask, self.crop, IGNORE)
+        return np.ascontiguousarray(image.transpose(2, 0, 1)), padded(mask, self.crop, IGNORED)
 
     def _corner(self, mask: Array, size: tuple[int, int], random: np.random.Generator) -> tuple[int, int]:
         """Row and column of the crop in the image of `size`."""
@@ -64,15 +64,15 @@ class Augmentation:
             if self.cat_max_ratio >= 1 or tried == TRIES:
                 break
             kept = (min(size[0] - row, self.crop[0]), min(size[1] - column, self.crop[1]))
-            counts = np.bincount(resized_mask(mask, size, (row, column), kept).reshape(-1), minlength=IGNORE + 1)
-            counts[IGNORE] = 0
+            counts = np.bincount(resized_mask(mask, size, (row, column), kept).reshape(-1), minlength=IGNORED + 1)
+            counts[IGNORED] = 0
             if np.count_nonzero(counts) > 1 and counts.max() < self.cat_max_ratio * counts.sum():
                 break
         return row, column
 
 
 def for_test(sample: Sample, short_side: int) -> Sample:
-    """An image resized as for training by the factor 1, uint8 [3, h, w], and its mask as it is, [H, W]."""
+    """An image resized as for training by the factor 1, uint8 [C, h, w], and its mask as it is, [H, W]."""
     image, mask = sample
     size = fitted(mask.shape, short_side * LONG_BY_SHORT, short_side)
     return np.ascontiguousarray(resized_image(image, size, (0, 0), size).transpose(2, 0, 1)), mask
@@ -130,8 +130,8 @@ def _between(before: NDArray[Any], after: NDArray[Any], share: NDArray[np.float3
     return first
 
 
-def padded(pixels: Array, size: tuple[int, int], value: int | tuple[int, int, int]) -> Array:
-    """[h, w] or [h, w, 3] filled up with `value` to `size` (height, width), right and below."""
+def padded(pixels: Array, size: tuple[int, int], value: int | tuple[int, ...]) -> Array:
+    """[h, w] or [h, w, C] filled up with `value` to `size` (height, width), right and below."""
     if pixels.shape[:2] == size:
         return np.ascontiguousarray(pixels)
     whole = np.empty((*size, *pixels.shape[2:]), pixels.dtype)
@@ -153,10 +153,10 @@ def distorted(image: Array, random: np.random.Generator) -> Array:
 
 
 def recoloured(image: Array, random: np.random.Generator) -> Array:
-    """Saturation and hue, each changed in half of all images."""
+    """Saturation and hue of RGB, each changed in half of all images; grey images stay as they are."""
     saturation = random.uniform(*SATURATION) if random.random() < 0.5 else 1.0
     hue = int(random.integers(-HUE, HUE)) if random.random() < 0.5 else 0
-    if saturation == 1.0 and hue == 0:
+    if image.shape[2] != 3 or (saturation == 1.0 and hue == 0):
         return image
     hsv = np.array(Image.fromarray(np.ascontiguousarray(image)).convert("HSV"))
     hsv[..., 0] += np.uint8(round(hue * HUES) % 256)  # wraps around

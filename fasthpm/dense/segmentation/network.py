@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fasthpm.dense.pairs import IGNORED
 from fasthpm.dense.segmentation.norms import SharedNorm
 from fasthpm.errors import UserError
 from fasthpm.exchange.forms import encoder_of, library
@@ -19,7 +20,6 @@ from fasthpm.layers import LAYER_NORM_EPS
 from fasthpm.model import HPMViT
 from fasthpm.probes.classifier import resize_positions
 
-IGNORE = 255  # the label of pixels that count nowhere
 AUXILIARY_WEIGHT, AUXILIARY_WIDTH = 0.4, 256  # [released code] mmseg's FCN head on the third level
 DROPOUT = 0.1  # [released code] of whole channels, before both classifiers
 CLASSIFIER_STD = 0.01  # [released code] of both classifiers at the start
@@ -89,8 +89,8 @@ def enlarged(logits: Tensor, images: Tensor) -> Tensor:
 
 
 def pixel_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of logits [B, K, H, W] and labels [B, H, W], over all pixels; `IGNORE` counts as 0."""
-    return F.cross_entropy(logits, targets.long(), ignore_index=IGNORE, reduction="sum") / targets.numel()
+    """Cross-entropy of logits [B, K, H, W] and labels [B, H, W], over all pixels; `IGNORED` counts as 0."""
+    return F.cross_entropy(logits, targets.long(), ignore_index=IGNORED, reduction="sum") / targets.numel()
 
 
 class Embeddings(nn.Module):
@@ -156,7 +156,7 @@ def build_segmenter(
             auxiliary_in_channels=model.embed_dim,
             auxiliary_channels=min(AUXILIARY_WIDTH, width),
             auxiliary_loss_weight=AUXILIARY_WEIGHT,
-            loss_ignore_index=IGNORE,
+            loss_ignore_index=IGNORED,
             num_labels=num_classes,
         )
         net = upernet.UperNetForSemanticSegmentation(config)
@@ -171,8 +171,8 @@ def check(model: HPMViT, image_size: tuple[int, int], relative_positions: bool) 
     side, depth = model.patch_size, len(model.blocks)
     if model.video:
         raise UserError("segment reads images, and this run was trained on video; give a run of images")
-    if model.in_chans != 3:
-        raise UserError(f"segment reads RGB images, and this run's have {model.in_chans} channels; give a run of RGB")
+    if model.in_chans not in (1, 3):
+        raise UserError(f"segment reads RGB or grey images, and this run's have {model.in_chans} channels")
     if depth < LEVELS:
         raise UserError(f"UPerNet reads {LEVELS} levels, and this encoder has {depth} blocks; give a deeper one")
     if any(length % side or length < 2 * side for length in image_size):
