@@ -16,8 +16,8 @@ from torch import Tensor
 
 from fasthpm.data.statistics import PixelStatistics
 from fasthpm.dense.pairs import IGNORED
-from fasthpm.probes.result import share
 from fasthpm.ranks import Launch
+from fasthpm.ranks.agreement import share
 
 Forward = Callable[[Tensor], Tensor]  # float [B, C, h, w], normalised -> logits, float [B, K, h, w]
 
