@@ -14,7 +14,7 @@ from tests.helpers.launch import ROOT
 STOREYS = (
     "entry", "errors machine", "files", "cli", "options", "data", "kernels",
     "mask mask_loops loss difficulty layers architecture model targets rules recipe schedule patches",
-    "recipes", "ranks", "speed", "frozen step teacher", "maps", "checkpoint", "exchange", "run",
+    "recipes", "ranks", "speed", "frozen step teacher", "maps", "checkpoint", "exchange", "run", "tuning",
     "probes", "dense", "pictures", "commands", "pretrain",
 )  # fmt: skip
 HEIGHTS = {f"fasthpm.{room}": height for height, storey in enumerate(STOREYS) for room in storey.split()}

@@ -4,10 +4,10 @@ An evaluation leaves `result.json` (protocol, accuracy, versions, checkpoint, co
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fasthpm import checkpoint, files, ranks
@@ -119,18 +119,21 @@ def write_text(path: Path, text: str) -> None:
         files.write_text(path, text)
 
 
-def write_result(folder: Path, result: dict[str, Any]) -> str:
-    """Write `folder`/result.json and result.md. **Returns:** the row of Markdown."""
+def write_result(folder: Path, result: dict[str, Any], shown: Sequence[str] = SHOWN, more: str = "") -> str:
+    """Write `folder`/result.json and result.md. **Returns:** the row of Markdown.
+
+    - `shown`: its columns; `more`: what stands below it
+    """
     write_text(folder / "result.json", json.dumps(result, indent=2) + "\n")
-    row = markdown_row(result)
-    head = f"| {' | '.join(SHOWN)} |\n|{'---|' * len(SHOWN)}\n"
-    write_text(folder / "result.md", f"{head}{row}\n")
+    row = markdown_row(result, shown)
+    head = f"| {' | '.join(shown)} |\n|{'---|' * len(shown)}\n"
+    write_text(folder / "result.md", f"{head}{row}\n" + (f"\n{more}" if more else ""))
     return row
 
 
-def markdown_row(result: dict[str, Any]) -> str:
-    """One row with the columns of `SHOWN`."""
-    return f"| {' | '.join(_cell(result.get(name)) for name in SHOWN)} |"
+def markdown_row(result: dict[str, Any], shown: Sequence[str] = SHOWN) -> str:
+    """One row with the columns `shown`."""
+    return f"| {' | '.join(_cell(result.get(name)) for name in shown)} |"
 
 
 def _cell(value: Any) -> str:
@@ -152,19 +155,3 @@ def count_hits(logits: Tensor, labels: Tensor, k: int) -> Tensor:
     """How many of `labels` [B] are among the k largest of `logits` [B, K]: int64 0-dim."""
     top = logits.topk(min(k, logits.shape[1]), dim=1).indices
     return (top == labels[:, None]).any(1).sum()
-
-
-def torch_seed(*parts: int) -> int:
-    """One seed of several numbers, for torch and numpy (32 bits)."""
-    value = 0
-    for part in parts:
-        value = (value * 0x9E3779B1 + part + 0x7F4A7C15) % 2**64
-        value = ((value ^ (value >> 29)) * 0xBF58476D1CE4E5B9) % 2**64
-    return (value ^ (value >> 32)) % 2**32
-
-
-def share(samples: Tensor, world_size: int) -> Tensor:
-    """Sum of counts over ranks, in place."""
-    if world_size > 1:
-        torch.distributed.all_reduce(samples)
-    return samples
