@@ -42,11 +42,13 @@ class Segmenter(nn.Module):
     """Images and masks in, losses out; without masks, logits.
 
     - `net`: transformers' UPerNet, of `build_segmenter`
+    - `strides`: how tests go over an image with windows, down and across; None: they take it as a whole
     """
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net: Any = net
+        self.strides: tuple[int, int] | None = None
 
     def forward(self, images: Tensor, targets: Tensor | None = None) -> Any:
         """float [B, C, H, W], normalised, and labels [B, H, W] -> {"loss_seg", "loss_aux"}, scalars; or -> logits,
