@@ -42,10 +42,11 @@ from fasthpm.dense.segmentation.settings import RECIPES, SMALL, SMALL_SIDE, Segm
 from fasthpm.dense.segmentation.testing import Windows, class_table, count_pixels, figures, predicted
 from fasthpm.dense.task import Task, Tested
 from fasthpm.dense.tuning import normalised
-from fasthpm.errors import UserError
+from fasthpm.errors import UserError, note_once
 from fasthpm.model import HPMViT
 
 SUMMARY = __doc__ or ""
+FEW = 8  # images that norms are over: fewer are worth a word
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,12 @@ class Segmentation(Task):
         if settings.batch_size * world_size() < 2 and not settings.evaluate:
             raise UserError(
                 "batch_size is 1 on one device, and UPerNet's norms need two images at a time; use --batch_size 2"
+            )
+        together = settings.batch_size * world_size()
+        if together < FEW and not settings.evaluate:
+            note_once(
+                f"norms are over the {together} images that are trained on at a time, mmseg's over 16; --batch_size "
+                f"{FEW} or more is steadier"
             )
         network = build_segmenter(
             model,
