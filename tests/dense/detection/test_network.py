@@ -99,6 +99,7 @@ def test_anchors_are_torchvisions_where_nothing_is_rounded() -> None:
     theirs = AnchorGenerator(tuple((8 * s,) for s in (4, 8, 16, 32, 64)), ((0.5, 1.0, 2.0),) * 5)
     wanted = theirs(listed, [each.float() for each in maps])
     assert len(ours) == 2
+    assert torch.equal(ours[0], Anchors(strides(16), 8.0)(listed, [each.float() for each in maps])[0])
     assert ours[0].shape == wanted[0].shape
     torch.testing.assert_close(ours[0][1::3], wanted[0][1::3], rtol=0, atol=0)
     torch.testing.assert_close(ours[0], wanted[0], rtol=0, atol=0.5)
