@@ -56,6 +56,7 @@ COMMANDS = {
     "knn": ("fasthpm.probes.knn", "k-NN accuracy of a run's encoder"),
     "linear": ("fasthpm.probes.linear", "linear probe of a run's encoder"),
     "finetune": ("fasthpm.probes.finetune", "fine-tune a run's encoder on labelled images"),
+    "detect": ("fasthpm.dense.detection", "Mask R-CNN on a run's encoder: boxes and masks of objects"),
     "dense": ("fasthpm.dense.probe", "k-NN and linear probe of patches, on images with masks"),
     "embed": ("fasthpm.probes.embed", "features of any images, as NumPy arrays"),
     "import": ("fasthpm.exchange.importing", "make a run of an HPM, MAE or AMT checkpoint"),

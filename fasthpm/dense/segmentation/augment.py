@@ -53,7 +53,7 @@ class Augmentation:
             image, mask = image[:, ::-1], mask[:, ::-1]
         if self.distort:
             image = distorted(image, random)
-        image = padded(image, self.crop, self.fill)
+        image = padded(image, self.crop, self.fill if image.shape[2] == len(self.fill) else round(np.mean(self.fill)))
         return np.ascontiguousarray(image.transpose(2, 0, 1)), padded(mask, self.crop, IGNORED)
 
     def _corner(self, mask: Array, size: tuple[int, int], random: np.random.Generator) -> tuple[int, int]:

@@ -17,6 +17,7 @@ from fasthpm.dense.segmentation.norms import SharedNorm
 from fasthpm.errors import UserError
 from fasthpm.exchange.forms import encoder_of, library
 from fasthpm.layers import LAYER_NORM_EPS
+from fasthpm.mask_loops import on_cpu
 from fasthpm.model import HPMViT
 from fasthpm.probes.classifier import resize_positions
 
@@ -42,11 +43,13 @@ class Segmenter(nn.Module):
     """Images and masks in, losses out; without masks, logits.
 
     - `net`: transformers' UPerNet, of `build_segmenter`
+    - `strides`: how tests go over an image with windows, down and across; None: they take it as a whole
     """
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net: Any = net
+        self.strides: tuple[int, int] | None = None
 
     def forward(self, images: Tensor, targets: Tensor | None = None) -> Any:
         """float [B, C, H, W], normalised, and labels [B, H, W] -> {"loss_seg", "loss_aux"}, scalars; or -> logits,
@@ -55,7 +58,9 @@ class Segmenter(nn.Module):
         A loss is the mean over all pixels, ignored ones as 0, as in mmseg; over an image that is ignored as a whole it
         is 0, and over several ranks and micro-steps the mean of their losses is that of all pixels.
         """
-        maps = self.net.backbone(images.to(self.net.decode_head.classifier.weight.dtype)).feature_maps
+        images = images.to(self.net.decode_head.classifier.weight.dtype)
+        self._choose_attention(images)
+        maps = self.net.backbone(images).feature_maps
         logits = self.net.decode_head(maps)
         if targets is None:
             return enlarged(logits, images)
@@ -64,6 +69,12 @@ class Segmenter(nn.Module):
             "loss_seg": pixel_loss(enlarged(logits, images), targets),
             "loss_aux": AUXILIARY_WEIGHT * pixel_loss(enlarged(auxiliary, images), targets),
         }
+
+    def _choose_attention(self, images: Tensor) -> None:
+        """torch's fused attention, or on a CPU in bfloat16 plain matmuls, which are faster there (`layers.attend`)."""
+        kind = "eager" if on_cpu(images) and images.dtype == torch.bfloat16 else "sdpa"
+        if self.net.backbone.config._attn_implementation != kind:
+            self.net.backbone.set_attn_implementation(kind)
 
     def features(self, images: Tensor) -> list[Tensor]:
         """The encoder's four levels before the pyramid: each [B, D, H / P, W / P]."""
@@ -147,19 +158,10 @@ def build_segmenter(
     **Raises:** `UserError` for a model or sizes that UPerNet cannot take.
     """
     check(model, image_size, relative_positions)
-    upernet = library("transformers")
+    config = upernet_config(model, num_classes, image_size, width, drop_path, relative_positions, layer_scale)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        config = upernet.UperNetConfig(
-            backbone_config=encoder_config(model, image_size, drop_path, relative_positions, layer_scale),
-            hidden_size=width,
-            auxiliary_in_channels=model.embed_dim,
-            auxiliary_channels=min(AUXILIARY_WIDTH, width),
-            auxiliary_loss_weight=AUXILIARY_WEIGHT,
-            loss_ignore_index=IGNORED,
-            num_labels=num_classes,
-        )
-        net = upernet.UperNetForSemanticSegmentation(config)
+        net = library("transformers").UperNetForSemanticSegmentation(config)
         start_heads(net)
     adapt(net)
     load_encoder(net, model, image_size)
@@ -197,11 +199,18 @@ def levels_of(depth: int) -> list[int]:
     return [depth // 3, depth // 2, -(-2 * depth // 3), depth]
 
 
-def encoder_config(
-    model: HPMViT, image_size: tuple[int, int], drop_path: float, relative_positions: bool, layer_scale: float
+def upernet_config(
+    model: HPMViT,
+    num_classes: int,
+    image_size: tuple[int, int],
+    width: int,
+    drop_path: float = 0.0,
+    relative_positions: bool = False,
+    layer_scale: float = 0.0,
 ) -> Any:
-    """transformers' configuration of an encoder that computes what `model`'s does."""
-    return library("transformers").BeitConfig(
+    """transformers' configuration of UPerNet on an encoder that computes what `model`'s does; see `build_segmenter`."""
+    transformers = library("transformers")
+    encoder = transformers.BeitConfig(
         hidden_size=model.embed_dim,
         num_hidden_layers=len(model.blocks),
         num_attention_heads=model.num_heads,
@@ -219,6 +228,15 @@ def encoder_config(
         add_fpn=True,
         reshape_hidden_states=True,
         out_indices=levels_of(len(model.blocks)),
+    )
+    return transformers.UperNetConfig(
+        backbone_config=encoder,
+        hidden_size=width,
+        auxiliary_in_channels=model.embed_dim,
+        auxiliary_channels=min(AUXILIARY_WIDTH, width),
+        auxiliary_loss_weight=AUXILIARY_WEIGHT,
+        loss_ignore_index=IGNORED,
+        num_labels=num_classes,
     )
 
 

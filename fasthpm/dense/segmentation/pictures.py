@@ -10,13 +10,14 @@ from PIL import Image, ImageDraw
 
 from fasthpm import files
 from fasthpm.data.sampling import Array
-from fasthpm.dense.pairs import IGNORED
+from fasthpm.dense.pairs import BACKGROUND, IGNORED
 
 PANELS = ("image", "mask", "prediction")
 SIDE, LARGEST = 192, 384  # pixels of a panel's longer side, at least and at most
 GAP, LINE, SWATCH = 6, 16, 12
 COLUMN = 150  # pixels that a class has in the legend
-PAPER, INK, NOTHING = (255, 255, 255), (30, 30, 30), (0, 0, 0)  # NOTHING: pixels that are ignored
+PAPER, INK, GREY = (255, 255, 255), (30, 30, 30), (110, 110, 110)
+NOTHING = (0, 0, 0)  # pixels that are ignored
 GOLDEN = 0.618034
 
 
@@ -30,7 +31,7 @@ class Example(NamedTuple):
 
 def draw(examples: Sequence[Example], classes: Sequence[str]) -> Image.Image:
     """A row per example; below them the classes that occur anywhere, each with its colour."""
-    colours = palette(len(classes))
+    colours = palette(classes)
     rows = [[enlarged(part) for part in painted(example, colours)] for example in examples]
     occurring = sorted({int(label) for one in examples for part in one[1:] for label in np.unique(part)} - {IGNORED})
     panel = max(row[0].width for row in rows) + GAP
@@ -61,12 +62,14 @@ def save(examples: Sequence[Example], classes: Sequence[str], path: Path) -> Non
             draw(examples, classes).save(aside, format="PNG")
 
 
-def palette(count: int) -> Array:
-    """Colours that neighbours in the list do not share: uint8 [256, 3], the last one of what is ignored."""
+def palette(classes: Sequence[str]) -> Array:
+    """Colours that neighbours in the list do not share, grey for the background: uint8 [256, 3], the last one of what
+    is ignored."""
     table = np.zeros((IGNORED + 1, 3), np.uint8)
-    for label in range(count):
+    for label, name in enumerate(classes):
         value = (0.95, 0.7)[label // 8 % 2]
-        table[label] = [round(255 * part) for part in colorsys.hsv_to_rgb(label * GOLDEN % 1, 0.75, value)]
+        colour = [round(255 * part) for part in colorsys.hsv_to_rgb(label * GOLDEN % 1, 0.75, value)]
+        table[label] = GREY if name.lower() == BACKGROUND else colour
     table[IGNORED] = NOTHING
     return table
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from fasthpm.data.statistics import PixelStatistics
 from fasthpm.dense.pairs import IGNORED
-from fasthpm.ranks import Launch
-from fasthpm.ranks.agreement import share
+from fasthpm.dense.tuning import normalised
+from fasthpm.ranks import Launch, share
 
 Forward = Callable[[Tensor], Tensor]  # float [B, C, h, w], normalised -> logits, float [B, K, h, w]
 
@@ -169,9 +169,3 @@ def predicted(logits: Tensor, size: Sequence[int]) -> Tensor:
     if logits.shape[1:] != tuple(size):
         logits = F.interpolate(logits[None], size=tuple(size), mode="bilinear", align_corners=False)[0]
     return logits.argmax(0)
-
-
-def normalised(image: Tensor, pixels: PixelStatistics) -> Tensor:
-    """uint8 [..., C, h, w] -> float32, normalised."""
-    mean, std = (torch.tensor(values, device=image.device)[:, None, None] for values in (pixels.mean, pixels.std))
-    return (image.float() / 255 - mean) / std

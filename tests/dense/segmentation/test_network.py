@@ -190,6 +190,8 @@ def test_it_computes_in_bfloat16_close_to_float32() -> None:
     assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in network.parameters())
     norms = [module for module in network.modules() if isinstance(module, SharedNorm)]
     assert len(norms) == 14  # all of them
+    kinds = [one.net.backbone.config._attn_implementation for one in (network, exact)]
+    assert kinds == ["eager", "sdpa"]  # the faster one on a CPU in bfloat16
     assert all(norm.running_mean is not None and norm.running_mean.dtype == torch.float32 for norm in norms)
 
 

@@ -21,7 +21,7 @@ def example(height: int, width: int, channels: int = 3) -> Example:
 
 def test_panels_stand_side_by_side_in_the_colours_of_their_classes() -> None:
     sheet = np.array(draw([example(48, 64), example(96, 96)], CLASSES))
-    colours = palette(len(CLASSES))
+    colours = palette(CLASSES)
     pitch = 192 + GAP  # panels of 64 x 48 pixels are enlarged three times, those of 96 x 96 twice
     image, truth, guess = (sheet[LINE : LINE + 144, GAP + k * pitch : GAP + k * pitch + 192] for k in range(3))
     assert (image == 77).all()
@@ -37,10 +37,11 @@ def test_panels_stand_side_by_side_in_the_colours_of_their_classes() -> None:
 
 
 def test_colours_differ() -> None:
-    colours = palette(150)[:150].astype(int)
+    colours = palette([str(label) for label in range(150)])[:150].astype(int)
     apart = np.abs(colours[:, None] - colours[None]).sum(2) + 1000 * np.eye(150, dtype=int)
     assert apart[:16, :16].min() > 60
     assert apart.min() > 0
+    assert palette(CLASSES)[0].tolist() == [110, 110, 110]
 
 
 def test_large_and_grey_images_are_written(tmp_path: Path) -> None:

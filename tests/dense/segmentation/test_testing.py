@@ -9,16 +9,8 @@ from torch import Tensor
 
 from fasthpm.data.statistics import PixelStatistics
 from fasthpm.dense.pairs import IGNORED
-from fasthpm.dense.segmentation.testing import (
-    Windows,
-    class_table,
-    confusion,
-    count_pixels,
-    figures,
-    normalised,
-    predicted,
-    starts,
-)
+from fasthpm.dense.segmentation.testing import Windows, class_table, confusion, count_pixels, figures, predicted, starts
+from fasthpm.dense.tuning import normalised
 from fasthpm.ranks import Launch
 
 CPU = torch.device("cpu")
