@@ -11,6 +11,7 @@ ours keeps. Both take turns within a round on the same batch; a ratio is the med
 
 import argparse
 import dataclasses
+import functools
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,19 +19,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.layers import LayerNorm2d
+from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import Tensor, nn
+from torchvision.models.detection import MaskRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.rpn import RPNHead
+from torchvision.ops import MultiScaleRoIAlign
 
 from bench.common import machine, ratios, say, show, spread, table, write_json
 from bench.step import CONFIGS, INFO, Update, measure
 from fasthpm import ranks, recipes
 from fasthpm.cli import Parser, run_command
 from fasthpm.data.statistics import PixelStatistics, statistics_of
+from fasthpm.dense.detection.command import TASK as DETECT
+from fasthpm.dense.detection.network import RATIOS, heads_of
+from fasthpm.dense.detection.pyramid import LEVELS, strides
+from fasthpm.dense.detection.vitdet import ViTDet
 from fasthpm.dense.segmentation.command import TASK as SEGMENT
 from fasthpm.dense.segmentation.network import load_encoder, upernet_config
 from fasthpm.dense.task import Task
 from fasthpm.dense.tuning import normalised, parameter_groups, plan_of
 from fasthpm.errors import UserError
 from fasthpm.exchange.forms import library
+from fasthpm.layers import LAYER_NORM_EPS
 from fasthpm.model import HPMViT
 from fasthpm.patches import model_of
 from fasthpm.recipe import Recipe
@@ -51,6 +65,7 @@ class Case:
     - `settings`: of the small recipe or the published one, for the bench's arguments
     - `batch`: images uint8 and targets as the task's `collate` makes them, fixed
     - `plain`: the library's model with the same encoder; `loss`: what it trains
+    - `precisions`: that the library's model trains in (torchvision pools no regions in bfloat16)
     """
 
     task: Task
@@ -58,6 +73,7 @@ class Case:
     batch: Callable[[argparse.Namespace, Any], tuple[Any, Any]]
     plain: Callable[[HPMViT, Any], nn.Module]
     loss: Loss
+    precisions: tuple[str, ...] = tuple(CONFIGS)
 
 
 class Classes:
@@ -95,7 +111,106 @@ def segment_loss(net: Any, images: Tensor, masks: Tensor) -> Tensor:
     return loss
 
 
-CASES = {"segment": Case(SEGMENT, segment_settings, segment_batch, plain_segment, segment_loss)}
+# -------------------------------------------------------------------------------------------------- detection
+def detect_settings(arguments: argparse.Namespace) -> Any:
+    """The small recipe for small crops, the published one, without relative positions, for large ones."""
+    name = "maskrcnn_small" if arguments.size == "nano" else "maskrcnn_vit_base_coco_12e"
+    size = SIZES[arguments.size]["input_size"]
+    return dataclasses.replace(DETECT.recipes[name](), input_size=size, relative_positions=False)
+
+
+def detect_batch(arguments: argparse.Namespace, settings: Any) -> tuple[Tensor, list[dict[str, Tensor]]]:
+    """Random pixels, and three rectangles in every image."""
+    random, side = torch.Generator().manual_seed(0), settings.side
+    images = torch.randint(0, 256, (arguments.batch_size, 3, side, side), dtype=torch.uint8, generator=random)
+    targets = []
+    for _ in range(arguments.batch_size):
+        corners = (torch.rand(3, 2, generator=random) * 0.6 * side).floor()
+        boxes = torch.cat([corners, corners + 0.35 * side], dim=1)
+        masks = torch.zeros(3, side, side, dtype=torch.uint8)
+        for mask, (left, top, right, bottom) in zip(masks, boxes.int().tolist(), strict=True):
+            mask[top:bottom, left:right] = 1
+        labels = torch.randint(1, len(CLASSES) + 1, (3,), generator=random)
+        targets.append({"boxes": boxes, "labels": labels, "masks": masks})
+    return images, targets
+
+
+def plain_detect(model: HPMViT, settings: Any) -> nn.Module:
+    """torchvision's Mask R-CNN of as many layers as ours, as its parts come, on timm's ViTDet encoder."""
+    ours: Any = DETECT.network(model, settings, Classes())
+    heads, steps, side = heads_of(settings.heads, *settings.limits), strides(model.patch_size), settings.side
+    channels, convs = heads.channels, [heads.channels] * heads.box_convs
+    body = plain_encoder(ours.backbone.body)
+    net: nn.Module = MaskRCNN(
+        PlainBackbone(body, ours.backbone.pyramid, channels),
+        min_size=side,
+        max_size=side,
+        image_mean=[0.0] * 3,
+        image_std=[1.0] * 3,
+        rpn_anchor_generator=AnchorGenerator(tuple((step * heads.anchor,) for step in steps), (RATIOS,) * len(steps)),
+        rpn_head=RPNHead(channels, len(RATIOS), heads.rpn_convs),
+        rpn_pre_nms_top_n_train=heads.before[0],
+        rpn_post_nms_top_n_train=heads.after[0],
+        rpn_batch_size_per_image=heads.rpn_batch,
+        box_roi_pool=MultiScaleRoIAlign(list(LEVELS), 7, heads.samples),
+        box_head=FastRCNNConvFCHead((channels, 7, 7), convs, [heads.box_width], norm_layer=LayerNorm2d),
+        box_predictor=FastRCNNPredictor(heads.box_width, len(CLASSES) + 1),
+        box_batch_size_per_image=heads.roi_batch,
+        mask_roi_pool=MultiScaleRoIAlign(list(LEVELS), 14, heads.samples),
+        mask_head=MaskRCNNHeads(channels, [channels] * heads.mask_convs, 1, norm_layer=LayerNorm2d),
+        mask_predictor=MaskRCNNPredictor(channels, channels, len(CLASSES) + 1),
+    )
+    return net
+
+
+def plain_encoder(ours: ViTDet) -> nn.Module:
+    """timm's ViTDet with the weights of ours; positions are interpolated once, and trained as they are then."""
+    rows, columns = ours.windows.grid
+    blocks: list[Any] = list(ours.blocks)
+    windows = [block.window for block in blocks]
+    body = VisionTransformerSAM(
+        img_size=(rows * ours.patch_size, columns * ours.patch_size),
+        patch_size=ours.patch_size,
+        embed_dim=ours.embed_dim,
+        depth=len(windows),
+        num_heads=blocks[0].attn.num_heads,
+        num_classes=0,
+        neck_chans=0,
+        norm_layer=functools.partial(nn.LayerNorm, eps=LAYER_NORM_EPS),
+        window_size=max(windows),
+        global_attn_indexes=tuple(number for number, window in enumerate(windows) if not window),
+        drop_path_rate=ours.windows.drop_path,
+    )
+    state = {**ours.state_dict(), "pos_embed": ours._positions(ours.windows.grid).detach()}
+    missing = body.load_state_dict(state, strict=False)
+    if missing.unexpected_keys or any(key.startswith("blocks") for key in missing.missing_keys):
+        raise RuntimeError(f"timm's ViTDet does not take this encoder: {missing}")
+    body.neck = nn.Identity()
+    return body
+
+
+class PlainBackbone(nn.Module):
+    """timm's encoder and a pyramid, as torchvision's detectors want it."""
+
+    def __init__(self, body: Any, pyramid: nn.Module, channels: int) -> None:
+        super().__init__()
+        self.body, self.pyramid, self.out_channels = body, pyramid, channels
+
+    def forward(self, images: Tensor) -> Any:
+        """[B, C, S, S] -> maps by name."""
+        return self.pyramid(self.body.forward_features(images))
+
+
+def detect_loss(net: Any, images: Tensor, targets: Any) -> Tensor:
+    """All five."""
+    loss: Tensor = torch.stack(list(net(list(images), targets).values())).sum()
+    return loss
+
+
+CASES = {
+    "segment": Case(SEGMENT, segment_settings, segment_batch, plain_segment, segment_loss),
+    "detect": Case(DETECT, detect_settings, detect_batch, plain_detect, detect_loss, ("fp32",)),
+}
 
 
 # -------------------------------------------------------------------------------------------------- both sides
@@ -223,7 +338,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             torch.set_num_threads(arguments.threads)
         cells = []
         for task in arguments.tasks:
-            for precision in arguments.precision:
+            for precision in [one for one in arguments.precision if one in CASES[task].precisions]:
                 say(f"{task}, {precision}")
                 cells.append(one_cell(task, precision, arguments, launch))
         sizes = {name: getattr(arguments, name) for name in ("size", "batch_size", "rounds", "repeats")}

@@ -25,6 +25,32 @@ def test_it_runs_and_writes_ratios(tmp_path: Path) -> None:
     assert cell["ratio"]["median"] == pytest.approx(raw["ours"][0] / raw["plain"][0])
 
 
+def test_the_detectors_run_and_have_the_same_pyramid(tmp_path: Path) -> None:
+    """In float32 alone: torchvision pools no regions in bfloat16."""
+    out = tmp_path / "dense.json"
+    flags = ("--batch_size", 2, "--rounds", 1, "--repeats", 1, "--threads", 1, "--tasks", "detect", "-o", out)
+    done = run_ranks("bench.dense", *flags, "--precision", "fp32", "bf16", ranks=1, launcher="forked")
+    assert done.status == 0, done.output
+    assert [cell["precision"] for cell in json.loads(out.read_text())["cells"]] == ["fp32"]
+    arguments = argparse.Namespace(size="nano", batch_size=2)
+    case = dense.CASES["detect"]
+    settings, model = case.settings(arguments), model_of(dense.recipe_of(arguments, Path("out")))
+    images, targets = case.batch(arguments, settings)
+    ours = case.task.network(model, settings, dense.Classes())  # type: ignore[arg-type]
+    plain = case.plain(model, settings)
+    sizes = [
+        sum(weight.numel() for name, weight in net.named_parameters() if "pos_embed" not in name)
+        for net in (ours, plain)
+    ]
+    assert sizes[0] == sizes[1]
+    assert case.loss(plain.train(), images.float() / 255, targets) > 0
+    nets: list[Any] = [ours.eval(), plain.eval()]
+    with torch.no_grad():
+        found, expected = (net.backbone(images.float() / 255) for net in nets)
+    for name in found:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-4)
+
+
 def test_both_sides_have_the_same_encoder() -> None:
     arguments = argparse.Namespace(size="nano", batch_size=2)
     case = dense.CASES["segment"]
