@@ -44,6 +44,7 @@ from fasthpm.run.bad_samples import BadSampleLog
 from fasthpm.run.journal import Journal
 from fasthpm.run.metrics import Metrics
 from fasthpm.run.records import METRICS_FILE, append_line
+from fasthpm.tuning import loop
 from tests.helpers.disk import fill, mounted
 
 LAUNCH = Launch(0, 0, 1, 1, torch.device("cpu"))
@@ -160,7 +161,7 @@ def classifiers_result(disk: Path, inputs: Path) -> Write:
 def finetunes_folder(disk: Path, inputs: Path) -> Write:
     settings, notes = FineTune(output_dir=str(disk / "finetune")), {checkpoint_folder.FINETUNE_NOTES: "{}"}
     run: Any = SimpleNamespace(settings=settings, notes=notes, recipe=recipes.debug(), num_parameters=0)
-    return lambda: command.prepare_output(run)
+    return lambda: loop.prepare_output(run)
 
 
 def pretrainings_folder(disk: Path, inputs: Path) -> Write:

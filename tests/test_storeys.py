@@ -14,8 +14,8 @@ from tests.helpers.launch import ROOT
 STOREYS = (
     "entry", "errors machine", "files", "cli", "options", "data", "kernels",
     "mask mask_loops loss difficulty layers architecture model targets rules recipe schedule patches",
-    "recipes", "ranks", "speed", "frozen step teacher", "maps", "checkpoint", "exchange", "run", "probes",
-    "pictures", "commands", "pretrain",
+    "recipes", "ranks", "speed", "frozen step teacher", "maps", "checkpoint", "exchange", "run", "tuning",
+    "probes", "dense", "pictures", "commands", "pretrain",
 )  # fmt: skip
 HEIGHTS = {f"fasthpm.{room}": height for height, storey in enumerate(STOREYS) for room in storey.split()}
 FACES = ("fasthpm", "fasthpm.__main__")  # name everything, are named by nobody

@@ -183,7 +183,7 @@ class AugmentedLoader:
             self.images,
             batch_sampler=self._keys(*self._position),
             num_workers=self.num_workers,
-            worker_init_fn=_leave_signals_to_the_parent,
+            worker_init_fn=leave_signals_to_the_parent,
             pin_memory=torch.cuda.is_available(),
             collate_fn=_collate,
         )
@@ -221,7 +221,7 @@ class AugmentedLoader:
             epoch, batch = epoch + 1, 0
 
 
-def _leave_signals_to_the_parent(worker: int) -> None:
+def leave_signals_to_the_parent(worker: int) -> None:
     """Terminals and SLURM signal whole groups of processes; a worker ends when the parent says so, or is gone."""
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

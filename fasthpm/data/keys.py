@@ -19,7 +19,8 @@ class Stream(enum.IntEnum):
     BLOCKS = 5  # the order of blocks
     CLIP = 6  # start and crop of a clip
     SEGMENTS = 7  # a frame of each stretch of a video
-    AUGMENT = 8  # fine-tuning's augmentation
+    AUGMENT = 8  # augmentation of fine-tuning, segmentation and detection
+    REPEAT = 9  # whether a sample comes once more in an epoch
     # in the place of the epoch, where no training comes
     GROUPS = 1 << 32  # the order of samples that are stored together
     PROPORTION = (1 << 32) + 1  # which images are stored as JPEGs

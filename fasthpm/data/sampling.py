@@ -83,6 +83,15 @@ def uniforms(key: Array, ids: Array, count: int) -> Array:
     return (mix(state[:, None] + counters) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
+def torch_seed(*parts: int) -> int:
+    """One seed of several numbers, for torch and numpy (32 bits)."""
+    value = 0
+    for part in parts:
+        value = (value * 0x9E3779B1 + part + 0x7F4A7C15) % 2**64
+        value = ((value ^ (value >> 29)) * 0xBF58476D1CE4E5B9) % 2**64
+    return (value ^ (value >> 32)) % 2**32
+
+
 def random_crops(seed: int, epoch: int, ids: Array, sizes: Array, crop_min: float, flip: bool) -> Array:
     """Random resized crops: int64 [B, 5] of top, left, height, width, flipped.
 

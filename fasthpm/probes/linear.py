@@ -298,7 +298,7 @@ def evaluate(probe: Probe) -> dict[str, float]:
             logits = probe.head(rows)
             counts = [result.count_hits(logits, labels, k) for k in (1, 5)]
             hits += torch.stack([*counts, torch.full_like(counts[0], len(rows))])
-    top1, top5, total = result.share(hits, probe.launch.world_size)
+    top1, top5, total = ranks.share(hits, probe.launch.world_size)
     return {"accuracy": result.top_accuracy(top1, total), "accuracy_top5": result.top_accuracy(top5, total)}
 
 

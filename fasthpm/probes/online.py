@@ -101,7 +101,7 @@ class OnlineProbe:
 
     def learned(self) -> dict[str, float]:
         """{"probe_accuracy", "probe_loss"} since the last reading, over all ranks; {} without a step. Collective."""
-        sums = result.share(self._sums.clone(), self.launch.world_size)
+        sums = ranks.share(self._sums.clone(), self.launch.world_size)
         hits, loss, count = sums.tolist()
         self._sums.zero_()
         return {"probe_accuracy": 100 * hits / count, "probe_loss": loss / count} if count else {}

@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fasthpm import checkpoint, files, ranks
@@ -152,19 +151,3 @@ def count_hits(logits: Tensor, labels: Tensor, k: int) -> Tensor:
     """How many of `labels` [B] are among the k largest of `logits` [B, K]: int64 0-dim."""
     top = logits.topk(min(k, logits.shape[1]), dim=1).indices
     return (top == labels[:, None]).any(1).sum()
-
-
-def torch_seed(*parts: int) -> int:
-    """One seed of several numbers, for torch and numpy (32 bits)."""
-    value = 0
-    for part in parts:
-        value = (value * 0x9E3779B1 + part + 0x7F4A7C15) % 2**64
-        value = ((value ^ (value >> 29)) * 0xBF58476D1CE4E5B9) % 2**64
-    return (value ^ (value >> 32)) % 2**32
-
-
-def share(samples: Tensor, world_size: int) -> Tensor:
-    """Sum of counts over ranks, in place."""
-    if world_size > 1:
-        torch.distributed.all_reduce(samples)
-    return samples

@@ -1,6 +1,6 @@
 """The ranks of a run: launch environment, agreement on errors, DeepSpeed's JSON and engine."""
 
-from fasthpm.ranks.agreement import agree, by_first, in_agreement, naming_lost_ranks
+from fasthpm.ranks.agreement import agree, by_first, in_agreement, naming_lost_ranks, share
 from fasthpm.ranks.deepspeed_json import merge_config
 from fasthpm.ranks.engine import (
     build_engine,
@@ -31,6 +31,7 @@ __all__ = [
     "only_recorded",
     "session",
     "set_lr",
+    "share",
     "timeout",
     "update_applied",
     "updates_on_device",

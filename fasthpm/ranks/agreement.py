@@ -7,6 +7,7 @@ from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
+from torch import Tensor
 
 from fasthpm.errors import AgreedError, UserError
 
@@ -64,6 +65,13 @@ def by_first(make: Callable[[], Made]) -> Made:
     if told[1] is not None:
         raise AgreedError(told[1], printed_elsewhere=dist.get_rank() != 0)
     return told[0]
+
+
+def share(sums: Tensor, world_size: int) -> Tensor:
+    """Sums over ranks, in place (collective)."""
+    if world_size > 1:
+        dist.all_reduce(sums)
+    return sums
 
 
 @contextmanager

@@ -11,12 +11,14 @@ from typing import Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
 from fasthpm import checkpoint, ranks, schedule
 from fasthpm.checkpoint import shards
 from fasthpm.checkpoint.saver import Job, Saver
 from fasthpm.data import Batch, Loader
 from fasthpm.errors import UserError, warn
+from fasthpm.files import save_tensors
 from fasthpm.maps.run import RunMaps
 from fasthpm.patches import model_of
 from fasthpm.ranks import zero
@@ -28,6 +30,7 @@ from fasthpm.teacher import EMATeacher
 
 DISK_MINUTES, DEFAULT_DISK_MINUTES = "FASTHPM_DISK_MINUTES", 3.0  # how long the last checkpoint waits for a disk
 RETRY_SECONDS = 5.0
+BUFFERS = "buffers.safetensors"  # of a checkpoint, where training changes any
 Wrapped = TypeVar("Wrapped", bound=torch.nn.Module)
 
 
@@ -62,6 +65,10 @@ class Run(Generic[Wrapped]):
     def num_parameters(self) -> int:
         """Trainable parameters of the student, whatever share of them this rank holds."""
         return sum(slot.shape.numel() for group in self.layout.groups for slot in group.slots)
+
+    def buffers(self) -> dict[str, torch.Tensor]:
+        """What training changes beside the parameters, by name; a checkpoint keeps rank 0's."""
+        return {}
 
     def reached(self) -> str:
         """How far it has come, for messages."""
@@ -100,6 +107,7 @@ def load(run: Run[Any], folder: Path) -> None:
         checkpoint.check_counts(folder, run.recipe)
         state = checkpoint.read_state(folder)
         saved = shards.SavedState(folder)
+        load_buffers(run, folder)
     shards.restore(run.layout, saved)
     if run.teacher:
         run.teacher.refresh()
@@ -149,7 +157,7 @@ def save(run: Run[Any], *, say: bool = True) -> None:
     if run.launch.rank == 0:
         try:
             checkpoint.require_space(output_dir, run.num_parameters)
-            aside = [str(checkpoint.begin(output_dir, run.done, run.notes))]
+            aside = [str(begin(run, output_dir))]
         except (UserError, OSError) as error:
             not_saved(run, str(error), say=say)
     dist.broadcast_object_list(aside)
@@ -158,6 +166,29 @@ def save(run: Run[Any], *, say: bool = True) -> None:
             run.done, run.loader.state_dict(), run.launch.world_size, run.recipe.accum_iter, list(run.skipped), run.data
         )
         run.saver.start(Job(Path(aside[0]), run.saver.take(run.layout), run.recipe, state))
+
+
+def begin(run: Run[Any], output_dir: Path) -> Path:
+    """The folder that a checkpoint is written into, with notes and buffers in it. **Raises:** `OSError` for a disk."""
+    aside = checkpoint.begin(output_dir, run.done, run.notes)
+    if found := run.buffers():
+        save_tensors({name: value.detach().cpu() for name, value in found.items()}, aside / BUFFERS)
+    return aside
+
+
+def load_buffers(run: Run[Any], folder: Path) -> None:
+    """Take up the buffers of a checkpoint. **Raises:** `UserError` if they are not those of this run."""
+    ours = run.buffers()
+    path = folder / BUFFERS
+    if not ours:
+        return
+    theirs = load_file(path) if path.is_file() else {}
+    wrong = [name for name in ours.keys() | theirs.keys() if name not in ours or name not in theirs]
+    wrong += [name for name in ours.keys() & theirs.keys() if ours[name].shape != theirs[name].shape]
+    if wrong:
+        raise UserError(f"{path} does not fit this network: {', '.join(sorted(wrong)[:3])}; use another --output_dir")
+    for name, value in ours.items():
+        value.copy_(theirs[name])
 
 
 def finish_saving(run: Run[Any], *, say: bool = True) -> None:

@@ -2,19 +2,20 @@
 
 import argparse
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from timm.data import Mixup
+from timm.data.mixup import mixup_target
 from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
 
 from fasthpm import checkpoint, ranks
 from fasthpm.checkpoint.saver import Saver
-from fasthpm.data import DatasetInfo, Loader, LoaderOptions, build_loader
+from fasthpm.data import Batch, DatasetInfo, Loader, LoaderOptions, build_loader
 from fasthpm.data.augmented import Augmentation, AugmentedLoader
 from fasthpm.data.device import on_device
 from fasthpm.data.identity import identity_of
@@ -27,12 +28,17 @@ from fasthpm.probes import result
 from fasthpm.probes.answers import AUTO
 from fasthpm.probes.classifier import architecture, build_classifier, layer_decay_groups
 from fasthpm.probes.finetune.settings import FineTune, complete, image_size_of, preset, stored
+from fasthpm.probes.finetune.testing import test
 from fasthpm.probes.tokens import TokenChooser
 from fasthpm.ranks import zero
 from fasthpm.recipe import Recipe
 from fasthpm.run import state
 from fasthpm.run.lock import FolderLock
 from fasthpm.teacher import EMATeacher
+from fasthpm.tuning.past import Kind, describe, refuse_other
+from fasthpm.tuning.run import Tuning
+
+KIND = Kind(checkpoint.FINETUNE_NOTES, "fine-tuning", "classifier", "train_path")
 
 
 # -------------------------------------------------------------------------------------------------- what is wrapped
@@ -59,20 +65,75 @@ class ClassifierStep(nn.Module):
 
 
 @dataclass
-class FineTuning(state.Run[ClassifierStep]):
-    """A fine-tuning between two updates; saves and resumes as pretraining does."""
+class FineTuning(Tuning[ClassifierStep]):
+    """A fine-tuning between two updates: images mixed with each other, and tests of accuracy."""
+
+    name, figure = "finetune", "accuracy"
 
     settings: FineTune = dataclasses.field(kw_only=True)
     val_loader: Loader = dataclasses.field(kw_only=True)
     last_loader: Loader = dataclasses.field(kw_only=True)  # of the last test, all views
-    origin: dict[str, Any] = dataclasses.field(kw_only=True)  # where the encoder comes from
-    pixels: PixelStatistics = dataclasses.field(kw_only=True)  # by which images are normalised
-    best: float = 0.0  # accuracy in percent
+    mix: Mixup = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        settings, classes = self.settings, len(self.info.classes)
+        self.mix = Mixup(settings.mixup, settings.cutmix, label_smoothing=settings.smoothing, num_classes=classes)
+        self.mix.mixup_enabled = settings.mixes
 
     @property
     def info(self) -> DatasetInfo:
         """Of the data."""
         return self.loader.info
+
+    def inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Images and soft targets [B, K]."""
+        return mixed(self.mix, batch.images, batch.labels)
+
+    def test(self) -> dict[str, float]:
+        """Top-1 and top-5 accuracy in percent and the loss on the test set, of the average if there is one. Collective.
+
+        Of one view; the last test of videos is over all of them.
+        """
+        loader, views = self.val_loader, (1, 1)
+        if self.done == self.recipe.total_steps:
+            loader, views = self.last_loader, self.settings.views
+        if self.teacher:
+            forward = ClassifierStep(self.teacher.module, self.step.chooser)
+            return test(forward, loader, self.pixels, self.launch, self.settings.seed, views)
+        self.engine.eval()
+        try:
+            return test(self.engine, loader, self.pixels, self.launch, self.settings.seed, views)
+        finally:
+            self.engine.train()
+
+    def testing_due(self) -> bool:
+        """At the end of every `eval_every`-th epoch."""
+        return self._ends_epoch(self.settings.eval_every)
+
+    def saving_due(self) -> bool:
+        """At the end of every `save_every`-th epoch."""
+        return self._ends_epoch(self.recipe.save_every)
+
+    def _ends_epoch(self, every: int) -> bool:
+        epoch, rest = divmod(self.done, self.recipe.steps_per_epoch)
+        return rest == 0 and epoch % every == 0
+
+    def line(self, epoch: float, record: dict[str, float]) -> str:
+        """What a test is told by."""
+        return f"epoch {epoch:g}: top-1 {record['accuracy']:.2f} %, loss {record['loss']:.3f}"
+
+    def loaders(self) -> tuple[Loader, ...]:
+        """Of training and tests."""
+        return self.loader, self.val_loader, self.last_loader
+
+
+def mixed(mix: Mixup, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Images [B, C, H, W] or clips [B, C, T, H, W] and labels [B] -> mixed, soft targets [B, K]; only smoothed where
+    mixing is off. The frames of a clip are mixed alike: they are to timm channels of one image."""
+    if mix.mixup_enabled:
+        flat, targets = mix(images.flatten(1, -3), labels)
+        return flat.reshape(images.shape), targets
+    return images, mixup_target(labels, mix.num_classes, smoothing=mix.label_smoothing)
 
 
 # -------------------------------------------------------------------------------------------------- building
@@ -88,8 +149,9 @@ def build(
         plan, loader, val_loader, last_loader = open_data(settings, recipe, image_size, launch)
         data = identity_of(settings.train_path)
         pixels = loader.normalize_by(statistics_of_tuning(settings, model, loader))
-        notes = describe(settings, arguments.run, model, loader.info, pixels)
-        refuse_other(Path(settings.output_dir), notes, data)
+        classes = list(loader.info.classes)
+        notes = describe(arguments.run, settings.science, architecture(model), classes, pixels)
+        refuse_other(KIND, Path(settings.output_dir), notes, data, stored)
         config = ranks.merge_config(plan.deepspeed_config, plan, launch.world_size)
         vit = network(model, settings, image_size, len(loader.info.classes))
         chooser = choose_tokens(vit, settings, launch.device, pixels=pixels)
@@ -97,7 +159,7 @@ def build(
     if lock:
         lock.take(Path(settings.output_dir))
         with ranks.in_agreement():  # another one may have ended there since
-            refuse_other(Path(settings.output_dir), notes, data)
+            refuse_other(KIND, Path(settings.output_dir), notes, data, stored)
     step = ClassifierStep(vit, chooser)
     groups = layer_decay_groups(vit, settings.layer_decay, settings.weight_decay)
     deepspeed_engine = ranks.build_engine(step, plan, config, launch, groups)
@@ -220,70 +282,6 @@ def thorough_loader(settings: FineTune, options: LoaderOptions) -> Loader:
     clips, crops = settings.views
     batch_size = max(settings.batch_size // (clips * crops), 1)
     return build_loader(settings.val_path, dataclasses.replace(options, views=settings.views, batch_size=batch_size))
-
-
-def describe(settings: FineTune, run: Path, model: HPMViT, info: DatasetInfo, pixels: PixelStatistics) -> str:
-    """What tells one fine-tuning from another, and rebuilds its classifier: JSON."""
-    return (
-        json.dumps(
-            {
-                "run": str(run),
-                "settings": settings.science,
-                "model": architecture(model),
-                "classes": list(info.classes),
-                **pixels.as_json(),
-            },
-            indent=2,
-        )
-        + "\n"
-    )
-
-
-def refuse_other(output_dir: Path, notes: str, data: str) -> None:
-    """Refuse an output folder that belongs to another fine-tuning, to other data, or to a pretraining run.
-
-    A folder without a checkpoint belongs to nothing, whatever a killed command left in it.
-
-    - `data`: what the training data is (`data.identity`): the same under another path is no other data
-
-    **Raises:** `UserError` naming the first thing that differs.
-    """
-    path = output_dir / checkpoint.FINETUNE_NOTES
-    if not checkpoint.has_checkpoints(output_dir):
-        return
-    if not path.is_file():
-        raise UserError(f"output_dir {output_dir} holds checkpoints of another kind; choose another --output_dir")
-    theirs, ours = json.loads(path.read_text()), json.loads(notes)
-    theirs["settings"] = stored(theirs["settings"])
-    known = checkpoint.data_of(output_dir, theirs["settings"]["train_path"], ours["settings"]["train_path"])
-    if known == data:
-        theirs["settings"]["train_path"] = ours["settings"]["train_path"]
-    if theirs["model"] != ours["model"]:
-        raise UserError(
-            f"output_dir {output_dir} holds the classifier of another architecture "
-            f"({differences(theirs['model'], ours['model'])}); choose another --output_dir"
-        )
-    if theirs["classes"] != ours["classes"]:
-        raise UserError(
-            f"the classifier in {output_dir} has {len(theirs['classes'])} classes, the data has {len(ours['classes'])} "
-            f"or others; use the data that it was trained for, or another --output_dir"
-        )
-    if theirs["settings"] != ours["settings"]:
-        raise UserError(
-            f"output_dir {output_dir} belongs to a fine-tuning with other settings "
-            f"({differences(theirs['settings'], ours['settings'])}); choose another --output_dir"
-            f"{checkpoint.way_on(output_dir)}"
-        )
-    if known and known != data:
-        raise UserError(
-            f"train_path {ours['settings']['train_path']} is not what the fine-tuning in {output_dir} was trained on: "
-            f"other data lies there now (it was {known[:40]}, it is {data[:40]}); put that back, give it with "
-            f"--train_path, or choose another --output_dir"
-        )
-
-
-def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
-    return ", ".join(f"{k} {theirs.get(k)!r}, here {ours[k]!r}" for k in ours if theirs.get(k) != ours[k])
 
 
 def network(model: HPMViT, settings: FineTune, image_size: tuple[int, int], num_classes: int) -> Any:

@@ -44,7 +44,6 @@ from fasthpm.probes.finetune.building import (
     FineTuning,
     build,
     choose_tokens,
-    differences,
     load_encoder,
     loader_options,
     network,
@@ -52,13 +51,13 @@ from fasthpm.probes.finetune.building import (
 )
 from fasthpm.probes.finetune.settings import PRESETS, FineTune, complete, image_size_of, preset, stored
 from fasthpm.probes.finetune.testing import test
-from fasthpm.probes.finetune.training import CLASSIFIER_FILE, Log, train
 from fasthpm.ranks import zero
-from fasthpm.ranks.signals import StopSignals
-from fasthpm.recipe import save_recipe
-from fasthpm.run import state
 from fasthpm.run.lock import FolderLock
 from fasthpm.run.records import METRICS_FILE, read_metrics
+from fasthpm.tuning.loop import carry_out
+from fasthpm.tuning.past import differences
+
+CLASSIFIER_FILE = "classifier.safetensors"
 
 
 @dataclass(frozen=True, repr=False)
@@ -77,16 +76,6 @@ class FinetuneResult(Result):
 
 
 # -------------------------------------------------------------------------------------------------- results
-def prepare_output(run: FineTuning) -> None:
-    """Create output_dir and write what the fine-tuning is (rank 0). **Raises:** `UserError` if it cannot be written."""
-    folder = Path(run.settings.output_dir)
-    with files.writing(folder, "choose another --output_dir"):
-        folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.require_space(folder, run.num_parameters)
-        save_recipe(run.recipe, folder / checkpoint.RECIPE)
-        files.write_text(folder / checkpoint.FINETUNE_NOTES, run.notes[checkpoint.FINETUNE_NOTES])
-
-
 def finish(run: FineTuning) -> FinetuneResult:
     """Write classifier and result, say where they are. Collective."""
     weights = zero.full_state(run.layout, "ema" if run.teacher else "master")
@@ -179,32 +168,16 @@ def main(argv: Arguments = None) -> FinetuneResult:
 
 def fine_tune(run: FineTuning) -> FinetuneResult:
     """Train and test what was built, to its end or to a signal. **Raises:** `KeyboardInterrupt` if that was Ctrl-C."""
-    launch, plan = run.launch, run.recipe
-    with ranks.in_agreement():
-        if launch.rank == 0:
-            prepare_output(run)
-    if launch.rank == 0:
-        way = run.settings.token_difficulty
-        tokens = f", {run.settings.token_policy} tokens by difficulty {way}" if way else ""
-        effective = f"{plan.global_batch_size} = {plan.batch_size} x {launch.world_size} x {plan.accum_iter}"
-        print(
-            f"lr {plan.lr:.3e}, global batch {effective}, "
-            f"{plan.total_steps} updates, {len(run.info.classes)} classes{tokens}",
-            file=sys.stderr,
-        )
-    log = Log(run, Path(run.settings.output_dir))
-    try:
-        with StopSignals() as stop:
-            train(run, log, stop)
-            stop.drain()
-            state.finish_last_save(run)
-    finally:
-        log.close()
-        run.loader.close()
-        run.val_loader.close()
-        run.last_loader.close()
+    plan, way = run.recipe, run.settings.token_difficulty
+    tokens = f", {run.settings.token_policy} tokens by difficulty {way}" if way else ""
+    effective = f"{plan.global_batch_size} = {plan.batch_size} x {run.launch.world_size} x {plan.accum_iter}"
+    interrupted = carry_out(
+        run,
+        f"lr {plan.lr:.3e}, global batch {effective}, "
+        f"{plan.total_steps} updates, {len(run.info.classes)} classes{tokens}",
+    )
     found = finish(run)
-    if stop.interrupted:
+    if interrupted:
         raise KeyboardInterrupt
     return found
 

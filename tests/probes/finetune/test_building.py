@@ -1,5 +1,7 @@
-"""What a fine-tuning is built of, and whose an output folder is: nobody's without a checkpoint; its data is known by
-what it holds."""
+"""What a fine-tuning is built of, how it mixes, and whose an output folder is.
+
+Nobody's without a checkpoint; its data is known by what it holds.
+"""
 
 import argparse
 import dataclasses
@@ -8,15 +10,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from timm.data import Mixup
 
 from fasthpm import recipes
 from fasthpm.errors import UserError
 from fasthpm.probes.finetune import building
-from fasthpm.probes.finetune.building import refuse_other
-from fasthpm.probes.finetune.settings import FineTune
+from fasthpm.probes.finetune.building import KIND
+from fasthpm.probes.finetune.settings import FineTune, stored
 from fasthpm.ranks.launch import Launch
+from fasthpm.tuning import past
 from tests.helpers.runs import run_of, write
 
 LAUNCH = Launch(0, 0, 1, 1, torch.device("cpu"))
@@ -82,6 +87,34 @@ def test_average_and_groups_are_the_settings(tmp_path: Path, monkeypatch: pytest
     assert torch.equal(tuning.step.vit.blocks[2].attn.qkv.weight, model.blocks[2].attn.qkv.weight)
     for loader in (tuning.loader, tuning.val_loader):
         loader.close()
+
+
+@pytest.mark.parametrize("cutmix", [0.0, 1.0])
+def test_the_frames_of_a_clip_are_mixed_alike(cutmix: float) -> None:
+    clips, labels = torch.randn(4, 3, 5, 8, 8), torch.tensor([0, 1, 2, 0])
+    mix = Mixup(0.8 * (not cutmix), cutmix, label_smoothing=0.1, num_classes=3)
+    np.random.seed(5)  # noqa: NPY002
+    got, targets = building.mixed(mix, clips.clone(), labels)
+    assert not torch.equal(got, clips)
+    for t in range(5):
+        np.random.seed(5)  # noqa: NPY002
+        frames, same = mix(clips[:, :, t].clone(), labels)
+        assert torch.equal(got[:, :, t], frames)
+        assert torch.equal(targets, same)
+
+
+def test_where_mixing_is_off_labels_are_smoothed() -> None:
+    mix = Mixup(0.8, 1.0, label_smoothing=0.1, num_classes=4)
+    mix.mixup_enabled = False
+    images, labels = torch.randn(2, 1, 4, 4), torch.tensor([3, 0])
+    got, targets = building.mixed(mix, images, labels)
+    assert torch.equal(got, images)
+    want = torch.tensor([[0.025, 0.025, 0.025, 0.925], [0.925, 0.025, 0.025, 0.025]])
+    torch.testing.assert_close(targets.cpu(), want)
+
+
+def refuse_other(folder: Path, ours: str, data: str) -> None:
+    past.refuse_other(KIND, folder, ours, data, stored)
 
 
 def notes(**settings: Any) -> str:

@@ -8,7 +8,7 @@ import torch
 from fasthpm.data import build_loader
 from fasthpm.probes import finetune, linear
 from fasthpm.probes.classifier import load_classifier
-from fasthpm.probes.finetune import training
+from fasthpm.probes.finetune import command
 from tests.helpers.finetuning import FLOAT32, read, refused, same_weights, start
 from tests.helpers.videos import video_run
 
@@ -61,7 +61,7 @@ def words(videos: Path, *more: object) -> tuple[object, ...]:
 
 def view_by_view(folder: Path, val: Path, views: tuple[int, int]) -> tuple[float, float]:
     """Accuracy and loss of the written classifier, one view at a time: the slow twin of the batched test."""
-    vit, notes = load_classifier(folder / training.CLASSIFIER_FILE)
+    vit, notes = load_classifier(folder / command.CLASSIFIER_FILE)
     mean, std = (torch.tensor(notes[name])[:, None, None, None] for name in ("mean", "std"))
     rows = views[0] * views[1]
     loader = build_loader(val, batch_size=1, image_size=(16, 16), channels=3, train=False, num_frames=8, views=views)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fasthpm.data import DatasetInfo
 from fasthpm.probes.finetune import testing
+from fasthpm.probes.finetune.building import FineTuning
 from fasthpm.ranks.launch import Launch
 
 LAUNCH = Launch(0, 0, 1, 1, torch.device("cpu"))
@@ -67,10 +68,10 @@ def test_a_network_is_tested_at_rest_and_trains_on() -> None:
         pixels=INFO,
         launch=LAUNCH,
     )
-    testing.evaluate(run)
+    FineTuning.test(run)
     assert modes == [False, False]
     assert network.training
     run.val_loader = [None]
     with pytest.raises(AttributeError):
-        testing.evaluate(run)
+        FineTuning.test(run)
     assert network.training

@@ -1,0 +1,1 @@
+"""Dense tasks on a run's encoder: segmentation, detection, and the probe of its patch features."""
