@@ -7,15 +7,24 @@ from fasthpm.exchange.forms.base import (
     FORMS,
     TOLERANCE,
     Form,
+    attention_heads,
+    block_outputs,
     encoder_of,
     library,
     metadata_of,
+    mlp_width,
     register,
     timm_arguments,
 )
-from fasthpm.exchange.forms.huggingface import HuggingFaceBEiT, HuggingFaceMAE, HuggingFaceVideoMAE, HuggingFaceViT
+from fasthpm.exchange.forms.huggingface import (
+    HuggingFaceBEiT,
+    HuggingFaceMAE,
+    HuggingFaceVideoMAE,
+    HuggingFaceViT,
+    levels,
+)
 from fasthpm.exchange.forms.onnx_graph import Onnx
-from fasthpm.exchange.forms.openmmlab import MMSegmentation
+from fasthpm.exchange.forms.openmmlab import MMSegmentation, relative_index
 from fasthpm.exchange.forms.ours import Plain
 from fasthpm.exchange.forms.pytorch import MAECheckpoint, Timm, TimmSAM, Torchvision
 
@@ -34,10 +43,15 @@ __all__ = [
     "Timm",
     "TimmSAM",
     "Torchvision",
+    "attention_heads",
+    "block_outputs",
     "encoder_of",
+    "levels",
     "library",
     "metadata_of",
+    "mlp_width",
     "register",
+    "relative_index",
     "timm_arguments",
 ]
 

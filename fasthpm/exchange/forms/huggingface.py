@@ -1,7 +1,6 @@
 """Forms of Hugging Face's transformers: folders of config.json, model.safetensors and preprocessor_config.json."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -232,10 +231,10 @@ class HuggingFaceBEiT(HuggingFaceViT):
 def levels(depth: int) -> list[int]:
     """The blocks, counted from 1, whose outputs a segmentation head reads: a third, half, two thirds and all of them.
 
-    4, 6, 8, 12 of 12 [released code: mmseg's MAE, 3, 5, 7, 11 from 0]; 8, 12, 16, 24 of 24 [released code: BEiT-L's,
-    7, 11, 15, 23]; other depths [ours].
+    [released code] 4, 6, 8, 12 of 12 (mmseg's MAE: 3, 5, 7, 11 from 0) and 8, 12, 16, 24 of 24 (BEiT-L: 7, 11, 15, 23).
+    [ours] for other depths: the first two are rounded down, the third up.
     """
-    return [math.floor(share * depth + 0.5) for share in (1 / 3, 1 / 2, 2 / 3, 1)]
+    return [depth // 3, depth // 2, -(-2 * depth // 3), depth]
 
 
 def huggingface_arguments(model: HPMViT) -> dict[str, Any]:

@@ -12,42 +12,13 @@ from fasthpm.checkpoint.weights import load_weights
 from fasthpm.exchange import exporting
 from fasthpm.exchange.forms import openmmlab
 from fasthpm.model import HPMViT
+from tests.helpers import openmmlab as openmmlab_twin
 from tests.helpers.exports import close, export, pictures, run_with
-
-
-def beits_attention(state: dict[str, Tensor], layer: int, tokens: Tensor, heads: int) -> Tensor:
-    """Attention with a table of relative positions, as BEiT's paper and mmseg state it: scores plus table[index]."""
-    width = tokens.shape[-1]
-    weights = {key.removeprefix(f"layers.{layer}.attn."): value for key, value in state.items()}
-    cut = torch.nn.functional.linear(tokens, weights["qkv.weight"], weights["qkv.bias"])
-    query, key, value = (part.unflatten(2, (heads, -1)).transpose(1, 2) for part in cut.chunk(3, dim=2))
-    bias = weights["relative_position_bias_table"][weights["relative_position_index"]].permute(2, 0, 1)
-    scores = query @ key.transpose(2, 3) * (width // heads) ** -0.5 + bias
-    out = (scores.softmax(-1) @ value).transpose(1, 2).flatten(2)
-    return torch.nn.functional.linear(out, weights["proj.weight"], weights["proj.bias"])
-
-
-def mmsegs_forward(state: dict[str, Tensor], images: Tensor, heads: int, patch: int) -> list[Tensor]:
-    """mmseg's MAE, spelled out over its own names: outputs of all layers [B, 1 + L, D]."""
-    F, outputs = torch.nn.functional, []
-    kernel = state["patch_embed.projection.weight"]
-    tokens = F.conv2d(images, kernel, state["patch_embed.projection.bias"], stride=patch).flatten(2).transpose(1, 2)
-    tokens = torch.cat([state["cls_token"].expand(len(images), -1, -1), tokens], dim=1) + state["pos_embed"]
-    width = tokens.shape[-1]
-    for n in range(1 + max(int(key.split(".")[1]) for key in state if key.startswith("layers."))):
-        own = {key.removeprefix(f"layers.{n}."): value for key, value in state.items() if f"layers.{n}." in key}
-        normed = F.layer_norm(tokens, (width,), own["ln1.weight"], own["ln1.bias"], 1e-6)
-        tokens = tokens + own["gamma_1"] * beits_attention(state, n, normed, heads)
-        normed = F.layer_norm(tokens, (width,), own["ln2.weight"], own["ln2.bias"], 1e-6)
-        hidden = F.gelu(F.linear(normed, own["ffn.layers.0.0.weight"], own["ffn.layers.0.0.bias"]))
-        tokens = tokens + own["gamma_2"] * F.linear(hidden, own["ffn.layers.1.weight"], own["ffn.layers.1.bias"])
-        outputs.append(tokens)
-    return outputs
 
 
 @torch.no_grad()
 def test_mmsegs_computation_over_its_names_is_ours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The library does not install; what it computes, spelled out above, gives our blocks' outputs."""
+    """The library does not install; what it computes, spelled out in tests/helpers, gives our blocks' outputs."""
     run, model = run_with(tmp_path / "run")
     state = export(run, "mmseg", tmp_path / "mmseg.pth", capsys)
     ours: list[Tensor] = []
@@ -55,7 +26,7 @@ def test_mmsegs_computation_over_its_names_is_ours(tmp_path: Path, capsys: pytes
     model.encode(pictures(model))
     for hook in hooks:
         hook.remove()
-    for theirs, each in zip(mmsegs_forward(state, pictures(model), heads=4, patch=4), ours, strict=True):
+    for theirs, each in zip(openmmlab_twin.mae(state, pictures(model), heads=4), ours, strict=True):
         close(theirs, each)
 
 
