@@ -295,7 +295,9 @@ def detectors_name(key: str, stages: list[int], box_convs: int) -> str:
     """
     if part := PYRAMID.fullmatch(key):
         level, place = stages.index(int(part[1])), int(part[2])
-        start = FIRST_CONVOLUTION[level] if level < len(FIRST_CONVOLUTION) else 0
+        if level >= len(FIRST_CONVOLUTION):
+            return ""
+        start = FIRST_CONVOLUTION[level]
         behind = place - start
         if behind >= 0:  # a convolution with its norm is one module there and two here
             place = start + 2 * behind + bool(part[3])
@@ -369,9 +371,7 @@ def encoder_sizes(
 def heads_of(width: int) -> int:
     """Heads of the attention where only convention tells them. **Raises:** `UserError` for a width without one."""
     if width % HEAD_WIDTH:
-        raise UserError(
-            f"nothing tells the number of its attention's heads, and {width} is no multiple of {HEAD_WIDTH}"
-        )
+        raise UserError(f"nothing tells how many heads its attention has, and {width} is no multiple of {HEAD_WIDTH}")
     return width // HEAD_WIDTH
 
 

@@ -370,7 +370,7 @@ def test_detectron2s_backbone_is_our_detectors() -> None:
     wide = {key: value.double() for key, value in state.items()}
     maps = detector.double().eval().backbone(images)
     for ours, theirs in zip(maps.values(), pyramid(wide, vitdet(wide, images, heads=2)), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)  # timm interpolates positions in float32
 
 
 @torch.no_grad()
