@@ -400,6 +400,23 @@ def cells(stride: float) -> Tensor:
     return torch.tensor(rows)
 
 
+def test_names_of_the_pyramid() -> None:
+    """Two of ours for one of detectron2's, a convolution with its norm; what resizes keeps its place."""
+    names = {
+        "backbone.simfp_2.0.bias": "backbone.pyramid.levels.0.0.bias",
+        "backbone.simfp_2.1.weight": "backbone.pyramid.levels.0.1.weight",
+        "backbone.simfp_2.3.weight": "backbone.pyramid.levels.0.3.weight",
+        "backbone.simfp_2.4.weight": "backbone.pyramid.levels.0.4.weight",
+        "backbone.simfp_2.4.norm.weight": "backbone.pyramid.levels.0.5.weight",
+        "backbone.simfp_2.5.norm.bias": "backbone.pyramid.levels.0.7.bias",
+        "backbone.simfp_3.1.weight": "backbone.pyramid.levels.1.1.weight",
+        "backbone.simfp_4.0.norm.bias": "backbone.pyramid.levels.2.1.bias",
+        "backbone.simfp_4.1.weight": "backbone.pyramid.levels.2.2.weight",
+        "backbone.simfp_5.2.norm.weight": "backbone.pyramid.levels.3.4.weight",
+    }
+    assert {key: foreign.detectors_name(key, [2, 3, 4, 5], box_convs=4) for key in names} == names
+
+
 def test_anchors_and_pixels_in_the_file_are_checked_and_kept() -> None:
     state = mask_rcnn_state()
     state |= {CELLS.format(n): cells(4 * 2.0**n) for n in range(5)}

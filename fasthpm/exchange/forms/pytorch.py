@@ -91,7 +91,7 @@ class MAECheckpoint(Form):
 
     def theirs(self, path: Path, images: Tensor, mask: Tensor) -> Tensor:
         vit = timm.models.VisionTransformer(**json.loads(read_pth(path)[METADATA]["timm"]))
-        timm.models.load_checkpoint(vit, str(path), weights_only=True)
+        vit.load_state_dict(timm.models.load_state_dict(str(path), weights_only=True))
         return vit.double().eval().forward_features(images)
 
     def usage(self, path: Path) -> str:
@@ -100,7 +100,7 @@ class MAECheckpoint(Form):
             return created(name, path)
         return (
             f"import timm; model = timm.models.VisionTransformer(**{arguments}); "
-            f"timm.models.load_checkpoint(model, {quoted(path)})"
+            f"model.load_state_dict(timm.models.load_state_dict({quoted(path)}, weights_only=True))"
         )
 
 

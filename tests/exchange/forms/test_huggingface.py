@@ -56,9 +56,9 @@ def test_upernet_on_it_as_the_documentation_says(tmp_path: Path) -> None:
     run, model = run_with(tmp_path / "run", input_size="24")
     exporting.export_weights(model, load_weights(run)[1], tmp_path / "hf_beit", "hf_beit")
     text = (Path(__file__).parents[3] / "docs" / "own_images.md").read_text()
-    (lines,) = [code for code in text.split("```") if code.startswith("python") and "UperNetConfig" in code]
+    (lines,) = [code for code in text.split("```") if code.startswith("\nimport transformers")]
     namespace: dict[str, object] = {}
-    exec(lines.removeprefix("python").replace('"hf_beit"', repr(str(tmp_path / "hf_beit"))), namespace)
+    exec(lines.replace('"hf_beit"', repr(str(tmp_path / "hf_beit"))), namespace)
     upernet = namespace["model"]
     logits = upernet.train()(torch.randn(2, 3, 48, 48)).logits  # type: ignore[attr-defined]
     assert logits.shape == (2, 150, 48, 48)
