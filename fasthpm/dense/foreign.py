@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from fasthpm.checkpoint.foreign import unusable
 from fasthpm.data.statistics import PixelStatistics
+from fasthpm.dense.pickles import read_arrays
 from fasthpm.errors import UserError, about
 from fasthpm.exchange.forms import relative_index
 from fasthpm.files import read_file
@@ -72,11 +73,11 @@ class Foreign:
 
 
 def read(path: Path) -> Foreign:
-    """The network in a file of mmseg's or detectron2's; no code in it runs.
+    """The network in a file of mmseg's or detectron2's (`.pkl` too, as its model zoo has); no code in it runs.
 
     **Raises:** `UserError` for a file that is neither, and for names and values that have no place in our networks.
     """
-    content, _ = read_file(path)
+    content: Mapping[str, Any] = read_arrays(path) if path.suffix == ".pkl" else read_file(path)[0]
     with about(path):
         state = state_of(content)
         if any(key.startswith("decode_head.") for key in state):

@@ -1,5 +1,6 @@
 """Networks of mmseg and detectron2 in ours: the same outputs as their own computation, spelled out, or a refusal."""
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -429,6 +430,15 @@ def test_anchors_and_pixels_in_the_file_are_checked_and_kept() -> None:
     state[CELLS.format(2)] = cells(8.0)
     with pytest.raises(UserError, match=r"cell_anchors\.2 holds other anchors"):
         foreign.from_detectron2(state)
+
+
+def test_the_model_zoos_pickles(tmp_path: Path) -> None:
+    state = mask_rcnn_state()
+    content = {"model": {key: value.numpy() for key, value in state.items()}, "__author__": "somebody"}
+    (tmp_path / "model_final.pkl").write_bytes(pickle.dumps(content, protocol=2))
+    found, plain = foreign.read(tmp_path / "model_final.pkl"), foreign.from_detectron2(state)
+    assert all(torch.equal(value, plain.state[key]) for key, value in found.state.items())
+    assert found.head == plain.head
 
 
 DETECTORS: dict[str, tuple[Change, str]] = {
