@@ -143,7 +143,7 @@ def main(argv: Arguments = None) -> ExportResult:
     info = {"weights": arguments.weights, **(model.pixels.as_json() if model.pixels else {})}
     difference = export_weights(model, recipe, path, form.name, info)
     what = "model" if form.whole else "encoder"
-    print(f"{path}: {what} of {arguments.run} ({arguments.weights}); {form.library} agrees within {difference:.1e}")
+    print(f"{path}: {what} of {arguments.run} ({arguments.weights}); {form.verdict(difference)}")
     print(f"load it with: {form.usage(path)}")
     if "mean" in info:
         print(f"images: 0..1, then mean {info['mean']}, std {info['std']}")

@@ -60,6 +60,10 @@ class Form(ABC):
         """Largest difference of outputs, over the largest output, with which a file is good; `model` in float64."""
         return TOLERANCE
 
+    def verdict(self, difference: float) -> str:
+        """What was proved, for people; `difference` of outputs, over the largest."""
+        return f"{self.library} agrees within {difference:.1e}"
+
     @abstractmethod
     def usage(self, path: Path) -> str:
         """Python that loads what was written, in one line that runs as it is and names the result `model`."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fasthpm.__main__ import dispatch
 from fasthpm.checkpoint.weights import load_weights
 from fasthpm.exchange import exporting
 from fasthpm.exchange.forms import openmmlab
@@ -28,6 +29,15 @@ def test_mmsegs_computation_over_its_names_is_ours(tmp_path: Path, capsys: pytes
         hook.remove()
     for theirs, each in zip(openmmlab_twin.mae(state, pictures(model), heads=4), ours, strict=True):
         close(theirs, each)
+
+
+def test_the_command_claims_no_more_than_was_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, _ = run_with(tmp_path / "run")
+    dispatch(["export", str(run), "--format", "mmseg", "-o", str(tmp_path / "mmseg.pth")])
+    out = capsys.readouterr().out
+    assert "names and shapes are mmseg's" in out
+    assert "mmseg itself was not run" in out
+    assert "agrees" not in out
 
 
 def test_the_table_of_a_base_model() -> None:
