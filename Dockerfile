@@ -32,7 +32,7 @@ COPY . .
 # hadolint ignore=DL3013
 RUN python3.12 -m venv /opt/venv \
     && PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
-        pip install --no-cache-dir ".[train,ffcv,webdataset,parquet,video,hf]"
+        pip install --no-cache-dir ".[train,ffcv,webdataset,parquet,video,hf,dense]"
 
 # Any user may run it, such as the owner of the folder mounted at /workspace: compiled kernels go to HOME, and torch asks
 # for a user name that such a user may lack.

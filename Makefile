@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint docs demo video_demo clean
+.PHONY: help setup test lint docs demo video_demo dense_demo clean
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/.venv
@@ -36,6 +36,9 @@ demo: setup  ## pretrain on Fashion-MNIST, probe, and show where the results are
 
 video_demo: setup  ## the same on video: moving garments, DALI, k-NN on classes of motion
 	bash scripts/video_demo.sh
+
+dense_demo: setup  ## pretrain on garments on photographs, then segment and detect them, with pictures
+	bash scripts/dense_demo.sh
 
 clean:  ## remove caches and build output; keeps .venv, data/ and runs/
 	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -80,7 +80,7 @@ SETS = {
     "scenes": Set(
         "hpm_demo",
         {"input_size": 64, "patch_size": 8, "channels": 3},
-        ("train.beton", "val.beton"),
+        ("train_set.beton", "val_set.beton"),
         "mae_vit_nano_patch4_28",
         masks=True,
     ),

@@ -81,18 +81,20 @@ def enlarge(cutout: Cutout, longest: int, mirrored: bool) -> tuple[Array, Array]
     return np.clip(grey, 0, 255)[box][:, ::step], opacity[box][:, ::step]
 
 
-def paste(canvas: Array, grey: Array, opacity: Array, place: tuple[int, int], tint: Array) -> Array:
+def paste(canvas: Array, colours: Array, opacity: Array, place: tuple[int, int], tint: Array) -> Array:
     """Lay a thing over uint8 [H, W, 3] in place, its top left corner at (row, column) `place`; returns bool [H, W].
 
-    - `tint`: float [3] in 0..1, what its grey levels are multiplied by
+    - `colours`: 0..255, grey [h, w] or [h, w, 3]; `opacity`: [h, w] in 0..1
+    - `tint`: float [3] in 0..1, what the colours are multiplied by
 
     A pixel is the thing's, True in what is returned, if more than half of it is.
     """
     top, left = place
-    height, width = grey.shape
+    height, width = opacity.shape
     window = canvas[top : top + height, left : left + width]
     share = opacity[:, :, None].astype(np.float64)
-    window[:] = np.rint(window * (1 - share) + grey[:, :, None] * tint * share).astype(np.uint8)
+    colours = colours if colours.ndim == 3 else colours[:, :, None]
+    window[:] = np.rint(window * (1 - share) + colours * tint * share).astype(np.uint8)
     mask = np.zeros(canvas.shape[:2], bool)
     mask[top : top + height, left : left + width] = opacity > SOFT_EDGE
     return mask

@@ -90,8 +90,8 @@ def photographs(files: Sequence[Path]) -> list[Path]:
     return [file for name, file in first.items() if name not in NO_PHOTOGRAPHS]
 
 
-def read_source(file: Path) -> Image.Image:
-    """A source in RGB, large ones at a half or a quarter of their sides."""
+def read_source(file: Path, decoded: tuple[int, int] = DECODED) -> Image.Image:
+    """A source in RGB, at a half or a quarter of its sides while that leaves more than `decoded`."""
     image = Image.open(file)
-    image.draft("RGB", DECODED)
+    image.draft("RGB", decoded)
     return image.convert("RGB")

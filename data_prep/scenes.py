@@ -1,29 +1,31 @@
-"""Garments on photographs: a seeded test set with exact truth, made without a network.
+"""Garments or cliparts on photographs: a seeded test set with exact truth, made without a network.
 
     python -m data_prep.scenes OUT --number 20000 --val_number 4000 --size 64 --seed 0
-    python -m data_prep.images OUT/train.txt OUT/train.beton --write_mode raw --classes OUT/classes.txt
+    fasthpm dense RUN --data_path OUT
+    python -m data_prep.images OUT/train.txt OUT/train_set.beton --write_mode raw --classes OUT/classes.txt
 
 This is no benchmark: nobody has published figures on it. It is small, its labels, boxes and masks are exact because it
 is drawn, and any machine with Debian's packages can make it again. Fashion-MNIST's garments, in grey or tinted, are
 pasted with soft edges on random crops of real photographs (`data_prep.photographs`). train and val have different
-photographs and different garments, those of Fashion-MNIST's own splits.
+photographs and different garments, those of Fashion-MNIST's own splits. With --source clipart, pictures of the package
+openclipart-png take the garments' place: 7 classes that are harder to tell apart, in their own colours.
 
 OUT/{train,val}/images/NAME.png    RGB
-OUT/{train,val}/masks/NAME.png     class of every pixel: 0 ground, 1..10 the garments in the order of classes.txt
-OUT/{train,val}/objects/NAME.png   255 where a garment is, what `fasthpm maps --masks` reads
-OUT/annotations/{train,val}.json   COCO's form: boxes, areas, run-length masks, class 1..10 of every garment
-OUT/{train,val}.txt                path and class of the largest garment, what `data_prep.images` reads
+OUT/{train,val}/masks/NAME.png     class of every pixel: 0 ground, then the classes in the order of classes.txt
+OUT/{train,val}/objects/NAME.png   255 where a thing is, what `fasthpm maps --masks` reads
+OUT/{train,val}.json               COCO's form: boxes, areas, run-length masks, class of every thing, from 1
+OUT/{train,val}.txt                path and class of the largest thing, what `data_prep.images` reads
 OUT/classes.txt                    the classes by name, 1 first
 
-A pixel is a garment's if more than half of it is; where garments overlap, the upper one's. Every image is a function of
-seed, split and number alone (and of the files). OUT appears when all is there.
+A pixel is a thing's if more than half of it is; where things overlap, the upper one's. Every image is a function of
+source, seed, split and number alone (and of the files). OUT appears when all is there.
 """
 
 import argparse
 import json
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -33,12 +35,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from data_prep.coco_form import annotation, coco, file_name
 from data_prep.encode import check_opencv
-from data_prep.fashion_mnist import CLASSES, find_source, read_split
-from data_prep.pasting import DARKEST, SOFT_EDGE, cut_out, enlarge, paste
-from data_prep.photographs import photographs, read_source, sources
+from data_prep.fashion_mnist import CLASSES, find_source
+from data_prep.grounds import BOX, TRIES, draw_ground, read_photographs
+from data_prep.pasting import SOFT_EDGE, paste
+from data_prep.photographs import photographs, sources
 from data_prep.pool import AHEAD, asked_to_stop, become_worker, fork, in_order
 from data_prep.sets import progress_bar
+from data_prep.things import CLIPARTS, LOOKS, OPENCLIPART, Things, read_cliparts, read_garments
 from fasthpm.cli import Parser, run_command
 from fasthpm.data.keys import Stream
 from fasthpm.data.options import count_workers
@@ -46,19 +51,10 @@ from fasthpm.data.sampling import Array, key_of, uniforms
 from fasthpm.errors import UserError
 from fasthpm.files import replacing, write_text, writing
 
-STREAMS = {"train": 3, "val": 4}  # in the place of an epoch in the keys of what is drawn; moving garments have 1 and 2
-VALIDATION = 4  # every how many-th photograph is val's
-SHORTER_SIDE = 1200  # pixels that photographs are shrunk to
-CLOSEST = 1.5  # a crop is shrunk at least so much, because single pixels of photographs are soft
-BLOCKS, CONTRAST, TEXTURED = 8, 6.0, 0.7  # a crop's blocks a side; deviation of grey in one; share that must have it
-TRIES = 12  # crops per image, of which the first textured one, or else the most textured one, is taken
-PROBES, PROBE_SIDE, FEWEST_TEXTURED = 24, 64, 4  # a photograph is used if so many crops of this side are textured
-SMALLEST, LARGEST = 0.3, 0.6  # a garment's longer side, as a share of the image's
-GREY, DIMMEST = 0.25, 0.3  # share of garments without a tint; least of the other two channels of a tint
-MOST, PLACES = 10, 8  # garments of an image; places tried for one, of which the one that hides least is taken
-BOX, GARMENT = 4, 8 + 2 * PLACES  # numbers drawn per crop, and per garment
-IMAGES = (len(CLASSES), 10**8 - 1)  # of a split: one of each class, and what the names have digits for
-RANGES = {"number": IMAGES, "val_number": IMAGES, "size": (32, 512), "seed": (0, 2**63 - 1), "num_workers": (0, 1024)}
+MOST, PLACES = 10, 8  # things of an image; places tried for one, of which the one that hides least is taken
+DRAWN = 1 + LOOKS + 2 * PLACES  # numbers drawn per thing: its class, how it looks, and places
+MOST_IMAGES = 10**8 - 1  # what the names have digits for
+RANGES = {"size": (32, 2048), "seed": (0, 2**63 - 1), "num_workers": (0, 1024)}
 CHUNK = 64  # images handed to a process at a time
 KINDS = ("images", "masks", "objects")
 
@@ -68,8 +64,8 @@ class Material:
     """What the scenes of a split are made of."""
 
     photographs: Sequence[Image.Image]
-    garments: Array  # uint8 [N, 28, 28]
-    of_class: Sequence[Array]  # numbers of the garments of each class
+    things: Things
+    classes: int  # how many the things are of
 
 
 @dataclass(frozen=True)
@@ -77,12 +73,12 @@ class Scene:
     """An image and the truth about it."""
 
     pixels: Array  # uint8 [S, S, 3]
-    labels: tuple[int, ...]  # class of every garment that is seen, from 0
-    masks: Array  # bool [garments, S, S], disjoint
+    labels: tuple[int, ...]  # class of every thing that is seen, from 0
+    masks: Array  # bool [things, S, S], disjoint
 
     @property
     def label(self) -> int:
-        """The class of the garment with most pixels, of several the first."""
+        """The class of the thing with most pixels, of several the first."""
         return self.labels[int(self.masks.sum((1, 2)).argmax())]
 
     @property
@@ -91,175 +87,50 @@ class Scene:
         return (self.masks * (1 + np.array(self.labels, np.uint8))[:, None, None]).sum(0).astype(np.uint8)
 
 
-# -------------------------------------------------------------------------------------------------- material
-def texture(pixels: Array) -> float:
-    """Share of the blocks of uint8 [S, S, 3] in which there is something to see."""
-    grey = pixels.mean(2)
-    side = len(grey) // BLOCKS
-    blocks = grey[: side * BLOCKS, : side * BLOCKS].reshape(BLOCKS, side, BLOCKS, side)
-    return float((blocks.std((1, 3)) >= CONTRAST).mean())
-
-
-def crop(photograph: Image.Image, size: int, draws: Array) -> Array:
-    """A square of `photograph` at a place and a scale that `draws`, [3] in 0..1, say: uint8 [size, size, 3]."""
-    shorter = min(photograph.size)
-    side = size * CLOSEST * (shorter / (size * CLOSEST)) ** draws[0]
-    left, top = (draws[1:] * (np.array(photograph.size) - side)).tolist()
-    box = (left, top, left + side, top + side)
-    return np.asarray(photograph.resize((size, size), Image.Resampling.BICUBIC, box, reducing_gap=3.0))
-
-
-def read_photograph(file: Path) -> Image.Image:
-    """A photograph with a shorter side of `SHORTER_SIDE` at most. **Raises:** `UserError` if it is damaged."""
-    try:
-        image = read_source(file)
-    except OSError as error:
-        raise UserError(f"photograph {file} cannot be read ({error}); install its package again") from error
-    ratio = min(SHORTER_SIDE / min(image.size), 1.0)
-    return image.resize((round(image.width * ratio), round(image.height * ratio)), Image.Resampling.BICUBIC)
-
-
-def read_photographs(files: Sequence[Path]) -> dict[str, list[Image.Image]]:
-    """Those with texture, every `VALIDATION`-th for val. Who is on which side depends on the files alone.
-
-    **Raises:** `UserError` if one side would have none.
-    """
-    found = []
-    with progress_bar(len(files), "look", "photograph") as bar:
-        for number, file in enumerate(files):
-            photograph = read_photograph(file)
-            draws = uniforms(key_of(0, 0, Stream.PREPARATION), np.array([number]), PROBES * BOX).reshape(PROBES, BOX)
-            shares = [texture(crop(photograph, PROBE_SIDE, draw[1:])) for draw in draws]
-            if sum(share >= TEXTURED for share in shares) >= FEWEST_TEXTURED:
-                found.append(photograph)
-            bar.update()
-    if len(found) < VALIDATION:
-        raise UserError(
-            f"{len(found)} of {len(files)} photographs have texture, expected {VALIDATION} or more; install more"
-        )
-    return {
-        "train": [photograph for number, photograph in enumerate(found, 1) if number % VALIDATION],
-        "val": found[VALIDATION - 1 :: VALIDATION],
-    }
-
-
-def read_garments(split: str, source: Path) -> tuple[Array, list[Array]]:
-    """Images of a split, uint8 [N, 28, 28], and the numbers of those of each class.
-
-    **Raises:** `UserError` if a class has none.
-    """
-    images, labels = read_split(split, source)
-    seen = images.max((1, 2)) >= DARKEST
-    of_class = [np.flatnonzero((labels == label) & seen) for label in range(len(CLASSES))]
-    missing = [name for name, numbers in zip(CLASSES, of_class, strict=True) if not len(numbers)]
-    if missing:
-        raise UserError(f"{source} has no {missing[0]} in {split}; download it again")
-    return images, of_class
-
-
 # -------------------------------------------------------------------------------------------------- one scene
 def draw_scene(material: Material, key: Array, number: int, size: int, objects: tuple[int, int]) -> Scene:
-    """Image `number` of a split: a ground, and garments one over the other, from the numbers that `key` gives.
+    """Image `number` of a split: a ground, and things one over the other, from the numbers that `key` gives.
 
-    The first garment's class is the remainder of `number`, so that every class has its share.
+    The first thing's class is the remainder of `number`, so that every class has its share.
     """
-    draws = uniforms(key, np.array([number]), 1 + TRIES * BOX + MOST * GARMENT)[0]
+    draws = uniforms(key, np.array([number]), 1 + TRIES * BOX + MOST * DRAWN)[0]
     low, high = objects
     count = low + int(draws[0] * (high - low + 1))
     canvas = draw_ground(material.photographs, draws[1 : 1 + TRIES * BOX].reshape(TRIES, BOX), size)
     labels: list[int] = []
     masks = np.zeros((0, size, size), bool)
-    for row, draw in enumerate(draws[1 + TRIES * BOX :].reshape(MOST, GARMENT)[:count]):
-        label = int(draw[0] * len(CLASSES)) if row else number % len(CLASSES)
-        mask = draw_garment(material, label, canvas, masks, draw[1:])
+    for row, draw in enumerate(draws[1 + TRIES * BOX :].reshape(MOST, DRAWN)[:count]):
+        label = int(draw[0] * material.classes) if row else number % material.classes
+        mask = draw_thing(material.things, label, canvas, masks, draw[1:])
         masks = np.concatenate([masks & ~mask, mask[None]])
         labels.append(label)
     seen = np.flatnonzero(masks.any((1, 2)))
     return Scene(canvas, tuple(labels[row] for row in seen), masks[seen])
 
 
-def draw_ground(photographs: Sequence[Image.Image], draws: Array, size: int) -> Array:
-    """The first crop with texture, or the one with most: uint8 [size, size, 3], writable.
+def draw_thing(things: Things, label: int, canvas: Array, masks: Array, draws: Array) -> Array:
+    """Paste a thing on uint8 `canvas` [S, S, 3] where it hides the others least; returns its mask, bool [S, S].
 
-    - `draws`: [TRIES, BOX] in 0..1
+    - `masks`: bool [things, S, S], of those there
+    - `draws`: [DRAWN - 1] in 0..1
     """
-    best, most = np.zeros(0), -1.0
-    for draw in draws:
-        pixels = crop(photographs[int(draw[0] * len(photographs))], size, draw[1:])
-        share = texture(pixels)
-        if share > most:
-            best, most = pixels, share
-        if share >= TEXTURED:
-            break
-    return best.copy()
-
-
-def draw_garment(material: Material, label: int, canvas: Array, masks: Array, draws: Array) -> Array:
-    """Paste a garment on uint8 `canvas` [S, S, 3] where it hides the others least; returns its mask, bool [S, S].
-
-    - `masks`: bool [garments, S, S], of those there
-    - `draws`: [GARMENT - 1] in 0..1
-    """
-    size, numbers = len(canvas), material.of_class[label]
-    image = material.garments[numbers[int(draws[0] * len(numbers))]]
-    longest = round(size * (SMALLEST + draws[1] * (LARGEST - SMALLEST)))
-    grey, opacity = enlarge(cut_out(image), longest, draws[2] < 0.5)
-    colours = DIMMEST + draws[4:7] * (1 - DIMMEST)
-    tint = np.ones(3) if draws[3] < GREY else colours / colours.max()
-    room = size - np.array(grey.shape) + 1
-    places = (draws[7:].reshape(PLACES, 2) * room).astype(int).tolist()
+    size = len(canvas)
+    colours, opacity, tint = things.look(label, size, draws[:LOOKS])
+    room = size - np.array(opacity.shape) + 1
+    places = (draws[LOOKS:].reshape(PLACES, 2) * room).astype(int).tolist()
     hidden = [_hidden(masks, opacity, place) for place in places]
-    return paste(canvas, grey, opacity, tuple(places[int(np.argmin(hidden))]), tint)
+    return paste(canvas, colours, opacity, tuple(places[int(np.argmin(hidden))]), tint)
 
 
 def _hidden(masks: Array, opacity: Array, place: Sequence[int]) -> float:
-    """The largest share of a garment there that one at `place` would hide."""
+    """The largest share of a thing there that one at `place` would hide."""
     (top, left), (height, width) = place, opacity.shape
     window = masks[:, top : top + height, left : left + width]
     covered = (window & (opacity > SOFT_EDGE)).sum((1, 2))
     return float((covered / np.maximum(masks.sum((1, 2)), 1)).max(initial=0))
 
 
-# -------------------------------------------------------------------------------------------------- COCO's form
-def run_lengths(mask: Array) -> list[int]:
-    """Lengths of the runs of False and True of bool [H, W] in turn, column by column, the first of False (maybe 0)."""
-    flat = np.concatenate([[False], mask.ravel(order="F"), [~mask.ravel(order="F")[-1]]])
-    ends = np.flatnonzero(flat[1:] != flat[:-1])
-    return np.diff(ends, prepend=0).tolist()
-
-
-def annotation(label: int, mask: Array) -> dict[str, Any]:
-    """What COCO says of an object, without its numbers. The box is left, top, width, height."""
-    rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
-    box = [columns[0], rows[0], columns[-1] - columns[0] + 1, rows[-1] - rows[0] + 1]
-    return {
-        "category_id": label + 1,
-        "bbox": [int(value) for value in box],
-        "area": int(mask.sum()),
-        "segmentation": {"size": list(mask.shape), "counts": run_lengths(mask)},
-        "iscrowd": 0,
-    }
-
-
-def coco(size: int, objects: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
-    """A whole file of COCO's: images by number, the objects of each, categories."""
-    every = [(number, thing) for number, things in enumerate(objects) for thing in things]
-    return {
-        "info": {"description": "garments on photographs, made by data_prep.scenes"},
-        "images": [
-            {"id": number, "file_name": file_name(number), "width": size, "height": size}
-            for number in range(len(objects))
-        ],
-        "annotations": [{"id": k, "image_id": number, **thing} for k, (number, thing) in enumerate(every, 1)],
-        "categories": [{"id": k, "name": name, "supercategory": "garment"} for k, name in enumerate(CLASSES, 1)],
-    }
-
-
 # -------------------------------------------------------------------------------------------------- files
-def file_name(number: int) -> str:
-    return f"{number:08d}.png"
-
-
 @dataclass(frozen=True)
 class Task:
     """What one process needs to write images of a split."""
@@ -297,8 +168,8 @@ def _write_chunk(numbers: Sequence[int]) -> list[tuple[int, list[dict[str, Any]]
     return [_task.write(number) for number in numbers]
 
 
-def write_split(task: Task, split: str, count: int, num_workers: int) -> None:
-    """Write the images of a split, its list and its COCO file.
+def write_images(task: Task, split: str, count: int, num_workers: int) -> list[tuple[int, list[dict[str, Any]]]]:
+    """Write the images of a split; label and objects of each.
 
     **Raises:** `UserError` if a process dies; `KeyboardInterrupt` if told to stop.
     """
@@ -322,28 +193,61 @@ def write_split(task: Task, split: str, count: int, num_workers: int) -> None:
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
-    lines = [f"{split}/images/{file_name(number)}\t{CLASSES[label]}\n" for number, (label, _) in enumerate(made)]
+    return made
+
+
+def write_split(task: Task, split: str, count: int, num_workers: int, source: "Source") -> None:
+    """Write the images of a split, its list and its COCO file."""
+    made = write_images(task, split, count, num_workers)
+    lines = [f"{split}/images/{file_name(number)}\t{source.classes[label]}\n" for number, (label, _) in enumerate(made)]
     write_text(task.folder.with_suffix(".txt"), "".join(lines))
-    annotations = task.folder.parent / "annotations" / f"{split}.json"  # train.json is train.beton's, if it lies there
-    annotations.parent.mkdir(exist_ok=True)
-    write_text(annotations, json.dumps(coco(task.size, [things for _, things in made])) + "\n")
+    told = coco(task.size, [things for _, things in made], source.classes, source.kind)
+    write_text(task.folder.with_suffix(".json"), json.dumps(told) + "\n")
+
+
+# -------------------------------------------------------------------------------------------------- sources
+@dataclass(frozen=True)
+class Source:
+    """Where things come from."""
+
+    kind: str  # "garment"
+    classes: tuple[str, ...]
+    read: Callable[[argparse.Namespace], dict[str, Things]]  # of each split
+    streams: dict[str, int]  # in the place of an epoch in the keys of what is drawn; moving garments have 1 and 2
+
+
+def _garments(args: argparse.Namespace) -> dict[str, Things]:
+    with tempfile.TemporaryDirectory() as download:
+        source = find_source(args.garments, Path(download))
+        return {split: read_garments(split, source) for split in ("train", "val")}
+
+
+def _cliparts(args: argparse.Namespace) -> dict[str, Things]:
+    return {**read_cliparts(args.cliparts, args.size)}
+
+
+SOURCES = {
+    "garments": Source("garment", CLASSES, _garments, {"train": 3, "val": 4}),
+    "clipart": Source("clipart", CLIPARTS, _cliparts, {"train": 5, "val": 6}),
+}
 
 
 def gather(args: argparse.Namespace) -> dict[str, Material]:
     """What both splits are made of."""
-    grounds = read_photographs(photographs(sources()))
-    with tempfile.TemporaryDirectory() as download:
-        source = find_source(args.garments, Path(download))
-        return {split: Material(grounds[split], *read_garments(split, source)) for split in STREAMS}
+    grounds = read_photographs(photographs(sources()), args.size)
+    source = SOURCES[args.source]
+    things = source.read(args)
+    return {split: Material(grounds[split], things[split], len(source.classes)) for split in source.streams}
 
 
 def write_scenes(material: dict[str, Material], args: argparse.Namespace, out: Path) -> None:
     """Both splits, into the new folder `out`."""
+    source = SOURCES[args.source]
     for split, count in (("train", args.number), ("val", args.val_number)):
-        key = key_of(args.seed, STREAMS[split], Stream.PREPARATION)
+        key = key_of(args.seed, source.streams[split], Stream.PREPARATION)
         task = Task(material[split], key, args.size, tuple(args.objects), out / split)
-        write_split(task, split, count, args.num_workers)
-    write_text(out / "classes.txt", "".join(f"{name}\n" for name in CLASSES))
+        write_split(task, split, count, args.num_workers, source)
+    write_text(out / "classes.txt", "".join(f"{name}\n" for name in source.classes))
 
 
 # -------------------------------------------------------------------------------------------------- command line
@@ -351,6 +255,9 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = Parser(prog="python -m data_prep.scenes", description=__doc__)
     parser.add_argument("out", type=Path, metavar="OUT", help="new folder to write")
+    parser.add_argument(
+        "--source", choices=tuple(SOURCES), default="garments", help="what is pasted (default garments)"
+    )
     parser.add_argument("--number", type=int, default=20_000, metavar="N", help="images of train (default 20000)")
     parser.add_argument("--val_number", type=int, default=4_000, metavar="N", help="images of val (default 4000)")
     parser.add_argument("--size", type=int, default=64, metavar="PIXELS", help="side of the images (default 64)")
@@ -360,10 +267,17 @@ def build_parser() -> argparse.ArgumentParser:
         nargs=2,
         default=[1, 1],
         metavar=("LOW", "HIGH"),
-        help=f"fewest and most garments of an image, up to {MOST} (default 1 1)",
+        help=f"fewest and most things of an image, up to {MOST} (default 1 1)",
     )
     parser.add_argument(
         "--garments", type=Path, metavar="RAW_DIR", help="folder with Fashion-MNIST's idx files (default: Debian's)"
+    )
+    parser.add_argument(
+        "--cliparts",
+        type=Path,
+        default=OPENCLIPART,
+        metavar="DIR",
+        help=f"folder with folders of PNG files: {', '.join(CLIPARTS)} (default: Debian's)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of all that is drawn (default 0)")
     parser.add_argument("--num_workers", type=int, default=0, metavar="N", help="processes; 0 = all cores (default)")
@@ -371,7 +285,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _check(args: argparse.Namespace) -> None:
-    for name, (least, most) in RANGES.items():
+    images = (len(SOURCES[args.source].classes), MOST_IMAGES)  # one of each class
+    for name, (least, most) in {"number": images, "val_number": images, **RANGES}.items():
         value = getattr(args, name)
         if not least <= value <= most:
             raise UserError(f"{name} is {value}, expected {least} to {most}")
@@ -393,8 +308,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_scenes(material, args, aside)
     print(
         f"wrote {args.out}: {args.number} images of train, {args.val_number} of val, {args.size} x {args.size} pixels, "
-        f"{len(CLASSES)} classes, in {time.monotonic() - started:.0f} s\n"
-        f"      next: python -m data_prep.images {args.out}/train.txt {args.out}/train.beton --write_mode raw "
+        f"{len(SOURCES[args.source].classes)} classes, in {time.monotonic() - started:.0f} s\n"
+        f"      next: python -m data_prep.images {args.out}/train.txt {args.out}/train_set.beton --write_mode raw "
         f"--classes {args.out}/classes.txt"
     )
 

@@ -27,6 +27,7 @@ from fasthpm.data import build_loader
 from fasthpm.data.device import on_device
 from fasthpm.data.identity import identity_of
 from fasthpm.data.statistics import statistics_of
+from fasthpm.dense import online as online_dense
 from fasthpm.difficulty import HEAD
 from fasthpm.errors import UserError
 from fasthpm.exchange import exporting
@@ -135,6 +136,7 @@ def build(recipe: Recipe, launch: ranks.Launch, lock: FolderLock | None = None) 
         checkpoint.compare_recipes(recipe, science_of, data)
         config = ranks.merge_config(recipe.deepspeed_config, recipe, launch.world_size)
         online_probes.check(recipe, loader.info, config)
+        online_dense.check(recipe, config)
         student = checkpoint.initial_model(recipe)
         frozen = build_frozen(recipe, launch.device)
     if lock:
@@ -179,6 +181,9 @@ def observers(run: Run[Step]) -> list[Observer]:
             probe = online_probes.OnlineProbe(recipe, run.step, run.loader.info, run.launch)
             probe.load(Path(recipe.output_dir), run.done)
         found.append(probe)
+    if recipe.dense_path:
+        with ranks.in_agreement():
+            found.append(online_dense.OnlineDenseProbe(recipe, run.step, run.launch))
     return found
 
 

@@ -290,6 +290,12 @@ class Recipe:
     online_knn_every: int = option(
         0, "epochs between two k-NN tests on a fixed part of the training set; 0 = off", low=0, run_only=True
     )
+    dense_path: str = option(
+        "",
+        "images with masks ({train,val}/{images,masks}/, or ADE20K's) for a k-NN test of patches; empty = off",
+        run_only=True,
+    )
+    dense_every: int = option(10, "epochs between two such tests", above=0, run_only=True)
     stop_after: int = option(0, "stop after this many updates, keeping the schedule; 0 = never", low=0, run_only=True)
 
     def __post_init__(self) -> None:

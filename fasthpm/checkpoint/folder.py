@@ -26,6 +26,7 @@ from fasthpm.recipe import Recipe, load_recipe, save_recipe
 
 MANIFEST, STATE, RECIPE = "manifest.json", "state.json", "recipe.json"
 FINETUNE_NOTES = "finetune.json"  # in checkpoints of fine-tuning, which hold a classifier and no decoder
+TUNED = {FINETUNE_NOTES: "a fine-tuned classifier", "segment.json": "a segmenter", "detect.json": "a detector"}
 COUNTED = ("global_batch_size", "steps_per_epoch")  # what an update is, and where in the schedule
 OF_THE_MODEL = ("model", "input_size", "patch_size", "channels", "num_frames", "tubelet_size", "target", "predictor")
 BYTES_PER_PARAMETER = 17  # float32 master, two moments and EMA; a little for names and hashes

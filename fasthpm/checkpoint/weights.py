@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fasthpm.checkpoint import shards
-from fasthpm.checkpoint.folder import FINETUNE_NOTES, RECIPE, damages, newest_valid
+from fasthpm.checkpoint.folder import RECIPE, TUNED, damages, newest_valid
 from fasthpm.checkpoint.foreign import load_reference, unusable
 from fasthpm.checkpoint.pixels import pixels_of
 from fasthpm.errors import UserError, about, warn
@@ -20,7 +20,7 @@ from fasthpm.recipe import Recipe, load_recipe
 def checkpoint_of(source: Path) -> Path:
     """The checkpoint that `source` means: the newest valid one of a run, or itself.
 
-    **Raises:** `UserError` if there is none, or it is a fine-tuned classifier's.
+    **Raises:** `UserError` if there is none, or it is that of a tuning.
     """
     run = (source / "checkpoints").is_dir()
     folder = newest_valid(source, warn) if run else source
@@ -31,11 +31,12 @@ def checkpoint_of(source: Path) -> Path:
             f"{source} holds no valid checkpoint; expected the output_dir of a run or one of its "
             f"checkpoints/step-… folders"
         )
-    if (folder / FINETUNE_NOTES).is_file():
-        raise UserError(
-            f"{source} holds a fine-tuned classifier; give the pretraining run that it came from, or evaluate it with "
-            f"fasthpm finetune --evaluate"
-        )
+    for notes, what in TUNED.items():
+        if (folder / notes).is_file():
+            raise UserError(
+                f"{source} holds {what}; give the pretraining run that it came from, or evaluate it with "
+                f"fasthpm {Path(notes).stem} --evaluate"
+            )
     return folder
 
 

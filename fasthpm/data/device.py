@@ -110,5 +110,14 @@ def _copied(batches: Iterator[Batch], loader: Loader, device: torch.device) -> I
 def _hand_over(batch: Batch, arrival: torch.cuda.Event, stream: torch.cuda.Stream) -> None:
     """Let `stream` wait for the copy, and keep the memory from being used anew before `stream` is done with it."""
     stream.wait_event(arrival)
-    for tensor in vars(batch).values():
+    for tensor in _tensors(vars(batch)):
         tensor.record_stream(stream)
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """All that are in `value`, however deep in lists and dicts."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict | list):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(one)

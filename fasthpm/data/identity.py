@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,12 @@ def _of_sidecar(sidecar: dict[str, Any]) -> str:
     return _hash([json.dumps(parts or {name: sidecar.get(name) for name in SAID}, sort_keys=True)])
 
 
-def _of_files(paths: tuple[str, ...]) -> str:
+def identity_of_files(paths: Sequence[str]) -> str:
+    """The same of loose files, as of a folder: their names below the common folder, and what is in up to `READ`."""
+    return _joined([_of_files(paths)])
+
+
+def _of_files(paths: Sequence[str]) -> str:
     common = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
     names = [os.path.relpath(os.path.abspath(path), common) for path in paths]
     read = [paths[index * len(paths) // READ] for index in range(READ)] if len(paths) > READ else paths

@@ -23,6 +23,7 @@ from fasthpm.data.base import REPLACEMENTS
 from fasthpm.data.keys import Stream
 from fasthpm.data.options import MAX_BAD_SAMPLES, count_workers
 from fasthpm.data.sampling import Array, key_of, mix, replacements, sample_order, uniforms
+from fasthpm.data.types import DatasetInfo
 from fasthpm.errors import UserError
 
 Transform = Callable[[Any, np.random.Generator], Any]  # what `DenseSet.read` gave, and random numbers -> a sample
@@ -120,6 +121,7 @@ class DenseLoader:
     def __init__(self, data: DenseSet, transform: Transform, collate: Collate, options: DenseOptions) -> None:
         self.data, self.options, self.source = data, options, data.source
         self.batch_size, self.num_workers = options.batch_size, count_workers(options.num_workers)
+        self.info = DatasetInfo(len(data), 0, (), (), data.classes)  # by what pixels are normalised, the encoder says
         self.waited = 0.0
         self._samples = _Samples(data, transform, options)
         self._collate = collate

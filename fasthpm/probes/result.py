@@ -4,6 +4,7 @@ An evaluation leaves `result.json` (protocol, accuracy, versions, checkpoint, co
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,18 +119,21 @@ def write_text(path: Path, text: str) -> None:
         files.write_text(path, text)
 
 
-def write_result(folder: Path, result: dict[str, Any]) -> str:
-    """Write `folder`/result.json and result.md. **Returns:** the row of Markdown."""
+def write_result(folder: Path, result: dict[str, Any], shown: Sequence[str] = SHOWN, more: str = "") -> str:
+    """Write `folder`/result.json and result.md. **Returns:** the row of Markdown.
+
+    - `shown`: its columns; `more`: what stands below it
+    """
     write_text(folder / "result.json", json.dumps(result, indent=2) + "\n")
-    row = markdown_row(result)
-    head = f"| {' | '.join(SHOWN)} |\n|{'---|' * len(SHOWN)}\n"
-    write_text(folder / "result.md", f"{head}{row}\n")
+    row = markdown_row(result, shown)
+    head = f"| {' | '.join(shown)} |\n|{'---|' * len(shown)}\n"
+    write_text(folder / "result.md", f"{head}{row}\n" + (f"\n{more}" if more else ""))
     return row
 
 
-def markdown_row(result: dict[str, Any]) -> str:
-    """One row with the columns of `SHOWN`."""
-    return f"| {' | '.join(_cell(result.get(name)) for name in SHOWN)} |"
+def markdown_row(result: dict[str, Any], shown: Sequence[str] = SHOWN) -> str:
+    """One row with the columns `shown`."""
+    return f"| {' | '.join(_cell(result.get(name)) for name in shown)} |"
 
 
 def _cell(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Garments on photographs: the truth is true, and it is the same again."""
+"""Things on photographs: the truth is true, and it is the same again."""
 
 import contextlib
 import json
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep import images, scenes
+from data_prep import images, scenes, things
 from data_prep.fashion_mnist import CLASSES
 from fasthpm.data.ffcv.beton import open_beton
 from fasthpm.data.keys import Stream
@@ -19,9 +19,10 @@ from fasthpm.data.sampling import key_of
 from fasthpm.errors import UserError
 from tests.helpers.disk import mounted
 from tests.helpers.prepared_sets import RAW_FLAGS, idx_files
+from tests.helpers.run_lengths import decoded
 
 FLAGS = ("--number", "70", "--val_number", "10", "--size", "32", "--objects", "1", "4", "--seed", "3")
-KEY = key_of(5, scenes.STREAMS["train"], Stream.PREPARATION)
+KEY = key_of(5, 3, Stream.PREPARATION)
 
 
 @pytest.fixture(scope="module")
@@ -50,14 +51,6 @@ def read(path: Path) -> np.ndarray:
         return np.asarray(image)
 
 
-def decoded(segmentation: dict[str, list[int]]) -> np.ndarray:
-    """COCO's run lengths by the plain loop: bool [H, W]."""
-    flat: list[bool] = []
-    for number, length in enumerate(segmentation["counts"]):
-        flat += [number % 2 == 1] * length
-    return np.array(flat).reshape(segmentation["size"][::-1]).T
-
-
 def everything(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -71,7 +64,8 @@ def square_garments() -> tuple[np.ndarray, list[np.ndarray]]:
 
 
 def material(*colours: tuple[int, int, int]) -> scenes.Material:
-    return scenes.Material([Image.new("RGB", (200, 150), colour) for colour in colours], *square_garments())
+    grounds = [Image.new("RGB", (200, 150), colour) for colour in colours]
+    return scenes.Material(grounds, things.Garments(*square_garments()), 10)
 
 
 # -------------------------------------------------------------------------------------------------- the truth
@@ -125,7 +119,7 @@ def test_overlapping_garments_have_disjoint_masks() -> None:
 def test_a_garment_is_pasted_where_it_hides_least() -> None:
     left = np.arange(48) < 24
     masks = np.broadcast_to(left, (1, 48, 48))
-    drawn = np.random.default_rng(0).random((20, scenes.GARMENT - 1))
+    drawn = np.random.default_rng(0).random((20, scenes.DRAWN - 1))
     for draws in drawn:
         overlaps = []
         for place in draws[7:].reshape(scenes.PLACES, 2):
@@ -137,7 +131,8 @@ def test_a_garment_is_pasted_where_it_hides_least() -> None:
 
 def pasted(masks: np.ndarray, draws: np.ndarray) -> np.ndarray:
     """The mask of a garment among `masks`."""
-    return scenes.draw_garment(material((0, 0, 0)), 3, np.zeros((48, 48, 3), np.uint8), masks, draws)
+    garments = things.Garments(*square_garments())
+    return scenes.draw_thing(garments, 3, np.zeros((48, 48, 3), np.uint8), masks, draws)
 
 
 def test_a_garment_that_is_not_seen_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,7 +144,7 @@ def test_a_garment_that_is_not_seen_does_not_count(monkeypatch: pytest.MonkeyPat
         mask[start : start + side, start : start + side] = True
         return mask
 
-    monkeypatch.setattr(scenes, "draw_garment", drawn)
+    monkeypatch.setattr(scenes, "draw_thing", drawn)
     scene = scenes.draw_scene(material((0, 0, 0)), KEY, 6, 48, (3, 3))  # the third hides the first, of class 6
     assert scene.masks.sum((1, 2)).tolist() == [9, 100]
     assert len(scene.labels) == 2
@@ -164,27 +159,6 @@ def test_an_image_is_a_function_of_its_number_alone() -> None:
     assert not any(np.array_equal(first.pixels, other) for other in others)
 
 
-def test_the_ground_has_texture_where_there_is_any() -> None:
-    rng = np.random.default_rng(0)
-    pixels = np.full((150, 300, 3), 120, np.uint8)
-    pixels[:, 150:] = rng.integers(0, 256, (30, 30, 1), dtype=np.uint8).repeat(5, 0).repeat(5, 1)
-    half = Image.fromarray(pixels)
-    grounds = [scenes.draw_ground([half], rng.random((scenes.TRIES, scenes.BOX)), 32) for _ in range(30)]
-    shares = [scenes.texture(ground) for ground in grounds]
-    assert np.mean(np.array(shares) >= scenes.TEXTURED) > 0.8
-    assert scenes.texture(np.full((32, 32, 3), 7, np.uint8)) == 0
-    flat = scenes.draw_ground([Image.new("RGB", (200, 150), (1, 2, 3))], rng.random((scenes.TRIES, scenes.BOX)), 32)
-    assert (flat == [1, 2, 3]).all()
-
-
-def test_run_lengths_are_those_of_the_loop() -> None:
-    rng = np.random.default_rng(0)
-    for mask in (*(rng.random((5, 7)) < 0.5 for _ in range(20)), np.ones((2, 3), bool), np.eye(3) > 0):
-        lengths = scenes.run_lengths(mask)
-        assert np.array_equal(decoded({"size": list(mask.shape), "counts": lengths}), mask)
-        assert all(length > 0 for length in lengths[1:])
-
-
 # -------------------------------------------------------------------------------------------------- the files
 def test_the_files_say_the_same(ready: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "new" / "out"
@@ -192,7 +166,7 @@ def test_the_files_say_the_same(ready: list[str], tmp_path: Path, capsys: pytest
     assert "70 images of train, 10 of val" in capsys.readouterr().out
     assert (out / "classes.txt").read_text().splitlines() == list(CLASSES)
     for split, count in (("train", 70), ("val", 10)):
-        told = json.loads((out / "annotations" / f"{split}.json").read_text())
+        told = json.loads((out / f"{split}.json").read_text())
         assert [category["name"] for category in told["categories"]] == list(CLASSES)
         assert [category["id"] for category in told["categories"]] == list(range(1, 11))
         assert [thing["id"] for thing in told["annotations"]] == list(range(1, len(told["annotations"]) + 1))
@@ -242,7 +216,7 @@ def test_the_lists_become_prepared_sets(ready: list[str], tmp_path: Path) -> Non
     out = tmp_path / "out"
     scenes.main([str(out), *ready, "--objects", "1", "1"])
     for split in ("train", "val"):
-        path = out / f"{split}.beton"
+        path = out / f"{split}_set.beton"
         images.main([str(out / f"{split}.txt"), str(path), *RAW_FLAGS, "--classes", str(out / "classes.txt")])
         beton = open_beton(path)
         assert beton.info.classes == CLASSES
@@ -262,9 +236,14 @@ def test_train_and_val_share_neither_photographs_nor_garments(ready: list[str], 
         for split, part in found.items()
     }
     assert reds == {"train": {0, 1, 2, 5, 6, 7}, "val": {3, 8}}
-    train, val = ({garment.tobytes() for garment in found[split].garments} for split in ("train", "val"))
+    train, val = ({garment.tobytes() for garment in garments_of(found[split])} for split in ("train", "val"))
     assert len(train) == len(val) == 200
     assert not train & val
+
+
+def garments_of(part: scenes.Material) -> np.ndarray:
+    assert isinstance(part.things, things.Garments)
+    return part.things.images
 
 
 # -------------------------------------------------------------------------------------------------- what goes wrong
@@ -273,8 +252,8 @@ def test_train_and_val_share_neither_photographs_nor_garments(ready: list[str], 
     [
         (["--number", "9"], "number is 9, expected 10 to"),
         (["--val_number", "0"], "val_number is 0, expected 10 to"),
-        (["--size", "31"], "size is 31, expected 32 to 512"),
-        (["--size", "513"], "size is 513, expected 32 to 512"),
+        (["--size", "31"], "size is 31, expected 32 to 2048"),
+        (["--size", "2049"], "size is 2049, expected 32 to 2048"),
         (["--seed", "-1"], "seed is -1, expected 0 to"),
         (["--num_workers", "-1"], "num_workers is -1, expected 0 to"),
         (["--objects", "0", "1"], "objects are 0 to 1, expected LOW and HIGH"),

@@ -1,0 +1,70 @@
+#!/usr/bin/env bash
+# The demo behind `make dense_demo`: garments on photographs → HPM → segmentation and detection, with pictures.
+#     DATA=data/scenes OUT=runs/dense_demo RANKS=2      change where things are and how many processes train
+# A second run finds everything done and only reports; a killed one goes on where it stopped.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+readonly data=${DATA:-data/scenes} out=${OUT:-runs/dense_demo}
+readonly python=$PWD/.venv/bin/python fasthpm=$PWD/.venv/bin/fasthpm
+readonly packages="lomiri-wallpapers-16.04 lomiri-wallpapers-20.04 mate-backgrounds plasma-workspace-wallpapers ukui-wallpapers"
+export PYTHONWARNINGS=ignore TQDM_MININTERVAL=${TQDM_MININTERVAL:-1}
+
+gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
+[ "$gpus" -gt 0 ] || export DS_ACCELERATOR=cpu
+readonly ranks=${RANKS:-$([ "$gpus" -gt 0 ] && echo "$((gpus < 2 ? gpus : 2))" || echo 2)}
+
+# A CPU without bf16 instructions only emulates them, at half the speed of float32.
+preset=zero1_bf16
+[ "$gpus" -gt 0 ] || grep -qsE '^(flags|Features)\b.*bf16' /proc/cpuinfo || preset=zero1_fp32
+readonly preset
+
+step() { printf '\n== %s\n' "$*"; }
+
+# Installs the photographs (170 MB) where that is allowed; data_prep.scenes says what to do where it is not.
+photographs() {
+    "$python" -c 'from data_prep.photographs import sources; sources()' 2>/dev/null && return
+    if command -v apt-get >/dev/null && [ "$(id -u)" -eq 0 ]; then
+        # shellcheck disable=SC2086
+        { apt-get -q update && DEBIAN_FRONTEND=noninteractive apt-get -q install -y --no-install-recommends $packages; } >&2 || true
+    fi
+}
+
+# A task on the encoder: its command, its module, further flags.
+train() {
+    [ -f "$out/$1/result.json" ] ||
+        "$PWD/.venv/bin/deepspeed" --num_gpus "$ranks" --module "fasthpm.dense.$2" "$out" --data_path "$data" "${@:3}"
+}
+
+step "1/4 garments on photographs, with masks and boxes"
+if [ ! -f "$data/classes.txt" ]; then
+    photographs
+    "$python" -m data_prep.scenes "$data" --number 8000 --val_number 500 --size 96
+fi
+[ -f "$data/train_set.beton" ] ||
+    "$python" -m data_prep.images "$data/train.txt" "$data/train_set.beton" --write_mode raw --classes "$data/classes.txt"
+
+step "2/4 HPM pretraining on $ranks DeepSpeed ranks"
+if [ ! -f "$out/report.md" ]; then
+    "$PWD/.venv/bin/deepspeed" --num_gpus "$ranks" --module fasthpm.pretrain --recipe hpm_dense_demo \
+        --data_path "$data/train_set.beton" --output_dir "$out" --deepspeed_config "$preset"
+fi
+
+step "3/4 segmentation: UPerNet"
+train segment segmentation
+
+step "4/4 detection: Mask R-CNN"
+train detect detection
+
+figure() { "$python" -c "import json, sys; print(f'{json.load(open(sys.argv[1]))[sys.argv[2]]:.1f} %')" "$@"; }
+cat <<END
+
+The teacher's difficulty: $(sed -n 's/^Difficulty: //p' "$out/report.md")
+Segmentation: mIoU $(figure "$out/segment/result.json" miou)
+Detection: AP of masks $(figure "$out/detect/result.json" mask_ap), of boxes $(figure "$out/detect/result.json" box_ap)
+
+Done. Look at
+  pictures     $out/segment/pictures.png and $out/detect/pictures.png: image, truth, prediction
+  classes      $out/segment/result.md and $out/detect/result.md
+  TensorBoard  .venv/bin/tensorboard --host 127.0.0.1 --logdir $out
+  from scratch .venv/bin/fasthpm segment $out --data_path $data --from_scratch
+END
