@@ -11,6 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fasthpm.dense import foreign
+from fasthpm.dense.detection.network import Heads, build_detector
+from fasthpm.dense.detection.vitdet import Windows
+from fasthpm.dense.segmentation.network import build_segmenter
 from fasthpm.errors import UserError
 from fasthpm.exchange.forms.openmmlab import mmseg_shapes, relative_index
 from tests.helpers import openmmlab
@@ -359,13 +362,11 @@ def pyramid(state: State, last: Tensor) -> list[Tensor]:
 @torch.no_grad()
 def test_detectron2s_backbone_is_our_detectors() -> None:
     """Every name of the file has its place in the detector, and encoder and pyramid compute what detectron2's do."""
-    network = pytest.importorskip("fasthpm.dense.detection.network")
-    windows = pytest.importorskip("fasthpm.dense.detection.vitdet").Windows
     state = mask_rcnn_state()
     found = foreign.from_detectron2(state)
     sizes = {key: value for key, value in found.head.items() if key not in ("num_classes", "relative")}
-    options = windows(grid=(4, 4), relative=found.head["relative"], drop_path=0.0)
-    detector = network.build_detector(found.model(), options, network.Heads(**sizes), CLASSES, seed=0)
+    options = Windows(grid=(4, 4), relative=found.head["relative"], drop_path=0.0)
+    detector = build_detector(found.model(), options, Heads(**sizes), CLASSES, seed=0)
     foreign.fit(detector, found)
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     wide = {key: value.double() for key, value in state.items()}
@@ -376,10 +377,9 @@ def test_detectron2s_backbone_is_our_detectors() -> None:
 
 @torch.no_grad()
 def test_mmsegs_upernet_is_our_segmenter() -> None:
-    network = pytest.importorskip("fasthpm.dense.segmentation.network")
     state = upernet_state()
     found = foreign.from_mmseg(state)
-    segmenter = network.build_segmenter(found.model(), found.head.pop("num_classes"), **found.head)
+    segmenter = build_segmenter(found.model(), found.head.pop("num_classes"), **found.head)
     foreign.fit(segmenter.net, found)
     images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     wide = {key: value.double() if value.is_floating_point() else value for key, value in state.items()}
