@@ -3,7 +3,7 @@
     python -m bench.evidence_dense --data data/scenes --work runs/dense_evidence [--seeds 3]
         [--methods segment segment_scratch detect detect_scratch] [-o bench/results/dense_scenes.json]
 
---data is what `python -m data_prep.scenes` writes, with its train.beton (`data_prep.images`) beside it. Per seed one
+--data is what `python -m data_prep.scenes` writes, with train_set.beton (`data_prep.images`) beside it. Per seed one
 pretraining by `hpm_dense_demo`, then every task from it and from random weights, by the same number of updates, with
 the tasks' `small` recipes. One process per cell; finished ones are kept, interrupted ones resume. It tests the plumbing
 and compares two ways: the set is drawn, and nobody has published figures on it.
@@ -33,7 +33,7 @@ def pretrained(arguments: argparse.Namespace, seed: int) -> Path:
     """The run that the tasks of a seed start from, made or completed if it is not there."""
     out = arguments.work / f"pretrain-seed{seed}"
     if not (out / "report.md").is_file():
-        flags = {"data_path": arguments.data / "train.beton", "output_dir": out, "seed": seed, "num_workers": 1}
+        flags = {"data_path": arguments.data / "train_set.beton", "output_dir": out, "seed": seed, "num_workers": 1}
         words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
         pretrain.main(["--recipe", "hpm_dense_demo", "--batch_size", "64", *words])
     return out
@@ -114,7 +114,7 @@ def write_tables(arguments: argparse.Namespace, runs: Sequence[dict[str, Any]]) 
 def build_parser() -> Parser:
     """The command line."""
     parser = Parser(prog="bench.evidence_dense", description=__doc__)
-    parser.add_argument("--data", type=Path, default=Path("data/scenes"), help="scenes, with train.beton")
+    parser.add_argument("--data", type=Path, default=Path("data/scenes"), help="scenes, with train_set.beton")
     parser.add_argument("--work", type=Path, default=Path("runs/dense_evidence"), help="where the runs are kept")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--seeds", type=int, default=3, help="runs of each")
@@ -132,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if ran_one(arguments, run_one):
         return
     require_positive(arguments, ("seeds", "threads"))
-    for name in ("train", "val", "train.beton"):
+    for name in ("train", "val", "train_set.beton"):
         if not (arguments.data / name).exists():
             raise UserError(f"{arguments.data} has no {name}; make it with data_prep.scenes and data_prep.images")
     fill_table(

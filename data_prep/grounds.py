@@ -32,7 +32,7 @@ def texture(pixels: Array) -> float:
 def crop(photograph: Image.Image, size: int, draws: Array) -> Array:
     """A square of `photograph` at a place and a scale that `draws`, [3] in 0..1, say: uint8 [size, size, 3]."""
     shorter = min(photograph.size)
-    closest = min(size * CLOSEST, shorter)
+    closest = size * CLOSEST
     side = min(closest * (shorter / closest) ** draws[0], shorter)
     left, top = (draws[1:] * (np.array(photograph.size) - side)).tolist()
     box = (left, top, min(left + side, photograph.width), min(top + side, photograph.height))

@@ -56,6 +56,7 @@ COMMANDS = {
     "knn": ("fasthpm.probes.knn", "k-NN accuracy of a run's encoder"),
     "linear": ("fasthpm.probes.linear", "linear probe of a run's encoder"),
     "finetune": ("fasthpm.probes.finetune", "fine-tune a run's encoder on labelled images"),
+    "segment": ("fasthpm.dense.segmentation", "UPerNet on a run's encoder: the class of every pixel"),
     "detect": ("fasthpm.dense.detection", "Mask R-CNN on a run's encoder: boxes and masks of objects"),
     "dense": ("fasthpm.dense.probe", "k-NN and linear probe of patches, on images with masks"),
     "embed": ("fasthpm.probes.embed", "features of any images, as NumPy arrays"),
@@ -68,7 +69,18 @@ COMMANDS = {
     "plan": ("fasthpm.commands.plan", "memory, speed and GPU-hours of a recipe on GPUs that you name"),
     "doctor": ("fasthpm.commands.doctor", "what this machine is, what is installed, and what bounds training"),
 }
-FUNCTIONS = ("pretrain", "knn", "linear", "finetune", "embed", "export", "maps")  # of `import fasthpm`
+FUNCTIONS = (
+    "pretrain",
+    "knn",
+    "linear",
+    "finetune",
+    "segment",
+    "detect",
+    "dense",
+    "embed",
+    "export",
+    "maps",
+)  # of `import fasthpm`
 MODULES = ("pretrain", "maps")  # those of them that are modules too; see `CallableModule`
 
 FROM_PYTHON: ContextVar[bool] = ContextVar("FROM_PYTHON", default=False)  # the process is the caller's, not ours

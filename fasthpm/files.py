@@ -32,6 +32,7 @@ HASH_CHUNK = 1 << 22  # bytes
 ASIDE = ".writing-"  # begins the name of what is not whole yet
 LONGEST_NAME = 255  # bytes, of nearly every file system
 LISTED = 6  # names that one message tells
+METADATA = "fasthpm"  # key of our own torch files: what a safetensors file has as its metadata
 
 
 # -------------------------------------------------------------------------------------------------- write
@@ -103,6 +104,12 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
         if code is None:
             raise
         raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
+
+
+def save_torch(content: dict[str, Any], path: Path) -> None:
+    """Write a torch file. **Raises:** `OSError`, as other writers do, if the disk does not take it."""
+    with path.open("wb") as file:  # torch's own way to a path has another error for a full disk
+        torch.save(content, file)
 
 
 def size_text(count: float) -> str:
@@ -206,7 +213,8 @@ FOREIGN = (
 
 
 def read_file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """Content of a safetensors or torch file, and the text metadata of a safetensors file; no code in it ever runs.
+    """Content of a safetensors or torch file, and the text metadata of a safetensors file, or of a torch file that is
+    ours; no code in it ever runs.
 
     **Raises:** `UserError` for what is missing, a folder, damaged, of another kind, or wants to run code.
     """
@@ -221,7 +229,15 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         raise UserError(f"{path} {problem}")
     if path.suffix == ".safetensors" or start[8:9] == b"{":
         return _read_safetensors(path)
-    return _read_pickle(path), {}
+    content = _read_pickle(path)
+    return content, _metadata(content)
+
+
+def _metadata(content: dict[str, Any]) -> dict[str, str]:
+    """The texts that our own torch files hold beside weights."""
+    found = content.get(METADATA)
+    texts = found.items() if isinstance(found, Mapping) else ()
+    return {key: text for key, text in texts if isinstance(key, str) and isinstance(text, str)}
 
 
 def _suggestion(folder: Path) -> str:

@@ -40,13 +40,13 @@ if [ ! -f "$data/classes.txt" ]; then
     photographs
     "$python" -m data_prep.scenes "$data" --number 8000 --val_number 500 --size 96
 fi
-[ -f "$data/train.beton" ] ||
-    "$python" -m data_prep.images "$data/train.txt" "$data/train.beton" --write_mode raw --classes "$data/classes.txt"
+[ -f "$data/train_set.beton" ] ||
+    "$python" -m data_prep.images "$data/train.txt" "$data/train_set.beton" --write_mode raw --classes "$data/classes.txt"
 
 step "2/4 HPM pretraining on $ranks DeepSpeed ranks"
 if [ ! -f "$out/report.md" ]; then
     "$PWD/.venv/bin/deepspeed" --num_gpus "$ranks" --module fasthpm.pretrain --recipe hpm_dense_demo \
-        --data_path "$data/train.beton" --output_dir "$out" --deepspeed_config "$preset"
+        --data_path "$data/train_set.beton" --output_dir "$out" --deepspeed_config "$preset"
 fi
 
 step "3/4 segmentation: UPerNet"

@@ -29,6 +29,7 @@ from fasthpm.data.bad import BadSample
 from fasthpm.data.statistics import statistics_of
 from fasthpm.errors import UserError
 from fasthpm.exchange import importing
+from fasthpm.exchange.forms import FORMS
 from fasthpm.files import file_hash
 from fasthpm.maps import run as maps_run
 from fasthpm.patches import model_of
@@ -116,7 +117,7 @@ def image_maps(disk: Path, inputs: Path) -> Write:
 def export(form: str) -> Callable[[Path, Path], Write]:
     def case(disk: Path, inputs: Path) -> Write:
         run = write_run(inputs / "run", **({**VIDEO, "patch_size": 8} if form == "hf_videomae" else {}))
-        path = disk / "out" / ("folder" if form.startswith("hf_") else "encoder.safetensors")
+        path = disk / "out" / FORMS[form].default
         return lambda: dispatch(["export", str(run), "--format", form, "-o", str(path)])
 
     return case
@@ -192,7 +193,7 @@ LARGE: dict[str, Callable[[Path, Path], Write]] = {  # more than a page
     "report": one_report,
     "comparison": comparison,
     "panel": panel,
-    **{f"export {form}": export(form) for form in ("timm", "torchvision", "safetensors")},
+    **{f"export {form}": export(form) for form in ("timm", "torchvision", "mae", "safetensors")},
 }
 ONCE: dict[str, Callable[[Path, Path], Write]] = {  # larger than a page, and never replaced
     "import": import_run,

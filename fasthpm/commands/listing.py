@@ -16,7 +16,8 @@ from collections.abc import Sequence
 
 from fasthpm import recipes
 from fasthpm.cli import Parser
-from fasthpm.commands import costs
+from fasthpm.commands import costs, dense_recipes
+from fasthpm.commands.dense_recipes import DENSE
 from fasthpm.difficulty import DIFFICULTIES
 from fasthpm.errors import UserError
 from fasthpm.options import OURS, PAPER, RELEASED
@@ -39,7 +40,7 @@ class Entry:
 def entry(name: str) -> Entry:
     """The description of a published recipe; empty for others (a recipe.json of a run that has none)."""
     function = recipes.RECIPES.get(name)
-    text = inspect.getdoc(function) if function else ""
+    text = DENSE[name].text if name in DENSE else inspect.getdoc(function) if function else ""
     line = " ".join((text or "").split())
     return Entry(_sentence(line), _after("Paper", line), _after("[Oo]urs", line), text or "")
 
@@ -58,7 +59,7 @@ def _after(label: str, text: str) -> str:
 def listing() -> list[str]:
     """One line per recipe: name, what it is, the paper's number, ours."""
     rows = [("recipe", "what", "paper", "ours")]
-    for name in recipes.RECIPES:
+    for name in (*recipes.RECIPES, *DENSE):
         about = entry(name)
         rows.append((name, about.what, about.paper, about.ours))
     return _aligned(rows)
@@ -66,6 +67,9 @@ def listing() -> list[str]:
 
 def show(name: str) -> list[str]:
     """Command, description and cost of one recipe, and all fields, each with its value and where that comes from."""
+    if name in DENSE:
+        text, command, rows = dense_recipes.show(name, tag)
+        return [name, "", *text.splitlines(), "", command, "", *_aligned([("field", "value", "from"), *rows])]
     recipe = recipes.from_name(name)
     about = entry(recipe.recipe)
     command = f"deepspeed --module fasthpm.pretrain --recipe {name} --data_path X.beton --output_dir OUT"
@@ -115,6 +119,9 @@ def tag(text: str, field: str) -> str:
 
 def difference(name: str, other: str) -> list[str]:
     """The fields in which two recipes differ, a line each, the first recipe's value first."""
+    if name in DENSE or other in DENSE:
+        found = dense_recipes.difference(name, other)
+        return _aligned([("field", name, other), *found]) if found else [f"{name} and {other} differ in no field"]
     one, two = recipes.from_name(name), recipes.from_name(other)
     fields = [field.name for field in dataclasses.fields(Recipe) if field.name != "recipe"]
     rows = [(f, _text(getattr(one, f)), _text(getattr(two, f))) for f in fields if getattr(one, f) != getattr(two, f)]
@@ -126,9 +133,10 @@ PAGE_HEAD = """# Recipes
 *Made by `fasthpm recipes --markdown > docs/recipes.md` from the recipes' docstrings; a test compares the two.*
 
 A recipe is a function in `fasthpm/recipes/` that returns every number of *what* is trained; DeepSpeed's JSON says
-*how*. `fasthpm recipes NAME` prints one with the origin of every field, `--diff` compares two, and any flag overrides a
-field. The papers' figures are top-1 accuracies on the validation set. **None of the published runs has been run with
-this code**: the last column says so, and will be filled by results with their machine, never by expectations.
+*how*. Those of `fasthpm segment` and `fasthpm detect` stand in `fasthpm/dense/`. `fasthpm recipes NAME` prints one
+with the origin of every field, `--diff` compares two, and any flag overrides a field. The papers' figures are top-1
+accuracies on the validation set, of segmentation mIoU and of detection AP. **None of the published runs has been run
+with this code**: the last column says so, and will be filled by results with their machine, never by expectations.
 """
 PAGE_COSTS = f"""## What it costs to ask what is hard
 
@@ -147,12 +155,19 @@ value comes from: the paper, its released code (with what the other one has), or
 def markdown() -> str:
     """The page of all recipes and flags, docs/recipes.md."""
     table = ["| recipe | what | paper | ours |", "|---|---|---|---|"]
-    for name in recipes.RECIPES:
+    for name in (*recipes.RECIPES, *DENSE):
         about = entry(name)
         cells = (f"[`{name}`](#{name})", *(_one_cell(text) for text in (about.what, about.paper, about.ours)))
         table.append(f"| {' | '.join(cells)} |")
     sections = [line for name in recipes.RECIPES for line in _section(name)]
+    sections += [line for name in DENSE for line in _dense_section(name)]
     return "\n".join([PAGE_HEAD, *table, "", *sections, PAGE_COSTS, *costs.page(), "", PAGE_FLAGS, *_flags(), ""])
+
+
+def _dense_section(name: str) -> list[str]:
+    """The same of a recipe of segmentation or detection."""
+    indented = (f"    {line}" if line.startswith("deepspeed ") else line for line in entry(name).text.splitlines())
+    return [f"## {name}", "", *indented, "", dense_recipes.changed(name), ""]
 
 
 def _section(name: str) -> list[str]:

@@ -1,6 +1,5 @@
 """Images with masks, patch by patch: what class a patch is of, and what a frozen encoder says of it."""
 
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -11,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from fasthpm.data.options import count_workers
 from fasthpm.data.sampling import Array
 from fasthpm.data.statistics import PixelStatistics, measured
 from fasthpm.dense.loader import Unreadable
@@ -54,7 +54,7 @@ def read_resized(pairs: PairSet, samples: Sequence[int], size: tuple[int, int], 
             raise UserError(f"{pairs.name(sample)} {error}; repair or remove it") from error
         return resize(image, size, Image.Resampling.BICUBIC), resize(labels, size, Image.Resampling.NEAREST)
 
-    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(count_workers(workers)) as pool:
         images, labels = zip(*pool.map(read, samples), strict=True)
     return Resized(np.stack(images), np.stack(labels))
 

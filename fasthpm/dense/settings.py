@@ -7,7 +7,7 @@ from typing import Any
 
 from fasthpm.data.options import MAX_BAD_SAMPLES
 from fasthpm.errors import UserError
-from fasthpm.options import option, validate
+from fasthpm.options import PAPER, RELEASED, option, validate
 from fasthpm.probes.finetune.settings import has_bf16
 from fasthpm.rules import sides_of
 
@@ -26,21 +26,33 @@ class Dense:
     evaluate: bool = option(False, "do not train: test the newest checkpoint of output_dir", run_only=True)
     # model
     input_size: str = option(
-        "512", "side of the crops that are trained on, or HEIGHTxWIDTH; positions are interpolated"
+        "512", "side of the crops that are trained on, or HEIGHTxWIDTH; positions are interpolated", origin=PAPER
     )
-    drop_path: float = option(0.1, "stochastic depth, growing linearly to this", low=0, below=1)
+    drop_path: float = option(0.1, "stochastic depth, growing linearly to this", low=0, below=1, origin=RELEASED)
     # optimisation
     batch_size: int = option(2, "images per device and micro-step", low=1, run_only=True)
     accum_iter: int = option(0, "micro-steps per update; 0 = global_batch_size / (batch_size x devices)", run_only=True)
-    global_batch_size: int = option(16, "images per update over all devices; 0 = batch_size x devices x accum_iter")
-    steps: int = option(160_000, "updates", low=1)
-    warmup_steps: int = option(1500, f"updates of linear warm-up, at most one in {WARMUP_SHARE} of all", low=0)
-    warmup_start: float = option(1e-6, "share of the learning rate that the warm-up begins with", low=0, high=1)
-    lr: float = option(1e-4, "learning rate of the head at this global_batch_size", above=0)
-    lr_schedule: str = option("poly", "poly: down to 0 in a line; steps: a tenth at each milestone", choices=SCHEDULES)
+    global_batch_size: int = option(
+        16, "images per update over all devices; 0 = batch_size x devices x accum_iter", origin=PAPER
+    )
+    steps: int = option(160_000, "updates", low=1, origin=PAPER)
+    warmup_steps: int = option(
+        1500, f"updates of linear warm-up, at most one in {WARMUP_SHARE} of all", low=0, origin=RELEASED
+    )
+    warmup_start: float = option(
+        1e-6, "share of the learning rate that the warm-up begins with", low=0, high=1, origin=RELEASED
+    )
+    lr: float = option(1e-4, "learning rate of the head at this global_batch_size", above=0, origin=PAPER)
+    lr_schedule: str = option(
+        "poly", "poly: down to 0 in a line; steps: a tenth at each milestone", choices=SCHEDULES, origin=RELEASED
+    )
     milestones: str = option("0.8889,0.9630", "shares of the updates after which lr_schedule steps takes a tenth")
-    layer_decay: float = option(0.65, "each layer further from the head learns slower by this factor", above=0, high=1)
-    weight_decay: float = option(0.05, "AdamW weight decay (none on biases, norms, cls token and positions)", low=0)
+    layer_decay: float = option(
+        0.65, "each layer further from the head learns slower by this factor", above=0, high=1, origin=RELEASED
+    )
+    weight_decay: float = option(
+        0.05, "AdamW weight decay (none on biases, norms, cls token and positions)", low=0, origin=PAPER
+    )
     clip_grad: float = option(0.0, "clip the gradient norm to this; 0 = off", low=0)
     seed: int = option(0, "seed of the head, the order, the augmentations and drop path")
     # the run itself

@@ -1,11 +1,11 @@
 """Write a run's weights for another library, and let that library prove that it computes the same.
 
-    fasthpm export RUN [-o FILE] [--format timm|torchvision|hf_vit|hf_vitmae|hf_videomae|safetensors]
-        [--weights student|teacher]
+    fasthpm export RUN [-o FILE] [--format NAME] [--weights student|teacher]
 
 The written file is loaded back in its library, both models run in float64 on a fixed input, and only outputs
-that agree within 1e-8 of their largest value make a success; otherwise nothing is written. Decoders leave only with
-hf_vitmae (without the loss predictor) and safetensors (everything, under our names).
+that agree within 1e-8 of their largest value make a success; otherwise nothing is written. (onnx computes in float32,
+and may err as float32 does; mmseg is compared by names and shapes.) Decoders leave only with hf_vitmae (without the
+loss predictor) and safetensors (everything, under our names).
 """
 
 import copy
@@ -24,11 +24,11 @@ from fasthpm.cli import Arguments, Parser
 from fasthpm.entry import Result
 from fasthpm.errors import UserError, nearest
 from fasthpm.exchange.forms import FORMS, Form
+from fasthpm.exchange.forms import TOLERANCE as TOLERANCE
 from fasthpm.mask import num_masked
 from fasthpm.model import HPMViT
 from fasthpm.recipe import Recipe
 
-TOLERANCE = 1e-8  # of the largest output, in float64: tells even a LayerNorm's eps of 1e-6 from 1e-5
 IMAGES = 2  # of the fixed input
 
 
@@ -73,30 +73,32 @@ def export_weights(
         path.parent.mkdir(parents=True, exist_ok=True)
         with files.replacing(path) as aside:
             chosen.write(model, recipe, metadata, aside)
-            difference = compare(chosen, model, recipe, aside)
-            if not difference <= TOLERANCE:
+            difference, allowed = compare(chosen, model, recipe, aside)
+            if not difference <= allowed:
                 raise RuntimeError(
-                    f"{chosen.library}'s outputs differ from ours by {difference:.1e} (allowed: "
-                    f"{TOLERANCE}); {path} was not written"
+                    f"{chosen.library}'s outputs differ from ours by {difference:.1e} (allowed: {allowed:.0e}); "
+                    f"{path} was not written"
                 )
     return difference
 
 
 @torch.no_grad()
-def compare(form: Form, model: HPMViT, recipe: Recipe, path: Path) -> float:
-    """Largest difference between the outputs of what was written and ours, over our largest output; in float64."""
+def compare(form: Form, model: HPMViT, recipe: Recipe, path: Path) -> tuple[float, float]:
+    """Largest difference between the outputs of what was written and ours, over our largest output, in float64; and the
+    largest that is allowed."""
     generator = torch.Generator().manual_seed(0)
     frames = (model.num_frames,) if model.video else ()
     size = (IMAGES, model.in_chans, *frames, *model.img_size)
     images = torch.randn(size, generator=generator, dtype=torch.float64)
     masked = num_masked(model.num_patches, recipe.mask_ratio)
     mask = torch.rand(IMAGES, model.num_patches, generator=generator).argsort(1) < masked
-    ours = form.ours(copy.deepcopy(model).double().eval(), images, mask)
+    exact = copy.deepcopy(model).double().eval()
+    ours = form.ours(exact, images, mask)
     try:
         theirs = form.theirs(path, images, mask)
     except OSError as error:
         raise RuntimeError(f"{form.library} cannot read what was written for it ({error})") from error
-    return float((theirs - ours).abs().max() / ours.abs().max())
+    return float((theirs - ours).abs().max() / ours.abs().max()), form.allowed(exact, images, mask)
 
 
 def _check(form: Form, model: HPMViT, path: Path) -> None:
@@ -141,7 +143,7 @@ def main(argv: Arguments = None) -> ExportResult:
     info = {"weights": arguments.weights, **(model.pixels.as_json() if model.pixels else {})}
     difference = export_weights(model, recipe, path, form.name, info)
     what = "model" if form.whole else "encoder"
-    print(f"{path}: {what} of {arguments.run} ({arguments.weights}); {form.library} agrees within {difference:.1e}")
+    print(f"{path}: {what} of {arguments.run} ({arguments.weights}); {form.verdict(difference)}")
     print(f"load it with: {form.usage(path)}")
     if "mean" in info:
         print(f"images: 0..1, then mean {info['mean']}, std {info['std']}")

@@ -9,6 +9,7 @@ import pytest
 from fasthpm import recipes
 from fasthpm.__main__ import dispatch
 from fasthpm.commands import listing
+from fasthpm.commands.dense_recipes import DENSE
 from fasthpm.errors import UserError
 from fasthpm.recipe import Recipe
 
@@ -20,7 +21,7 @@ def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
 
 def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     lines = shown(capsys)
-    assert [line.split()[0] for line in lines[1:]] == list(recipes.RECIPES)
+    assert [line.split()[0] for line in lines[1:]] == [*recipes.RECIPES, *DENSE]
     line = next(line for line in lines if line.startswith("hpm_vit_base_in1k_800e"))
     cells = [cell.strip() for cell in line.split("  ") if cell.strip()]
     assert cells[1:] == ["HPM, ViT-B/16, ImageNet-1K, 800 epochs", "fine-tune 84.2", "not yet run"]

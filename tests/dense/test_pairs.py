@@ -173,6 +173,14 @@ def test_masks_of_one_channel(tmp_path: Path, kind: str) -> None:
     assert np.array_equal(open_(**options, background="first").read(0)[1], SMALL)
 
 
+@pytest.mark.parametrize("value", [-1, 70000])
+def test_values_of_32_bits_outside_are_no_class(tmp_path: Path, value: int) -> None:
+    options = own(tmp_path, [SMALL])
+    (tmp_path / "masks" / "0.png").unlink()
+    Image.fromarray(np.full(SMALL.shape, value, np.int32)).save(tmp_path / "masks" / "0.tif")
+    assert f"with the value {value}, expected 0 (shirt) to 3 (boot)" in refused(**options, background="first")
+
+
 def test_masks_of_one_bit(tmp_path: Path) -> None:
     options = own(tmp_path, [SMALL], classes=("no", "yes"))
     Image.fromarray(SMALL > 1).save(tmp_path / "masks" / "0.png")

@@ -1,5 +1,6 @@
 """Weights that leave for other libraries: the same outputs on both sides, or a refusal."""
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -13,32 +14,19 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fasthpm import recipes
 from fasthpm.__main__ import dispatch
 from fasthpm.checkpoint import weights
 from fasthpm.checkpoint.weights import load_weights
 from fasthpm.errors import UserError
 from fasthpm.exchange import exporting, forms
+from fasthpm.exchange.forms import huggingface, ours
 from fasthpm.model import HPMViT
 from fasthpm.patches import model_of
 from fasthpm.recipe import Recipe
+from tests.helpers.exports import close, loaded, pictures, run_with
 from tests.helpers.published import run_import
 from tests.helpers.runs import away, recipe_in, run_of
 from tests.helpers.videos import video_run
-
-
-def run_with(folder: Path, **changes: Any) -> tuple[Path, HPMViT]:
-    """A run whose weights, biases and norms are all away from their initial values, and its model."""
-    sizes = {"input_size": "12", "channels": 3, "decoder_depth": 2, "norm_pix_loss": True}
-    return run_of(folder, Recipe(**{**vars(recipes.debug()), **sizes, **changes}))
-
-
-def pictures(model: HPMViT) -> Tensor:
-    return torch.randn(2, model.in_chans, *model.img_size, generator=torch.Generator().manual_seed(9))
-
-
-def close(theirs: Tensor, ours: Tensor) -> None:
-    torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
@@ -63,8 +51,7 @@ def test_timm_names_are_suggested_where_they_fit(tmp_path: Path) -> None:
     sizes = {"model": "hpm_vit_tiny_patch16_224", "input_size": "224", "patch_size": 16, "decoder_depth": 1}
     _, model = run_with(tmp_path / "run", **sizes)
     exporting.export_weights(model, load_weights(tmp_path / "run")[1], tmp_path / "tiny.safetensors")
-    line = forms.FORMS["timm"].usage(tmp_path / "tiny.safetensors")
-    vit = eval(line, {"timm": timm}).eval()
+    vit = loaded(forms.FORMS["timm"].usage(tmp_path / "tiny.safetensors")).eval()
     close(vit(pictures(model)), model.encode(pictures(model))[:, 0])
 
 
@@ -114,27 +101,65 @@ def test_plain_file_comes_back_as_the_same_run(tmp_path: Path) -> None:
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in again.state_dict().items())
 
 
+def test_the_help_lists_every_format_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        exporting.main(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    for name, form in forms.FORMS.items():
+        (line,) = [line for line in lines if line.split()[:1] == [name]]
+        assert line.endswith(form.summary)
+        assert len(line) <= 110
+
+
+VIDEO = {"model": "hpm_vit_nano_patch8_32_video", "num_frames": 4, "tubelet_size": 2}
+
+
 @pytest.mark.parametrize("form", forms.FORMS)
 def test_a_difference_leaves_no_file(tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One weight that is off by a ten-thousandth on its way out is found in every form."""
-    video = {"model": "hpm_vit_nano_patch8_32_video", "num_frames": 4, "tubelet_size": 2}
-    _, model = run_with(tmp_path / "run", **(video if form == "hf_videomae" else {}))
+    _, model = run_with(tmp_path / "run", **(VIDEO if form == "hf_videomae" else {}))
     recipe = load_weights(tmp_path / "run")[1]
-    original = forms.save_tensors
+    kind, output = type(forms.FORMS[form]), tmp_path / "out" / forms.FORMS[form].default
 
-    def off(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-        names = ("blocks.2.norm2.bias", "layer_2.ln_2.bias", "layer.2.layernorm_after.bias")
-        key = next(key for key in tensors if key.endswith(names))
-        tensors[key][3] += 1e-4
-        original(tensors, path, metadata)
+    def off(self: forms.Form, model: HPMViT, *rest: Any) -> None:
+        model = copy.deepcopy(model)
+        model.blocks[2].norm2.bias.data[3] += 1e-4  # type: ignore[union-attr, operator, index]
+        original(self, model, *rest)
 
-    monkeypatch.setattr(forms, "save_tensors", off)
-    output = tmp_path / "out" / "some.safetensors"
+    original = kind.write
+    monkeypatch.setattr(kind, "write", off)
     with pytest.raises(RuntimeError, match="outputs differ from ours by"):
         exporting.export_weights(model, recipe, output, form)
     assert not list(output.parent.iterdir())
-    monkeypatch.setattr(forms, "save_tensors", original)
-    assert exporting.export_weights(model, recipe, output, form) < 1e-12
+    monkeypatch.setattr(kind, "write", original)
+    if form != "onnx":  # test_onnx_graph.py
+        assert exporting.export_weights(model, recipe, output, form) < 1e-12
+
+
+KINDS: dict[str, tuple[dict[str, Any], set[str]]] = {  # models, and the forms that have none like them
+    "video": (VIDEO, {"timm", "torchvision", "hf_vit", "hf_vitmae", "mae", "timm_samvit", "hf_beit", "mmseg"}),
+    "channels": ({"channels": 2}, {"torchvision", "hf_videomae"}),
+    "no square": ({"input_size": "8x12"}, {"torchvision", "hf_vitmae", "hf_videomae", "hf_beit", "mmseg"}),
+    "cross": ({"decoder_attention": "cross"}, {"hf_vitmae", "hf_videomae"}),
+    "simmim": (
+        {"model": "simmim_vit_nano_patch4_28", "predict_loss": "none", "mask_policy": "random"},
+        {"hf_vitmae", "hf_videomae"},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("form", [form for form in forms.FORMS if form != "onnx"])  # test_onnx_graph.py has that
+def test_every_kind_of_model_leaves_or_is_refused_in_a_line(tmp_path: Path, kind: str, form: str) -> None:
+    changes, refused = KINDS[kind]
+    run, model = run_with(tmp_path / "run", **changes)
+    output = tmp_path / forms.FORMS[form].default
+    if form not in refused:
+        assert exporting.export_weights(model, load_weights(run)[1], output, form) < 1e-12
+        return
+    with pytest.raises(UserError, match=rf"--format {form} (needs|is not for) .+; use [^\n]+$"):
+        exporting.export_weights(model, load_weights(run)[1], output, form)
+    assert not output.exists()
 
 
 class Off(forms.Form):
@@ -184,7 +209,7 @@ def test_the_weights_that_were_asked_for_leave(tmp_path: Path) -> None:
 
 def test_even_the_eps_of_a_norm_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, model = run_with(tmp_path / "run")
-    monkeypatch.setattr(forms, "LAYER_NORM_EPS", 1e-12)
+    monkeypatch.setattr(huggingface, "LAYER_NORM_EPS", 1e-12)
     with pytest.raises(RuntimeError, match="transformers's outputs differ from ours"):
         exporting.export_weights(model, load_weights(tmp_path / "run")[1], tmp_path / "hf", "hf_vit")
 
@@ -197,6 +222,8 @@ def test_even_the_eps_of_a_norm_is_compared(tmp_path: Path, monkeypatch: pytest.
         ({"input_size": "8x12"}, ["--format", "hf_vitmae"], "needs square images"),
         ({}, ["--format", "timn"], "argument --format: invalid choice: 'timn'"),
         ({}, ["-o", "x.pth"], "output x.pth must end in .safetensors for --format timm"),
+        ({}, ["--format", "mae", "-o", "x.safetensors"], "must end in .pth for --format mae"),
+        ({}, ["--format", "onnx", "-o", "x.pth"], "must end in .onnx for --format onnx"),
         ({}, ["--weights", "teacher"], "has no teacher weights|holds no training state"),
     ],
 )
@@ -307,7 +334,9 @@ def test_huggingface_computes_the_same(tmp_path: Path, capsys: pytest.CaptureFix
 def test_exports_of_videos_to_image_libraries_are_refused(tmp_path: Path) -> None:
     run, model = video_run(tmp_path / "run")
     for form, library in (("timm", "timm"), ("hf_vit", "transformers"), ("torchvision", "torchvision")):
-        with pytest.raises(UserError, match=f"{library} has no video ViT like this one; use one of hf_videomae, safe"):
+        with pytest.raises(
+            UserError, match=f"{library} has no video ViT like this one; use one of hf_videomae, onnx, "
+        ):
             dispatch(["export", str(run), "--format", form, "-o", str(tmp_path / "x.safetensors")])
     dispatch(["export", str(run), "-o", str(tmp_path / "all.safetensors")])
     dispatch(["import", str(tmp_path / "all.safetensors"), "-o", str(tmp_path / "back")])
@@ -341,13 +370,13 @@ def test_a_difficulty_head_leaves_with_the_whole_model_alone(tmp_path: Path, pre
 def test_a_broken_difficulty_head_is_not_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is read back is asked what is hard, too."""
     run, _ = run_with(tmp_path / "run", difficulty="in_place")
-    original = forms.save_tensors
+    original = ours.save_tensors
 
     def damaging(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
         tensors["difficulty_head.fc.weight"] += 0.1
         original(tensors, path, metadata)
 
-    monkeypatch.setattr(forms, "save_tensors", damaging)
+    monkeypatch.setattr(ours, "save_tensors", damaging)
     with pytest.raises(RuntimeError, match="outputs differ from ours"):
         dispatch(["export", str(run), "--format", "safetensors", "-o", str(tmp_path / "model.safetensors")])
 

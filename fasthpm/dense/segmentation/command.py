@@ -43,7 +43,9 @@ from fasthpm.dense.segmentation.testing import Windows, class_table, count_pixel
 from fasthpm.dense.task import Task, Tested
 from fasthpm.dense.tuning import normalised
 from fasthpm.errors import UserError, note_once
+from fasthpm.files import read_json
 from fasthpm.model import HPMViT
+from fasthpm.ranks.deepspeed_json import find_config
 
 SUMMARY = __doc__ or ""
 FEW = 8  # images that norms are over: fewer are worth a word
@@ -109,16 +111,8 @@ class Segmentation(Task):
 
     def network(self, model: HPMViT, settings: Segment, data: DenseSet) -> Segmenter:
         """UPerNet, with the windows that it is tested by."""
-        if settings.batch_size * world_size() < 2 and not settings.evaluate:
-            raise UserError(
-                "batch_size is 1 on one device, and UPerNet's norms need two images at a time; use --batch_size 2"
-            )
-        together = settings.batch_size * world_size()
-        if together < FEW and not settings.evaluate:
-            note_once(
-                f"norms are over the {together} images that are trained on at a time, mmseg's over 16; --batch_size "
-                f"{FEW} or more is steadier"
-            )
+        if not settings.evaluate:
+            check_training(settings, settings.batch_size * world_size())
         network = build_segmenter(
             model,
             len(data.classes),
@@ -149,6 +143,25 @@ class Segmentation(Task):
         with ranks.in_agreement():
             if launch.rank == 0:
                 pictures.save(examples, loader.data.classes, path)
+
+
+def check_training(settings: Segment, together: int) -> None:
+    """`together`: images that are trained on at a time. **Raises:** `UserError` for what would fail in an update."""
+    if together < 2:
+        raise UserError(
+            "batch_size is 1 on one device, and UPerNet's norms need two images at a time; use --batch_size 2"
+        )
+    zero = read_json(find_config(settings.deepspeed_config)).get("zero_optimization", {})
+    if settings.layer_scale and zero.get("stage") == 3:
+        raise UserError(
+            f"layer_scale does not train under ZeRO 3, which {settings.deepspeed_config} asks for; use "
+            f"--deepspeed_config zero2_bf16, or leave one of them out"
+        )
+    if together < FEW:
+        note_once(
+            f"norms are over the {together} images that are trained on at a time, mmseg's over 16; --batch_size {FEW} "
+            f"or more is steadier"
+        )
 
 
 def windows_of(forward: Any, loader: DenseLoader, launch: ranks.Launch) -> Windows:
