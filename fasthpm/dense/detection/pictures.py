@@ -15,7 +15,8 @@ PANELS = ("truth", "prediction")
 SIDE, LARGEST = 256, 512  # pixels of a panel's longer side, at least and at most
 GAP, LINE = 6, 14
 OPACITY = 0.45  # of masks
-LEAST_SCORE, MOST = 0.3, 20  # detections that are drawn: the best, from this score on
+SURE, MOST = 0.3, 20  # detections that are drawn: from this score on, at most so many
+HALF = 0.5  # of the best score, from which on they are drawn where none is sure
 PAPER, INK, CROWD = (255, 255, 255), (30, 30, 30), (128, 128, 128)
 GOLDEN = 0.618034
 
@@ -61,9 +62,12 @@ def save(examples: Sequence[Example], classes: Sequence[str], path: Path) -> Non
 
 
 def best(found: Sequence[Shown]) -> list[Shown]:
-    """The detections that are drawn, the worst first, so that the best lie on top."""
-    kept = sorted((one for one in found if (one.score or 0) >= LEAST_SCORE), key=lambda one: one.score or 0)
-    return kept[-MOST:]
+    """The detections that are drawn, the worst first, so that the best lie on top: the sure ones, or where there is
+    none those that come near the best."""
+    ordered = sorted(found, key=lambda one: one.score or 0)
+    most = (ordered[-1].score or 0) if ordered else 0
+    limit = SURE if most >= SURE else HALF * most
+    return [one for one in ordered if (one.score or 0) >= limit][-MOST:]
 
 
 def panel(image: Array, objects: Sequence[Shown], classes: Sequence[str]) -> Image.Image:

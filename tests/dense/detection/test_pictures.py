@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fasthpm.dense.detection.pictures import LEAST_SCORE, MOST, Example, Shown, best, colour, draw, panel, said, save
+from fasthpm.dense.detection.pictures import MOST, SURE, Example, Shown, best, colour, draw, panel, said, save
 from fasthpm.errors import UserError
 
 
@@ -46,8 +46,10 @@ def test_the_best_detections_are_drawn() -> None:
     kept = best(found)
     assert len(kept) == MOST
     assert kept[-1].score == pytest.approx(0.99)
-    assert all(one.score >= LEAST_SCORE for one in kept)
-    assert best(found[:5]) == []
+    assert all(one.score >= SURE for one in kept)
+    unsure = [shown(1, score) for score in (0.04, 0.09, 0.1, 0.2)]
+    assert [one.score for one in best(unsure)] == [0.1, 0.2]
+    assert best([]) == []
 
 
 def test_names_and_scores() -> None:
