@@ -11,9 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fasthpm.dense import foreign
-from fasthpm.dense.detection.network import Heads, build_detector
-from fasthpm.dense.detection.vitdet import Windows
-from fasthpm.dense.segmentation.network import build_segmenter
 from fasthpm.errors import UserError
 from fasthpm.exchange.forms.openmmlab import mmseg_shapes, relative_index
 from tests.helpers import openmmlab
@@ -276,7 +273,7 @@ def test_detectron2s_heads_are_torchvisions(tmp_path: Path, agnostic: bool) -> N
     torch.save({"model": state, "iteration": 3}, tmp_path / "model_final.pth")
     found = foreign.read(tmp_path / "model_final.pth")
     sizes = {"channels": CHANNELS, "rpn_convs": 2, "box_convs": 4, "mask_convs": 4, "box_width": HIDDEN}
-    assert found.head == {"num_classes": CLASSES, "relative": True, **sizes}
+    assert found.head == {"num_classes": CLASSES, "relative": True, "grid": (4, 4), "window": 0, **sizes}
     assert (found.encoder["num_heads"], found.encoder["img_size"]) == (2, (48, 48))
     heads: Any = torchvision_heads()
     own = {key: value for key, value in found.state.items() if key.startswith(("rpn.", "roi_heads."))}
@@ -364,10 +361,7 @@ def test_detectron2s_backbone_is_our_detectors() -> None:
     """Every name of the file has its place in the detector, and encoder and pyramid compute what detectron2's do."""
     state = mask_rcnn_state()
     found = foreign.from_detectron2(state)
-    sizes = {key: value for key, value in found.head.items() if key not in ("num_classes", "relative")}
-    options = Windows(grid=(4, 4), relative=found.head["relative"], drop_path=0.0)
-    detector = build_detector(found.model(), options, Heads(**sizes), CLASSES, seed=0)
-    foreign.fit(detector, found)
+    detector = foreign.network(found)
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     wide = {key: value.double() for key, value in state.items()}
     maps = detector.double().eval().backbone(images)
@@ -379,13 +373,19 @@ def test_detectron2s_backbone_is_our_detectors() -> None:
 def test_mmsegs_upernet_is_our_segmenter() -> None:
     state = upernet_state()
     found = foreign.from_mmseg(state)
-    segmenter = build_segmenter(found.model(), found.head.pop("num_classes"), **found.head)
-    foreign.fit(segmenter.net, found)
+    segmenter = foreign.network(found)
     images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     wide = {key: value.double() if value.is_floating_point() else value for key, value in state.items()}
     logits, _ = openmmlab.upernet(wide, images, heads=2, levels=(0, 1, 2, 3))
     expected = F.interpolate(logits, size=(16, 16), mode="bilinear", align_corners=False)
     torch.testing.assert_close(segmenter.double().eval()(images), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_windows_are_told_by_tables_of_relative_positions() -> None:
+    tables = {"b.0.attn.rel_pos_h": 27, "b.0.attn.rel_pos_w": 27, "b.1.attn.rel_pos_h": 127, "b.1.attn.rel_pos_w": 79}
+    state = {key: torch.ones(length, 64) for key, length in tables.items()}
+    assert foreign.windows_of(state, 16) == {"relative": True, "grid": (64, 40), "window": 14}
+    assert foreign.windows_of({}, 16) == {"relative": False, "grid": (64, 64), "window": 14}
 
 
 CELLS = "proposal_generator.anchor_generator.cell_anchors.{}"
