@@ -68,6 +68,13 @@ class Foreign:
     pixels: PixelStatistics
     notes: tuple[str, ...] = ()
 
+    @property
+    def input_size(self) -> str:
+        """Of what the network sees, as the commands' flag has it."""
+        side = int(self.encoder["patch_size"])
+        height, width = self.head["image_size"] if self.kind == "segment" else (side * n for n in self.head["grid"])
+        return f"{height}x{width}" if height != width else str(height)
+
     def model(self) -> HPMViT:
         """A pretraining model of the encoder's sizes, whose weights are nobody's: what networks are built on."""
         small = {"decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 1, "predict_loss": "none"}
