@@ -81,7 +81,7 @@ FUNCTIONS = (
     "export",
     "maps",
 )  # of `import fasthpm`
-MODULES = ("pretrain", "maps")  # those of them that are modules too; see `CallableModule`
+MODULES = ("pretrain", "dense", "maps")  # those of them that are modules too; see `CallableModule`
 
 FROM_PYTHON: ContextVar[bool] = ContextVar("FROM_PYTHON", default=False)  # the process is the caller's, not ours
 

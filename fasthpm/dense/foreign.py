@@ -1,9 +1,9 @@
 """Networks that others fine-tuned, on their way into ours: mmseg's UPerNet on MAE, detectron2's ViTDet Mask R-CNN.
 
-    found = foreign.read(path)          # whose it is, sizes, and weights under our names
-    foreign.fit(network, found)         # every weight has its place and every place its weight, or one line says not
+    found = foreign.read("upernet.pth")     # whose it is, sizes, and weights under our names
+    network = foreign.network(found)        # every weight in its place and every place filled, or one line says not
 
-`found.encoder` and `found.head` say what the network has to be built with. Names are transformers'
+`found.encoder` and `found.head` say what the network is built with. Names are transformers'
 `UperNetForSemanticSegmentation` on a `BeitBackbone`, and torchvision's `MaskRCNN` with our backbone (`backbone.body`,
 `backbone.pyramid`). Nothing is ignored: a name that has no place here is an error that tells it, and so is a value that
 computes something else. What changes its form is in `found.notes`.
@@ -31,7 +31,7 @@ from fasthpm.checkpoint.foreign import unusable
 from fasthpm.data.statistics import PixelStatistics
 from fasthpm.dense.pickles import read_arrays
 from fasthpm.errors import UserError, about
-from fasthpm.exchange.forms import relative_index
+from fasthpm.exchange.forms import library, relative_index
 from fasthpm.files import read_file
 from fasthpm.model import HPMViT
 
@@ -39,6 +39,7 @@ LISTED = 6  # names that a message tells
 HEAD_WIDTH = 64  # of one head of the attention, where nothing in the file tells it: every ViT from S to L
 ANCHOR_SCALE = 8.0  # side of detectron2's anchors in strides
 RATIOS = (0.5, 1.0, 2.0)
+VITDET_SIDE, VITDET_WINDOW = 1024, 14  # of its images in pixels, of its windows in patches
 BGR_RED, BGR_BLUE = 123.675, 103.53  # of detectron2's pixel_mean
 
 Rules = tuple[tuple[str, str], ...]  # (whole name as a regular expression, ours)
@@ -53,7 +54,8 @@ class Foreign:
     - `encoder`: what `HPMViT` has to be made with, so that the network built on it fits; `heads_told`: whether the file
       tells the number of attention's heads, which else are those of 64 channels
     - `head`: for segment `num_classes`, `width`, `relative_positions`, `layer_scale`, `image_size` (the crop); for
-      detect `num_classes`, `channels`, `rpn_convs`, `box_convs`, `mask_convs`, `box_width`, `relative`
+      detect `num_classes`, `channels`, `rpn_convs`, `box_convs`, `mask_convs`, `box_width`, and of the backbone
+      `relative`, `grid` (of an image's patches) and `window`: ViTDet's 1024 pixels and 14 where no table tells
     - `pixels`: by what images are normalised; ImageNet's where the file does not tell
     - `notes`: what was put into another form, a sentence each
     """
@@ -66,17 +68,25 @@ class Foreign:
     pixels: PixelStatistics
     notes: tuple[str, ...] = ()
 
+    @property
+    def input_size(self) -> str:
+        """Of what the network sees, as the commands' flag has it."""
+        side = int(self.encoder["patch_size"])
+        height, width = self.head["image_size"] if self.kind == "segment" else (side * n for n in self.head["grid"])
+        return f"{height}x{width}" if height != width else str(height)
+
     def model(self) -> HPMViT:
         """A pretraining model of the encoder's sizes, whose weights are nobody's: what networks are built on."""
         small = {"decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 1, "predict_loss": "none"}
         return HPMViT(**self.encoder, **small)
 
 
-def read(path: Path) -> Foreign:
+def read(path: str | Path) -> Foreign:
     """The network in a file of mmseg's or detectron2's (`.pkl` too, as its model zoo has); no code in it runs.
 
     **Raises:** `UserError` for a file that is neither, and for names and values that have no place in our networks.
     """
+    path = Path(path)
     content: Mapping[str, Any] = read_arrays(path) if path.suffix == ".pkl" else read_file(path)[0]
     with about(path):
         state = state_of(content)
@@ -123,6 +133,26 @@ def fit(network: nn.Module, found: Foreign) -> None:
     if wrong:
         raise UserError(f"the weights do not fit the network: {wrong}; build it with the sizes that the file has")
     network.load_state_dict(given)
+
+
+def network(found: Foreign) -> Any:
+    """Our `Segmenter` or `Detector` with the weights that were found. **Raises:** `UserError` if they do not fit it."""
+    head = dict(found.head)
+    if found.kind == "segment":
+        from fasthpm.dense.segmentation.network import build_segmenter
+
+        segmenter = build_segmenter(found.model(), **head)
+        fit(segmenter.net, found)
+        return segmenter
+    library("torchvision", "torchvision")
+    from fasthpm.dense.detection.network import Heads, build_detector
+    from fasthpm.dense.detection.vitdet import Windows
+
+    classes = head.pop("num_classes")
+    windows = Windows(**{name: head.pop(name) for name in ("grid", "window", "relative")})
+    detector = build_detector(found.model(), windows, Heads(**head), classes, seed=0)
+    fit(detector, found)
+    return detector
 
 
 # -------------------------------------------------------------------------------------------------- mmseg
@@ -284,9 +314,19 @@ def from_detectron2(state: Mapping[str, Tensor]) -> Foreign:
         "box_convs": count[r"box_head\.conv"],
         "mask_convs": counted(state, r"roi_heads\.mask_head\.mask_fcn(\d+)\.weight"),
         "box_width": state["roi_heads.box_predictor.cls_score.weight"].shape[1],
-        "relative": table is not None,
+        **windows_of(state, encoder["patch_size"]),
     }
     return Foreign("detect", ready(moved), encoder, head, table is not None, pixels_of(state), tuple(notes))
+
+
+def windows_of(state: Mapping[str, Tensor], side: int) -> dict[str, Any]:
+    """How patches of `side` pixels attend: tables [2n - 1, d] of relative positions tell n of windows and grid."""
+    tables = {axis: [len(state[key]) for key in state if key.endswith(f".attn.rel_pos_{axis}")] for axis in "hw"}
+    if not tables["h"] or not tables["w"]:
+        return {"relative": False, "grid": (VITDET_SIDE // side,) * 2, "window": VITDET_WINDOW}
+    grid = tuple((max(lengths) + 1) // 2 for lengths in tables.values())
+    window = (min(tables["h"]) + 1) // 2
+    return {"relative": True, "grid": grid, "window": window if window < max(grid) else 0}
 
 
 def detectors_name(key: str, stages: list[int], box_convs: int) -> str:

@@ -77,6 +77,9 @@ class Task(ABC):
         a parameter of the encoder, or empty. **Raises:** `UserError` for a model that cannot be taken.
         """
 
+    def settle(self, network: Any, settings: Any) -> None:  # noqa: B027
+        """Tell a network that came from a file how tests ask it; nothing where they ask all alike."""
+
     @abstractmethod
     def test(self, forward: Any, loader: DenseLoader, pixels: PixelStatistics, launch: ranks.Launch) -> Tested:
         """Figures over all ranks' shares of `loader`, whose `data` is the set. Collective.

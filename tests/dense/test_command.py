@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from fasthpm.dense import command
+from fasthpm.dense.results import DenseResult
 from fasthpm.errors import UserError
 from fasthpm.ranks import launch
 from fasthpm.run.records import read_metrics
@@ -19,7 +20,7 @@ TOY = ROOT / "tests" / "helpers" / "dense_toy.py"
 FLOAT32 = ("--deepspeed_config", "ds_configs/zero1_fp32.json")
 
 
-def start(run: Path, *words: object) -> command.DenseResult:
+def start(run: Path, *words: object) -> DenseResult:
     return command.main(TASK, [str(run), *map(str, words), *FLOAT32])
 
 

@@ -11,57 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fasthpm.dense import foreign
-from fasthpm.dense.detection.network import Heads, build_detector
-from fasthpm.dense.detection.vitdet import Windows
-from fasthpm.dense.segmentation.network import build_segmenter
 from fasthpm.errors import UserError
-from fasthpm.exchange.forms.openmmlab import mmseg_shapes, relative_index
 from tests.helpers import openmmlab
+from tests.helpers.openmmlab import CLASSES, DIM, WIDTH, drawn, upernet_state
 
 State = dict[str, Tensor]
-SIZES = {"embed_dim": 24, "num_heads": 2, "patch_size": 4, "img_size": [16, 16], "in_chans": 3, "depth": 4}
-WIDTH, CLASSES, DIM = 12, 5, 24
-
-
-def drawn(shapes: dict[str, tuple[int, ...]]) -> State:
-    """Weights of these shapes, none of them at a neutral value."""
-    generator = torch.Generator().manual_seed(3)
-    state = {key: 0.3 * torch.randn(shape, generator=generator) for key, shape in shapes.items()}
-    for key, value in state.items():
-        if key.endswith("running_var"):
-            value.abs_().add_(0.5)
-    return state
-
-
-def convolution(name: str, inner: int, outer: int, side: int) -> dict[str, tuple[int, ...]]:
-    """mmcv's ConvModule with SyncBN."""
-    norm = {f"{name}.bn.{key}": (outer,) for key in ("weight", "bias", "running_mean", "running_var")}
-    return {f"{name}.conv.weight": (outer, inner, side, side), **norm}
-
-
-def upernet_state() -> State:
-    """mmseg's UPerNet on MAE as a checkpoint holds it, names written down from its classes."""
-    shapes = {f"backbone.{key}": shape for key, shape in mmseg_shapes(SIZES, mlp=48).items() if "_index" not in key}
-    for name, shape in {"0.weight": (DIM, DIM, 2, 2), "0.bias": (DIM,), "3.weight": (DIM, DIM, 2, 2)}.items():
-        shapes[f"neck.upsample_4x.{name}"] = shape
-    shapes |= {"neck.upsample_4x.3.bias": (DIM,), "neck.upsample_2x.0.weight": (DIM, DIM, 2, 2)}
-    shapes |= {"neck.upsample_2x.0.bias": (DIM,)}
-    shapes |= {f"neck.upsample_4x.1.{key}": (DIM,) for key in ("weight", "bias", "running_mean", "running_var")}
-    for n in range(4):
-        shapes |= convolution(f"decode_head.psp_modules.{n}.1", DIM, WIDTH, 1)
-    shapes |= convolution("decode_head.bottleneck", DIM + 4 * WIDTH, WIDTH, 3)
-    for n in range(3):
-        shapes |= convolution(f"decode_head.lateral_convs.{n}", DIM, WIDTH, 1)
-        shapes |= convolution(f"decode_head.fpn_convs.{n}", WIDTH, WIDTH, 3)
-    shapes |= convolution("decode_head.fpn_bottleneck", 4 * WIDTH, WIDTH, 3)
-    shapes |= convolution("auxiliary_head.convs.0", DIM, WIDTH, 3)
-    for head in ("decode_head", "auxiliary_head"):
-        shapes |= {f"{head}.conv_seg.weight": (CLASSES, WIDTH, 1, 1), f"{head}.conv_seg.bias": (CLASSES,)}
-    state = drawn(shapes)
-    for n in range(4):
-        state[f"backbone.layers.{n}.attn.relative_position_index"] = relative_index(4, 4)
-    norms = [key.removesuffix("running_mean") for key in state if key.endswith("running_mean")]
-    return state | {f"{norm}num_batches_tracked": torch.tensor(7) for norm in norms}
 
 
 def transformers_upernet(found: foreign.Foreign) -> nn.Module:
@@ -276,7 +230,7 @@ def test_detectron2s_heads_are_torchvisions(tmp_path: Path, agnostic: bool) -> N
     torch.save({"model": state, "iteration": 3}, tmp_path / "model_final.pth")
     found = foreign.read(tmp_path / "model_final.pth")
     sizes = {"channels": CHANNELS, "rpn_convs": 2, "box_convs": 4, "mask_convs": 4, "box_width": HIDDEN}
-    assert found.head == {"num_classes": CLASSES, "relative": True, **sizes}
+    assert found.head == {"num_classes": CLASSES, "relative": True, "grid": (4, 4), "window": 0, **sizes}
     assert (found.encoder["num_heads"], found.encoder["img_size"]) == (2, (48, 48))
     heads: Any = torchvision_heads()
     own = {key: value for key, value in found.state.items() if key.startswith(("rpn.", "roi_heads."))}
@@ -364,10 +318,7 @@ def test_detectron2s_backbone_is_our_detectors() -> None:
     """Every name of the file has its place in the detector, and encoder and pyramid compute what detectron2's do."""
     state = mask_rcnn_state()
     found = foreign.from_detectron2(state)
-    sizes = {key: value for key, value in found.head.items() if key not in ("num_classes", "relative")}
-    options = Windows(grid=(4, 4), relative=found.head["relative"], drop_path=0.0)
-    detector = build_detector(found.model(), options, Heads(**sizes), CLASSES, seed=0)
-    foreign.fit(detector, found)
+    detector = foreign.network(found)
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     wide = {key: value.double() for key, value in state.items()}
     maps = detector.double().eval().backbone(images)
@@ -379,13 +330,19 @@ def test_detectron2s_backbone_is_our_detectors() -> None:
 def test_mmsegs_upernet_is_our_segmenter() -> None:
     state = upernet_state()
     found = foreign.from_mmseg(state)
-    segmenter = build_segmenter(found.model(), found.head.pop("num_classes"), **found.head)
-    foreign.fit(segmenter.net, found)
+    segmenter = foreign.network(found)
     images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     wide = {key: value.double() if value.is_floating_point() else value for key, value in state.items()}
     logits, _ = openmmlab.upernet(wide, images, heads=2, levels=(0, 1, 2, 3))
     expected = F.interpolate(logits, size=(16, 16), mode="bilinear", align_corners=False)
     torch.testing.assert_close(segmenter.double().eval()(images), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_windows_are_told_by_tables_of_relative_positions() -> None:
+    tables = {"b.0.attn.rel_pos_h": 27, "b.0.attn.rel_pos_w": 27, "b.1.attn.rel_pos_h": 127, "b.1.attn.rel_pos_w": 79}
+    state = {key: torch.ones(length, 64) for key, length in tables.items()}
+    assert foreign.windows_of(state, 16) == {"relative": True, "grid": (64, 40), "window": 14}
+    assert foreign.windows_of({}, 16) == {"relative": False, "grid": (64, 64), "window": 14}
 
 
 CELLS = "proposal_generator.anchor_generator.cell_anchors.{}"

@@ -4,7 +4,52 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fasthpm.exchange.forms.openmmlab import mmseg_shapes, relative_index
+
 State = dict[str, Tensor]
+SIZES = {"embed_dim": 24, "num_heads": 2, "patch_size": 4, "img_size": [16, 16], "in_chans": 3, "depth": 4}
+WIDTH, CLASSES, DIM = 12, 5, 24
+
+
+def drawn(shapes: dict[str, tuple[int, ...]]) -> State:
+    """Weights of these shapes, none of them at a neutral value."""
+    generator = torch.Generator().manual_seed(3)
+    state = {key: 0.3 * torch.randn(shape, generator=generator) for key, shape in shapes.items()}
+    for key, value in state.items():
+        if key.endswith("running_var"):
+            value.abs_().add_(0.5)
+    return state
+
+
+def convolution(name: str, inner: int, outer: int, side: int) -> dict[str, tuple[int, ...]]:
+    """mmcv's ConvModule with SyncBN."""
+    norm = {f"{name}.bn.{key}": (outer,) for key in ("weight", "bias", "running_mean", "running_var")}
+    return {f"{name}.conv.weight": (outer, inner, side, side), **norm}
+
+
+def upernet_state() -> State:
+    """mmseg's UPerNet on MAE as a checkpoint holds it, names written down from its classes."""
+    shapes = {f"backbone.{key}": shape for key, shape in mmseg_shapes(SIZES, mlp=48).items() if "_index" not in key}
+    for name, shape in {"0.weight": (DIM, DIM, 2, 2), "0.bias": (DIM,), "3.weight": (DIM, DIM, 2, 2)}.items():
+        shapes[f"neck.upsample_4x.{name}"] = shape
+    shapes |= {"neck.upsample_4x.3.bias": (DIM,), "neck.upsample_2x.0.weight": (DIM, DIM, 2, 2)}
+    shapes |= {"neck.upsample_2x.0.bias": (DIM,)}
+    shapes |= {f"neck.upsample_4x.1.{key}": (DIM,) for key in ("weight", "bias", "running_mean", "running_var")}
+    for n in range(4):
+        shapes |= convolution(f"decode_head.psp_modules.{n}.1", DIM, WIDTH, 1)
+    shapes |= convolution("decode_head.bottleneck", DIM + 4 * WIDTH, WIDTH, 3)
+    for n in range(3):
+        shapes |= convolution(f"decode_head.lateral_convs.{n}", DIM, WIDTH, 1)
+        shapes |= convolution(f"decode_head.fpn_convs.{n}", WIDTH, WIDTH, 3)
+    shapes |= convolution("decode_head.fpn_bottleneck", 4 * WIDTH, WIDTH, 3)
+    shapes |= convolution("auxiliary_head.convs.0", DIM, WIDTH, 3)
+    for head in ("decode_head", "auxiliary_head"):
+        shapes |= {f"{head}.conv_seg.weight": (CLASSES, WIDTH, 1, 1), f"{head}.conv_seg.bias": (CLASSES,)}
+    state = drawn(shapes)
+    for n in range(4):
+        state[f"backbone.layers.{n}.attn.relative_position_index"] = relative_index(4, 4)
+    norms = [key.removesuffix("running_mean") for key in state if key.endswith("running_mean")]
+    return state | {f"{norm}num_batches_tracked": torch.tensor(7) for norm in norms}
 
 
 def part(state: State, prefix: str) -> State:

@@ -6,6 +6,7 @@
     deepspeed --module fasthpm.dense.detection RUN …  # the same flags; torchrun too
     fasthpm detect RUN … --from_scratch               # the same network without pretraining
     fasthpm detect RUN … --evaluate                   # only test what is in the output folder
+    fasthpm detect --evaluate vitdet.pkl --data_path COCO               # a file of detectron2's
 
 The network is torchvision's Mask R-CNN on the encoder with windows and a simple feature pyramid, as ViTDet has it; the
 engine is DeepSpeed. Files are of COCO's form, masks polygons or run lengths. --recipe auto (the default) takes the
@@ -28,7 +29,6 @@ from fasthpm import ranks
 from fasthpm.cli import Arguments
 from fasthpm.data.statistics import PixelStatistics
 from fasthpm.dense import command
-from fasthpm.dense.command import DenseResult
 from fasthpm.dense.detection import masks, pictures
 from fasthpm.dense.detection.ap import FREQUENCIES, NAMES, Found, average_precision, described, gathered
 from fasthpm.dense.detection.augment import Fit, Jitter, collate
@@ -36,6 +36,7 @@ from fasthpm.dense.detection.coco import CocoSet, find_split, open_set
 from fasthpm.dense.detection.settings import RECIPES, SMALL, SMALL_SIDE, Detect
 from fasthpm.dense.detection.vitdet import Windows
 from fasthpm.dense.loader import Collate, DenseLoader, Transform
+from fasthpm.dense.results import DenseResult
 from fasthpm.dense.task import Task, Tested
 from fasthpm.dense.tuning import normalised
 from fasthpm.errors import UserError

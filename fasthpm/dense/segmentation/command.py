@@ -6,6 +6,7 @@
     deepspeed --module fasthpm.dense.segmentation RUN …       # the same flags; torchrun too
     fasthpm segment RUN … --from_scratch                      # the same network without pretraining
     fasthpm segment RUN … --evaluate                          # only test what is in the output folder
+    fasthpm segment --evaluate upernet.pth --data_path ADEChallengeData2016  # a file of mmseg's
 
 The network is transformers' UPerNet on its BEiT, which computes what the run's encoder does, the engine is DeepSpeed.
 --recipe auto (the default) takes ADE20K's numbers for ViT-B or ViT-L, and for runs of small images (up to 128 pixels)
@@ -31,9 +32,9 @@ from fasthpm import ranks
 from fasthpm.cli import Arguments
 from fasthpm.data.statistics import PixelStatistics
 from fasthpm.dense import command
-from fasthpm.dense.command import DenseResult
 from fasthpm.dense.loader import Collate, DenseLoader, DenseSet, Transform
 from fasthpm.dense.pairs import open_pairs
+from fasthpm.dense.results import DenseResult
 from fasthpm.dense.segmentation import pictures
 from fasthpm.dense.segmentation.augment import Augmentation, Sample, for_test, resized_mask
 from fasthpm.dense.segmentation.network import Segmenter, build_segmenter
@@ -123,8 +124,12 @@ class Segmentation(Task):
             layer_scale=settings.layer_scale,
             seed=settings.seed,
         )
-        network.strides = settings.strides
+        self.settle(network, settings)
         return network
+
+    def settle(self, network: Segmenter, settings: Segment) -> None:
+        """By windows, or whole images."""
+        network.strides = settings.strides
 
     def test(self, forward: Any, loader: DenseLoader, pixels: PixelStatistics, launch: ranks.Launch) -> Tested:
         """mIoU, mAcc, aAcc and the table of classes."""
