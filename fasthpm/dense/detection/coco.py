@@ -11,7 +11,6 @@ Objects are kept packed, an image's in one string of bytes: COCO's as Python obj
 import json
 import math
 import os
-import pickle
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -277,10 +276,10 @@ def _refuse_missing(images: Sequence[Image], folder: Path, json_path: Path) -> N
 
 
 class Packed(Sequence[Any]):
-    """A list of Python objects, kept as bytes: worker processes share them."""
+    """A list of what JSON can say, kept as bytes: worker processes share them. Tuples come back as lists, bytes as text."""
 
     def __init__(self, values: Iterable[Any]) -> None:
-        parts = [np.frombuffer(pickle.dumps(value, pickle.HIGHEST_PROTOCOL), np.uint8) for value in values]
+        parts = [np.frombuffer(json.dumps(value, default=bytes.decode).encode(), np.uint8) for value in values]
         self._ends = np.cumsum([0, *map(len, parts)])
         self._bytes = np.concatenate(parts) if parts else np.zeros(0, np.uint8)
 
@@ -288,7 +287,7 @@ class Packed(Sequence[Any]):
         return len(self._ends) - 1
 
     def __getitem__(self, number: Any) -> Any:
-        return pickle.loads(self._bytes[self._ends[number] : self._ends[number + 1]].tobytes())
+        return json.loads(self._bytes[self._ends[number] : self._ends[number + 1]].tobytes())
 
 
 class CocoSet:
@@ -311,11 +310,11 @@ class CocoSet:
 
     def image(self, sample: int) -> Image:
         """What the file says of an image."""
-        return self._images[sample]
+        return Image(*self._images[sample])
 
     def things(self, sample: int) -> list[Thing]:
         """What the file says of its objects."""
-        return self._things[sample]
+        return [Thing(label, crowd, tuple(box), *rest) for label, crowd, box, *rest in self._things[sample]]
 
     def repeats(self) -> Array | None:
         """How often each image comes in an epoch, float [N]; None: once."""
