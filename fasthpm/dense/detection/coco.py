@@ -276,7 +276,7 @@ def _refuse_missing(images: Sequence[Image], folder: Path, json_path: Path) -> N
 
 
 class Packed(Sequence[Any]):
-    """A list of what JSON can say, kept as bytes: worker processes share them. Tuples come back as lists, bytes as text."""
+    """A list of what JSON can say, as bytes that worker processes share. Tuples come back as lists, bytes as text."""
 
     def __init__(self, values: Iterable[Any]) -> None:
         parts = [np.frombuffer(json.dumps(value, default=bytes.decode).encode(), np.uint8) for value in values]
