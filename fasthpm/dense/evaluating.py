@@ -35,8 +35,8 @@ def chosen(task: Task, arguments: argparse.Namespace, given: dict[str, Any]) -> 
     if name == AUTO:
         model = checkpoint.load_weights(arguments.run, given.get("weights", "student"))[0]
         name = task.recipe_for(model, given)
-    base = task.recipes[name]()
-    return dataclasses.replace(base, **given)
+    alike = {"layer_decay": 1.0} if given.get("from_scratch") else {}  # no layer knows anything yet
+    return dataclasses.replace(task.recipes[name](), **{**alike, **given})
 
 
 @dataclass(frozen=True)
