@@ -22,7 +22,7 @@ class Dense:
 
     output_dir: str = option("", "folder for results and checkpoints; empty = RUN/segment or RUN/detect", run_only=True)
     weights: str = option("student", "which encoder of the run to start from", choices=("student", "teacher"))
-    from_scratch: bool = option(False, "start from random weights, all layers at one rate: what the network does without pretraining")
+    from_scratch: bool = option(False, "start from random weights, layer_decay 1: what pretraining is compared with")
     evaluate: bool = option(False, "do not train: test the newest checkpoint of output_dir", run_only=True)
     # model
     input_size: str = option(
