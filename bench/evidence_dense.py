@@ -33,7 +33,8 @@ def pretrained(arguments: argparse.Namespace, seed: int) -> Path:
     """The run that the tasks of a seed start from, made or completed if it is not there."""
     out = arguments.work / f"pretrain-seed{seed}"
     if not (out / "report.md").is_file():
-        flags = {"data_path": arguments.data / "train_set.beton", "output_dir": out, "seed": seed, "num_workers": 1}
+        source = (arguments.pretraining or arguments.data) / "train_set.beton"
+        flags = {"data_path": source, "output_dir": out, "seed": seed, "num_workers": 1}
         words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
         pretrain.main(["--recipe", "hpm_dense_demo", "--batch_size", "64", *words])
     return out
@@ -115,6 +116,7 @@ def build_parser() -> Parser:
     """The command line."""
     parser = Parser(prog="bench.evidence_dense", description=__doc__)
     parser.add_argument("--data", type=Path, default=Path("data/scenes"), help="scenes, with train_set.beton")
+    parser.add_argument("--pretraining", type=Path, help="other scenes, with train_set.beton, to pretrain on")
     parser.add_argument("--work", type=Path, default=Path("runs/dense_evidence"), help="where the runs are kept")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--seeds", type=int, default=3, help="runs of each")
@@ -132,9 +134,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if ran_one(arguments, run_one):
         return
     require_positive(arguments, ("seeds", "threads"))
-    for name in ("train", "val", "train_set.beton"):
-        if not (arguments.data / name).exists():
-            raise UserError(f"{arguments.data} has no {name}; make it with data_prep.scenes and data_prep.images")
+    needed = [arguments.data / "train", arguments.data / "val"]
+    for path in (*needed, (arguments.pretraining or arguments.data) / "train_set.beton"):
+        if not path.exists():
+            raise UserError(f"there is no {path}; make it with data_prep.scenes and data_prep.images")
     fill_table(
         arguments,
         settings_of(arguments),
