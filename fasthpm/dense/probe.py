@@ -70,7 +70,7 @@ class DenseProbe(PairFiles):
 
 
 @dataclass(frozen=True, repr=False)
-class DenseResult(Result):
+class DenseProbeResult(Result):
     """Figures in percent over patches, of the first weights that were asked for: linear's, and k-NN's."""
 
     miou: float
@@ -288,7 +288,7 @@ def parse_arguments(argv: Arguments) -> tuple[Path, list[str], DenseProbe]:
     return run, list(dict.fromkeys(weights)), DenseProbe(**given)
 
 
-def main(argv: Arguments = None) -> DenseResult:
+def main(argv: Arguments = None) -> DenseProbeResult:
     """`fasthpm dense`."""
     run, weights, settings = parse_arguments(argv)
     with ranks.session() as launch:
@@ -300,7 +300,7 @@ def main(argv: Arguments = None) -> DenseResult:
     folder = folder_of(run, settings)
     print(f"written to {folder}/{{{','.join(weights)}}}/", file=sys.stderr)
     linear, knn = (made[0]["figures"][name] for name in ("linear", "k-NN"))
-    return DenseResult(
+    return DenseProbeResult(
         linear["miou"],
         linear["accuracy"],
         knn["miou"],
