@@ -38,7 +38,7 @@ train() {
 step "1/4 garments on photographs, with masks and boxes"
 if [ ! -f "$data/classes.txt" ]; then
     photographs
-    "$python" -m data_prep.scenes "$data" --number 8000 --val_number 500 --size 96
+    "$python" -m data_prep.scenes "$data" --number 8000 --val_number 300 --size 96 --objects 2 5
 fi
 [ -f "$data/train_set.beton" ] ||
     "$python" -m data_prep.images "$data/train.txt" "$data/train_set.beton" --write_mode raw --classes "$data/classes.txt"
