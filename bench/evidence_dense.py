@@ -3,10 +3,10 @@
     python -m bench.evidence_dense --data data/scenes --work runs/dense_evidence [--seeds 3] [--pretraining …]
         [--methods segment segment_scratch detect detect_scratch] [-o bench/results/dense_scenes.json]
 
---data is what `python -m data_prep.scenes --size 96 --objects 2 5` writes, with train_set.beton (`data_prep.images`) beside it. Per seed one
-pretraining by `hpm_dense_demo`, then every task from it and from random weights, by the same number of updates, with
-the tasks' `small` recipes. One process per cell; finished ones are kept, interrupted ones resume. It tests the plumbing
-and compares two ways: the set is drawn, and nobody has published figures on it.
+--data is what `python -m data_prep.scenes --size 96 --objects 2 5` writes, with train_set.beton (`data_prep.images`)
+beside it. Per seed one pretraining by `hpm_dense_demo`, then every task from it and from random weights, by the same
+number of updates, with the tasks' `small` recipes. One process per cell; finished ones are kept, interrupted ones
+resume. It tests the plumbing and compares two ways: the set is drawn, and nobody has published figures on it.
 """
 
 import argparse
