@@ -1,6 +1,6 @@
 """`report.md` and `curves.png` of a run, from what the run wrote; of several runs, a comparison.
 
-fasthpm report RUN
+fasthpm report RUN                        # or RUN/finetune, RUN/segment, RUN/detect
 fasthpm report RUN RUN … [-o FOLDER]      # comparison.md, comparison.png: accuracy against epochs and GPU-hours
 """
 
@@ -11,6 +11,8 @@ from typing import Any
 
 from fasthpm import files
 from fasthpm.cli import Parser
+from fasthpm.errors import UserError
+from fasthpm.pictures import tunings
 from fasthpm.recipe import Recipe, load_recipe
 from fasthpm.run.records import latest, read_metrics
 
@@ -53,6 +55,8 @@ def write(run: Path) -> Path:
     **Raises:** `UserError` if the disk does not take them.
     """
     records = read_metrics(run)
+    if not (run / "versions.json").is_file():
+        raise UserError(f"{run} has metrics and no versions.json: it is no output_dir of a run; give one")
     panels = sorted((run / "panels").glob("*.png"))
     sections = [_head(run, records), _figures(records), _probes(run), "## Curves\n\n![curves](curves.png)\n"]
     if panels:
@@ -174,6 +178,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{path.read_text()}\nwritten to {path} and {path.with_suffix('.png')}")
         return
     run = arguments.runs[0]
-    write(run)
+    if tunings.kind_of(run):
+        tunings.write(run)
+    else:
+        write(run)
     print((run / "report.md").read_text())
     print(f"written to {run / 'report.md'} and {run / 'curves.png'}")
