@@ -18,6 +18,7 @@ NUMBERS = {
     "CLIP": 6,
     "SEGMENTS": 7,
     "AUGMENT": 8,
+    "REPEAT": 9,
     "GROUPS": 2**32,
     "PROPORTION": 2**32 + 1,
     "SPLIT": 2**33,

@@ -134,7 +134,7 @@ WRONG: list[tuple[tuple[object, ...], str]] = [
     (("--recipe", "upernet_smal"), "unknown recipe 'upernet_smal' (did you mean 'upernet_small'?)"),
     (("--layer_scale", 1, "--deepspeed_config", "zero3_bf16", *NEW), "layer_scale does not train under ZeRO 3"),
     (("--head_widht", 3), "unknown argument '--head_widht'"),
-    (("--lr", 1e-4), "belongs to a segmentation with other settings (lr 0.002, here 0.0001)"),
+    (("--lr", 1e-4), "belongs to a segmentation with other settings (lr 0.003, here 0.0001)"),
     (("--head_width", 9), "belongs to a segmentation with other settings (head_width 8, here 9)"),
 ]
 
