@@ -35,7 +35,7 @@ def main(task: Task, argv: Arguments = None) -> DenseResult:
         if given.get("evaluate"):
             return evaluate_only(task, arguments, given, launch)
         with ranks.in_agreement():
-            settings = chosen(task, arguments, given)
+            settings = chosen(task, arguments, given, launch.world_size)
         with FolderLock(launch.rank) as lock:
             return train(tuning.build(task, arguments.run, settings, launch, lock))
 

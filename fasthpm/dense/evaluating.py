@@ -25,18 +25,23 @@ from fasthpm.probes.classifier import architecture
 from fasthpm.probes.features import half
 from fasthpm.run.versions import versions
 from fasthpm.tuning.past import differences
+from fasthpm.tuning.run import fitting_batch
 
 AUTO, EVALUATED = "auto", "evaluate"
 
 
-def chosen(task: Task, arguments: argparse.Namespace, given: dict[str, Any]) -> Any:
-    """The recipe's settings, changed by the flags that were given."""
+def chosen(task: Task, arguments: argparse.Namespace, given: dict[str, Any], world_size: int) -> Any:
+    """The recipe's settings, changed by the flags that were given; its batch per device as these devices share it."""
     name = arguments.recipe
     if name == AUTO:
         model = checkpoint.load_weights(arguments.run, given.get("weights", "student"))[0]
         name = task.recipe_for(model, given)
     alike = {"layer_decay": 1.0} if given.get("from_scratch") else {}  # no layer knows anything yet
-    return dataclasses.replace(task.recipes[name](), **{**alike, **given})
+    settings = dataclasses.replace(task.recipes[name](), **{**alike, **given})
+    if "batch_size" in given or "accum_iter" in given:
+        return settings
+    batch_size = fitting_batch(settings.batch_size, settings.global_batch_size, world_size)
+    return dataclasses.replace(settings, batch_size=batch_size)
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ def evaluate_only(
 ) -> DenseResult:
     """Test the newest checkpoint of output_dir on the test set that is given."""
     with ranks.in_agreement():
-        settings = complete(chosen(task, arguments, given), arguments.run, task.name)
+        settings = complete(chosen(task, arguments, given, launch.world_size), arguments.run, task.name)
         newest = checkpoint.newest_valid(Path(settings.output_dir), warn)
         if newest is None:
             raise UserError(f"{settings.output_dir} holds no checkpoint; train first, or give another --output_dir")

@@ -76,6 +76,15 @@ def seed_all(*parts: int) -> None:
     torch.manual_seed(seed)
 
 
+def fitting_batch(batch_size: int, global_batch_size: int, world_size: int) -> int:
+    """A preset's `batch_size` on so many devices: the largest up to it that fills `global_batch_size` with whole
+    micro-steps; the same where none does, which the plan then says."""
+    share, rest = divmod(global_batch_size, world_size)
+    if rest or not share:
+        return batch_size
+    return max(size for size in range(1, min(batch_size, share) + 1) if share % size == 0)
+
+
 def normalised(images: Tensor, pixels: PixelStatistics) -> Tensor:
     """uint8 [B, (T,) H, W, C] -> float32 [B, C, (T,) H, W], normalised."""
     mean, std = (torch.tensor(values, device=images.device) for values in (pixels.mean, pixels.std))

@@ -79,7 +79,7 @@ def test_stopped_and_resumed_it_ends_with_the_same_bits(run: Path, trained: Path
 
 def test_two_ranks_resume_with_the_same_bits(run: Path, tmp_path: Path) -> None:
     """Each with its own share; the statistics of batch norms are rank 0's."""
-    words = (run, "--data_path", "toy:40", *FLOAT32, "--output_dir")
+    words = (run, "--data_path", "toy:40", "--global_batch_size", 4, *FLOAT32, "--output_dir")
     check_ranks(TOY, *words, tmp_path / "whole", ranks=2, launcher="forked")
     check_ranks(TOY, *words, tmp_path / "parts", "--stop_after", 5, ranks=2, launcher="forked")
     check_ranks(TOY, *words, tmp_path / "parts", ranks=2, launcher="forked")

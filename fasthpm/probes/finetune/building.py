@@ -36,7 +36,7 @@ from fasthpm.run import state
 from fasthpm.run.lock import FolderLock
 from fasthpm.teacher import EMATeacher
 from fasthpm.tuning.past import Kind, describe, refuse_other
-from fasthpm.tuning.run import Tuning
+from fasthpm.tuning.run import Tuning, fitting_batch
 
 KIND = Kind(checkpoint.FINETUNE_NOTES, "fine-tuning", "classifier", "train_path")
 
@@ -145,6 +145,9 @@ def build(
         model, recipe = load_encoder(arguments.run, given)
         chosen = preset(arguments.preset, model, bool(given.get("from_scratch")), recipe.flip)
         settings = complete(FineTune(**{**chosen, **given}), arguments.run)
+        if not {"batch_size", "accum_iter"} & given.keys():
+            fitting = fitting_batch(settings.batch_size, settings.global_batch_size, launch.world_size)
+            settings = dataclasses.replace(settings, batch_size=fitting)
         image_size = image_size_of(settings, model)
         plan, loader, val_loader, last_loader = open_data(settings, recipe, image_size, launch)
         data = identity_of(settings.train_path)
