@@ -55,6 +55,8 @@ def run_one(arguments: argparse.Namespace, method: str, seed: int, out: Path) ->
     if method.endswith(SCRATCH):
         flags["from_scratch"] = True
     found = importlib.import_module(COMMANDS[task][0]).main({"run": run, **flags})
+    if not found.finished:
+        raise UserError(f"{method}, seed {seed} was stopped before its end; start again to go on")
     result = {
         "method": method,
         "seed": seed,
