@@ -375,7 +375,8 @@ def hpm_dense_demo() -> Recipe:
 
     deepspeed --module fasthpm.pretrain --recipe hpm_dense_demo --data_path scenes.beton --output_dir runs/dense_demo
 
-    Ours: not yet run.
+    Ours (two CPU cores): mIoU 8.9 and mask AP 7.2 after minutes of segmentation and detection, about as from scratch
+    (`bench.evidence_dense`); difficulty_spearman 0.83.
 
     [ours] the demo's numbers for larger images in colour, by whole epochs (of 8,000 images: 625 updates), and a
     teacher with a shorter memory, because there are fewer updates.
