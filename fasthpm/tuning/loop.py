@@ -80,14 +80,19 @@ def train(run: Tuning[Any], log: "Log", stop: StopSignals, watchdog: Watchdog) -
         run.done += 1
         run.preempted = stop.agreed()
         log.progress.update()
-        with watchdog.doing("testing or saving", LONG_SECONDS):
+        with watchdog.doing("testing or saving", LONG_SECONDS if is_tested(run) else 0.0):
             after_update(run, log, last)
         watchdog.progressed(run.done)
 
 
+def is_tested(run: Tuning[Any]) -> bool:
+    """Whether there is a test after this update."""
+    return run.done == run.recipe.total_steps or run.testing_due()
+
+
 def after_update(run: Tuning[Any], log: "Log", last: int) -> None:
     """Log, test and save, each at its own interval, and all of them at the end."""
-    testing = run.done == run.recipe.total_steps or run.testing_due()
+    testing = is_tested(run)
     saving = run.done == last or run.preempted or run.saving_due()
     if run.done % run.recipe.log_every == 0 or testing or saving:
         log.read(run, run.test if testing else dict)

@@ -49,7 +49,7 @@ def refusal(recipe: Recipe, data: str) -> str:
 
 @pytest.mark.parametrize("left", ["recipe.json", "empty folder", "half a checkpoint"])
 def test_a_folder_without_a_checkpoint_has_no_past(tmp_path: Path, left: str) -> None:
-    """Whatever a killed run has put into it: the batch and the learning rate are those that are asked for now."""
+    """Whatever a killed run has put into it: the batch and the learning rate are those that this command asks for."""
     save_recipe(recipe_in(tmp_path, **COUNTS, mask_ratio=0.5), tmp_path / "recipe.json")
     if left == "empty folder":
         (tmp_path / "checkpoints").mkdir()

@@ -15,9 +15,9 @@ from tests.helpers.data_fixtures import picture
 FLOAT32 = ("--deepspeed_config", "ds_configs/zero1_fp32.json")
 
 
-def start(command: Any, *words: object) -> None:
-    """Run a command in this process."""
-    command.main([str(word) for word in words])
+def start(command: Any, *words: object) -> Any:
+    """Run a command in this process; its result."""
+    return command.main([str(word) for word in words])
 
 
 def refused(command: Any, *words: object) -> str:

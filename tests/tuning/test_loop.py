@@ -20,9 +20,13 @@ from fasthpm.tuning import loop
 
 
 class Quiet:
-    """A watchdog that watches nothing."""
+    """A watchdog that watches nothing, and remembers how long updates were given."""
+
+    def __init__(self) -> None:
+        self.given: list[float] = []
 
     def doing(self, phase: str, timeout: float = 0.0) -> contextlib.AbstractContextManager[None]:
+        self.given += [timeout] if "testing" in phase else []
         return contextlib.nullcontext()
 
     def progressed(self, update: int) -> None:
@@ -52,6 +56,7 @@ def seeds_drawn(monkeypatch: pytest.MonkeyPatch, *, rank: int = 0, done: int = 0
         inputs=lambda batch: (),
         losses=lambda output: {"loss": output},
         lr_at=lambda update: 0.0,
+        testing_due=lambda: run.done == 4,
         done=done,
         preempted=False,
     )
@@ -59,8 +64,10 @@ def seeds_drawn(monkeypatch: pytest.MonkeyPatch, *, rank: int = 0, done: int = 0
     nothing = contextlib.nullcontext
     progress = SimpleNamespace(update=lambda: None)
     log: Any = SimpleNamespace(add=lambda losses, count: None, waiting_for_data=nothing, progress=progress)
-    loop.train(run, log, SimpleNamespace(agreed=lambda: False), Quiet())  # type: ignore[arg-type]
+    watchdog: Any = Quiet()
+    loop.train(run, log, SimpleNamespace(agreed=lambda: False), watchdog)  # type: ignore[arg-type]
     assert run.done == 9
+    assert watchdog.given == [loop.LONG_SECONDS if at in (4, 9) else 0.0 for at in range(done + 1, 10)]  # tests alone
     return drawn
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fasthpm.dense.pairs import IGNORED
 from fasthpm.dense.segmentation.norms import SharedNorm
 from fasthpm.errors import UserError
-from fasthpm.exchange.forms import encoder_of, library
+from fasthpm.exchange.forms import encoder_of, levels, library
 from fasthpm.layers import LAYER_NORM_EPS
 from fasthpm.mask_loops import on_cpu
 from fasthpm.model import HPMViT
@@ -190,15 +190,6 @@ def check(model: HPMViT, image_size: tuple[int, int], relative_positions: bool) 
         )
 
 
-def levels_of(depth: int) -> list[int]:
-    """After how many blocks UPerNet reads: a third, a half, two thirds, all.
-
-    [released code] for 12 (4, 6, 8, 12) and 24 (8, 12, 16, 24); [ours] for other depths: the first two are rounded
-    down, the third up.
-    """
-    return [depth // 3, depth // 2, -(-2 * depth // 3), depth]
-
-
 def upernet_config(
     model: HPMViT,
     num_classes: int,
@@ -227,7 +218,7 @@ def upernet_config(
         use_mean_pooling=True,  # no norm after the last block: UPerNet reads the blocks' own outputs
         add_fpn=True,
         reshape_hidden_states=True,
-        out_indices=levels_of(len(model.blocks)),
+        out_indices=levels(len(model.blocks)),
     )
     return transformers.UperNetConfig(
         backbone_config=encoder,

@@ -1,5 +1,6 @@
 """`fasthpm detect`, from a run to AP: with the real engine, on small sets in COCO's form."""
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from fasthpm.dense import command as dense
 from fasthpm.dense.detection import command
-from fasthpm.errors import UserError
-from fasthpm.ranks import launch
 from fasthpm.run.records import read_metrics
+from tests.helpers import finetuning
 from tests.helpers.finetuning import read, same_weights
 from tests.helpers.launch import check_ranks
 
@@ -59,18 +58,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def start(run: Path, *words: object) -> dense.DenseResult:
-    return command.main([str(run), *map(str, words)])
-
-
-def refused(run: Path, *words: object) -> str:
-    try:
-        with pytest.raises(UserError) as caught:
-            start(run, *words)
-    finally:
-        launch.finish()  # a process would end here
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+start, refused = (functools.partial(each, command) for each in (finetuning.start, finetuning.refused))
 
 
 @pytest.fixture(scope="module")

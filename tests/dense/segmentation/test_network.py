@@ -8,16 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fasthpm.dense.pairs import IGNORED
-from fasthpm.dense.segmentation.network import (
-    AUXILIARY_WEIGHT,
-    DroppingConv,
-    Segmenter,
-    build_segmenter,
-    levels_of,
-    pixel_loss,
-)
+from fasthpm.dense.segmentation.network import AUXILIARY_WEIGHT, DroppingConv, Segmenter, build_segmenter, pixel_loss
 from fasthpm.dense.segmentation.norms import SharedNorm
 from fasthpm.errors import UserError
+from fasthpm.exchange.forms import levels as levels_after
 from fasthpm.model import HPMViT, create_model
 from fasthpm.probes.classifier import layer_id, resize_positions
 
@@ -72,7 +66,7 @@ def test_features_of_every_level_are_our_blocks(shape: str, extras: dict[str, An
     ours = block_outputs(model, images, model.pos_embed, model.grid_size)
     levels = network.features(images)
     assert len(levels) == 4
-    for level, place in zip(levels, levels_of(len(model.blocks)), strict=True):
+    for level, place in zip(levels, levels_after(len(model.blocks)), strict=True):
         torch.testing.assert_close(level, ours[place - 1], rtol=0, atol=1e-10)
 
 
@@ -91,11 +85,11 @@ def test_positions_are_interpolated_to_the_crop_and_to_whole_images(size: tuple[
 
 
 def test_levels_are_those_of_mmseg_and_never_the_same() -> None:
-    assert levels_of(12) == [4, 6, 8, 12]
-    assert levels_of(24) == [8, 12, 16, 24]
+    assert levels_after(12) == [4, 6, 8, 12]
+    assert levels_after(24) == [8, 12, 16, 24]
     for depth in range(4, 40):
-        assert len(set(levels_of(depth))) == 4
-        assert levels_of(depth)[-1] == depth
+        assert len(set(levels_after(depth))) == 4
+        assert levels_after(depth)[-1] == depth
 
 
 def test_losses_are_cross_entropies_by_a_loop_over_pixels() -> None:
