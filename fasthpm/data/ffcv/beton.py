@@ -1,7 +1,10 @@
 """Prepared sets on disk: FFCV's `.beton` file format, read with numpy alone, and the JSON sidecar beside it.
 
 The format (ffcv 1.0.2, version 2, little endian): header | field descriptors | one metadata row per sample | pages of
-pixels | allocation table (sample, position, bytes). Ours has two fields, `image` (RGB) and `label` (integer).
+pixels | allocation table (sample, position, bytes). Of photographs (8 bits, grey or RGB) a file has two fields, `image`
+(RGB) and `label` (integer). Other pixels FFCV's images cannot hold: there `image` is its field of bytes, `height` and
+`width` are integers beside `label`, and the sidecar has `dtype`, `channels` and `codec` (`ARRAY_FIELDS`). FFCV's own
+loader reads these bytes too.
 """
 
 import json
@@ -15,10 +18,12 @@ import numpy as np
 from fasthpm.data.listing import FILES
 from fasthpm.data.sampling import Array
 from fasthpm.data.types import DatasetInfo
+from fasthpm.data.values import values_of
 from fasthpm.errors import UserError
 
-VERSION, JPEG, RAW = 2, 0, 1
+VERSION, JPEG, RAW, ARRAY = 2, 0, 1, 2  # ARRAY: what the table says of samples whose bytes are no image of FFCV's
 FIELDS = (("image", 2), ("label", 1))  # name and FFCV's type id
+ARRAY_FIELDS = (("image", 3), ("label", 1), ("height", 1), ("width", 1))
 HEADER = np.dtype(
     [
         ("version", "<u2"),
@@ -32,6 +37,8 @@ HEADER = np.dtype(
 DESCRIPTOR = np.dtype([("type_id", "<u1"), ("name", ("<u1", 16)), ("arguments", ("<u1", (1024,)))], align=True)
 IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
 ROW = np.dtype([("image", IMAGE), ("label", "<i8")], align=True)
+BYTES = np.dtype([("data_ptr", "<u8"), ("size", "<u8")])
+ARRAY_ROW = np.dtype([("image", BYTES), ("label", "<i8"), ("height", "<i8"), ("width", "<i8")], align=True)
 ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 INFO_TYPES = {"num_samples": int, "channels": int, "mean": list, "std": list, "classes": list}
 SIDECAR_TYPES = INFO_TYPES | {"bytes": int, "sha256": str}
@@ -125,6 +132,7 @@ def info_of(sidecar: dict[str, Any]) -> DatasetInfo:
         std=tuple(sidecar["std"]),
         classes=tuple(sidecar["classes"]),
         unlabelled=unlabelled if isinstance(unlabelled, int) else 0,
+        values=values_of(sidecar),
     )
 
 
