@@ -36,6 +36,7 @@ from fasthpm.options import add_recipe_arguments
 from fasthpm.patches import model_of
 from fasthpm.pictures import report
 from fasthpm.pictures.progress import draw_panel
+from fasthpm.pictures.shown import shown_of
 from fasthpm.probes import online as online_probes
 from fasthpm.ranks import zero
 from fasthpm.ranks.signals import StopSignals
@@ -137,6 +138,7 @@ def build(recipe: Recipe, launch: ranks.Launch, lock: FolderLock | None = None) 
         config = ranks.merge_config(recipe.deepspeed_config, recipe, launch.world_size)
         online_probes.check(recipe, loader.info, config)
         online_dense.check(recipe, config)
+        shown_of(loader.info.values, loader.info.channels, recipe.show)  # its errors, before any work
         student = checkpoint.initial_model(recipe)
         frozen = build_frozen(recipe, launch.device)
     if lock:

@@ -255,6 +255,12 @@ class Recipe:
     )
     max_nonfinite: int = option(10, "updates that on_nonfinite may leave out before the run ends", low=0, run_only=True)
     panel_every: int = option(10, "epochs between two picture panels; 0 = off", low=0, run_only=True)
+    show: str = option(
+        "",
+        "channels that panels show, counted from 1 or by the names of bands: 3,2,1; a picture for every group of "
+        "3,2,1/8,4,3; empty = grey, or red, green and blue",
+        run_only=True,
+    )
     difficulty_every: int = option(
         500,
         "updates between two measurements of difficulty_spearman, the agreement of the difficulty with the mean loss "
