@@ -38,7 +38,7 @@ from fasthpm.checkpoint import RECIPE, checkpoint_of
 from fasthpm.cli import Arguments, Parser
 from fasthpm.data import Loader, build_loader
 from fasthpm.data.listing import files_below
-from fasthpm.data.names import sample_names
+from fasthpm.data.names import known_places, sample_names
 from fasthpm.data.plain import read_pixels
 from fasthpm.data.sampling import Array, area_resize
 from fasthpm.difficulty import averaged, refusal
@@ -253,10 +253,10 @@ def write_maps(
     loader = whole_images(recipe, arguments)
     try:
         count = loader.info.num_samples
-        places = scenes.places_of(arguments.data_path, count)
+        places = known_places(arguments.data_path, count)
         if places and saliency:
             raise UserError(f"--masks are of whole images, and {arguments.data_path} holds tiles; leave out --masks")
-        names = [place.name for place in places] or sample_names(arguments.data_path, count)
+        names = sample_names(arguments.data_path, count)
         shown = shown_of(loader.info.values, loader.info.channels, arguments.show)
         with _output(arguments):
             (out / "overlays").mkdir(parents=True)

@@ -5,56 +5,19 @@ overlap, values are averaged. One scene is in memory at a time, by at most `MOST
 is.
 """
 
-import csv
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
-from fasthpm.data.ffcv.beton import files_path
-from fasthpm.data.ffcv.prepared import open_set
+from fasthpm.data.names import Place
 from fasthpm.data.sampling import Array
-from fasthpm.data.sources import is_beton
 from fasthpm.pictures import drawing
 
-PLACE = ("path", "top", "left", "height", "width")
 MOST_CELLS = 2048  # of a scene's map, a side; of larger ones several cells become one
 CHUNK = 64  # tiles that are read at a time
 SIDE = 1024  # pixels that a scene's picture has at least on its longer side
 NO_TILE = 255  # white
-
-
-class Place(NamedTuple):
-    """Where a tile was cut, in pixels of its scene."""
-
-    scene: str
-    top: int
-    left: int
-    height: int
-    width: int
-
-    @property
-    def name(self) -> str:
-        """What a tile is called."""
-        return f"{self.scene}#{self.top},{self.left}"
-
-
-def places_of(data_path: str, count: int) -> list[Place]:
-    """The place of each of `count` samples; [] of a set that is not made of tiles."""
-    if not is_beton(data_path):
-        return []
-    found: list[Place] = []
-    for path in open_set(data_path).files:
-        try:
-            with files_path(path).open(encoding="utf-8", errors="surrogateescape", newline="") as lines:
-                rows = csv.DictReader(lines)
-                if not set(PLACE) <= set(rows.fieldnames or ()):
-                    return []
-                found += [Place(row["path"], *(int(row[name]) for name in PLACE[1:])) for row in rows]
-        except (OSError, csv.Error, ValueError, TypeError):
-            return []
-    return found if len(found) == count else []
 
 
 class Canvas:

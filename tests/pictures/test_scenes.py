@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fasthpm.data.names import Place
 from fasthpm.data.sampling import Array
 from fasthpm.pictures import scenes
-from fasthpm.pictures.scenes import Canvas, Place, Scene
+from fasthpm.pictures.scenes import Canvas, Scene
 
 
 def test_a_canvas_is_the_mean_by_area() -> None:
@@ -90,8 +91,3 @@ def test_a_scene_is_no_larger_than_it_may_be(monkeypatch: pytest.MonkeyPatch) ->
         scene.add(place, {"predicted": np.full((4, 4), float(number))}, np.zeros((16, 16, 3), np.uint8))
     assert scene.size == (10, 4)
     np.testing.assert_allclose(scene.maps.mean()[:, 0, 0], np.arange(50).reshape(10, 5).mean(1))
-
-
-def test_places_are_read_from_sets_of_tiles_alone(tmp_path: Path) -> None:
-    assert scenes.places_of("synthetic:4", 4) == []
-    assert scenes.places_of(str(tmp_path), 4) == []
