@@ -29,7 +29,7 @@ class Place(NamedTuple):
 
 
 def known_names(data_path: str, count: int) -> list[str]:
-    """The file of each of `count` samples, of tiles with its place in it; [] where the source does not tell them all."""
+    """The file of each of `count` samples, of tiles and their place in it; [] where the source does not tell all."""
     path = Path(data_path)
     if data_path.startswith("synthetic:"):
         return []
