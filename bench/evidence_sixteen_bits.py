@@ -3,9 +3,9 @@
     python -m bench.evidence_sixteen_bits [--source DIR] [--work runs/sixteen_bits] [--train 4000] [--val 1000]
         [--epochs 6] [-o bench/results/sixteen_bits.json]
 
-Every picture is a 16-bit PNG of 28 x 28 pixels: an even ground of 99, 100 or 101 steps of 257, drawn for each, and on it
-a garment of Fashion-MNIST at half its strength, 0 to 127. A step of 8 bits is 257, so that 8 bits keep the ground and
-nothing else. The same files become a set of 16 bits and, by `--values 8bit`, one of 8; each gets a pretraining by
+Every picture is a 16-bit PNG of 28 x 28 pixels: an even ground of 99, 100 or 101 steps of 257, drawn for each, and on
+it a garment of Fashion-MNIST at half its strength, 0 to 127. A step of 8 bits is 257, so that 8 bits keep the ground
+and nothing else. The same files become a set of 16 bits and, by `--values 8bit`, one of 8; each gets a pretraining by
 `hpm_demo`'s recipe and k-NN, before and after. Chance is 10 %.
 """
 
@@ -37,7 +37,7 @@ WEIGHTS = ("untrained", "student")
 
 def picture(garment: Array, rng: np.random.Generator) -> Array:
     """A garment, uint8 [h, w], on a ground of its own: uint16 [h, w]."""
-    return (STEP * int(rng.choice(GROUNDS)) + garment // 2).astype(np.uint16)
+    return np.uint16(STEP * int(rng.choice(GROUNDS))) + (garment // 2).astype(np.uint16)
 
 
 def write_files(source: Path, split: str, count: int, folder: Path) -> None:
