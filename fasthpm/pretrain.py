@@ -137,7 +137,7 @@ def build(recipe: Recipe, launch: ranks.Launch, lock: FolderLock | None = None) 
         checkpoint.compare_recipes(recipe, science_of, data)
         config = ranks.merge_config(recipe.deepspeed_config, recipe, launch.world_size)
         online_probes.check(recipe, loader.info, config)
-        online_dense.check(recipe, config)
+        online_dense.check(recipe, config, loader.info.values.dtype)
         shown_of(loader.info.values, loader.info.channels, recipe.show)  # its errors, before any work
         student = checkpoint.initial_model(recipe)
         frozen = build_frozen(recipe, launch.device)

@@ -1,6 +1,7 @@
 """Every command on a set of 4 channels of 16 bits with nodata: it does its work, or refuses in one line."""
 
 import csv
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,11 @@ from PIL import Image
 from safetensors import safe_open
 
 import fasthpm
-from fasthpm import dense as dense_room
 from fasthpm import pretrain
 from fasthpm.data.ffcv.beton import files_path
+from fasthpm.entry import COMMANDS
 from fasthpm.exchange import exporting, importing
-from fasthpm.pictures import shown
+from fasthpm.pictures import map_images, shown, visualize
 from fasthpm.probes import embed, knn, linear
 from fasthpm.probes import finetune as finetune_room
 from tests.helpers.array_sets import array_picture, write_arrays
@@ -68,7 +69,16 @@ def test_the_panel_is_no_dark_rectangle(run: Path) -> None:
 
 
 def test_wrong_channels_are_refused_before_any_work(data: Path, tmp_path: Path) -> None:
-    words = ("--recipe", "debug", "--data_path", data / "train.beton", "--output_dir", tmp_path / "run", "--batch_size", 8)
+    words = (
+        "--recipe",
+        "debug",
+        "--data_path",
+        data / "train.beton",
+        "--output_dir",
+        tmp_path / "run",
+        "--batch_size",
+        8,
+    )
     assert "--channels 4" in refused(pretrain, *words)
     said = refused(pretrain, *words, "--channels", CHANNELS, "--show", "swir")
     assert said.startswith("show 'swir' is no channel; expected 1 to 4, or blue, green, red, nir")
@@ -105,20 +115,12 @@ def test_maps_are_put_together(run: Path, data: Path, tmp_path: Path) -> None:
     maps = np.load(out / "maps.npz")
     first = maps["predicted"][maps["ids"] == 0][0]
     np.testing.assert_allclose(scene["predicted"][:, 0], first[:, 0], rtol=1e-5)
-    assert refused_maps(run, data, tmp_path).startswith("--masks are of whole images")
-
-
-def refused_maps(run: Path, data: Path, folder: Path) -> str:
-    from fasthpm.pictures import map_images
-
-    (folder / "masks").mkdir()
-    words = ("--data_path", data / "val.beton", "--masks", folder / "masks", "-o", folder / "no")
-    return refused(map_images, run, *words)
+    (tmp_path / "masks").mkdir()
+    words = ("--data_path", data / "val.beton", "--masks", tmp_path / "masks", "-o", tmp_path / "no")
+    assert refused(map_images, run, *words).startswith("--masks are of whole images")
 
 
 def test_visualize_shows_groups_and_refuses_photographs(run: Path, data: Path, tmp_path: Path) -> None:
-    from fasthpm.pictures import visualize
-
     start(visualize, run, "--show", "3,2,1/4", "--num_images", 2, "-o", tmp_path / "panel.png")
     with Image.open(tmp_path / "panel.png") as picture:
         assert picture.size[0] == 4 + 7 * (120 + 4)
@@ -133,7 +135,9 @@ def test_exports_say_what_pixels_are(run: Path, tmp_path: Path, form: str) -> No
     assert start(exporting, run, "--format", form, "-o", path).difference < 1e-8
     if path.suffix == ".safetensors":
         with safe_open(path, "pt") as file:
-            notes = {name: json.loads(text) for name, text in file.metadata().items() if name not in ("recipe", "model")}
+            notes = {
+                name: json.loads(text) for name, text in file.metadata().items() if name not in ("recipe", "model")
+            }
         assert (notes["dtype"], notes["bands"], notes["nodata"]) == ("uint16", BANDS, 0)
         assert min(notes["mean"]) > 1000
 
@@ -141,15 +145,12 @@ def test_exports_say_what_pixels_are(run: Path, tmp_path: Path, form: str) -> No
 def test_an_export_comes_back_with_its_pixels(run: Path, data: Path, tmp_path: Path) -> None:
     start(exporting, run, "--format", "safetensors", "-o", tmp_path / "model.safetensors")
     start(importing, tmp_path / "model.safetensors", "-o", tmp_path / "back")
-    ours, theirs = (start(knn, one, *sets(data), "--k", 3, "-o", tmp_path / f"{k}.json") for k, one in enumerate((run, tmp_path / "back")))
+    both = enumerate((run, tmp_path / "back"))
+    ours, theirs = (start(knn, one, *sets(data), "--k", 3, "-o", tmp_path / f"{k}.json") for k, one in both)
     assert ours.accuracies == theirs.accuracies
 
 
-@pytest.mark.parametrize("command", ["segmentation", "detection", "probe"])
+@pytest.mark.parametrize("command", ["segment", "detect", "dense"])
 def test_tasks_of_photographs_are_refused(run: Path, tmp_path: Path, command: str) -> None:
-    module = getattr(__import__(f"{dense_room.__name__}.{command}", fromlist=["main"]), "__name__")
-    import importlib
-
-    words = (run, "--data_path", tmp_path)
-    said = refused(importlib.import_module(module), *words)
+    said = refused(importlib.import_module(COMMANDS[command][0]), run, "--data_path", tmp_path)
     assert "takes 4 channels of uint16, and images with masks or boxes are read as 8-bit photographs" in said

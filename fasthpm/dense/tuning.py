@@ -15,7 +15,7 @@ from fasthpm.checkpoint.saver import Saver
 from fasthpm.data.device import on_device
 from fasthpm.data.identity import identity_of_files
 from fasthpm.data.statistics import PixelStatistics, statistics_from
-from fasthpm.dense.loader import DenseBatch, DenseLoader, DenseOptions, DenseSet
+from fasthpm.dense.loader import DenseBatch, DenseLoader, DenseOptions, DenseSet, photographs_only
 from fasthpm.dense.settings import complete
 from fasthpm.dense.task import Task
 from fasthpm.errors import UserError
@@ -180,6 +180,7 @@ def load_encoder(task: Task, run: Path, settings: Any) -> tuple[HPMViT, Recipe]:
     model, recipe = checkpoint.load_weights(run, settings.weights)
     if model.video:
         raise UserError(f"{run} was trained on video, and fasthpm {task.name} takes image models; give an image run")
+    photographs_only(model.in_chans, model.pixels.values.dtype if model.pixels else "uint8", str(run))
     if settings.from_scratch:
         pixels, model = model.pixels, model_of(dataclasses.replace(recipe, seed=settings.seed))
         model.pixels = pixels

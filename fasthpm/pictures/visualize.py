@@ -85,10 +85,11 @@ def check_model(model: HPMViT, recipe: Recipe, arguments: argparse.Namespace, co
         raise UserError(f"output {arguments.output}: animations are of videos, and this model takes images; use a .png")
     if model.video and arguments.images:
         raise UserError("--images are pictures, and this model takes videos; give a prepared set with --data_path")
-    if arguments.images and not are_photographs("uint8", recipe.channels):
+    dtype = model.pixels.values.dtype if model.pixels else "uint8"
+    if arguments.images and not are_photographs(dtype, recipe.channels):
         raise UserError(
-            f"--images are photographs, and this model takes {recipe.channels} channels; prepare yours with python -m "
-            f"data_prep.images, and give --data_path"
+            f"--images are photographs, and this model takes {recipe.channels} channels of {dtype}; prepare yours with "
+            f"python -m data_prep.images, and give --data_path"
         )
     if model.video and "attention" in columns:
         raise UserError("attention is that of the cls token, which video models do not have; leave out this column")
