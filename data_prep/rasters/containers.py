@@ -44,6 +44,7 @@ class Kind:
     nodata: float | None = None
     bands: tuple[str, ...] = ()
     size: tuple[int, int] = (0, 0)
+    alpha: bool = False  # whether one of the channels is opacity
 
 
 def blob_of(path: str, data: bytes | None = None) -> Blob:
@@ -89,7 +90,7 @@ def kind_of(blob: Blob, reading: Reading) -> Kind:
     channels = raster.channels - (raster.alpha is not None)
     plain = are_photographs(raster.dtype, channels) or (simple and raster.dtype == "uint8" and channels == 4)
     own = (raster.height, raster.width)
-    return Kind(raster.dtype, raster.channels, plain, raster.nodata, raster.bands, own)
+    return Kind(raster.dtype, raster.channels, plain, raster.nodata, raster.bands, own, raster.alpha is not None)
 
 
 def _is_wide(blob: Blob) -> bool:

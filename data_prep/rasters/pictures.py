@@ -1,9 +1,9 @@
 """Pictures that Pillow opens, in their own numbers: PNG of 16 bits, PGM, JPEG 2000; and photographs in 8 bits."""
 
+from collections.abc import Callable
+
 import numpy as np
 from PIL import Image, ImageOps
-
-from collections.abc import Callable
 
 from data_prep.rasters.raster import Blob, Box, Raster, Reading, narrowed
 from fasthpm.data import png
@@ -35,13 +35,25 @@ def with_alpha(data: bytes, reading: Reading, alpha: str) -> Array:
     """8-bit pixels with their opacity as a fourth channel (`alpha` "keep"), or laid over black."""
     checked = read(data, max_pixels=reading.max_pixels)  # finds damage
     image = open_picture(data).image
-    if "transparency" not in image.info and image.mode not in ("LA", "La", "PA", "RGBA", "RGBa"):
+    if not _has_alpha(image):
         opaque = np.full((*checked.pixels.shape[:2], 1), 255, np.uint8)
         return np.concatenate([checked.pixels, opaque], 2) if alpha == "keep" else checked.pixels
     layer = upright(image).convert("RGBA")
     if alpha == "keep":
         return np.asarray(layer)
     return np.asarray(Image.alpha_composite(Image.new("RGBA", layer.size, "black"), layer).convert("RGB"))
+
+
+def is_transparent(data: bytes) -> bool:
+    """Whether a picture has transparency, as far as it can be opened."""
+    try:
+        return _has_alpha(open_picture(data).image)
+    except Exception:  # reading it says why
+        return False
+
+
+def _has_alpha(image: Image.Image) -> bool:
+    return "transparency" in image.info or image.mode in ("LA", "La", "PA", "RGBA", "RGBa")
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -71,9 +83,7 @@ def open_wide(blob: Blob, reading: Reading) -> Raster:
     dtype = "uint16" if image.format in SCALED else WIDE.get(image.mode, "")
     if not dtype:
         raise ValueError(f"{image.format} of mode {image.mode}, whose values cannot be kept; use --values 8bit")
-    return Raster(
-        height, width, 1, dtype, _cutting(lambda: _own(upright(image)).astype(dtype)), notes=opened.notes
-    )
+    return Raster(height, width, 1, dtype, _cutting(lambda: _own(upright(image)).astype(dtype)), notes=opened.notes)
 
 
 def mode_of(blob: Blob) -> str:

@@ -20,7 +20,9 @@ PAGES = ("channels", "samples", "first")
 CHANNEL, HEIGHT, WIDTH = "C", "Y", "X"
 STORED_AS = {  # types that are kept as another one, which holds all of their values or is said to round
     **dict.fromkeys(DTYPES, ""),
-    **{"int8": "int16", "bool": "uint8", "float64": "float32"},
+    "int8": "int16",
+    "bool": "uint8",
+    "float64": "float32",
     **dict.fromkeys(("uint32", "int32", "uint64", "int64"), "float32"),
 }
 ROUNDED = "float64, stored as float32"
@@ -68,6 +70,7 @@ class Reading:
     level: int = 0  # of a pyramid, 0 = the largest
     axes: str = ""  # of arrays whose files do not say, such as CYX; "": by their sizes
     key: str = ""  # which array of a file that holds several
+    numbered: bool = False  # whether the first axis of an array counts samples
     max_pixels: int = MAX_PIXELS
 
 
@@ -204,8 +207,8 @@ def raster_of(values: Any, axes: str, reading: Reading, **facts: Any) -> Raster:
         return narrowed(part.transpose(order).reshape(*part.shape[:0], height, width, -1))
 
     notes = (ROUNDED,) if np.dtype(values.dtype) == np.float64 else ()
-    made = {"dtype": stored_dtype(values.dtype), "slices": math.prod(counts) if pages == "samples" else 1}
-    return Raster(shape[y], shape[x], channels, read=read, **(made | {"notes": notes} | facts))
+    made: dict[str, Any] = {"slices": math.prod(counts) if pages == "samples" else 1, "notes": notes}
+    return Raster(shape[y], shape[x], channels, stored_dtype(values.dtype), read, **(made | facts))
 
 
 def check_size(raster: Raster, reading: Reading, box: Box) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.rasters.raster import MAX_BYTES, Blob, Raster, Reading, fitting, guess_axes, is_whole, library, raster_of
+from fasthpm.data.sampling import Array
 
 NPY, ZIP, HDF5 = b"\x93NUMPY", b"PK\x03\x04", b"\x89HDF\r\n\x1a\n"
 GZIP = b"\x1f\x8b"
@@ -83,7 +84,19 @@ def _chosen(key: str, names: list[str]) -> str:
 def _plain(values: Any, reading: Reading, **facts: Any) -> Raster:
     if not 2 <= len(values.shape) <= 6:
         raise ValueError(f"an array of shape {tuple(values.shape)}; expected height and width, and perhaps channels")
-    return raster_of(values, reading.axes or guess_axes(values.shape), reading, **facts)
+    return raster_of(values, reading.axes or guess_axes(values.shape, samples=reading.numbered), reading, **facts)
+
+
+def read_array(blob: Blob, key: str) -> Array:
+    """A whole array, of labels for instance, out of a file of several."""
+    name, start = blob.path.lower(), blob.start()
+    if is_npz(name, start):
+        with np.load(blob.path, allow_pickle=False) as archive:
+            return np.asarray(archive[key])
+    if is_hdf5(name, start):
+        with library("h5py", "hdf5", "HDF5 files").File(blob.path, "r") as file:
+            return np.asarray(file[key])
+    return np.asarray(library("zarr", "zarr", "zarr folders").open(blob.path, mode="r")[key])
 
 
 # ------------------------------------------------------------------------------------------------------- HDF5, zarr
@@ -126,9 +139,7 @@ def open_zarr(blob: Blob, reading: Reading) -> Raster:
 # ------------------------------------------------------------------------------------------------------- NIfTI
 def is_nifti(name: str, start: bytes) -> bool:
     """By its first bytes or, packed, by its name."""
-    return start[NIFTI_MAGIC : NIFTI_MAGIC + 4] in NIFTI_MAGICS or (
-        name.endswith(".nii.gz") and start.startswith(GZIP)
-    )
+    return start[NIFTI_MAGIC : NIFTI_MAGIC + 4] in NIFTI_MAGICS or (name.endswith(".nii.gz") and start.startswith(GZIP))
 
 
 def open_nifti(blob: Blob, reading: Reading) -> Raster:

@@ -1,4 +1,4 @@
-"""TIFF, GeoTIFF, OME-TIFF and pyramids of slides through tifffile; a box is read from the tiles or strips it touches."""
+"""TIFF, GeoTIFF, OME-TIFF, pyramids of slides, through tifffile; a box is read from the tiles or strips it touches."""
 
 import logging
 import math

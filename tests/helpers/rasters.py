@@ -1,4 +1,4 @@
-"""Small pictures that are not 8-bit RGB: satellite tiles, slides, X-rays. Seeded, in class folders, files of their kinds.
+"""Small pictures that are not 8-bit RGB: satellite tiles, slides, X-rays. Seeded; in class folders, in their formats.
 
 In each family the two classes differ in what every crop shows, so that a short training can tell them apart.
 """
