@@ -32,7 +32,6 @@ class ArrayOptions:
     log: str = ""  # store log(1 + x) as this type
     bands: tuple[str, ...] = ()  # names of the channels
     max_resolution: int = 0
-    min_content: float = 0.0
     seed: int = 0
     chunk: int = 8  # samples that a process makes at a time
     preparation: dict[str, Any] = field(default_factory=dict)  # for the sidecar: what was asked of values
@@ -43,7 +42,6 @@ class ArrayOptions:
         self._check("codec", self.codec in CODECS, f"one of {', '.join(CODECS)}")
         self._check("log", self.log in ("", *LOGS), f"one of {', '.join(LOGS)}")
         self._check("max_resolution", 0 <= self.max_resolution <= MAX_SIDE, f"0 (off) to {MAX_SIDE}")
-        self._check("min_content", 0 <= self.min_content <= 1, "0 to 1")
         self._check("seed", self.seed >= 0, "0 or more")
         both = self.window is not None and self.clip_percentiles is not None
         self._check("window", not both, "none beside --clip_percentiles, which clips too; choose one")
@@ -216,7 +214,7 @@ def eight_bits(values: Array, window: tuple[float, float] | None) -> Array:
         raise ValueError(f"{values.shape[2]} channels, expected 1 or 3; --bands chooses, --values keep takes all")
     wide = values.astype(np.float64)
     if window:
-        out = ((wide - window[0]) * (255 / (window[1] - window[0]))).clip(0, 255)
+        out = ((wide - window[0]) * 255 / (window[1] - window[0])).clip(0, 255)
     elif values.dtype.kind == "u":
         out = wide * (255 / np.iinfo(values.dtype).max)
     elif values.dtype.kind == "f" and wide.min() >= 0 and wide.max() <= 1:
