@@ -19,7 +19,7 @@ PAGE = ROOT / "docs" / "own_images.md"
 WALK = re.compile(r"^### (\w+)[^\n]*\n(.*?)(?=^##)", flags=re.MULTILINE | re.DOTALL)
 FILES: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "Satellite": ("tiles", lambda folder: rasters.satellite(folder, 28)),
-    "Microscopy": ("slides", lambda folder: rasters.slides(folder, 2, size=160)),
+    "Microscopy": ("slides", lambda folder: rasters.slides(folder, 8, size=160)),
     "X": ("xrays", lambda folder: rasters.xrays(folder, 28)),
 }
 

@@ -9,7 +9,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from fasthpm.data.types import DatasetInfo
-from fasthpm.data.values import DTYPES, Values, are_photographs
+from fasthpm.data.values import DTYPES, Values, are_photographs, noted, values_of
 from fasthpm.errors import UserError, note_once
 
 LUMA = (0.299, 0.587, 0.114)  # of red, green and blue, as PIL's "L" has them
@@ -45,9 +45,9 @@ class PixelStatistics:
         return dataclasses.replace(self, mean=mean, std=least)
 
     def as_json(self) -> dict[str, Any]:
-        """{"mean", "std"}, for files; of pixels that have not 8 bits their dtype too."""
-        kind = {} if self.values.dtype == "uint8" else {"dtype": self.values.dtype}
-        return {"mean": list(self.mean), "std": list(self.std), **kind}
+        """{"mean", "std"}, for files; of other pixels than photographs' "dtype", "nodata", "bands" and "log" too, as far
+        as they have them."""
+        return {"mean": list(self.mean), "std": list(self.std), **noted(self.values)}
 
 
 def statistics_from(values: Any) -> PixelStatistics | None:
@@ -56,8 +56,8 @@ def statistics_from(values: Any) -> PixelStatistics | None:
     numbers = [tuple(map(float, row)) for row in found if isinstance(row, list | tuple) and row and _numbers(row)]
     if len(numbers) != 2 or len(numbers[0]) != len(numbers[1]):
         return None
-    dtype = values.get("dtype", "uint8")
-    return PixelStatistics(numbers[0], numbers[1], values=Values(dtype)) if dtype in DTYPES else None
+    kind = values_of(values)
+    return PixelStatistics(numbers[0], numbers[1], values=kind) if kind.dtype in DTYPES else None
 
 
 def _numbers(row: Sequence[Any]) -> bool:

@@ -50,3 +50,16 @@ def values_of(sidecar: dict[str, Any]) -> Values:
         high=tuple(percentiles.get("98", ())),
         log=bool(sidecar.get("log", False)),
     )
+
+
+def noted(values: Values) -> dict[str, Any]:
+    """The keys of a sidecar that say the same, without percentiles; of photographs none."""
+    usual, nodata = Values(), values.nodata
+    found = {
+        "dtype": values.dtype,
+        "nodata": "nan" if nodata is not None and math.isnan(nodata) else nodata,
+        "bands": list(values.bands),
+        "log": values.log,
+    }
+    unsaid = {"dtype": usual.dtype, "nodata": None, "bands": [], "log": False}
+    return {name: value for name, value in found.items() if value != unsaid[name]}

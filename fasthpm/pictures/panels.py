@@ -19,7 +19,7 @@ from fasthpm.model import VIDEO_EPS, HPMViT
 from fasthpm.patches import NormalizedPatches, Statistics
 from fasthpm.pictures import drawing
 from fasthpm.pictures.drawing import Pictures
-from fasthpm.pictures.shown import Shown, shown_of
+from fasthpm.pictures.shown import NOTHING, Shown, shown_of
 from fasthpm.recipe import Recipe
 
 COLUMNS = ("image", "reconstruction", "true_loss", "predicted_loss", "mask")
@@ -85,7 +85,8 @@ def pictures(
     noise = _noise(plan, len(patches), recipe.seed).to(patches.device)
     mute = bool(refusal(model, model.difficulty))
     predicted = torch.zeros_like(patches[:, :, 0]) if mute else model.predict_loss(patches)
-    mask = masks.draw_mask(plan, noise, predicted, alpha)
+    valid = patches_of.valid(images)
+    mask = masks.draw_sets(plan, noise, predicted, alpha, valid)[0]
     original = images.cpu().numpy().reshape(len(images), model.num_frames, *images.shape[-3:])
     shown = shown or shown_of(Values(str(original.dtype)), model.in_chans)
     seen = shown(original)
@@ -96,7 +97,8 @@ def pictures(
 
     def hardest() -> Tensor:
         ranks = noise[:, :, : model.num_patches]
-        return masks.easy_to_hard_mask(predicted, recipe.mask_ratio, 1.0, groups=model.slots, noise=ranks)
+        scores = predicted if valid is None else predicted.masked_fill(~valid, -torch.inf)
+        return masks.easy_to_hard_mask(scores, recipe.mask_ratio, 1.0, groups=model.slots, noise=ranks)
 
     def rebuilt() -> list[Array]:
         return shown(to_pixels(model, patches_of, reconstruct(model, patches, mask)), shown.lacking(original))
@@ -104,11 +106,11 @@ def pictures(
     draw: dict[str, Callable[[], list[Array]]] = {
         "image": lambda: seen,
         "reconstruction": rebuilt,
-        "true_loss": lambda: [drawing.heat(per_pixel(model, true_loss()))],
-        "predicted_loss": lambda: [drawing.heat(per_pixel(model, predicted))],
+        "true_loss": lambda: [heat(model, true_loss(), valid)],
+        "predicted_loss": lambda: [heat(model, predicted, valid)],
         "mask": lambda: [hidden(model, seen[0], mask)],
         "hardest": lambda: [hidden(model, seen[0], hardest())],
-        "attention": lambda: [drawing.heat(per_pixel(model, attention_weights(cls_attention(model, patches))))],
+        "attention": lambda: [heat(model, attention_weights(cls_attention(model, patches)), None)],
     }
     known = {"predicted_loss": "predicted loss" if mute else predicted_name(model.difficulty, spearman)}
     known |= {"image": "clip"} if model.video else {}
@@ -138,12 +140,13 @@ def reconstruct(model: HPMViT, patches: Tensor, mask: Tensor) -> Tensor:
 
 def _denormalised(model: HPMViT, prediction: Tensor, patches: Tensor) -> Tensor:
     """What `model.target` normalises, undone with the statistics of the true `patches` [N, M, t*P*P*C]."""
-    if not model.video:
+    if not (model.video or model.norm_pix_channels):
         variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
         return prediction * (variance + EPS).sqrt() + mean
     channels = (-1, model.in_chans)
     std, mean = torch.std_mean(patches.unflatten(-1, channels), dim=-2, keepdim=True)
-    return (prediction.unflatten(-1, channels) * (std + VIDEO_EPS) + mean).flatten(-2)
+    eps = VIDEO_EPS if model.video else EPS
+    return (prediction.unflatten(-1, channels) * (std + eps) + mean).flatten(-2)
 
 
 # -------------------------------------------------------------------------------------------------- true loss
@@ -188,6 +191,15 @@ def per_pixel(model: HPMViT, values: Tensor) -> Array:
     """One value per patch [N, L] -> one per pixel [N, T, H, W]."""
     grid = values.reshape(len(values), model.slots, *model.grid_size).cpu().numpy()
     return drawing.per_pixel(grid, (model.num_frames, *model.img_size))
+
+
+def heat(model: HPMViT, values: Tensor, valid: Tensor | None) -> Array:
+    """One value per patch [N, L] as colours, uint8 [N, T, H, W, 3]; those that are not `valid` take no part."""
+    if valid is None or bool(valid.all()):
+        return drawing.heat(per_pixel(model, values))
+    least = values.masked_fill(~valid, torch.inf).amin(dim=1, keepdim=True).nan_to_num(posinf=0.0)
+    colours = drawing.heat(per_pixel(model, torch.where(valid, values, least)))
+    return np.where(per_pixel(model, valid)[..., None], colours, np.array(NOTHING, np.uint8))
 
 
 def hidden(model: HPMViT, pictures: Array, mask: Tensor) -> Array:

@@ -139,10 +139,9 @@ def test_a_panel_has_a_picture_of_every_group_and_reconstructs_in_stored_values(
     torch.nn.init.zeros_(model.decoder_pred.bias)
     values = Values("uint16", None, BANDS, (0.0,) * 4, (4000.0,) * 4)
     info = DatasetInfo(9, 4, (1000.0, 2000.0, 3000.0, 500.0), (10.0,) * 4, ("a",), 0, values)
-    statistics = dataclasses.replace(info, mean=tuple(m / 255 for m in info.mean), std=(10 / 255,) * 4)
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 4001, (2, 12, 12, 4)).astype(np.uint16))
     shown = shown_of(values, 4, "red,green,blue/nir")
-    drawn = panels.pictures(model, recipe, statistics, images, 0.5, shown=shown)
+    drawn = panels.pictures(model, recipe, info, images, 0.5, shown=shown)
     assert list(drawn) == [
         "image (red,green,blue)",
         "image (nir)",
@@ -157,3 +156,20 @@ def test_a_panel_has_a_picture_of_every_group_and_reconstructs_in_stored_values(
     assert (abs(seen[~hidden].astype(int) - rebuilt[~hidden]) <= 1).all()
     assert (rebuilt[hidden] == np.rint(np.array([3000, 2000, 1000]) * 255 / 4000)).all()
     assert np.array_equal(seen[..., 0], np.rint(images[..., 2].numpy() * (255 / 4000)).reshape(seen.shape[:-1]))
+
+
+def test_patches_without_data_have_no_heat() -> None:
+    recipe = dataclasses.replace(recipes.debug(), channels=4, input_size="12", difficulty="paper", mask_ratio=0.5)
+    values = Values("uint16", 0, BANDS, (0.0,) * 4, (4000.0,) * 4)
+    info = DatasetInfo(9, 4, (2000.0,) * 4, (1000.0,) * 4, ("a",), 0, values)
+    pixels = np.random.default_rng(0).integers(1, 4001, (2, 12, 12, 4)).astype(np.uint16)
+    pixels[0, :5, :3, 1] = 0  # two patches
+    shown = shown_of(values, 4)
+    model, images = model_of(recipe).eval(), torch.from_numpy(pixels)
+    names = ("image", "true_loss", "predicted_loss", "hardest")
+    drawn = panels.pictures(model, recipe, info, images, 0.5, names=names, shown=shown)
+    empty = (drawn["true loss"][:, 0] == NOTHING).all(-1).reshape(2, 3, 4, 3, 4).all((2, 4))
+    assert np.argwhere(empty).tolist() == [[0, 0, 0], [0, 1, 0]]
+    assert np.array_equal(*((drawn[name] == NOTHING).all(-1) for name in ("true loss", "predicted loss")))
+    assert (drawn["image"] == NOTHING).all(-1).sum() == 15
+    assert not (drawn["hardest"][0, 0, :8, :4] == panels.GREY).all(-1).any()
