@@ -31,11 +31,12 @@ from fasthpm.dense import online as online_dense
 from fasthpm.difficulty import HEAD
 from fasthpm.errors import UserError
 from fasthpm.exchange import exporting
-from fasthpm.frozen import build_frozen
+from fasthpm.frozen import build_frozen, check_photographs
 from fasthpm.options import add_recipe_arguments
 from fasthpm.patches import model_of
 from fasthpm.pictures import report
 from fasthpm.pictures.progress import draw_panel
+from fasthpm.pictures.shown import shown_of
 from fasthpm.probes import online as online_probes
 from fasthpm.ranks import zero
 from fasthpm.ranks.signals import StopSignals
@@ -136,8 +137,10 @@ def build(recipe: Recipe, launch: ranks.Launch, lock: FolderLock | None = None) 
         checkpoint.compare_recipes(recipe, science_of, data)
         config = ranks.merge_config(recipe.deepspeed_config, recipe, launch.world_size)
         online_probes.check(recipe, loader.info, config)
-        online_dense.check(recipe, config)
+        online_dense.check(recipe, config, loader.info.values.dtype)
+        shown_of(loader.info.values, loader.info.channels, recipe.show)  # its errors, before any work
         student = checkpoint.initial_model(recipe)
+        check_photographs(recipe, loader.info, recipe.data_path)
         frozen = build_frozen(recipe, launch.device)
     if lock:
         lock.take(Path(recipe.output_dir))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fasthpm.data.background import Background
 from fasthpm.data.bad import BadSample, Quarantine
-from fasthpm.data.options import LoaderOptions, count_workers
+from fasthpm.data.options import OF_CHANNELS, LoaderOptions, count_workers
 from fasthpm.data.sampling import (
     Array,
     block_order,
@@ -25,6 +25,8 @@ from fasthpm.data.sampling import (
     random_crops,
     replacements,
     sample_order,
+    turn_crops,
+    turned,
     whole_crops,
 )
 from fasthpm.data.statistics import as_read
@@ -42,10 +44,11 @@ class PrefetchLoader(ABC):
     """A `Loader` (see there) whose subclass knows the sizes of stored images and how to fill rows with pixels."""
 
     crop_columns = 5  # of what `_crops` gives; a batch has the first five
+    turns = False  # whether `_fill` turns crops by itself, and not only mirrors them
 
     def __init__(self, info: DatasetInfo, options: LoaderOptions, source: str) -> None:
         self.info, self.options, self.source = as_read(info, options.channels, source), options, source
-        self.batch_size = options.batch_size
+        self.batch_size, self.dtype = options.batch_size, np.dtype(info.values.dtype)
         self.num_workers = count_workers(options.num_workers)
         self._epoch = self._batch = 0
         self._order: tuple[int, Array] = (-1, np.empty(0, np.int64))
@@ -68,12 +71,9 @@ class PrefetchLoader(ABC):
 
     @abstractmethod
     def _fill(self, images: Array, ids: Array, crops: Array, factors: Array) -> Array:
-        """Write crops [b, 5] of the samples `ids` [b] into `images`, uint8 [b, H, W, C] or of clips [b, T, H, W, C].
+        """Write crops [b, 5] of the samples `ids` [b] into `images`, [b, H, W, C] or of clips [b, T, H, W, C].
 
-        Called from many threads.
-
-        `factors`, float32 [b, 3], are of brightness, contrast and saturation. Returns which samples do not decode:
-        bool [b].
+        Called from many threads. `factors`: as `_factors` gives them. Returns which samples do not decode: bool [b].
         """
 
     def _describe(self, sample: int) -> BadSample:
@@ -125,24 +125,25 @@ class PrefetchLoader(ABC):
 
     # ---------------------------------------------------------------------------------------------- single samples
     def stored(self, sample: int) -> Array | None:
-        """The stored image, uncropped: uint8 [h, w, C]; None where it does not decode."""
+        """The stored image, uncropped: [h, w, C]; None where it does not decode."""
         ids = np.array([sample])
         size = self._sizes(ids)
         if not size.all():
             return None
-        image = np.empty((1, *size[0], self.options.channels), np.uint8)
+        image = np.empty((1, *size[0], self.options.channels), self.dtype)
         crop = np.concatenate([np.zeros((1, 2)), size, np.zeros((1, 1))], 1).astype(np.int64)
-        bad = self._fill(image, ids, crop, np.ones((1, 3), np.float32))
+        bad = self._fill(image, ids, crop, self._no_factors(1))
         return None if bad[0] else image[0]
 
     def drawn(self, epoch: int, sample: int) -> Array | None:
-        """The sample as `epoch` crops it: uint8 [(T,) H, W, C]; None where it does not decode."""
+        """The sample as `epoch` crops it: [(T,) H, W, C]; None where it does not decode."""
         ids = np.array([sample])
         sizes = self._sizes(ids)
         if not sizes.all():
             return None
-        image = np.empty((1, *self.options.sample_shape), np.uint8)
-        bad = self._fill(image, ids, self._crops(epoch, ids, sizes, np.zeros(1, np.int64)), self._factors(epoch, ids))
+        image = np.empty((1, *self.options.sample_shape), self.dtype)
+        crops, factors = self._crops(epoch, ids, sizes, np.zeros(1, np.int64)), self._factors(epoch, ids)
+        bad = self._fill_turned(image, ids, crops, factors)
         return None if bad[0] else image[0]
 
     def labels_of(self, samples: Array) -> Array:
@@ -177,6 +178,14 @@ class PrefetchLoader(ABC):
                 f"{self.source} has {info.num_samples} samples, fewer than one global batch of "
                 f"{options.global_batch}; use a smaller --batch_size"
             )
+        self._check_augmentation()
+
+    def _check_augmentation(self) -> None:
+        """**Raises:** `UserError` for what does not suit the samples: photographs, unless a subclass has others."""
+        for name in (name for name in OF_CHANNELS if getattr(self.options, name)):
+            raise UserError(
+                f"{name} is {getattr(self.options, name):g}, and {self.source} holds photographs; use --color_jitter"
+            )
 
     def _choose_crop_pct(self) -> float:
         if self.options.crop_pct is not None:
@@ -208,15 +217,23 @@ class PrefetchLoader(ABC):
         """Crops of the samples `ids` [b], which are the rows `rows` [b] of a batch: int64 [b, 5 or more]."""
         options = self.options
         if options.train:
-            return random_crops(options.seed, epoch, ids, sizes, options.crop_min, options.flip)
+            crops = random_crops(options.seed, epoch, ids, sizes, options.crop_min, options.flip)
+            if not options.turns:
+                return crops
+            return turn_crops(options.seed, epoch, ids, crops, options.flip_vertical, options.rotate90)
         if options.whole:
             return whole_crops(sizes)
         return centre_crops(sizes, options.image_size, self._crop_pct)
 
+    def _no_factors(self, count: int) -> Array:
+        """`_factors` that change nothing, of `count` samples."""
+        return np.ones((count, 3), np.float32)
+
     def _factors(self, epoch: int, ids: Array) -> Array:
+        """How the colours of samples change: factors of brightness, contrast and saturation, float32 [b, 3]."""
         options = self.options
         if not options.train or options.color_jitter == 0:
-            return np.ones((len(ids), 3), np.float32)
+            return self._no_factors(len(ids))
         return colour_factors(options.seed, epoch, ids, options.color_jitter, options.channels)
 
     def _announce(self, epoch: int, batch: int) -> None:
@@ -255,7 +272,8 @@ class PrefetchLoader(ABC):
 
     def _empty(self, count: int, pin: bool = False) -> Tensor:
         """Memory for the pixels of `count` samples, where they are decoded to."""
-        return torch.empty((count, *self.options.sample_shape), dtype=torch.uint8, pin_memory=pin)
+        dtype = getattr(torch, self.dtype.name)
+        return torch.empty((count, *self.options.sample_shape), dtype=dtype, pin_memory=pin)
 
     def _read(self, images: Tensor, epoch: int, asked: Array) -> tuple[Array, Array, Array]:
         """Fill `images` [B, H, W, C] with `asked` [B] or what replaces them; which samples, crops and sizes these are.
@@ -273,7 +291,8 @@ class PrefetchLoader(ABC):
             bad = self._fill_in_parallel(pixels, ids[rows], crops[rows], self._factors(epoch, ids[rows]))
             bad |= (sizes[rows] == 0).any(1)
             if attempt:
-                images[torch.from_numpy(rows)] = pixels
+                for row, image in zip(rows.tolist(), pixels, strict=True):  # torch cannot index all dtypes by a list
+                    images[row] = image
             rows = rows[bad]
             if not len(rows):
                 return ids, crops, sizes
@@ -289,8 +308,20 @@ class PrefetchLoader(ABC):
         share = max(-(-len(ids) // (2 * self.num_workers)), 1)  # two shares per thread even out large images
         parts = [slice(start, start + share) for start in range(0, len(ids), share)]
         pixels = images.numpy()
-        fill = self._pool.map(lambda part: self._fill(pixels[part], ids[part], crops[part], factors[part]), parts)
-        return np.concatenate([np.zeros(0, np.bool_), *fill])
+        fill = self._fill_turned if self.options.turns else self._fill
+        bad = self._pool.map(lambda part: fill(pixels[part], ids[part], crops[part], factors[part]), parts)
+        return np.concatenate([np.zeros(0, np.bool_), *bad])
+
+    def _fill_turned(self, images: Array, ids: Array, crops: Array, factors: Array) -> Array:
+        """`_fill`, of crops that are turned too."""
+        if self.turns or not self.options.turns:
+            return self._fill(images, ids, crops, factors)
+        upright = crops.copy()
+        upright[:, 4] = 0
+        bad = self._fill(images, ids, upright, factors)
+        for image, code in zip(images, crops[:, 4].tolist(), strict=True):
+            image[:] = turned(image, code).copy()
+        return bad
 
 
 class Prefetcher:

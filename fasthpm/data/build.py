@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from fasthpm.data.options import LoaderOptions
+from fasthpm.data.options import OF_IMAGES, LoaderOptions
 from fasthpm.data.sources import is_beton, is_video_set
 from fasthpm.data.statistics import as_read
 from fasthpm.data.types import DatasetInfo, Loader
@@ -68,9 +68,9 @@ def build_loader(data_path: str | Path, options: LoaderOptions | None = None, **
             f"data_prep.videos wrote"
         )
     if beton:
-        from fasthpm.data.ffcv.images import FfcvLoader
+        from fasthpm.data.ffcv.arrays import prepared_loader
 
-        return FfcvLoader(source, options)
+        return prepared_loader(source, options)
     from fasthpm.data.plain import PlainLoader
 
     return PlainLoader(Path(source), options)
@@ -88,6 +88,8 @@ def clip_loader(path: Path, options: LoaderOptions) -> Loader:
     """The loader that `options.decoder` names."""
     from fasthpm.data.video.clips import ClipLoader
 
+    for name in (name for name in OF_IMAGES if getattr(options, name)):
+        raise UserError(f"{name} is {getattr(options, name)}, and {path} holds videos; it is of images: leave it out")
     if options.decoder in ("auto", "turbojpeg"):
         return ClipLoader(path, options)
     from fasthpm.data.video.dali import DaliFrames, DaliVideos

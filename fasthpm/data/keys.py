@@ -21,6 +21,8 @@ class Stream(enum.IntEnum):
     SEGMENTS = 7  # a frame of each stretch of a video
     AUGMENT = 8  # augmentation of fine-tuning, segmentation and detection
     REPEAT = 9  # whether a sample comes once more in an epoch
+    TURN = 10  # which way up a crop is
+    CHANNELS = 11  # what becomes of each channel of a crop
     # in the place of the epoch, where no training comes
     GROUPS = 1 << 32  # the order of samples that are stored together
     PROPORTION = (1 << 32) + 1  # which images are stored as JPEGs

@@ -4,12 +4,15 @@ import os
 from dataclasses import dataclass
 
 from fasthpm.data.sampling import INTERPOLATIONS, SAMPLE_ORDERS
+from fasthpm.data.values import MAX_CHANNELS
 from fasthpm.data.video.sampling import CROPS, DECODERS, FRAME_SAMPLINGS
 from fasthpm.errors import UserError
 from fasthpm.machine import count_cores
 from fasthpm.options import REQUIRED, option, validate
 
 MAX_BAD_SAMPLES = 0.001  # in training, unless asked otherwise
+OF_CHANNELS = ("channel_dropout", "channel_jitter")  # that photographs do without
+OF_IMAGES = ("flip_vertical", "rotate90", *OF_CHANNELS)  # that clips do without
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,9 @@ class LoaderOptions:
     batch_size: int = option(REQUIRED, "samples per rank and batch", low=1)
     image_size: tuple[int, int] = option(REQUIRED, "(height, width) of what comes out, in pixels")
     channels: int = option(
-        REQUIRED, "1 or 3; a grey set has its value in all three, a coloured one its luminance in one"
+        REQUIRED,
+        "of the images; a grey set read in 3 has its value in all three, a coloured one its luminance in 1. All other "
+        "sets are read in those that they have",
     )
     seed: int = option(0, "of the order of the samples and of all that is drawn for them")
     rank: int = option(0, "which share of the samples this process loads", low=0)
@@ -37,6 +42,21 @@ class LoaderOptions:
     )
     crop_min: float = option(0.2, "in training, a random resized crop covers this to 1 of the area", above=0, high=1)
     flip: bool = option(True, "in training, mirror at random")
+    flip_vertical: bool = option(False, "in training, put upside down at random: for what has no up, such as tiles")
+    rotate90: bool = option(False, "in training, turn by a random multiple of 90 degrees; of square crops")
+    channel_dropout: float = option(
+        0.0,
+        "in training, chance of each channel to become its mean, never all; of sets that are no photographs",
+        low=0,
+        below=1,
+    )
+    channel_jitter: float = option(
+        0.0,
+        "in training, each channel's distance from its mean is multiplied by 1 ± up to this; of sets that are no "
+        "photographs",
+        low=0,
+        high=1,
+    )
     crop_pct: float | None = option(
         None,
         "without train, share of the largest centred box that is cut out; None = 0.875, or 1 when all stored images "
@@ -108,7 +128,13 @@ class LoaderOptions:
     def __post_init__(self) -> None:
         validate(self, show=str)
         self._check("image_size", min(self.image_size) >= 1, "a height and a width of 1 or more")
-        self._check("channels", self.channels in (1, 3), "1 (grey) or 3 (RGB)")
+        self._check("channels", 1 <= self.channels <= MAX_CHANNELS, f"1 (grey), 3 (RGB), or up to {MAX_CHANNELS}")
+        square = self.image_size[0] == self.image_size[1] or not self.rotate90
+        self._check("image_size", square, "a square with rotate90, which turns crops by 90 degrees")
+        for name in (name for name in OF_IMAGES if self.num_frames > 1 and getattr(self, name)):
+            raise UserError(
+                f"{name} is {getattr(self, name)}, and is of images; leave it out with {self.num_frames} frames"
+            )
         self._check("rank", self.rank < self.world_size, f"0 to {self.world_size - 1}")
         good = len(self.views) == 2 and min(self.views) >= 1 and not (self.train and self.views[1] > 1)
         self._check("views", good, "clips and crops, 1 or more each (in training 1 crop)")
@@ -116,6 +142,11 @@ class LoaderOptions:
     def _check(self, name: str, good: bool, expected: str) -> None:
         if not good:
             raise UserError(f"{name} is {getattr(self, name)}, expected {expected}")
+
+    @property
+    def turns(self) -> bool:
+        """Whether crops are drawn another way up than mirrored."""
+        return self.train and (self.flip_vertical or self.rotate90)
 
     @property
     def global_batch(self) -> int:

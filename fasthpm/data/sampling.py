@@ -18,6 +18,8 @@ TRIES = 10  # as torchvision's RandomResizedCrop
 RATIO = (3 / 4, 4 / 3)
 INTERPOLATIONS = ("area", "bicubic")  # their positions are the kernel's codes
 SAMPLE_ORDERS = ("random", "blocks")
+HORIZONTAL, VERTICAL, TRANSPOSED = 1, 2, 4  # bits of a crop's last column: first transposed, then mirrored
+QUARTERS = np.array([0, VERTICAL | TRANSPOSED, HORIZONTAL | VERTICAL, HORIZONTAL | TRANSPOSED])  # turns to the left
 
 
 def mix(values: Array) -> Array:
@@ -93,7 +95,7 @@ def torch_seed(*parts: int) -> int:
 
 
 def random_crops(seed: int, epoch: int, ids: Array, sizes: Array, crop_min: float, flip: bool) -> Array:
-    """Random resized crops: int64 [B, 5] of top, left, height, width, flipped.
+    """Random resized crops: int64 [B, 5] of top, left, height, width, and HORIZONTAL where mirrored.
 
     `sizes` is int64 [B, 2], height and width of the stored images. Area uniform in [crop_min, 1] of the image, aspect
     ratio log-uniform in [3/4, 4/3], ten tries, then the largest centred box within those ratios.
@@ -111,6 +113,39 @@ def random_crops(seed: int, epoch: int, ids: Array, sizes: Array, crop_min: floa
     corner = np.where(fits.any(1)[:, None], np.floor(draws[:, -3:-1] * room), (sizes - box) // 2)
     flipped = (draws[:, -1:] < 0.5) & flip
     return np.concatenate([corner, box, flipped], 1).astype(np.int64)
+
+
+def turn_crops(seed: int, epoch: int, ids: Array, crops: Array, vertical: bool, rotate90: bool) -> Array:
+    """`crops` [B, 5] that are also upside down at random (`vertical`), or turned by a multiple of 90 degrees.
+
+    From a key of its own: boxes and mirroring are the same with and without.
+    """
+    draws = uniforms(key_of(seed, epoch, Stream.TURN), ids, 2)
+    code = crops[:, 4] ^ np.where((draws[:, 0] < 0.5) & vertical, VERTICAL, 0)
+    if rotate90:
+        code = code ^ QUARTERS[np.floor(draws[:, 1] * 4).astype(np.int64)]
+    return np.concatenate([crops[:, :4], code[:, None], crops[:, 5:]], 1)
+
+
+def turned(image: Array, code: int) -> Array:
+    """A crop [..., H, W, C] the way up that `code` says: HORIZONTAL, VERTICAL, TRANSPOSED."""
+    image = image.swapaxes(-3, -2) if code & TRANSPOSED else image
+    image = image[..., ::-1, :] if code & HORIZONTAL else image
+    return image[..., ::-1, :, :] if code & VERTICAL else image
+
+
+def channel_gains(seed: int, epoch: int, ids: Array, channels: int, dropout: float, jitter: float) -> Array:
+    """What each channel's distance from its mean is multiplied with: float32 [B, C].
+
+    Uniform in [1 - jitter, 1 + jitter]; 0 with the chance `dropout`, but never of all channels: then the one that was
+    the nearest to stay does.
+    """
+    draws = uniforms(key_of(seed, epoch, Stream.CHANNELS), ids, 2 * channels)
+    gains = 1 + jitter * (2 * draws[:, channels:] - 1)
+    dropped = draws[:, :channels] < dropout
+    rows = np.flatnonzero(dropped.all(1))
+    dropped[rows, draws[rows, :channels].argmax(1)] = False
+    return np.where(dropped, 0, gains).astype(np.float32)
 
 
 def _widest(sizes: Array) -> Array:

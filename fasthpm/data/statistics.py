@@ -9,6 +9,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from fasthpm.data.types import DatasetInfo
+from fasthpm.data.values import DTYPES, Values, are_photographs, noted, values_of
 from fasthpm.errors import UserError, note_once
 
 LUMA = (0.299, 0.587, 0.114)  # of red, green and blue, as PIL's "L" has them
@@ -17,11 +18,15 @@ LEAST_STD = 1e-3 / 255  # of a set of one colour
 
 @dataclass(frozen=True)
 class PixelStatistics:
-    """Mean and standard deviation per channel, of pixels scaled to 0..1."""
+    """Mean and standard deviation per channel, of pixels scaled to 0..1 or, where they have not 8 bits, as stored.
+
+    `values`: what these are, and what none of them is.
+    """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
     remark: str = field(default="", compare=False)  # what a user should know of where they come from
+    values: Values = field(default=Values(), compare=False)
 
     def in_channels(self, channels: int) -> "PixelStatistics":
         """The same of pixels read in `channels` channels.
@@ -30,15 +35,19 @@ class PixelStatistics:
         of channels that vary together, as those of photographs nearly do.
         """
         mean, std = self.mean, self.std
+        if not are_photographs(self.values.dtype, len(mean)):
+            return self
         if len(mean) == 1:
             mean, std = mean * channels, std * channels
         elif channels == 1:
             mean, std = ((sum(w * v for w, v in zip(LUMA, values, strict=True)),) for values in (mean, std))
-        return PixelStatistics(mean, tuple(max(value, LEAST_STD) for value in std), self.remark)
+        least = tuple(max(value, LEAST_STD) for value in std)
+        return dataclasses.replace(self, mean=mean, std=least)
 
     def as_json(self) -> dict[str, Any]:
-        """{"mean", "std"}, for files."""
-        return {"mean": list(self.mean), "std": list(self.std)}
+        """{"mean", "std"}, for files; of other pixels than photographs' "dtype", "nodata", "bands" and "log" too, as far
+        as they have them."""
+        return {"mean": list(self.mean), "std": list(self.std), **noted(self.values)}
 
 
 def statistics_from(values: Any) -> PixelStatistics | None:
@@ -47,7 +56,8 @@ def statistics_from(values: Any) -> PixelStatistics | None:
     numbers = [tuple(map(float, row)) for row in found if isinstance(row, list | tuple) and row and _numbers(row)]
     if len(numbers) != 2 or len(numbers[0]) != len(numbers[1]):
         return None
-    return PixelStatistics(numbers[0], numbers[1])
+    kind = values_of(values)
+    return PixelStatistics(numbers[0], numbers[1], values=kind) if kind.dtype in DTYPES else None
 
 
 def _numbers(row: Sequence[Any]) -> bool:
@@ -62,18 +72,22 @@ def measured(images: NDArray[Any]) -> PixelStatistics:
 
 def statistics_of(info: DatasetInfo) -> PixelStatistics:
     """Those of a data set itself."""
-    return PixelStatistics(tuple(info.mean), tuple(info.std))
+    return PixelStatistics(tuple(info.mean), tuple(info.std), values=info.values)
 
 
 def as_read(info: DatasetInfo, channels: int, source: str) -> DatasetInfo:
     """`info` of a set that is read in `channels` channels, said once where it has others.
 
-    **Raises:** `UserError` for a set that is neither grey nor RGB.
+    **Raises:** `UserError` for a set that is no photographs, which are converted, and has others.
     """
     if info.channels == channels:
         return info
-    if {info.channels, channels} != {1, 3}:
-        raise UserError(f"{source} has {info.channels} channels, expected 1 (grey) or 3 (RGB): prepare it again")
+    if not (are_photographs(info.values.dtype, info.channels) and {info.channels, channels} == {1, 3}):
+        raise UserError(
+            f"{source} has {info.channels} channel{'s' if info.channels > 1 else ''} of {info.values.dtype}, and the "
+            f"model takes {channels}: use --channels {info.channels} (only photographs of 8 bits are converted, "
+            f"between grey and RGB)"
+        )
     if channels == 3:
         note_once(f"{source} is grey and the model takes 3 channels: each gets the grey value")
     else:

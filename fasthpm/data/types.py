@@ -9,16 +9,17 @@ import torch
 from torch import Tensor
 
 from fasthpm.data.bad import BadSample
+from fasthpm.data.values import Values
 
 
 @dataclass(frozen=True)
 class Batch:
     """One rank's share of a micro-batch. B samples; every tensor is the batch's own memory, never reused."""
 
-    images: Tensor  # uint8 [B, H, W, C], or clips [B, T, H, W, C]
+    images: Tensor  # [B, H, W, C] in the dtype that is stored, or clips uint8 [B, T, H, W, C]
     labels: Tensor  # int64 [B]
     ids: Tensor  # int64 [B], index of each sample in the data set
-    crops: Tensor  # int64 [B, 5]: top, left, height, width of the crop in the stored image, and whether it was flipped
+    crops: Tensor  # int64 [B, 5]: top, left, height, width of the crop in the stored image; way up: `sampling.turned`
     sizes: Tensor  # int64 [B, 2]: height, width of the stored image
     replaced: Tensor  # bool [B]: the sample whose turn it was does not decode, this is another one
     maps: Tensor = dataclasses.field(
@@ -36,10 +37,11 @@ class DatasetInfo:
 
     num_samples: int
     channels: int
-    mean: tuple[float, ...]  # per channel, of pixels scaled to 0..1
+    mean: tuple[float, ...]  # per channel, of pixels scaled to 0..1 where they have 8 bits, else as stored
     std: tuple[float, ...]
     classes: tuple[str, ...]
     unlabelled: int = 0  # samples of the label -1, which are of none of the classes
+    values: Values = dataclasses.field(default=Values())
 
 
 class Loader(Protocol):

@@ -24,12 +24,22 @@ from fasthpm.data.keys import Stream
 from fasthpm.data.options import MAX_BAD_SAMPLES, count_workers
 from fasthpm.data.sampling import Array, key_of, mix, replacements, sample_order, uniforms
 from fasthpm.data.types import DatasetInfo
+from fasthpm.data.values import are_photographs
 from fasthpm.errors import UserError
 
 Transform = Callable[[Any, np.random.Generator], Any]  # what `DenseSet.read` gave, and random numbers -> a sample
 Collate = Callable[[list[Any]], tuple[Any, Any]]  # samples -> images and targets of a batch
 Key = tuple[int, int]  # epoch, sample id
 AHEAD = 2  # batches that every worker has ready
+
+
+def photographs_only(channels: int, dtype: str, who: str) -> None:
+    """**Raises:** `UserError` for a model of other pixels than images with masks or boxes are read as."""
+    if not are_photographs(dtype, channels):
+        raise UserError(
+            f"{who} takes {channels} channel{'s' if channels > 1 else ''} of {dtype}, and images with masks or boxes "
+            f"are read as 8-bit photographs; use fasthpm knn, linear or finetune, on prepared sets"
+        )
 
 
 class Unreadable(Exception):

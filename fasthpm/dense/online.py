@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fasthpm.data import Batch
 from fasthpm.dense.classifiers import nearest_votes, scaler_of
+from fasthpm.dense.loader import photographs_only
 from fasthpm.dense.pairs import IGNORED, PairFiles, PairSet, open_pairs
 from fasthpm.dense.patchwise import CHUNK, count_pixels, majority, read_resized
 from fasthpm.dense.segmentation import testing
@@ -27,8 +28,10 @@ MOST = {"train": 16384, "val": 4096}  # labelled patches of these that vote and 
 K = 10
 
 
-def check(recipe: Recipe, config: dict[str, Any]) -> None:
-    """Whether the dense probe that the recipe asks for, if any, is possible; `config`: DeepSpeed's.
+def check(recipe: Recipe, config: dict[str, Any], dtype: str = "uint8") -> None:
+    """Whether the dense probe that the recipe asks for, if any, is possible.
+
+    - `config`: DeepSpeed's; `dtype`: of the pixels that are trained on
 
     **Raises:** `UserError` for videos, under ZeRO 3, whose weights no rank holds whole, and for what `open_pairs`
     refuses.
@@ -39,6 +42,7 @@ def check(recipe: Recipe, config: dict[str, Any]) -> None:
         raise UserError("dense_path needs whole weights on every rank; use ZeRO 0, 1 or 2, or leave it out")
     if recipe.num_frames > 1:
         raise UserError("dense_path is for images, and this recipe is of videos; leave it out")
+    photographs_only(recipe.channels, dtype, "dense_path is given, and the model")
     for split in IMAGES:
         open_set(recipe, split)
 

@@ -42,6 +42,7 @@ from fasthpm.checkpoint.weights import load_weights
 from fasthpm.cli import Arguments, Parser
 from fasthpm.dense.classifiers import fit_all, fit_logistic, nearest_votes, scaler_of
 from fasthpm.dense.confusion import by_chance, frequencies, of_pixels
+from fasthpm.dense.loader import photographs_only
 from fasthpm.dense.pairs import IGNORED, PairFiles, PairSet, open_pairs
 from fasthpm.dense.patchwise import PatchEncoder, Patches, read_resized
 from fasthpm.dense.segmentation import testing
@@ -175,6 +176,7 @@ def evaluate(run: Path, weights: str, settings: DenseProbe, launch: ranks.Launch
     model, recipe = load_weights(run, weights)
     if model.video:
         raise UserError(f"{run} is of videos, and the dense probe is for images; give an image run")
+    photographs_only(model.in_chans, model.pixels.values.dtype if model.pixels else "uint8", str(run))
     train_set, val_set = open_sets(settings, recipe.channels)
     note_once(f"mask values are {train_set.words}")
     encoder = PatchEncoder(model, recipe, train_set, launch.device)

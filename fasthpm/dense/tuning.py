@@ -9,13 +9,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fasthpm import checkpoint, ranks
+from fasthpm import checkpoint, patches, ranks
 from fasthpm.checkpoint import shards
 from fasthpm.checkpoint.saver import Saver
 from fasthpm.data.device import on_device
 from fasthpm.data.identity import identity_of_files
 from fasthpm.data.statistics import PixelStatistics, statistics_from
-from fasthpm.dense.loader import DenseBatch, DenseLoader, DenseOptions, DenseSet
+from fasthpm.dense.loader import DenseBatch, DenseLoader, DenseOptions, DenseSet, photographs_only
 from fasthpm.dense.settings import complete
 from fasthpm.dense.task import Task
 from fasthpm.errors import UserError
@@ -115,11 +115,10 @@ def tested(run: Any, forward: Any, folder: Path, *, draw: bool) -> dict[str, flo
 
 
 def normalised(images: Any, pixels: PixelStatistics) -> Any:
-    """uint8 [B, C, H, W], or a list of [C, H, W] -> float32 of the same shape, normalised."""
+    """Pixels [B, C, H, W], or a list of [C, H, W] -> float32 of the same shape, normalised."""
     if isinstance(images, list):
         return [normalised(image, pixels) for image in images]
-    mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (pixels.mean, pixels.std))
-    return (images.float() / 255 - mean) / std
+    return patches.normalised(images, pixels, -3)
 
 
 # -------------------------------------------------------------------------------------------------- building
@@ -180,6 +179,7 @@ def load_encoder(task: Task, run: Path, settings: Any) -> tuple[HPMViT, Recipe]:
     model, recipe = checkpoint.load_weights(run, settings.weights)
     if model.video:
         raise UserError(f"{run} was trained on video, and fasthpm {task.name} takes image models; give an image run")
+    photographs_only(model.in_chans, model.pixels.values.dtype if model.pixels else "uint8", str(run))
     if settings.from_scratch:
         pixels, model = model.pixels, model_of(dataclasses.replace(recipe, seed=settings.seed))
         model.pixels = pixels

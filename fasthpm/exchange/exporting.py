@@ -60,7 +60,8 @@ def export_weights(
     """Write `model` to `path` in a form of `FORMS`, if its library computes what we compute.
 
     - `form`: its name; empty = `default_form`
-    - `info`: goes into the file's metadata, each value as JSON ("mean" and "std": of the data, [C] each, 0..1)
+    - `info`: goes into the file's metadata, each value as JSON ("mean" and "std": of the data, [C] each, of 0..1, or
+      where "dtype" is not uint8 of what is stored)
 
     **Returns:** the largest difference of outputs, over the largest output.
     **Raises:** `UserError` for a model that the library lacks, for weights that are not finite and for a path that
@@ -146,5 +147,7 @@ def main(argv: Arguments = None) -> ExportResult:
     print(f"{path}: {what} of {arguments.run} ({arguments.weights}); {form.verdict(difference)}")
     print(f"load it with: {form.usage(path)}")
     if "mean" in info:
-        print(f"images: 0..1, then mean {info['mean']}, std {info['std']}")
+        dtype = info.get("dtype", "uint8")
+        scale = "0..1" if dtype == "uint8" else f"as stored ({dtype})"
+        print(f"images: {scale}, then mean {info['mean']}, std {info['std']}")
     return ExportResult(path, form.name, difference, form.usage(path))

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from fasthpm.data.sampling import HORIZONTAL, TRANSPOSED, VERTICAL
+
 REFERENCE_CELLS = (2, 3)  # rows or columns that the released code reads: crop inside the image, or up to its border
 
 
@@ -13,7 +15,8 @@ def crop_maps(
     """Cut, resize and flip maps as their images were: one value for every patch of the crop.
 
     - `maps`: [B, R, C], cell (i, j) standing for that part of the whole stored image
-    - `crops`: int64 [B, 5]: top, left, height, width, flipped; `sizes`: int64 [B, 2]: height, width, as in `Batch`
+    - `crops`: int64 [B, 5]: top, left, height, width, which way up (`sampling.turned`)
+    - `sizes`: int64 [B, 2]: height, width, as in `Batch`
     - `grid`: (r, c) patches of the crop
     - `crop`: "image": the map at every patch's centre, bilinear between the centres of cells, constant beyond the
       outermost; "reference": what AMT's released code reads whatever the crop is: the top left 2 x 2 cells (a third row
@@ -26,8 +29,11 @@ def crop_maps(
     down = weights(crops[:, 0], crops[:, 2], sizes[:, 0], grid[0], maps.shape[1], patch_size)
     across = weights(crops[:, 1], crops[:, 3], sizes[:, 1], grid[1], maps.shape[2], patch_size)
     values = down @ maps.to(torch.float64) @ across.transpose(1, 2)
-    flipped = crops[:, 4].bool()[:, None, None]
-    return torch.where(flipped, values.flip(2), values).flatten(1).float()
+    code = crops[:, 4, None, None]
+    if grid[0] == grid[1]:  # else no crop is turned by 90 degrees
+        values = torch.where((code & TRANSPOSED).bool(), values.transpose(1, 2), values)
+    values = torch.where((code & HORIZONTAL).bool(), values.flip(2), values)
+    return torch.where((code & VERTICAL).bool(), values.flip(1), values).flatten(1).float()
 
 
 def _centres(start: Tensor, length: Tensor, size: Tensor, patches: int, cells: int, patch_size: int) -> Tensor:

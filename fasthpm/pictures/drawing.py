@@ -4,13 +4,14 @@ Pictures are given by name, uint8 [N, T, H, W, 3] each; an image is a video of o
 """
 
 import io
+import os
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from fasthpm.data.sampling import Array
-from fasthpm.files import replacing
+from fasthpm.files import LONGEST_NAME, replacing
 from fasthpm.maps.attention import ROUNDING
 
 Pictures = dict[str, Array]
@@ -45,9 +46,10 @@ def from_0_to_1(values: Array, axes: tuple[int, ...] | None = None) -> Array:
     return np.where(high - low > rounding, (values - low) / np.maximum(high - low, 1e-12), 0.0)
 
 
-def as_rgb(pixels: Array) -> Array:
-    """uint8 [..., C] -> [..., 3]; one channel becomes grey, further channels are left out."""
-    return pixels.repeat(3, axis=-1) if pixels.shape[-1] == 1 else pixels[..., :3]
+def blended(picture: Array, values: Array) -> Array:
+    """Values [R, C] as colours over a picture, uint8 [H, W, 3]."""
+    colours = heat(per_pixel(values, (picture.shape[0], picture.shape[1]))[None])[0]
+    return (picture * 0.4 + colours * 0.6).astype(np.uint8)
 
 
 # -------------------------------------------------------------------------------------------------- sheets
@@ -128,6 +130,15 @@ def _labelled(paper: Array, labels: dict[tuple[int, int], str]) -> Array:
 
 
 # -------------------------------------------------------------------------------------------------- files
+def file_name(name: str, ending: str) -> str:
+    """The stem of a sample's name as a file's, cut to what file systems take, at a whole character."""
+    head, _, rest = name.partition("-")
+    stem = f"{head}-{Path(rest).stem}"
+    while len(os.fsencode(stem)) > LONGEST_NAME - len(ending):
+        stem = stem[:-1]
+    return stem + ending
+
+
 def save_png(picture: Array, path: Path) -> None:
     """Write uint8 [H, W, 3] as PNG, atomically."""
     with replacing(path) as aside:

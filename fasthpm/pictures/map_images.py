@@ -6,6 +6,7 @@ fasthpm maps RUN --data_path FOLDER_OR_BETON --fit_head 1000 [-o OUT]
 OUT/maps.npz        names [N], predicted and true_loss float32 [N, rows, columns] (whole images, squeezed to input_size)
 OUT/images.csv      the images, hardest first: mean difficulty, its spread, true loss, how empty, near_constant
 OUT/overlays/…png   image, predicted difficulty over it, true loss over it
+OUT/scenes/…        of a set of tiles: their maps put together, a .npz and a .png a scene (`pictures/scenes.py`)
 OUT/difficulty.json how the run was asked what is hard, and how well that agrees with the true loss
 OUT/saliency.json   with --masks: how well the maps find the masked objects (AUC; max-F with beta^2 = 0.3)
 
@@ -21,12 +22,11 @@ import argparse
 import csv
 import dataclasses
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,9 +36,9 @@ from tqdm import tqdm
 from fasthpm import files
 from fasthpm.checkpoint import RECIPE, checkpoint_of
 from fasthpm.cli import Arguments, Parser
-from fasthpm.data import build_loader, read_info
+from fasthpm.data import Loader, build_loader
 from fasthpm.data.listing import files_below
-from fasthpm.data.names import sample_names
+from fasthpm.data.names import known_places, sample_names
 from fasthpm.data.plain import read_pixels
 from fasthpm.data.sampling import Array, area_resize
 from fasthpm.difficulty import averaged, refusal
@@ -46,7 +46,8 @@ from fasthpm.entry import Result
 from fasthpm.errors import UserError
 from fasthpm.model import HPMViT, is_video
 from fasthpm.patches import NormalizedPatches, Statistics, statistics_for
-from fasthpm.pictures import drawing, panels
+from fasthpm.pictures import drawing, panels, scenes
+from fasthpm.pictures.shown import Shown, shown_of
 from fasthpm.probes import answers
 from fasthpm.probes.answers import Answers
 from fasthpm.probes.difficulty_head import HeadResult, agreement, fit_beside, target_features
@@ -66,6 +67,7 @@ class MapsResult(Result):
     maps: Path
     ranking: Path
     overlays: Path
+    scenes: Path | None  # of a set of tiles
     saliency: dict[str, dict[str, float]]  # of each kind of map, with masks
     difficulty: str  # how the run was asked; empty: only the true loss was measured
     difficulty_spearman: float | None  # on these images with true_loss, else as it was measured before; None: never
@@ -77,7 +79,7 @@ class ImageMaps(NamedTuple):
     """What one batch of images gives."""
 
     ids: Array  # int64 [B]
-    images: Array  # uint8 [B, H, W, C]
+    pictures: Array  # uint8 [B, H, W, 3]
     predicted: Array  # float32 [B, R, C], zeros of a run that can't be asked
     true_loss: Array  # float32 [B, R, C], zeros if not asked for
     empty: Array  # float64 [B], share of patches with nothing in them
@@ -93,7 +95,7 @@ def difficulty(
 ) -> tuple[Tensor, Tensor]:
     """Predicted difficulty, and the true loss averaged over `masks` random masks (0: zeros): float32 [B, L] each.
 
-    - `statistics`: by which pixels are normalised; `images`: uint8 [B, H, W, C] on the model's device
+    - `statistics`: by which pixels are normalised; `images`: [B, H, W, C] as stored, on the model's device
     """
     patches = NormalizedPatches(recipe, statistics)(images)
     zeros = torch.zeros_like(patches[:, :, 0])
@@ -104,8 +106,8 @@ def difficulty(
     return predicted, panels.average_loss(model, patches, hiding, features(images, patches))
 
 
-def map_batches(model: HPMViT, recipe: Recipe, arguments: argparse.Namespace) -> Iterator[ImageMaps]:
-    """The maps of every image of `arguments.data_path`, batch by batch, with a progress bar."""
+def whole_images(recipe: Recipe, arguments: argparse.Namespace) -> Any:
+    """A loader of `arguments.data_path`, of whole images."""
     options = recipe.loader_options(
         batch_size=arguments.batch_size,
         num_frames=1,
@@ -115,26 +117,35 @@ def map_batches(model: HPMViT, recipe: Recipe, arguments: argparse.Namespace) ->
         num_workers=arguments.num_workers,
         max_bad_samples=1.0,
     )
-    loader = build_loader(arguments.data_path, options)
+    return build_loader(arguments.data_path, options)
+
+
+def map_batches(
+    model: HPMViT, recipe: Recipe, arguments: argparse.Namespace, loader: Loader, shown: Shown
+) -> Iterator[ImageMaps]:
+    """The maps of every image of `loader`, batch by batch, with a progress bar."""
     pixels_by = statistics_for(model, loader.info, loader.source)
     grid, device = recipe.grid_size, model.mask_token.device
     features: Features = target_features(model, recipe) if arguments.true_loss else lambda images, patches: None
-    try:
-        for batch in tqdm(loader, desc="maps", unit="batch"):
-            keep = ~batch.replaced  # others stand in for what does not decode
-            images = batch.images[keep]
-            values = difficulty(model, recipe, pixels_by, images.to(device), arguments.true_loss, features)
-            predicted, true = (x.float().cpu().numpy().reshape(-1, *grid) for x in values)
-            pixels = images.numpy()
-            yield ImageMaps(batch.ids[keep].numpy(), pixels, predicted, true, *emptiness(pixels, recipe.patch_size))
-    finally:
-        loader.close()
+    for batch in tqdm(loader, desc="maps", unit="batch"):
+        keep = ~batch.replaced  # others stand in for what does not decode
+        images = batch.images[keep]
+        values = difficulty(model, recipe, pixels_by, images.to(device), arguments.true_loss, features)
+        predicted, true = (x.float().cpu().numpy().reshape(-1, *grid) for x in values)
+        pixels = images.numpy()
+        empty = emptiness(shown.levels(pixels), recipe.patch_size)
+        yield ImageMaps(batch.ids[keep].numpy(), side_by_side(shown, pixels), predicted, true, *empty)
+
+
+def side_by_side(shown: Shown, images: Array) -> Array:
+    """The pictures of all groups of channels in a row: [B, H, W, C] -> uint8 [B, H, W * groups, 3]."""
+    return np.concatenate(shown(images), axis=2)
 
 
 def emptiness(images: Array, patch_size: int) -> tuple[Array, Array]:
     """Share of the patches with hardly any contrast, and the deviation of the grey levels: float64 [B] each.
 
-    - `images`: uint8 [B, H, W, C]
+    - `images`: uint8 [B, H, W, C], from black to white
     """
     grey = images.mean(axis=3)
     batch, height, width = grey.shape
@@ -203,12 +214,12 @@ def max_f(curves: list[Array]) -> float:
 
 
 # ------------------------------------------------------------------------------------------------------ output
-def overlay(image: Array, maps: Sequence[Array]) -> Array:
-    """The image, and each map [R, C] as colours over it, side by side: uint8 [H, W * (1 + maps), 3]."""
-    base = drawing.as_rgb(image)
-    heats = [drawing.heat(drawing.per_pixel(values, image.shape[:2])[None])[0] for values in maps]
-    blends = [(base * 0.4 + heat * 0.6).astype(np.uint8) for heat in heats]
-    return np.concatenate([base, *blends], axis=1)
+def overlay(picture: Array, size: tuple[int, int], maps: Sequence[Array]) -> Array:
+    """The picture, and each map [R, C] as colours over it, side by side: uint8 [H, W * (groups + maps), 3].
+
+    - `picture`: uint8 [H, W * groups, 3]; `size`: (H, W), of the first group, over which the maps are
+    """
+    return np.concatenate([picture, *(drawing.blended(picture[:, : size[1]], values) for values in maps)], axis=1)
 
 
 def rank_of(values: Array) -> Array:
@@ -239,42 +250,64 @@ def write_maps(
     **Returns:** the number of images, and `asked` with what was measured here.
     """
     saliency = Saliency(arguments.masks, recipe.image_size) if arguments.masks else None
-    with _output(arguments):
-        (out / "overlays").mkdir(parents=True)
-    parts: list[ImageMaps] = []
-    names: list[str] = []
-    for part in map_batches(model, recipe, arguments):
-        if not names:
-            names = sample_names(arguments.data_path, read_info(arguments.data_path).num_samples)
-        for row, sample in enumerate(part.ids.tolist()):
-            kinds = {kind: values[row] for kind, values in kinds_of(part, asked, arguments).items()}
-            if saliency:
-                saliency.add(names[sample], kinds)
-            if arguments.overlays < 0 or sample < arguments.overlays:
-                picture = overlay(part.images[row], list(kinds.values()))
-                with _output(arguments):
-                    drawing.save_png(picture, out / "overlays" / file_name(f"{sample:08d}-{names[sample]}", ".png"))
-        parts.append(part._replace(images=part.images[:0]))
-    whole = ImageMaps(*(np.concatenate(column) for column in zip(*parts, strict=True)))
-    if not len(whole.ids):
-        raise UserError(f"{arguments.data_path} has no image that decodes")
+    loader = whole_images(recipe, arguments)
+    try:
+        count = loader.info.num_samples
+        places = known_places(arguments.data_path, count)
+        if places and saliency:
+            raise UserError(f"--masks are of whole images, and {arguments.data_path} holds tiles; leave out --masks")
+        names = sample_names(arguments.data_path, count)
+        shown = shown_of(loader.info.values, loader.info.channels, arguments.show)
+        with _output(arguments):
+            (out / "overlays").mkdir(parents=True)
+        parts: list[ImageMaps] = []
+        for part in map_batches(model, recipe, arguments, loader, shown):
+            take_in(part, names, saliency, asked, arguments, out, recipe.image_size)
+            parts.append(part._replace(pictures=part.pictures[:0]))
+        whole = ImageMaps(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+        if not len(whole.ids):
+            raise UserError(f"{arguments.data_path} has no image that decodes")
+        kinds = kinds_of(whole, asked, arguments)
+        if places:
+            with _output(arguments):
+                scenes.put_together(
+                    out / "scenes",
+                    places,
+                    whole.ids,
+                    kinds,
+                    lambda ids: shown.first(loader.take(0, ids).images.numpy()),
+                )
+    finally:
+        loader.close()
     asked = measured_here(parts, asked, arguments)
     scores = saliency.scores() if saliency else None
     with _output(arguments):
-        write_arrays(out, whole, [names[sample] for sample in whole.ids.tolist()], asked, arguments)
+        write_arrays(out, whole, kinds, [names[sample] for sample in whole.ids.tolist()], arguments)
         files.write_json(out / "difficulty.json", asked.figures)
         if scores:
             files.write_json(out / "saliency.json", scores)
     return len(whole.ids), asked
 
 
-def file_name(name: str, ending: str) -> str:
-    """The stem of a sample's name as a file's, cut to what file systems take, at a whole character."""
-    head, _, rest = name.partition("-")
-    stem = f"{head}-{Path(rest).stem}"
-    while len(os.fsencode(stem)) > files.LONGEST_NAME - len(ending):
-        stem = stem[:-1]
-    return stem + ending
+def take_in(
+    part: ImageMaps,
+    names: Sequence[str],
+    saliency: Saliency | None,
+    asked: Answers,
+    arguments: argparse.Namespace,
+    out: Path,
+    size: tuple[int, int],
+) -> None:
+    """Score and draw the maps of a batch."""
+    for row, sample in enumerate(part.ids.tolist()):
+        kinds = {kind: values[row] for kind, values in kinds_of(part, asked, arguments).items()}
+        if saliency:
+            saliency.add(names[sample], kinds)
+        if arguments.overlays < 0 or sample < arguments.overlays:
+            picture = overlay(part.pictures[row], size, list(kinds.values()))
+            with _output(arguments):
+                name = drawing.file_name(f"{sample:08d}-{names[sample]}", ".png")
+                drawing.save_png(picture, out / "overlays" / name)
 
 
 def kinds_of(maps: ImageMaps, asked: Answers, arguments: argparse.Namespace) -> dict[str, Array]:
@@ -284,7 +317,7 @@ def kinds_of(maps: ImageMaps, asked: Answers, arguments: argparse.Namespace) -> 
 
 
 def write_arrays(
-    out: Path, whole: ImageMaps, names: Sequence[str], asked: Answers, arguments: argparse.Namespace
+    out: Path, whole: ImageMaps, kinds: dict[str, Array], names: Sequence[str], arguments: argparse.Namespace
 ) -> None:
     """maps.npz and images.csv, of all images."""
     columns = {
@@ -294,7 +327,6 @@ def write_arrays(
         "empty_patches": whole.empty,
         "deviation": whole.deviation,
     }
-    kinds = kinds_of(whole, asked, arguments)
     np.savez_compressed(out / "maps.npz", names=np.array(names), ids=whole.ids, **kinds)  # type: ignore[arg-type]
     write_ranking(out / "images.csv", names, columns, arguments.true_loss > 0)
 
@@ -334,6 +366,7 @@ def parse_arguments(argv: Arguments) -> argparse.Namespace:
         "keep it beside the run; without -o nothing else",
     )
     parser.add_argument("--masks", type=Path, default=None, help="folder of object masks, named like the images")
+    parser.add_argument("--show", default="", help="channels that are shown, from 1 on, or bands: 3,2,1 or 3,2,1/8,4,3")
     parser.add_argument("--overlays", type=int, default=-1, metavar="N", help="draw the first N images (default: all)")
     parser.add_argument("--batch_size", type=int, default=64, help="images per forward, and per update of fit_head")
     parser.add_argument("--num_workers", type=int, default=0, help="decoding threads; 0 = all cores")
@@ -383,7 +416,8 @@ def main(argv: Arguments = None) -> MapsResult | HeadResult:
     with files.replacing(arguments.output) as aside:
         count, asked = write_maps(model, recipe, arguments, aside, asked)
     out = arguments.output
-    print(f"maps of {count} images written to {out}: maps.npz, images.csv, overlays/\n{asked.line}")
+    folders = "overlays/, scenes/" if (out / "scenes").is_dir() else "overlays/"
+    print(f"maps of {count} images written to {out}: maps.npz, images.csv, {folders}\n{asked.line}")
     if asked.way and asked.spearman is None:
         print("--true_loss 10 measures it on these images")
     saliency = (out / "saliency.json").read_text() if arguments.masks else "{}"
@@ -395,6 +429,7 @@ def main(argv: Arguments = None) -> MapsResult | HeadResult:
         out / "maps.npz",
         out / "images.csv",
         out / "overlays",
+        out / "scenes" if (out / "scenes").is_dir() else None,
         json.loads(saliency),
         asked.way,
         asked.spearman,

@@ -9,6 +9,7 @@ from torch import Tensor
 from fasthpm import mask as masks
 from fasthpm.data import DatasetInfo, build_loader
 from fasthpm.data.sampling import Array
+from fasthpm.data.values import Values
 from fasthpm.difficulty import refusal
 from fasthpm.frozen import FrozenTeacher
 from fasthpm.loss import EPS
@@ -18,17 +19,19 @@ from fasthpm.model import VIDEO_EPS, HPMViT
 from fasthpm.patches import NormalizedPatches, Statistics
 from fasthpm.pictures import drawing
 from fasthpm.pictures.drawing import Pictures
+from fasthpm.pictures.shown import NOTHING, Shown, shown_of
 from fasthpm.recipe import Recipe
 
 COLUMNS = ("image", "reconstruction", "true_loss", "predicted_loss", "mask")
 FEATURE_COLUMNS = tuple(name for name in COLUMNS if name != "reconstruction")  # of features there is no picture
 MORE_COLUMNS = ("hardest", "attention")  # the hardest share of patches masked; what the cls token attends to
+PIXELS = ("image", "reconstruction")  # a picture of these for every group of channels
 TRUE_LOSS_MASKS = 10  # as in the papers' figures
 GREY = 127  # of masked patches
 
 
 def fixed_images(recipe: Recipe, count: int) -> tuple[Tensor, DatasetInfo]:
-    """The first `count` images or clips of the recipe's data, as in evaluation: uint8 [count, (T,) H, W, C]."""
+    """The first `count` images or clips of the recipe's data, as in evaluation: [count, (T,) H, W, C]."""
     options = recipe.loader_options(
         batch_size=count,
         train=False,
@@ -57,16 +60,19 @@ def pictures(
     frozen: FrozenTeacher | None = None,
     names: Sequence[str] = (),
     spearman: float | None = None,
+    shown: Shown | None = None,
 ) -> Pictures:
     """One picture of every image or frame per name: uint8 [N, T, H, W, 3] each, under the names that readers see.
 
-    - `statistics`: by which pixels are normalised; `images`: uint8 [N, (T,) H, W, C]
+    - `statistics`: by which pixels are normalised; `images`: [N, (T,) H, W, C] as they are stored
     - `alpha`: share of the mask that the predicted difficulty chooses
     - `frozen`: the target's teacher, for targets dino and clip; with target ema, the true loss is that of the model's
       own features
     - `names`: of `COLUMNS` and `MORE_COLUMNS`, none: `columns_of(recipe)`; "hardest" masks the recipe's share of
       patches, hardest first
     - `spearman`: difficulty_spearman of the model's difficulty, if it is known, for the predicted loss's name
+    - `shown`: channels and colours, None: those of photographs. Of several groups image and reconstruction have a
+      picture each, the others show the first
 
     Visible patches are pasted back into the reconstruction, and `norm_pix_loss` is undone with the true patches'
     statistics. The true loss of a patch is averaged over the masks that hide it. Of a model that
@@ -79,8 +85,11 @@ def pictures(
     noise = _noise(plan, len(patches), recipe.seed).to(patches.device)
     mute = bool(refusal(model, model.difficulty))
     predicted = torch.zeros_like(patches[:, :, 0]) if mute else model.predict_loss(patches)
-    mask = masks.draw_mask(plan, noise, predicted, alpha)
+    valid = patches_of.valid(images)
+    mask = masks.draw_sets(plan, noise, predicted, alpha, valid)[0]
     original = images.cpu().numpy().reshape(len(images), model.num_frames, *images.shape[-3:])
+    shown = shown or shown_of(Values(str(original.dtype)), model.in_chans)
+    seen = shown(original)
 
     def true_loss() -> Tensor:
         hiding = policy_masks(plan, len(patches), recipe.seed) if model.video else random_masks(recipe, len(patches))
@@ -88,20 +97,29 @@ def pictures(
 
     def hardest() -> Tensor:
         ranks = noise[:, :, : model.num_patches]
-        return masks.easy_to_hard_mask(predicted, recipe.mask_ratio, 1.0, groups=model.slots, noise=ranks)
+        scores = predicted if valid is None else predicted.masked_fill(~valid, -torch.inf)
+        return masks.easy_to_hard_mask(scores, recipe.mask_ratio, 1.0, groups=model.slots, noise=ranks)
 
-    draw: dict[str, Callable[[], Array]] = {
-        "image": lambda: drawing.as_rgb(original),
-        "reconstruction": lambda: drawing.as_rgb(to_pixels(model, patches_of, reconstruct(model, patches, mask))),
-        "true_loss": lambda: drawing.heat(per_pixel(model, true_loss())),
-        "predicted_loss": lambda: drawing.heat(per_pixel(model, predicted)),
-        "mask": lambda: drawing.as_rgb(hidden(model, original, mask)),
-        "hardest": lambda: drawing.as_rgb(hidden(model, original, hardest())),
-        "attention": lambda: drawing.heat(per_pixel(model, attention_weights(cls_attention(model, patches)))),
+    def rebuilt() -> list[Array]:
+        return shown(to_pixels(model, patches_of, reconstruct(model, patches, mask)), shown.lacking(original))
+
+    draw: dict[str, Callable[[], list[Array]]] = {
+        "image": lambda: seen,
+        "reconstruction": rebuilt,
+        "true_loss": lambda: [heat(model, true_loss(), valid)],
+        "predicted_loss": lambda: [heat(model, predicted, valid)],
+        "mask": lambda: [hidden(model, seen[0], mask)],
+        "hardest": lambda: [hidden(model, seen[0], hardest())],
+        "attention": lambda: [heat(model, attention_weights(cls_attention(model, patches)), None)],
     }
-    shown = {"predicted_loss": "predicted loss" if mute else predicted_name(model.difficulty, spearman)}
-    shown |= {"image": "clip"} if model.video else {}
-    return {shown.get(name, name.replace("_", " ")): draw[name]() for name in names or columns_of(recipe)}
+    known = {"predicted_loss": "predicted loss" if mute else predicted_name(model.difficulty, spearman)}
+    known |= {"image": "clip"} if model.video else {}
+    drawn: Pictures = {}
+    for name in names or columns_of(recipe):
+        title = known.get(name, name.replace("_", " "))
+        titles = [f"{title} ({group})" if group else title for group in shown.titles] if name in PIXELS else [title]
+        drawn |= zip(titles, draw[name](), strict=True)
+    return drawn
 
 
 def predicted_name(difficulty: str, spearman: float | None) -> str:
@@ -122,12 +140,13 @@ def reconstruct(model: HPMViT, patches: Tensor, mask: Tensor) -> Tensor:
 
 def _denormalised(model: HPMViT, prediction: Tensor, patches: Tensor) -> Tensor:
     """What `model.target` normalises, undone with the statistics of the true `patches` [N, M, t*P*P*C]."""
-    if not model.video:
+    if not (model.video or model.norm_pix_channels):
         variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
         return prediction * (variance + EPS).sqrt() + mean
     channels = (-1, model.in_chans)
     std, mean = torch.std_mean(patches.unflatten(-1, channels), dim=-2, keepdim=True)
-    return (prediction.unflatten(-1, channels) * (std + VIDEO_EPS) + mean).flatten(-2)
+    eps = VIDEO_EPS if model.video else EPS
+    return (prediction.unflatten(-1, channels) * (std + eps) + mean).flatten(-2)
 
 
 # -------------------------------------------------------------------------------------------------- true loss
@@ -174,15 +193,24 @@ def per_pixel(model: HPMViT, values: Tensor) -> Array:
     return drawing.per_pixel(grid, (model.num_frames, *model.img_size))
 
 
-def hidden(model: HPMViT, images: Array, mask: Tensor) -> Array:
-    """uint8 [N, T, H, W, C] with the masked patches grey."""
-    return np.where(per_pixel(model, mask)[..., None], np.uint8(GREY), images)
+def heat(model: HPMViT, values: Tensor, valid: Tensor | None) -> Array:
+    """One value per patch [N, L] as colours, uint8 [N, T, H, W, 3]; those that are not `valid` take no part."""
+    if valid is None or bool(valid.all()):
+        return drawing.heat(per_pixel(model, values))
+    least = values.masked_fill(~valid, torch.inf).amin(dim=1, keepdim=True).nan_to_num(posinf=0.0)
+    colours = drawing.heat(per_pixel(model, torch.where(valid, values, least)))
+    return np.where(per_pixel(model, valid)[..., None], colours, np.array(NOTHING, np.uint8))
+
+
+def hidden(model: HPMViT, pictures: Array, mask: Tensor) -> Array:
+    """uint8 [N, T, H, W, 3] with the masked patches grey."""
+    return np.where(per_pixel(model, mask)[..., None], np.uint8(GREY), pictures)
 
 
 def to_pixels(model: HPMViT, patches_of: NormalizedPatches, patches: Tensor) -> Array:
-    """Normalised patches [N, L, t*P*P*C] -> uint8 [N, T, H, W, C]."""
+    """Normalised patches [N, L, t*P*P*C] -> what is stored, float32 [N, T, H, W, C], not rounded."""
     clips = model.unpatchify(patches)
     clips = clips[:, :, None] if clips.dim() == 4 else clips
     device = clips.device
     pixels = clips.permute(0, 2, 3, 4, 1) * patches_of.std.to(device) + patches_of.mean.to(device)
-    return pixels.round().clamp(0, 255).to(torch.uint8).cpu().numpy()
+    return pixels.cpu().numpy()

@@ -5,6 +5,7 @@ from pathlib import Path
 from fasthpm import schedule
 from fasthpm.patches import model_of
 from fasthpm.pictures import drawing, panels
+from fasthpm.pictures.shown import shown_of
 from fasthpm.run.metrics import Metrics, overview_tag
 from fasthpm.run.records import METRICS_FILE, latest, read_records
 from fasthpm.run.state import Run
@@ -25,7 +26,8 @@ def draw_panel(run: Run[Step], metrics: Metrics) -> None:
     path = Path(run.recipe.output_dir) / "panels" / f"step-{run.done:08d}.png"
     found = latest(read_records(Path(run.recipe.output_dir) / METRICS_FILE), "difficulty_spearman", run.done)
     spearman = found.get("difficulty_spearman")
-    pictures = panels.pictures(model, run.recipe, info, images, alpha, run.step.frozen, spearman=spearman)
+    shown = shown_of(info.values, info.channels, run.recipe.show)
+    pictures = panels.pictures(model, run.recipe, info, images, alpha, run.step.frozen, spearman=spearman, shown=shown)
     picture = drawing.sheet(pictures, model.tubelet_size if model.video else 0)
     animation = drawing.animation(pictures) if model.video else b""
     with metrics.surviving_the_disk(run.done, "the panel"):

@@ -2,6 +2,7 @@
 
 fasthpm visualize RUN --data_path X.beton [--num_images 8] [-o panel.png]
 fasthpm visualize RUN --images a.jpg b.png --columns image true_loss predicted_loss hardest reconstruction
+fasthpm visualize RUN --data_path TILES.beton --show 3,2,1/8,4,3     # channels, or names of bands; a picture a group
 """
 
 import argparse
@@ -16,26 +17,31 @@ from fasthpm.cli import Parser
 from fasthpm.data.pixels import luminance, render
 from fasthpm.data.plain import read_pixels
 from fasthpm.data.statistics import measured
+from fasthpm.data.values import Values, are_photographs
 from fasthpm.errors import UserError
 from fasthpm.files import writing
 from fasthpm.frozen import build_frozen
 from fasthpm.model import HPMViT
 from fasthpm.patches import Statistics, statistics_for
 from fasthpm.pictures import drawing, panels
+from fasthpm.pictures.shown import Shown, shown_of
 from fasthpm.probes import answers
 from fasthpm.probes.clips import add_sampling_rate, at_rate
 from fasthpm.recipe import Recipe
 
 
-def chosen_images(model: HPMViT, recipe: Recipe, arguments: argparse.Namespace) -> tuple[Tensor, Statistics]:
-    """What the command line asks for, and by what it is normalised: files, or the first images of a data set.
+def chosen_images(model: HPMViT, recipe: Recipe, arguments: argparse.Namespace) -> tuple[Tensor, Statistics, Shown]:
+    """What the command line asks for, by what it is normalised and how it is shown: files, or the first images of a
+    data set.
 
-    uint8 [N, (T,) H, W, C].
+    [N, (T,) H, W, C] as they are stored.
     """
     if not arguments.images:
         recipe = recipe if not arguments.data_path else recipe.with_data(arguments.data_path)
         images, info = panels.fixed_images(recipe, arguments.num_images)
-        return images, statistics_for(model, info, recipe.data_path)
+        shown = shown_of(info.values, info.channels, arguments.show)
+        return images, statistics_for(model, info, recipe.data_path), shown
+    shown = shown_of(Values(), recipe.channels, arguments.show)
     pictures = []
     for name in arguments.images:
         pixels = read_pixels(name)
@@ -43,7 +49,7 @@ def chosen_images(model: HPMViT, recipe: Recipe, arguments: argparse.Namespace) 
         crop = np.array([0, 0, *pixels.shape[:2], 0])
         pictures.append(render(pixels, crop, recipe.image_size, recipe.interpolation, np.ones(3, np.float32)))
     images = torch.from_numpy(np.stack(pictures))
-    return images, statistics_for(model, measured(images.numpy()), "these images")
+    return images, statistics_for(model, measured(images.numpy()), "these images"), shown
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -54,6 +60,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--images", nargs="+", default=[], metavar="FILE", help="these image files, whole")
     parser.add_argument("--columns", nargs="+", choices=(*panels.COLUMNS, *panels.MORE_COLUMNS), default=[])
     parser.add_argument("--attention", action="store_true", help="a further column: where the cls token attends to")
+    parser.add_argument("--show", default="", help="channels that are shown, from 1 on, or bands: 3,2,1 or 3,2,1/8,4,3")
     parser.add_argument("--num_images", type=int, default=8, help="rows of the picture")
     answers.add_flags(parser)
     add_sampling_rate(parser)
@@ -78,6 +85,12 @@ def check_model(model: HPMViT, recipe: Recipe, arguments: argparse.Namespace, co
         raise UserError(f"output {arguments.output}: animations are of videos, and this model takes images; use a .png")
     if model.video and arguments.images:
         raise UserError("--images are pictures, and this model takes videos; give a prepared set with --data_path")
+    dtype = model.pixels.values.dtype if model.pixels else "uint8"
+    if arguments.images and not are_photographs(dtype, recipe.channels):
+        raise UserError(
+            f"--images are photographs, and this model takes {recipe.channels} channels of {dtype}; prepare yours with "
+            f"python -m data_prep.images, and give --data_path"
+        )
     if model.video and "attention" in columns:
         raise UserError("attention is that of the cls token, which video models do not have; leave out this column")
     if recipe.target_teacher and "reconstruction" in columns:
@@ -95,10 +108,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     asked = arguments.columns or panels.columns_of(recipe)
     columns = [*asked, *(["attention"] if arguments.attention else [])]
     check_model(model, recipe, arguments, columns)
-    images, statistics = chosen_images(model, recipe, arguments)
+    images, statistics, shown = chosen_images(model, recipe, arguments)
     alpha = recipe.alpha_end if arguments.alpha < 0 else arguments.alpha
     frozen = build_frozen(recipe, torch.device("cpu"), torch.float32)
-    pictures = panels.pictures(model, recipe, statistics, images, alpha, frozen, columns, asked_by.spearman)
+    pictures = panels.pictures(model, recipe, statistics, images, alpha, frozen, columns, asked_by.spearman, shown)
     with writing(arguments.output, "make room, or choose another -o"):
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         if arguments.output.suffix.lower() == ".gif":

@@ -10,6 +10,7 @@ import torch
 
 from fasthpm.data import build_loader
 from fasthpm.data.device import DeviceLoader
+from tests.helpers.array_sets import arrays_of, write_arrays
 from tests.helpers.data_fixtures import image_folder, prepare, prepare_shards
 from tests.helpers.loaders import KINDS, OF_KIND, SIZE, N
 from tests.helpers.video_fixtures import prepare_videos, video_folder
@@ -29,6 +30,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "clips": str(videos),
         "dali": str(videos),
         "shards": str(shards),
+        "arrays": str(write_arrays(root / "arrays.beton", arrays_of(N), codec="lz4")),
         "plain": str(folder),
         "synthetic": f"synthetic:{N}",
     }

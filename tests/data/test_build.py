@@ -38,7 +38,7 @@ def test_batches_have_the_promised_form(make: Callable[..., Any]) -> None:
     assert loader.batch_size == 4
     for batch in batches:
         assert batch.images.shape == (4, *frames(loader), *SIZE, 3)
-        assert batch.images.dtype == torch.uint8
+        assert batch.images.dtype == (torch.uint16 if "arrays" in loader.source else torch.uint8)
         assert batch.crops.shape == (4, 5)
         assert batch.sizes.shape == (4, 2)
         assert batch.labels.shape == batch.ids.shape == (4,)
@@ -135,6 +135,8 @@ def test_labels_belong_to_their_images(make: Callable[..., Any], sources: dict[s
     assert len(loader.info.classes) > found.labels.max()
     if innermost(loader).source == sources["ffcv"]:
         assert np.array_equal(found.labels, open_beton(Path(sources["ffcv"])).labels)
+    elif innermost(loader).source == sources["arrays"]:
+        assert np.array_equal(found.labels, open_beton(Path(sources["arrays"])).labels)
     elif innermost(loader).source == sources["shards"]:
         shards = [open_beton(path).labels for path in sorted(Path(sources["shards"]).parent.glob("many-*.beton"))]
         assert np.array_equal(found.labels, np.concatenate(shards))
@@ -218,7 +220,8 @@ def test_an_error_in_the_thread_reaches_the_consumer_once(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"channels": 2}, "channels is 2"),
+        ({"channels": 65}, "channels is 65"),
+        ({"rotate90": True}, r"image_size is \(16, 24\), expected a square"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"batch_size": 24}, f"{N} samples, fewer than one global batch of 24"),
         ({"crop_min": 0.0}, "crop_min is 0.0"),

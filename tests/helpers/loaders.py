@@ -12,7 +12,7 @@ from fasthpm.errors import UserError
 
 N, SIZE = 23, (16, 24)
 # ahead: ffcv with the look-ahead that GPUs get; clips and dali: a video set through libturbojpeg and through DALI
-KINDS = ("ffcv", "shards", "plain", "synthetic", "ahead", "clips", "dali")
+KINDS = ("ffcv", "shards", "arrays", "plain", "synthetic", "ahead", "clips", "dali")
 OF_KIND = {"clips": {"num_frames": 3, "sampling_rate": 2}}
 OF_KIND["dali"] = OF_KIND["clips"] | {"decoder": "dali"}
 FIELDS = ("images", "labels", "ids", "crops", "sizes", "replaced")

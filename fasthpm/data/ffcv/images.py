@@ -14,7 +14,7 @@ import numpy as np
 from fasthpm.data.bad import BadSample
 from fasthpm.data.base import BLOCK_BYTES, PrefetchLoader
 from fasthpm.data.ffcv.beton import Beton, open_beton
-from fasthpm.data.ffcv.prepared import open_set
+from fasthpm.data.ffcv.prepared import PreparedSet, open_set
 from fasthpm.data.options import LoaderOptions
 from fasthpm.data.pixels import luminance
 from fasthpm.data.sampling import INTERPOLATIONS, Array
@@ -36,10 +36,13 @@ def load_kernel() -> Callable[..., None]:
 class FfcvLoader(PrefetchLoader):
     """A `Loader` of a `.beton` file, of its shards, or of a comma list of files; see `build_loader`."""
 
-    def __init__(self, source: str | Path, options: LoaderOptions) -> None:
-        self.data = open_set(source)
-        self._kernel, self._announces = load_kernel(), False
+    def __init__(self, source: str | Path, options: LoaderOptions, data: PreparedSet | None = None) -> None:
+        self.data = open_set(source) if data is None else data
+        self._kernel, self._announces = self._load(), False
         super().__init__(self.data.info, options, str(source))
+
+    def _load(self) -> Callable[..., None]:
+        return load_kernel()
 
     @cached_property
     def beton(self) -> Beton:

@@ -5,6 +5,7 @@ of files costs no more than one; about 30 bytes of table per sample are all that
 """
 
 import csv
+import dataclasses
 import mmap
 from dataclasses import dataclass
 from itertools import islice
@@ -13,12 +14,26 @@ from typing import Any
 
 import numpy as np
 
-from fasthpm.data.ffcv.beton import AGAIN, Beton, files_path, info_of, open_beton, read_index, sidecar_path
+from fasthpm.data.ffcv.beton import (
+    AGAIN,
+    ARRAY,
+    Beton,
+    check_values,
+    files_path,
+    info_of,
+    open_beton,
+    read_index,
+    sidecar_path,
+    stores_arrays,
+)
 from fasthpm.data.sampling import Array
 from fasthpm.data.sources import split_sources
 from fasthpm.data.types import DatasetInfo
+from fasthpm.data.values import Values
 from fasthpm.errors import UserError
 
+ALIKE = {"dtype": "uint8", "nodata": None, "bands": None, "log": False}  # of sets that can be used as one; defaults
+SHARED = (*ALIKE, "codec")  # what an index of arrays has from its shards where it does not say it
 COLUMNS = ("lengths", "modes", "heights", "widths", "labels")
 MERGED_GAP = 256 * 1024  # bytes between two samples that one read may cover
 
@@ -34,10 +49,15 @@ class PreparedSet:
     bases: Array  # uint64 [F], their addresses
     addresses: Array  # uint64 [N], where a sample's pixels are
     lengths: Array  # uint64 [N], how many bytes they take
-    modes: Array  # uint8 [N], JPEG or RAW
-    heights: Array  # uint16 [N]
-    widths: Array  # uint16 [N]
+    modes: Array  # uint8 [N], JPEG or RAW; of arrays ARRAY or LZ4
+    heights: Array  # uint16 [N], of arrays int64
+    widths: Array  # the same
     labels: Array  # int64 [N]
+
+    @property
+    def holds_arrays(self) -> bool:
+        """Whether the samples are arrays, no photographs."""
+        return bool(self.modes[0] >= ARRAY)
 
     def name_of(self, sample: int) -> str:
         """The image file that `sample` was made of where the set has a list of them, else its file and number."""
@@ -112,6 +132,9 @@ def _open_group(path: Path) -> _Group:
         beton = open_beton(path)
         return _Group(path, beton.sidecar, (beton,))
     betons = tuple(_open_shard(path, path.parent / name) for name in index["shards"])
+    if stores_arrays(betons[0].sidecar):
+        index = {name: betons[0].sidecar.get(name) for name in SHARED} | index
+        check_values(path, index)
     for beton in betons:
         _check_alike(path, index, beton.path, beton.sidecar)
     found = sum(beton.info.num_samples for beton in betons)
@@ -135,6 +158,12 @@ def _check_alike(path: Path, sidecar: dict[str, Any], other_path: Path, other: d
             f"{path} has {sidecar['channels']} channels, {other_path} has {other['channels']}; only sets of one kind "
             f"can be used as one"
         )
+    for name, usual in ALIKE.items():
+        mine, theirs = (one.get(name) or usual if name == "bands" else one.get(name, usual) for one in (sidecar, other))
+        if mine != theirs:
+            raise UserError(
+                f"{path} has {name} {mine}, {other_path} has {theirs}; only sets with the same can be used as one"
+            )
     if sidecar["classes"] != other["classes"]:
         raise UserError(
             f"{path} has {len(sidecar['classes'])} classes, {other_path} has {len(other['classes'])} or others; only "
@@ -157,8 +186,22 @@ def _merged_info(groups: list[_Group]) -> DatasetInfo:
     samples = sum(info.num_samples for info in infos)
     unlabelled = sum(info.unlabelled for info in infos)
     return DatasetInfo(
-        samples, infos[0].channels, tuple(mean.tolist()), tuple(std.tolist()), infos[0].classes, unlabelled
+        samples,
+        infos[0].channels,
+        tuple(mean.tolist()),
+        tuple(std.tolist()),
+        infos[0].classes,
+        unlabelled,
+        _merged_values([info.values for info in infos]),
     )
+
+
+def _merged_values(values: list[Values]) -> Values:
+    """Those of several sets, which pictures stretch so that nothing of any is cut off."""
+    lows, highs = ([getattr(one, name) for one in values] for name in ("low", "high"))
+    low = tuple(map(min, zip(*lows, strict=True))) if all(lows) else ()
+    high = tuple(map(max, zip(*highs, strict=True))) if all(highs) else ()
+    return dataclasses.replace(values[0], low=low, high=high)
 
 
 def _map(path: Path) -> mmap.mmap:

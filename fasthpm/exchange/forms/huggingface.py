@@ -273,13 +273,17 @@ def huggingface_block(key: str, value: Tensor, prefix: str = "encoder.layer.") -
 
 
 def preprocessor(model: HPMViT, metadata: dict[str, str]) -> dict[str, Any]:
-    """What Hugging Face's processor does to an image or a clip: the run's own size, mean and standard deviation."""
+    """What Hugging Face's processor does to an image or a clip: the run's own size, mean and standard deviation.
+
+    Pixels of 8 bits are scaled to 0..1 first, others are taken as they are stored.
+    """
+    scaled = json.loads(metadata.get("dtype", '"uint8"')) == "uint8"
     return {
         "image_processor_type": "VideoMAEImageProcessor" if model.video else "ViTImageProcessor",
         "do_resize": True,
         "size": {"height": model.img_size[0], "width": model.img_size[1]},
         "resample": 3,
-        "do_rescale": True,
+        "do_rescale": scaled,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
         "image_mean": json.loads(metadata["mean"]),
