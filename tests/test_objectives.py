@@ -127,7 +127,6 @@ def test_tokens_with_every_difficulty(way: str, model: str, unit: int) -> None:
         target_dim=4,
         mask_ratio=0.5,
     )
-    step.attach_frozen(Brightness(4, 4))
     images, ids = batch(side=16)
     output = step(images, ids, torch.tensor(3), ALPHA)
     tokens = Brightness(4, 4)(images)
@@ -157,7 +156,6 @@ def test_ids_that_the_model_does_not_know_are_refused() -> None:
     step = step_of(
         model="beit_vit_nano_patch4_28", target="tokens", target_dim=3, predict_loss="none", mask_policy="random"
     )
-    step.attach_frozen(Brightness(4, 4))
     images, ids = batch()
     images[0] = 255
     with pytest.raises(UserError, match="gives ids 1 to 3, and the model predicts 3 tokens; use --target_dim 4"):
