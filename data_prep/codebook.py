@@ -170,8 +170,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with writing(arguments.out, "make room, or choose another name"), replacing(arguments.out) as aside:
         save_codebook(book, aside, notes)
     print(
-        f"{arguments.out}: {arguments.size} codes of {len(rows)} patches, mean square distance {found.distance:.3f}; "
-        f"used as {found.perplexity:.0f} would be that are used alike\n"
+        f"{arguments.out}: {arguments.size} codes of {len(rows)} patches, "
+        f"mean square distance {found.distance:.3f}, used as {found.perplexity:.0f} would be that are used alike\n"
         f"next: fasthpm pretrain … --target tokens --target_weights kmeans:{arguments.out} --target_dim {arguments.size}"
     )
 
