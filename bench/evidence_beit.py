@@ -161,8 +161,8 @@ def markdown(result: dict[str, Any]) -> str:
     heads = ("masks", "seeds", "difficulty_spearman (lowest)", "k-NN", "linear", "k-NN, less control", "linear, less")
     about = (
         f"Fashion-MNIST, {epochs * steps:,} updates of {batch}, nano ViT with 4-pixel patches, {DEMO_TOKENS} k-means "
-        f"tokens, 38 % masked; α 0 → 0.5. Accuracies in percent, mean ± standard deviation over seeds; differences seed "
-        f"by seed to random masks with the same model, in brackets how many seeds are ahead."
+        f"tokens, 38 % masked; α 0 → 0.5. Accuracies in percent, mean ± standard deviation over seeds; differences "
+        f"seed by seed to random masks with the same model, in brackets how many seeds are ahead."
     )
     return "\n\n".join(["# HPM on BEiT", about, table(heads, rows)]) + "\n"
 

@@ -172,7 +172,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(
         f"{arguments.out}: {arguments.size} codes of {len(rows)} patches, "
         f"mean square distance {found.distance:.3f}, used as {found.perplexity:.0f} would be that are used alike\n"
-        f"next: fasthpm pretrain … --target tokens --target_weights kmeans:{arguments.out} --target_dim {arguments.size}"
+        f"next: fasthpm pretrain … --target tokens --target_weights kmeans:{arguments.out} --target_dim "
+        f"{arguments.size}"
     )
 
 

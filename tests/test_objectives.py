@@ -156,6 +156,7 @@ def test_ids_that_the_model_does_not_know_are_refused() -> None:
     step = step_of(
         model="beit_vit_nano_patch4_28", target="tokens", target_dim=3, predict_loss="none", mask_policy="random"
     )
+    step.attach_frozen(Brightness(4, 4))
     images, ids = batch()
     images[0] = 255
     with pytest.raises(UserError, match="gives ids 1 to 3, and the model predicts 3 tokens; use --target_dim 4"):

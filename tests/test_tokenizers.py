@@ -178,7 +178,7 @@ def test_a_dvae_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the tokenizer has 12 tokens, and the model predicts 13"):
         built(toy(f"dvae:{folder}", 13))
     (folder / "config.json").write_text('{"hidden_size": 16, "vocab_size": 12, "num_blocks_per_group": 1}')
-    with pytest.raises(UserError, match="the weights do not fit its config.json: .* wrong shape"):
+    with pytest.raises(UserError, match=r"the weights do not fit its config.json: .* wrong shape"):
         built(toy(f"dvae:{folder}", 12))
     with pytest.raises(UserError, match="reads colour images, and channels is 2"):
         DVAE(dataclasses.replace(toy("", 12), channels=2), model)
@@ -238,7 +238,7 @@ def test_vq_kd_gives_the_nearest_direction(tmp_path: Path) -> None:
 def test_a_vq_kd_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     beit2(tmp_path / "vqkd.pth")
     weights, sizes = f"vqkd:{tmp_path / 'vqkd.pth'}", {"input_size": "64", "patch_size": 16, "target_model": "test_vit"}
-    with pytest.raises(UserError, match="not of a VQ-KD with the encoder vit_tiny_patch16_224: .*wrong"):
+    with pytest.raises(UserError, match=r"not of a VQ-KD with the encoder vit_tiny_patch16_224: .*wrong"):
         built(toy(weights, 10, **{**sizes, "target_model": "vit_tiny_patch16_224"}))
     with pytest.raises(UserError, match="cuts an image of 16 into 1 x 1 patches of 16, the student into 4 x 4 of 4"):
         built(toy(weights, 10, target_model="test_vit"))

@@ -94,6 +94,6 @@ def test_positions_of_every_block_are_refused_by_name(tmp_path: Path) -> None:
     state = beits()
     state["blocks.0.attn.relative_position_bias_table"] = torch.zeros(28, HEADS)
     torch.save({"model": state}, tmp_path / "beit.pth")
-    with pytest.raises(UserError, match="unexpected .*relative_position_bias_table.*it has the names of BEiT"):
+    with pytest.raises(UserError, match=r"unexpected .*relative_position_bias_table.*it has the names of BEiT"):
         run_import(tmp_path / "beit.pth", tmp_path / "run")
     assert not (tmp_path / "run").exists()

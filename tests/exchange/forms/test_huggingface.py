@@ -105,7 +105,7 @@ def test_a_plain_vit_takes_layer_scale_multiplied_in(tmp_path: Path, capsys: pyt
 
 def test_relative_positions_leave_in_two_forms_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, model = run_with(tmp_path / "run", **BEIT, positions="relative")
-    with pytest.raises(UserError, match="timm has no relative positions, .* use one of hf_beit_mim, safetensors"):
+    with pytest.raises(UserError, match=r"timm has no relative positions, .* use one of hf_beit_mim, safetensors"):
         export(run, "timm", tmp_path / "encoder.safetensors", capsys)
     with pytest.raises(UserError, match="which plain vision transformers lack"):
         encoder_of(model)
