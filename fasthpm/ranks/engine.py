@@ -28,7 +28,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     groups: dict[str, list[nn.Parameter]] = {"no_decay": [], "decay": []}
     for name, parameter in sorted(model.named_parameters()):
         if parameter.requires_grad:
-            exempt = parameter.ndim <= 1 or name.rpartition(".")[2] in ("bias", "cls_token", "mask_token")
+            exempt = parameter.ndim <= 1 or name.rpartition(".")[2] in ("bias", "cls_token", "mask_token", "pos_embed")
             groups["no_decay" if exempt else "decay"].append(parameter)
     return [
         {"name": name, "params": params, "weight_decay": weight_decay if name == "decay" else 0.0}
