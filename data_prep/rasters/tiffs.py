@@ -55,7 +55,7 @@ def open_tiff(blob: Blob, reading: Reading) -> Raster:
 
     **Raises:** `ValueError`, or what tifffile raises, for one that is damaged or whose numbers are no values.
     """
-    tifffile = library("tifffile", "tiff", "TIFF files whose values are kept")
+    tifffile = library("tifffile", "tiff", "TIFF files whose values are kept (--values 8bit is without)")
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what matters raises
     file = tifffile.TiffFile(blob.path if blob.data is None else blob.open())
     try:
