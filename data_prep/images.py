@@ -44,6 +44,8 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.arranging import add_value_flags, arrange
+from data_prep.array_form import words_about
 from data_prep.encode import MAX_PIXELS, WRITE_MODES, WriteOptions
 from data_prep.plan import plan_outputs, stored_order
 from data_prep.sets import notes_path, rejected_path, validation_path
@@ -71,6 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("out", type=Path, metavar="OUT.beton", help="file to write")
     _add_storage(parser)
     _add_selection(parser)
+    add_value_flags(parser.add_argument_group("images that are not 8-bit RGB, and big ones"))
     parser.add_argument(
         "--max_rejected",
         type=float,
@@ -114,8 +117,9 @@ def _add_storage(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--write_mode",
-        choices=WRITE_MODES,
-        help="jpg (default); raw pixels; proportion: a random share as JPEG; smart: large ones as JPEG",
+        choices=(*WRITE_MODES, "lz4"),
+        help="jpg (default); raw pixels; proportion: a random share as JPEG; smart: large ones as JPEG; of values that "
+        "are kept raw (default) or lz4, without loss",
     )
     parser.add_argument("--jpeg_quality", type=int, metavar="1..100", help=f"default {preset['jpeg_quality']}")
     parser.add_argument("--keep_jpeg", action="store_true", help="store JPEGs that need no shrinking untouched")
@@ -155,7 +159,7 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
         "--val_fraction",
         type=float,
         metavar="SHARE",
-        help="set aside this share of every class, drawn by the seed, as OUT_val.beton",
+        help="set aside this share of every class, drawn by the seed, as OUT_val.beton; of tiles, pictures are drawn",
     )
     split.add_argument("--val_count", type=int, metavar="N", help="the same, N images in all")
     parser.add_argument("--label_column", metavar="NAME", help="which column of parquet files is the label")
@@ -174,7 +178,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in ("max_rejected", "num_workers", "shards"):
         if getattr(args, name) < 0:
             raise UserError(f"{name} {getattr(args, name):g} is negative, expected 0 or more")
-    options, started = _options(args), time.monotonic()
+    _options(args)  # wrong ones are refused before anything is read
+    started = time.monotonic()
     check_output(args.out, [args.out])
     source = open_source(args.source, num_workers=args.num_workers, label_column=args.label_column)
     source.by_hash = args.check_content
@@ -183,6 +188,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     chosen = int(source.chosen.sum())
     print(f"{_printable(args.source)}: {chosen} images, {len(source.classes)} classes", flush=True)
     for line in source.words:
+        print(f"      {line}", flush=True)
+    source, arrays, words = arrange(source, args)
+    options = arrays or _options(args)
+    for line in words:
         print(f"      {line}", flush=True)
     order = stored_order(source, options.seed)
     order = order[source.chosen[order]]
@@ -211,7 +220,7 @@ def _options(args: argparse.Namespace) -> WriteOptions:
     if args.grey and args.channels == 3:
         raise UserError("--grey and --channels 3 contradict each other; leave one of them out")
     preset = PRESETS[args.preset if args.preset in PRESETS else f"imagenet_{args.preset}"]
-    given = {name: value for name in preset if (value := getattr(args, name)) is not None}
+    given = {name: value for name in preset if (value := getattr(args, name)) not in (None, "lz4")}
     return WriteOptions(
         **(preset | given),
         compress_probability=args.compress_probability,
@@ -246,22 +255,30 @@ def draw_validation(source: Source, fraction: float | None, count: int | None, s
 
     **Raises:** `UserError` if nothing would be left on one side.
     """
-    drawn = np.zeros(len(source), bool)
     if fraction is None and count is None:
-        return drawn
-    order = sample_order(seed, Stream.SPLIT, len(source))
-    order = order[source.chosen[order] & (source.labels[order] >= 0)]
+        return np.zeros(len(source), bool)
+    scenes = getattr(source, "scenes", None)
+    if scenes is None:
+        return _draw(source.labels, source.chosen, fraction, count, seed)
+    first = np.unique(scenes, return_index=True)[1]  # tiles of one picture stay on one side
+    return _draw(source.labels[first], source.chosen[first], fraction, count, seed)[scenes]
+
+
+def _draw(labels: Array, chosen: Array, fraction: float | None, count: int | None, seed: int) -> Array:
+    drawn = np.zeros(len(labels), bool)
+    order = sample_order(seed, Stream.SPLIT, len(labels))
+    order = order[chosen[order] & (labels[order] >= 0)]
     total = round(fraction * len(order)) if fraction is not None else int(count or 0)
     if not 0 < total < len(order):
         asked = f"--val_fraction {fraction:g}" if fraction is not None else f"--val_count {count}"
-        labelled = "labelled " if len(order) < source.chosen.sum() else ""
+        labelled = "labelled " if len(order) < chosen.sum() else ""
         raise UserError(f"{asked} of {len(order)} {labelled}images is {total}; expected at least 1 on either side")
-    labels = source.labels[order]
-    sizes = np.bincount(labels, minlength=len(source.classes))
+    of = labels[order]
+    sizes = np.bincount(of)
     quota = shares_of(total, sizes)
-    by_class = np.argsort(labels, kind="stable")
+    by_class = np.argsort(of, kind="stable")
     rank = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    drawn[order[by_class[rank < quota[labels[by_class]]]]] = True
+    drawn[order[by_class[rank < quota[of[by_class]]]]] = True
     return drawn
 
 
@@ -290,6 +307,10 @@ def summary(out: Path, sidecar: dict[str, Any], seconds: float) -> str:
     ]
     if rejected:
         lines.append(f"      {_printable(rejected_path(out))}: {rejected} unreadable files were left out")
+    if "dtype" in sidecar:
+        lines += [f"      {word}" for word in words_about(sidecar)]
+    if sidecar.get("num_skipped"):
+        lines.append(f"      {sidecar['num_skipped']} tiles with less than --min_content were left out")
     for note, count in sidecar.get("notes", {}).items():
         lines.append(f"      {_printable(notes_path(out))}: {count} file{'s' if count > 1 else ''}: {note}")
     return "\n".join(lines)

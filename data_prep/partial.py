@@ -52,6 +52,7 @@ class Totals:
     coloured: int = 0
     kept: int = 0
     notes: dict[str, int] = field(default_factory=dict)  # how many sources each is said of
+    skipped: int = 0  # tiles with too little in them
 
     def add(self, stored: Stored) -> None:
         self.samples += 1
@@ -67,6 +68,7 @@ class Totals:
         self.sums = [a + b for a, b in zip(self.sums, other.sums, strict=True)]
         self.squares = [a + b for a, b in zip(self.squares, other.squares, strict=True)]
         self.coloured, self.kept = self.coloured + other.coloured, self.kept + other.kept
+        self.skipped += other.skipped
         self._count(other.notes)
 
     def _count(self, notes: dict[str, int]) -> None:
@@ -79,25 +81,41 @@ class Chunk:
 
     indices: Array  # int64 [A], of the stored ones in the source
     labels: Array  # int64 [A]
-    samples: list[Stored]
+    samples: list[Any]  # `Stored`, or of arrays `StoredArray`
     rejected: list[tuple[int, str]]
     facts: list[Any] = field(default_factory=list)  # more to remember, as JSON
+    tally: Any = None  # of arrays, what their values add up to
+    skipped: int = 0  # tiles with too little in them
 
 
 class PartFile:
     """One `.beton` in the making. No sample straddles a page, so that FFCV can read it page by page."""
 
+    fields: tuple[tuple[str, int], ...] = FIELDS
+    row, record = ROW, RECORD
+    totals: Any
+
     def __init__(self, path: Path, num_listed: int) -> None:
         """`num_listed`: the most samples that there can be; the tables' place is reserved for so many."""
         self.path, self.rows_path, self.num_listed = path, path.with_suffix(".rows"), num_listed
-        rows_at = HEADER.itemsize + len(FIELDS) * DESCRIPTOR.itemsize
-        self.offset = -(-(rows_at + num_listed * ROW.itemsize) // SMALL_PAGE) * SMALL_PAGE
-        self.page, self.totals = SMALL_PAGE, Totals()
+        rows_at = HEADER.itemsize + len(self.fields) * DESCRIPTOR.itemsize
+        self.offset = -(-(rows_at + num_listed * self.row.itemsize) // SMALL_PAGE) * SMALL_PAGE
+        self.page, self.totals = SMALL_PAGE, self._no_totals()
         self._files: tuple[BinaryIO, BinaryIO] | None = None
+
+    def fresh(self) -> "PartFile":
+        """The same with nothing in it."""
+        return type(self)(self.path, self.num_listed)
+
+    def _no_totals(self) -> Any:
+        return Totals()
 
     def restore(self, entry: dict[str, Any]) -> None:
         """Go to where a line of the journal says that the file was."""
         self.offset, self.page, self.totals = entry["offset"], entry["page"], Totals(**entry["totals"])
+
+    def recount(self) -> None:
+        """Once all lines are read: find out what they do not say."""
 
     def entry(self) -> dict[str, Any]:
         return {"offset": self.offset, "page": self.page, "totals": dataclasses.asdict(self.totals)}
@@ -109,9 +127,25 @@ class PartFile:
             if data.tell() != at:
                 data.seek(at)
             data.write(stored.blob)
-            image = (stored.mode, stored.width, stored.height, at)
-            rows.write(np.array((index, label, image, len(stored.blob)), RECORD).tobytes())
+            rows.write(self._record(index, label, stored, at).tobytes())
+        self._count(chunk)
+
+    def _record(self, index: int, label: int, stored: Any, at: int) -> Array:
+        image = (stored.mode, stored.width, stored.height, at)
+        return np.array((index, label, image, len(stored.blob)), RECORD)
+
+    def _count(self, chunk: Chunk) -> None:
+        for stored in chunk.samples:
             self.totals.add(stored)
+        self.totals.skipped += chunk.skipped
+
+    def _pointers(self, records: Array) -> Array:
+        return records["image"]["data_ptr"]
+
+    def _rows(self, records: Array) -> Array:
+        rows = np.zeros(len(records), ROW)
+        rows["image"], rows["label"] = records["image"], records["label"]
+        return rows
 
     def _place(self, size: int) -> int:
         """Position of the next sample. Pages grow with the file, and for a sample larger than one: cut at the
@@ -132,7 +166,7 @@ class PartFile:
             mode = os.O_RDWR | os.O_CREAT
             data, rows = (os.fdopen(os.open(path, mode, 0o666), "r+b") for path in (self.path, self.rows_path))
             data.truncate(self.offset if self.totals.samples else 0)
-            rows.truncate(self.totals.samples * RECORD.itemsize)
+            rows.truncate(self.totals.samples * self.record.itemsize)
             rows.seek(0, os.SEEK_END)
             self._files = data, rows
         return self._files
@@ -155,8 +189,8 @@ class PartFile:
         self._files = None
 
     def records(self) -> Array:
-        """RECORD [A] of the stored samples."""
-        return np.fromfile(self.rows_path, RECORD, self.totals.samples)
+        """`record` [A] of the stored samples."""
+        return np.fromfile(self.rows_path, self.record, self.totals.samples)
 
     def finish(self) -> Array:
         """Fill in header and tables, and return the records: afterwards it is an FFCV file. May be repeated."""
@@ -166,7 +200,7 @@ class PartFile:
         end = -(-self.offset // self.page) * self.page
         allocations = np.zeros(len(records), ALLOCATION)
         allocations["sample_id"], allocations["size"] = np.arange(len(records)), records["size"]
-        allocations["ptr"] = records["image"]["data_ptr"]
+        allocations["ptr"] = self._pointers(records)
         data.truncate(end)
         data.seek(end)
         data.write(allocations.tobytes())
@@ -177,13 +211,11 @@ class PartFile:
         return records
 
     def _head(self, records: Array, end: int) -> bytes:
-        fields = np.zeros(len(FIELDS), DESCRIPTOR)
-        for row, (name, kind) in zip(fields, FIELDS, strict=True):
+        fields = np.zeros(len(self.fields), DESCRIPTOR)
+        for row, (name, kind) in zip(fields, self.fields, strict=True):
             row["type_id"], row["name"][: len(name)] = kind, list(name.encode())
-        rows = np.zeros(len(records), ROW)
-        rows["image"], rows["label"] = records["image"], records["label"]
-        header = np.array((VERSION, len(FIELDS), self.page, len(records), end), HEADER)
-        return header.tobytes() + fields.tobytes() + rows.tobytes()
+        header = np.array((VERSION, len(self.fields), self.page, len(records), end), HEADER)
+        return header.tobytes() + fields.tobytes() + self._rows(records).tobytes()
 
 
 class Job:
@@ -223,7 +255,7 @@ class Job:
             elif path.name != "lock":
                 path.unlink()
         self.chunks, self.rejected, self.facts, self._pending = 0, [], [], []
-        self.parts = [type(part)(part.path, part.num_listed) for part in self.parts]
+        self.parts = [part.fresh() for part in self.parts]
         (self.folder / CONTENTS).write_text(json.dumps(self.contents))
         (self.folder / "job.json").write_text(json.dumps(description))
 
@@ -270,6 +302,8 @@ class Job:
             self.chunks, whole = self.chunks + 1, whole + len(line)
         if lines:
             os.truncate(path, whole)
+        for part in self.parts:
+            part.recount()
 
     # ---- what is being done
     def append(self, part: int, chunk: Chunk) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.changes import ArrayOptions
 from data_prep.encode import WriteOptions
 from data_prep.samples import Samples, have_changed
 from data_prep.sets import shard_path, validation_path
@@ -20,6 +21,8 @@ from fasthpm.data.keys import Stream
 from fasthpm.data.sampling import Array, sample_order
 from fasthpm.errors import UserError
 
+PACKAGES = ("numpy", "pillow", "opencv-python")
+READERS = ("tifffile", "imagecodecs", "pydicom", "nibabel", "h5py", "zarr", "lz4")  # of arrays
 LAYOUT = 2  # raised when the same options give other bytes
 
 
@@ -40,7 +43,7 @@ class Task:
     out: Path
     classes: Sequence[str]
     outputs: Sequence[Output]
-    options: WriteOptions
+    options: WriteOptions | ArrayOptions
     description: dict[str, Any]
     contents: dict[str, str] = field(default_factory=dict)  # of the source's files, see `Source.contents`
 
@@ -86,18 +89,19 @@ def count_allowed(max_rejected: float, total: int) -> int:
 
 
 def describe_job(
-    source: Samples, classes: Sequence[str], outputs: Sequence[Output], options: WriteOptions
+    source: Samples, classes: Sequence[str], outputs: Sequence[Output], options: WriteOptions | ArrayOptions
 ) -> dict[str, Any]:
     """What decides the bytes of the result, as JSON; its entries' names are for people."""
+    arrays = isinstance(options, ArrayOptions)
     fingerprint = source.fingerprint() or f"unknown-{time.time_ns()}-{os.getpid()}"
     values = {
         "files": fingerprint,
         "classes": list(classes),
         "outputs": [[output.path.name, len(output.indices), int(output.indices[:1].sum())] for output in outputs],
-        "versions": {"layout": LAYOUT} | package_versions("numpy", "pillow", "opencv-python"),
+        "versions": {"layout": LAYOUT} | package_versions(*PACKAGES, *(READERS if arrays else ())),
     }
     flags = {f"--{name}": value for name, value in asdict(options).items()}
-    if flags.pop("--colour"):  # sets that were made before there was this one have no word of it
+    if flags.pop("--colour", False):  # sets that were made before there was this one have no word of it
         flags["--channels"] = 3
     return json.loads(json.dumps(values | flags))
 

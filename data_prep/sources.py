@@ -15,10 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.samples import Files, Source
+from data_prep.rasters.containers import blob_of
+from data_prep.rasters.stores import ZARR
+from data_prep.samples import Files, SingleFile, Source
 from data_prep.tars import open_tars, webdataset
 from fasthpm.data.labels import UNLABELLED, number_labels
 from fasthpm.data.listing import is_helper, scan
+from fasthpm.data.lists import LISTS
 from fasthpm.data.pixels import EXTENSIONS, ImageList, list_images
 from fasthpm.data.sampling import Array
 from fasthpm.errors import UserError
@@ -40,7 +43,7 @@ def open_source(source: str, *, num_workers: int = 0, label_column: str | None =
         return _open_images(Path(source.removesuffix(CLASS_FOLDERS) or "."))
     files = _packed_files(source)
     if not files:
-        return _open_images(Path(source))
+        return _open_single(source) or _open_images(Path(source))
     if files[0].endswith(TAR):
         return open_tars(files, num_workers)
     return open_parquet(files, label_column)
@@ -141,6 +144,17 @@ def _plain(pattern: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------- image files
+def _open_single(source: str) -> SingleFile | None:
+    """One file that is the source: a slide to be cut up, a volume, an array `path::key`; None if it is none."""
+    path = blob_of(source).path
+    is_list = source.lower().endswith(LISTS)
+    if is_list or not (os.path.isfile(path) or (path.endswith(ZARR) and os.path.isdir(path))):
+        return None
+    root, name = os.path.split(source if path == source else path)
+    stem = name.split(".")[0] or name
+    return SingleFile(root or ".", [name + source.removeprefix(path)], np.zeros(1, np.int64), (stem,))
+
+
 def _open_images(source: Path) -> Files:
     images: ImageList = list_images(source, every_file=True)
     root = source if source.is_dir() else source.parent

@@ -15,15 +15,17 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.cuts import BOX_COLUMNS
 from data_prep.sets import byte_bar, members, progress_bar, read_csv, read_index
-from data_prep.verify_pixels import decode_jpeg
+from data_prep.verify_pixels import decode_array, decode_jpeg
 from data_prep.video_verify import compared_copies, verify_videos
 from fasthpm.cli import Parser, run_command
-from fasthpm.data.ffcv.beton import AGAIN, JPEG, Beton, files_path, open_beton, sidecar_path
+from fasthpm.data.ffcv.beton import AGAIN, JPEG, RAW, Beton, files_path, open_beton, sidecar_path
 from fasthpm.data.labels import UNLABELLED, count_unlabelled, counts_of
 from fasthpm.data.options import count_workers
 from fasthpm.data.sampling import Array
 from fasthpm.data.sources import is_video_set
+from fasthpm.data.values import are_photographs
 from fasthpm.data.video.prepared import VideoSet
 from fasthpm.errors import UserError
 from fasthpm.files import file_hash
@@ -51,20 +53,27 @@ def verify(path: Path, num_workers: int = 0) -> list[Beton]:
 
 def _check_index(path: Path, index: dict[str, Any], shards: list[dict[str, Any]]) -> None:
     """Whether the index says of the union what its shards say of themselves."""
-    for name in ("classes", "channels"):
-        other = next((k for k, shard in enumerate(shards) if shard[name] != index[name]), None)
+    for name in ("classes", "channels", "dtype", "codec", "nodata", "bands", "log"):
+        other = next((k for k, shard in enumerate(shards) if shard.get(name) != index.get(name)), None)
         if other is not None:
             raise UserError(f"{sidecar_path(path)}: {name} differ from those of {index['shards'][other]}: {AGAIN}")
-    for name in SUMMED:
+    for name in (*SUMMED, *(("missing",) if "missing" in index else ())):
         if index.get(name, 0) != np.sum([shard.get(name, 0) for shard in shards], 0).tolist():
             raise UserError(f"{sidecar_path(path)}: {name} differ from the sum of the shards': {AGAIN}")
-    weights = np.array([shard["pixels"] for shard in shards]) / index["pixels"]
+    weights = np.stack([_measured(shard) for shard in shards])
+    weights = weights / np.maximum(weights.sum(0), 1)
     means = np.array([shard["mean"] for shard in shards])
     squares = means**2 + np.array([shard["std"] for shard in shards]) ** 2
-    mean = weights @ means
-    std = np.sqrt(np.maximum(weights @ squares - mean**2, 0))
-    if not (np.allclose(mean, index["mean"], atol=1e-6) and np.allclose(std, index["std"], atol=1e-6)):
+    mean = (weights * means).sum(0)
+    std = np.sqrt(np.maximum((weights * squares).sum(0) - mean**2, 0))
+    near = 1e-6 * (1 if "dtype" not in index else 1 + np.abs(mean) + np.array(index["std"]))
+    if (np.abs(mean - index["mean"]) > near).any() or (np.abs(std - index["std"]) > 10 * near).any():
         raise UserError(f"{sidecar_path(path)}: mean and std differ from the union of the shards': {AGAIN}")
+
+
+def _measured(sidecar: dict[str, Any]) -> Array:
+    """Pixels of each channel that are not nodata: int64 [C]."""
+    return sidecar["pixels"] - np.array(sidecar.get("missing", [0] * sidecar["channels"]))
 
 
 def _check_labels(beton: Beton) -> None:
@@ -83,11 +92,13 @@ def _check_labels(beton: Beton) -> None:
 
 def _check_files(beton: Beton) -> None:
     """The list of sources; older sets have none."""
-    path, header, rows = files_path(beton.path), ["path"], -1
+    path, rows, columns = files_path(beton.path), -1, 1
     if not path.exists():
         return
     for rows, row in enumerate(read_csv(path)):
-        if len(row) != 1 or (rows == 0 and row != header):
+        columns = len(row) if rows == 0 else columns
+        head = row in (["path"], ["path", *BOX_COLUMNS])
+        if len(row) != columns or not (head if rows == 0 else all(place.isdecimal() for place in row[1:])):
             raise UserError(f"{path} line {rows + 1} is {row}, expected a header and one path a line: {AGAIN}")
     if rows != beton.info.num_samples:
         raise UserError(f"{path} lists {max(rows, 0)} files, but there are {beton.info.num_samples} samples: {AGAIN}")
@@ -104,9 +115,9 @@ def _check_hash(beton: Beton) -> None:
 
 
 def _check_pixels(beton: Beton, num_workers: int) -> None:
-    """Decode every JPEG, in parallel; raw pixels have nothing to decode."""
+    """Decode every JPEG and what is compressed, in parallel; raw pixels have nothing to decode."""
     data, bad = np.memmap(beton.path, np.uint8, "r"), []
-    ids = np.flatnonzero(beton.modes == JPEG)
+    ids = np.flatnonzero(beton.modes != RAW if is_array(beton) else beton.modes == JPEG)
     chunks = np.split(ids, range(CHUNK, len(ids), CHUNK))
     with ThreadPoolExecutor(num_workers) as pool, progress_bar(len(ids), "decode", "img") as bar:
         for chunk, damaged in zip(chunks, pool.map(lambda some: _undecodable(beton, data, some), chunks), strict=True):
@@ -120,16 +131,24 @@ def _check_pixels(beton: Beton, num_workers: int) -> None:
 
 
 def _undecodable(beton: Beton, data: Array, ids: Array) -> list[int]:
-    """Those of `ids` that are no sound JPEG of the size that the table says."""
-    bad = []
+    """Those of `ids` that are no sound JPEG, or array, of the size that the table says."""
+    bad, arrays = [], is_array(beton)
     for index in ids.tolist():
         start, length = int(beton.positions[index]), int(beton.lengths[index])
         size = (int(beton.widths[index]), int(beton.heights[index]))
         try:
-            decode_jpeg(data[start : start + length].tobytes(), size)
+            if arrays:
+                decode_array(data[start : start + length].tobytes(), beton.sidecar, size)
+            else:
+                decode_jpeg(data[start : start + length].tobytes(), size)
         except Exception:  # decoders raise nearly anything for damaged data
             bad.append(index)
     return bad
+
+
+def is_array(beton: Beton) -> bool:
+    """Whether a set is one of arrays."""
+    return not are_photographs(beton.info.values.dtype, beton.info.channels)
 
 
 def _source_of(path: Path, sample: int) -> str:
@@ -162,8 +181,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     betons = verify(args.path, args.num_workers)
     images, jpegs = sum(len(beton.modes) for beton in betons), sum(int((b.modes == JPEG).sum()) for b in betons)
     first, shards = betons[0].sidecar, f" in {len(betons)} shards" if read_index(args.path) else ""
+    how = f"{jpegs} JPEG, {images - jpegs} raw"
+    if is_array(betons[0]):
+        how = f"{first['dtype']}, {first['codec']}"
     print(
-        f"{args.path} is sound{shards}: {images} images ({jpegs} JPEG, {images - jpegs} raw), {len(first['classes'])} "
+        f"{args.path} is sound{shards}: {images} images ({how}), {len(first['classes'])} "
         f"classes, {first['channels']} channels, {sum(b.sidecar['bytes'] for b in betons)} bytes, sha256 "
         f"{first['sha256'][:16]}…",
         flush=True,

@@ -16,8 +16,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from data_prep.array_form import ArrayPart, clip_limits, encode_chunk, enter_worker
+from data_prep.changes import ArrayOptions
+from data_prep.cuts import LittleContent
 from data_prep.encode import Stored, WriteOptions, check_opencv, encode
-from data_prep.partial import Chunk, Job, PartFile, Totals, locked, readable_write_errors
+from data_prep.partial import Chunk, Job, PartFile, locked, readable_write_errors
 from data_prep.plan import (
     Output,
     Task,
@@ -31,7 +34,7 @@ from data_prep.plan import (
 from data_prep.pool import Work, append_all, become_worker, reason_of
 from data_prep.samples import Samples
 from data_prep.sets import byte_bar, notes_path, read_index, rejected_path, write_csv
-from data_prep.sidecars import index_of, sidecar_of
+from data_prep.sidecars import index_of, pixel_facts, sidecar_of
 from fasthpm.data.ffcv.beton import files_path, sidecar_path
 from fasthpm.data.keys import Stream
 from fasthpm.data.options import count_workers
@@ -92,7 +95,7 @@ def prepare(
     classes: Sequence[str],
     outputs: Sequence[Output],
     *,
-    options: WriteOptions,
+    options: WriteOptions | ArrayOptions,
     max_rejected: float = 0.0,
     num_workers: int = 0,
     overwrite: bool = False,
@@ -127,8 +130,15 @@ def prepare(
 
 def _new_job(task: Task) -> Job:
     folder = partial_folder(task.out)
-    parts = [PartFile(folder / output.path.name, len(output.indices)) for output in task.outputs]
-    return Job(folder, parts, task.contents)
+    return Job(
+        folder, [_new_part(task, folder / out.path.name, len(out.indices)) for out in task.outputs], task.contents
+    )
+
+
+def _new_part(task: Task, path: Path, num_listed: int) -> PartFile:
+    if isinstance(task.options, ArrayOptions):
+        return ArrayPart(path, num_listed, task.options)
+    return PartFile(path, num_listed)
 
 
 def _prepare(
@@ -141,13 +151,21 @@ def _prepare(
         _refuse_existing(task, overwrite)
         chunks = _plan_chunks(task.outputs, task.options)
         _resume(task, job, len(chunks), count_allowed(max_rejected, task.total))
-        setup = (task.source, task.options, lock)
-        work = Work(_encode_chunk, _enter_worker, setup, "images", "img", "unreadable", "--max_pixels")
-        append_all(job, work, chunks[job.chunks :], task.total, num_workers)
+        limits = None
+        if isinstance(task.options, ArrayOptions):
+            limits = clip_limits(task.source, task.options, job.folder, chunks, lock, num_workers)
+        append_all(job, _work(task, lock, limits), chunks[job.chunks :], task.total, num_workers)
         _settle_rejected(task, job, max_rejected)
-        _finish(task, job, num_workers)
+        _finish(task, job, num_workers, limits)
     job.publish()
     return read_json(sidecar_path(task.out))
+
+
+def _work(task: Task, lock: int, limits: Array | None) -> Work:
+    words = ("images", "img", "unreadable", "--max_pixels")
+    if isinstance(task.options, ArrayOptions):
+        return Work(encode_chunk, enter_worker, (task.source, task.options, lock, limits), *words)
+    return Work(_encode_chunk, _enter_worker, (task.source, task.options, lock), *words)
 
 
 def _resume(task: Task, job: Job, chunks: int, allowed: int) -> None:
@@ -217,9 +235,12 @@ def _refuse_existing(task: Task, overwrite: bool) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- encoding
-def _plan_chunks(outputs: Sequence[Output], options: WriteOptions) -> list[tuple[int, Array]]:
+def _plan_chunks(outputs: Sequence[Output], options: WriteOptions | ArrayOptions) -> list[tuple[int, Array]]:
     """(output, source indices) of each chunk; no chunk spans outputs."""
-    size = CHUNK if 0 < options.max_resolution <= LARGE_SIDE or options.write_mode == "jpg" else SMALL_CHUNK
+    if isinstance(options, ArrayOptions):
+        size = options.chunk
+    else:
+        size = CHUNK if 0 < options.max_resolution <= LARGE_SIDE or options.write_mode == "jpg" else SMALL_CHUNK
     return [
         (k, output.indices[start : start + size])
         for k, output in enumerate(outputs)
@@ -248,11 +269,13 @@ def _encode_chunk(indices: Array) -> Chunk:
 
     draws = uniforms(key_of(_options.seed, Stream.PROPORTION, Stream.PREPARATION), indices, 1)[:, 0]
     accepted: list[tuple[int, int, Stored]] = []
-    rejected = []
+    rejected, skipped = [], 0
     for index, draw in zip(indices.tolist(), draws.tolist(), strict=True):
         try:
             image, label = _source.sample(index)
             accepted.append((index, label, encode(image, _options, draw)))
+        except LittleContent:
+            skipped += 1
         except MemoryError:  # says nothing about the image
             raise
         except Exception as error:  # decoders raise nearly anything for damaged files
@@ -261,7 +284,7 @@ def _encode_chunk(indices: Array) -> Chunk:
             rejected.append((index, reason_of(error)))
     columns = np.array([row[:2] for row in accepted], np.int64).reshape(-1, 2)
     notes = [(index, note) for index, _, stored in accepted for note in stored.notes]
-    return Chunk(columns[:, 0], columns[:, 1], [row[2] for row in accepted], rejected, notes)
+    return Chunk(columns[:, 0], columns[:, 1], [row[2] for row in accepted], rejected, notes, skipped=skipped)
 
 
 # ------------------------------------------------------------------------------------------------------- the end
@@ -281,28 +304,31 @@ def _settle_rejected(task: Task, job: Job, max_rejected: float) -> None:
         )
 
 
-def _finish(task: Task, job: Job, num_workers: int) -> None:
+def _finish(task: Task, job: Job, num_workers: int, limits: Array | None = None) -> None:
     """Complete every file and its sidecars in the partial folder, and write down what is to be moved."""
     for part, output in zip(job.parts, task.outputs, strict=True):
+        if not part.totals.samples and part.totals.skipped:
+            raise UserError(f"{output.path.name} would hold no tile: all have too little content; lower --min_content")
         if not part.totals.samples:
             raise UserError(f"{output.path.name} would hold no readable image; use fewer --shards or a larger split")
     records = [part.finish() for part in job.parts]
     digests = _hash_all([part.path for part in job.parts], num_workers)
-    names, sidecars, merged, shards = [], [], Totals(), []
-    options = task.options
-    grey = options.grey or not (options.colour or any(part.totals.coloured for part in job.parts))  # one for all files
+    names, sidecars, shards = [], [], []
+    facts = pixel_facts(task, job.parts, limits)
+    columns, places = getattr(task.source, "columns", ()), getattr(task.source, "place", lambda index: ())
     for part, output, rows, digest in zip(job.parts, task.outputs, records, digests, strict=True):
-        sidecar = sidecar_of(task, part, rows, grey) | {"sha256": digest, "num_rejected": _count_rejected(job, output)}
-        write_csv(files_path(part.path), ("path",), ((task.source.name(i),) for i in rows["index"].tolist()))
+        left_out = {"sha256": digest, "num_rejected": _count_rejected(job, output)}
+        sidecar = sidecar_of(task, part, rows, facts) | left_out
+        listed = ((task.source.name(i), *places(i)) for i in rows["index"].tolist())
+        write_csv(files_path(part.path), ("path", *columns), listed)
         write_json(sidecar_path(part.path), sidecar, durable=True)
         names += [part.path.name, files_path(part.path).name]
         sidecars.append(sidecar_path(part.path).name)
         if output.shard:
-            merged.merge(part.totals)
-            shards.append(sidecar)
+            shards.append((part, sidecar))
     if shards:
         index = sidecar_path(job.folder / task.out.name)
-        write_json(index, index_of(task, shards, merged, grey), durable=True)
+        write_json(index, index_of(task, shards, facts), durable=True)
         sidecars.append(index.name)
     if job.facts:
         path = notes_path(job.folder / task.out.name)
