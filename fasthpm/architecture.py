@@ -29,6 +29,7 @@ class Architecture:
     - `mask_ratio`, `mask_unit` (side in patches): of the student's masks, which some questions imitate
     - `encoder_mask_tokens`, `video`: SimMIM, VideoMAE; see `HPMViT`
     - `pixel_loss`: "mse" or "l1"; `absolute_standardize`, `norm_pix_loss`: see `fasthpm.loss`
+    - `norm_pix_channels`: `norm_pix_loss` of every channel by itself, as of videos
     - `target_dim`: width D' of the features that are predicted, by `feature_loss`; 0 = pixels are
     - `activation_checkpointing`: keep only the blocks' inputs and compute the rest again in the backward pass
 
@@ -57,6 +58,7 @@ class Architecture:
     absolute_standardize: bool = True
     pixel_loss: str = "mse"
     norm_pix_loss: bool = False
+    norm_pix_channels: bool = False
     target_dim: int = 0
     feature_loss: Callable[[Tensor, Tensor], Tensor] = losses.feature_loss
     num_frames: int = 1

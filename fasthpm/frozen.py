@@ -17,6 +17,8 @@ import torch
 from timm.models import is_model_pretrained
 from torch import Tensor, nn
 
+from fasthpm.data import DatasetInfo
+from fasthpm.data.values import are_photographs
 from fasthpm.errors import UserError, about
 from fasthpm.files import read_file
 from fasthpm.recipe import Recipe
@@ -75,6 +77,15 @@ def untrained_teacher(recipe: Recipe, family: Family) -> FrozenTeacher:
     weights = recipe.target_weights or family.weights
     architecture = recipe.target_model or default_architecture(weights, family)
     return FrozenTeacher(create_vit(recipe, architecture, family), family)
+
+
+def check_photographs(recipe: Recipe, info: DatasetInfo, source: str) -> None:
+    """**Raises:** `UserError` for a set that a published teacher, which was trained on photographs, cannot read."""
+    if TARGETS[recipe.target].family and not are_photographs(info.values.dtype, info.channels):
+        raise UserError(
+            f"target {recipe.target} has a teacher of photographs, and {source} holds {info.channels} channels of "
+            f"{info.values.dtype}; use --target ema or pixels"
+        )
 
 
 def check_input(recipe: Recipe) -> None:

@@ -66,6 +66,16 @@ def feature_loss(prediction: Tensor, target: Tensor) -> Tensor:
     return (next(directions) - next(directions)).square().sum(dim=-1)
 
 
+def valid_mean(values: Tensor, valid: Tensor) -> Tensor:
+    """Mean of the `values` that are `valid`, bool of the same shape; 0 where none is."""
+    return torch.where(valid, values, 0).sum() / valid.sum().clamp_min(1)
+
+
+def comparable(actual: Tensor, valid: Tensor | None) -> Tensor:
+    """`actual` in which what is not `valid` is no number: neither more nor less than any other, it is in no pair."""
+    return actual if valid is None else actual.masked_fill(~valid, torch.nan)
+
+
 def ranking_loss(predicted: Tensor, actual: Tensor) -> Tensor:
     """Relative difficulty loss (Eq. 5-7): is patch i of an image harder than patch j?
 
@@ -76,7 +86,7 @@ def ranking_loss(predicted: Tensor, actual: Tensor) -> Tensor:
 
     Nothing of size [B, M, M] is stored: see `pair_blocks`.
 
-    - `predicted`, `actual`: [B, M]
+    - `predicted`, `actual`: [B, M]; of `actual` what is no number is in no pair
 
     **Returns:** a scalar.
     """
@@ -87,9 +97,9 @@ def ranking_loss_plain(predicted: Tensor, actual: Tensor) -> Tensor:
     """`ranking_loss` as written, in some ten tensors of [B, M, M]."""
     predicted, actual = full_precision(predicted), full_precision(actual.detach())
     # (i, j) and (j, i) say the same, so the sign folds Eq. 5's two terms into one.
-    sign = torch.sign(actual[:, :, None] - actual[:, None, :])
+    harder, easier = actual[:, :, None] > actual[:, None, :], actual[:, :, None] < actual[:, None, :]
+    sign, valid = harder.float() - easier.float(), harder | easier
     margin = sign * (predicted[:, :, None] - predicted[:, None, :])
-    valid = sign != 0
     return (F.softplus(-margin) * valid).sum() / valid.sum().clamp_min(1)
 
 
@@ -154,39 +164,74 @@ def _(predicted: Tensor, actual: Tensor) -> tuple[Tensor, Tensor]:
     return predicted.new_empty(()), torch.empty_like(predicted, memory_format=torch.contiguous_format)
 
 
-def absolute_loss(predicted: Tensor, actual: Tensor, *, standardize: bool = True) -> Tensor:
+def absolute_loss(
+    predicted: Tensor, actual: Tensor, *, standardize: bool = True, valid: Tensor | None = None
+) -> Tensor:
     """Absolute difficulty loss (Eq. 4): mean squared difference of predicted and actual loss, [B, M] each.
 
     `standardize`: compare with (actual - mean)/sqrt(unbiased variance + 1e-6) of each image, as the released code
-    does and the formula does not. The gradient reaches `predicted` only.
+    does and the formula does not. The gradient reaches `predicted` only. `valid`: bool [B, M], the patches that count,
+    for mean and variance too; None: all.
     """
     predicted, actual = full_precision(predicted), full_precision(actual.detach())
+    if valid is not None:
+        actual = _standardized(actual, valid) if standardize else actual
+        return valid_mean((predicted - actual).square(), valid)
     if standardize:
         variance, mean = torch.var_mean(actual, dim=1, keepdim=True, correction=min(1, actual.shape[1] - 1))
         actual = (actual - mean) * (variance + EPS).rsqrt()
     return (predicted - actual).square().mean()
 
 
-def difficulty_loss(kind: str, predicted: Tensor, actual: Tensor, *, standardize: bool = True) -> Tensor:
-    """The recipe's `predict_loss`: "relative" or "absolute" (`standardize`: its targets)."""
+def _standardized(actual: Tensor, valid: Tensor) -> Tensor:
+    """As `absolute_loss` says, over the valid values of every row."""
+    count = valid.sum(dim=1, keepdim=True)
+    known = torch.where(valid, actual, 0)
+    centred = known - known.sum(dim=1, keepdim=True) / count.clamp_min(1)
+    variance = torch.where(valid, centred, 0).square().sum(dim=1, keepdim=True) / (count - 1).clamp_min(1)
+    return centred * (variance + EPS).rsqrt()
+
+
+def difficulty_loss(
+    kind: str, predicted: Tensor, actual: Tensor, *, standardize: bool = True, valid: Tensor | None = None
+) -> Tensor:
+    """The recipe's `predict_loss`: "relative" or "absolute" (`standardize`: its targets). `valid`: bool [B, M], the
+    patches that count; None: all."""
     if kind == "relative":
-        return ranking_loss(predicted, actual)
-    return absolute_loss(predicted, actual, standardize=standardize)
+        return ranking_loss(predicted, comparable(actual, valid))
+    return absolute_loss(predicted, actual, standardize=standardize, valid=valid)
 
 
-def spearman(predicted: Tensor, actual: Tensor) -> Tensor:
-    """Rank correlation of predicted and actual difficulty, averaged over images; [B, M] each, ties in index order."""
+def spearman(predicted: Tensor, actual: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Rank correlation of predicted and actual difficulty, averaged over images; [B, M] each, ties in index order.
+
+    `valid`: bool [B, M], the patches that are ranked; images with fewer than two are left out. None: all.
+    """
+    if valid is not None:
+        return _valid_spearman(predicted, actual, valid)
     ranks = [x.detach().float().argsort(dim=1).argsort(dim=1).float() for x in (predicted, actual)]
     count = predicted.shape[1]
     distance = (ranks[0] - ranks[1]).square().sum(dim=1)
     return (1 - 6 * distance / max(count * (count**2 - 1), 1)).mean()
 
 
-def hardest_auc(predicted: Tensor, actual: Tensor, share: float = 0.25) -> Tensor:
+def _valid_spearman(predicted: Tensor, actual: Tensor, valid: Tensor) -> Tensor:
+    # Behind all others, in the same order in both, the rest adds nothing to the distance.
+    last = [x.detach().float().masked_fill(~valid, torch.inf) for x in (predicted, actual)]
+    ranks = [x.argsort(dim=1, stable=True).argsort(dim=1).float() for x in last]
+    count = valid.sum(dim=1).float()
+    found = 1 - 6 * (ranks[0] - ranks[1]).square().sum(dim=1) / (count * (count**2 - 1)).clamp_min(1)
+    return valid_mean(found, count > 1)
+
+
+def hardest_auc(predicted: Tensor, actual: Tensor, share: float = 0.25, valid: Tensor | None = None) -> Tensor:
     """Area under the ROC curve of `predicted` for the hardest `share` of an image's patches, averaged over images.
 
     The chance that one of the hardest has a higher prediction than one of the others; [B, L] each. Ties count half.
+    `valid`: as in `spearman`.
     """
+    if valid is not None:
+        return _valid_auc(predicted, actual, share, valid)
     hard = max(1, int(share * actual.shape[1]))
     order = actual.detach().float().argsort(dim=1, descending=True)
     scores = predicted.detach().float().gather(1, order)
@@ -195,8 +240,19 @@ def hardest_auc(predicted: Tensor, actual: Tensor, share: float = 0.25) -> Tenso
     return (below.float() / (2 * max(1, outside.shape[1]))).mean()
 
 
+def _valid_auc(predicted: Tensor, actual: Tensor, share: float, valid: Tensor) -> Tensor:
+    rows = []
+    for guess, true, counts in zip(predicted, actual, valid, strict=True):
+        if counts.sum() > 1:
+            rows.append(hardest_auc(guess[None, counts], true[None, counts], share))
+    return torch.stack(rows).mean() if rows else predicted.new_zeros(())
+
+
 def pair_accuracy(predicted: Tensor, actual: Tensor) -> Tensor:
-    """Share of patch pairs of an image that `predicted` puts in the actual order (0.5 = chance); [B, M] each."""
+    """Share of patch pairs of an image that `predicted` puts in the actual order (0.5 = chance); [B, M] each.
+
+    Of `actual` what is no number is in no pair.
+    """
     ordered, ids = actual.detach().float().sort(dim=1, descending=True)
     scores = predicted.detach().float().gather(1, ids)
     counts = torch.zeros(2, dtype=torch.int64, device=scores.device)
@@ -205,11 +261,16 @@ def pair_accuracy(predicted: Tensor, actual: Tensor) -> Tensor:
     return counts[0] / counts[1].clamp_min(1)
 
 
-def health(predicted: Tensor, actual: Tensor, seen: Tensor) -> Tensor:
+def health(predicted: Tensor, actual: Tensor, seen: Tensor, valid: Tensor | None = None) -> Tensor:
     """How well a step's difficulties are learnt, float32 [3] from [N, M] each.
 
     (`spearman` of `predicted`, `pair_accuracy` of `predicted`, `spearman` of `seen`, the teacher's difficulty)
+
+    `valid`: bool [N, M], the patches that count; None: all.
     """
+    if valid is not None:
+        order = pair_accuracy(predicted, comparable(actual, valid)).float()
+        return torch.stack([spearman(predicted, actual, valid), order, spearman(seen, actual, valid)])
     return (_health_plain if on_cpu(predicted) else _health)(predicted.detach(), actual.detach(), seen.detach())
 
 

@@ -16,6 +16,7 @@ from fasthpm.errors import UserError
 from fasthpm.mask_loops import LOW_32, aspect, block_distance, hashed_uniform, highest, lay_blocks, mix
 
 MAP_CROPS = ("image", "reference")  # how attention maps follow the crop (fasthpm/maps/run.py)
+LAST = 1e30  # a score behind all others, of which units can still make means
 BLOCK_PROPOSALS = 32  # blocks that `blockwise_mask` tries before it fills up
 
 Sets = tuple[Tensor, Tensor | None]  # bool [B, L]: patches that are masked; those thrown away, None = no policy's
@@ -124,6 +125,7 @@ class Policy:
       its samples (masks are random before the first), or "" for zeros
     - `extra_noise`: random numbers per draw, beyond one per patch
     - `in_units`: can mask units of several patches; `tube`: one mask for all frame slots; `throws`: minds throw_ratio
+    - `easiest`: takes the lowest scores first, not the highest
     - `check`: raises `UserError` for a plan that it cannot draw
     """
 
@@ -135,6 +137,7 @@ class Policy:
     extra_noise: int = 0
     in_units: bool = False
     tube: bool = False
+    easiest: bool = False
     throws: bool = False
     check: Callable[[MaskPlan], None] = lambda plan: None
 
@@ -173,8 +176,20 @@ def draw_mask(plan: MaskPlan, noise: Tensor, scores: Tensor | None = None, alpha
     return draw_sets(plan, noise, scores, alpha)[0]
 
 
-def draw_sets(plan: MaskPlan, noise: Tensor, scores: Tensor | None = None, alpha: float | Tensor = 0.0) -> Sets:
-    """(`draw_mask`'s mask, bool [B, L] of the patches thrown away or None where the plan throws none)."""
+def draw_sets(
+    plan: MaskPlan,
+    noise: Tensor,
+    scores: Tensor | None = None,
+    alpha: float | Tensor = 0.0,
+    valid: Tensor | None = None,
+) -> Sets:
+    """(`draw_mask`'s mask, bool [B, L] of the patches thrown away or None where the plan throws none).
+
+    - `valid`: bool [B, L]; where it is False a patch is not chosen by its score as long as there are others. None: all
+    """
+    if valid is not None and scores is not None and plan.record.follows:
+        worst = 0.0 if plan.record.follows == "attention" else LAST if plan.record.easiest else -LAST
+        scores = scores.masked_fill(~valid, worst)
     if scores is None:
         if plan.record.follows:
             raise ValueError(f"mask policy {plan.policy} needs scores: {plan.record.follows} of every patch")
@@ -197,7 +212,7 @@ def _hardest(plan: MaskPlan, noise: Tensor, scores: Tensor, alpha: float | Tenso
     return spread_units(mask, plan.grid_size, plan.unit), None
 
 
-@register("hpm_easiest", "the easiest instead (HPM's argmin)", follows="difficulty", in_units=True)
+@register("hpm_easiest", "the easiest instead (HPM's argmin)", follows="difficulty", in_units=True, easiest=True)
 def _easiest(plan: MaskPlan, noise: Tensor, scores: Tensor, alpha: float | Tensor) -> Sets:
     return _hardest(plan, noise, scores, alpha, easiest=True)
 

@@ -51,6 +51,7 @@ class Output(NamedTuple):
     predicted_difficulty: Tensor  # float32 [B, M], zeros without a loss predictor
     reconstruction: Tensor  # [B, M, t*P*P*C], patches as (frame, row, column, channel); [B, M, D'] of target features
     masked: Tensor  # int64 [B, M], their patch numbers
+    valid: Tensor | None = None  # bool [B, M], which of them take part in the losses; None: all
 
 
 class HPMViT(nn.Module):
@@ -97,6 +98,7 @@ class HPMViT(nn.Module):
         self.img_size, self.patch_size, self.in_chans = made.image_size, made.patch_size, made.in_chans
         self.predict_loss_kind, self.absolute_standardize = made.predict_loss, made.absolute_standardize
         self.pixel_loss, self.norm_pix_loss = made.pixel_loss, made.norm_pix_loss
+        self.norm_pix_channels = made.norm_pix_channels
         self.encoder_mask_tokens, self.target_dim = made.encoder_mask_tokens, made.target_dim
         self.feature_loss = made.feature_loss
         self.predictor, self.decoder_attention = made.predictor, made.decoder_attention
@@ -243,6 +245,7 @@ class HPMViT(nn.Module):
         thrown: Tensor | None = None,
         num_thrown: int = 0,
         target: Tensor | None = None,
+        valid: Tensor | None = None,
     ) -> Output:
         """Reconstruct the masked patches, or their features, and predict their losses (Eq. 2-7).
 
@@ -250,6 +253,7 @@ class HPMViT(nn.Module):
         - `num_masked`: M, if known; else it is read from `mask`, which waits for the device
         - `thrown`: bool [B, L], `num_thrown` True per row: patches that are not masked and that nothing sees (AMT)
         - `target`: [B, L, target_dim], the features of all patches, if those are what the model predicts
+        - `valid`: bool [B, L], the patches that may take part in a loss; None: all
         """
         patches = self.patchify(images)
         visible, masked = split_ids(mask, _count(mask) if num_masked is None else num_masked, thrown, num_thrown)
@@ -258,15 +262,16 @@ class HPMViT(nn.Module):
         reconstruction = self.decoder_pred(self.decoder_norm(trunk))
         per_patch = self._per_patch(reconstruction, patches, target, masked)
         actual = per_patch.detach()
+        counted = None if valid is None else valid.gather(1, masked)
         if self.predict_loss_kind == "none":
             predicted, difficulty = torch.zeros_like(actual), actual.new_zeros(())
         else:
             predicted = self._difficulty(trunk if self.predictor == "shared" else tokens, count)
             difficulty = losses.difficulty_loss(
-                self.predict_loss_kind, predicted, actual, standardize=self.absolute_standardize
+                self.predict_loss_kind, predicted, actual, standardize=self.absolute_standardize, valid=counted
             )
-        mean = per_patch.mean()
-        return Output(mean + difficulty, mean, difficulty, actual, predicted, reconstruction, masked)
+        mean = per_patch.mean() if counted is None else losses.valid_mean(per_patch, counted)
+        return Output(mean + difficulty, mean, difficulty, actual, predicted, reconstruction, masked, counted)
 
     def _per_patch(self, prediction: Tensor, patches: Tensor, features: Tensor | None, masked: Tensor) -> Tensor:
         """Reconstruction loss of the masked patches [B, M]: of their pixels, or of their features."""
@@ -279,8 +284,8 @@ class HPMViT(nn.Module):
 
     def target(self, patches: Tensor) -> Tensor:
         """What the reconstruction of patches [B, M, t*P*P*C] is compared with, of the same shape."""
-        if self.video and self.norm_pix_loss:
-            return losses.channelwise_target(patches, self.in_chans, VIDEO_EPS)
+        if self.norm_pix_loss and (self.video or self.norm_pix_channels):
+            return losses.channelwise_target(patches, self.in_chans, VIDEO_EPS if self.video else losses.EPS)
         return losses.pixel_target(patches, self.norm_pix_loss)
 
     def _positions(self, dim: int) -> Tensor:

@@ -31,7 +31,7 @@ from fasthpm.dense import online as online_dense
 from fasthpm.difficulty import HEAD
 from fasthpm.errors import UserError
 from fasthpm.exchange import exporting
-from fasthpm.frozen import build_frozen
+from fasthpm.frozen import build_frozen, check_photographs
 from fasthpm.options import add_recipe_arguments
 from fasthpm.patches import model_of
 from fasthpm.pictures import report
@@ -138,6 +138,7 @@ def build(recipe: Recipe, launch: ranks.Launch, lock: FolderLock | None = None) 
         online_probes.check(recipe, loader.info, config)
         online_dense.check(recipe, config)
         student = checkpoint.initial_model(recipe)
+        check_photographs(recipe, loader.info, recipe.data_path)
         frozen = build_frozen(recipe, launch.device)
     if lock:
         lock.take(Path(recipe.output_dir))

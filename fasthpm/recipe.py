@@ -16,6 +16,7 @@ from fasthpm import rules
 from fasthpm.cli import OWNERS
 from fasthpm.data.options import LoaderOptions
 from fasthpm.data.sampling import INTERPOLATIONS, SAMPLE_ORDERS
+from fasthpm.data.values import MAX_CHANNELS
 from fasthpm.data.video.sampling import DECODERS
 from fasthpm.difficulty import DIFFICULTIES, Difficulty, question_of
 from fasthpm.errors import UserError, nearest, note_once
@@ -48,7 +49,13 @@ class Recipe:
     )
     input_size: str = option("224", "side of the training crop, or HEIGHTxWIDTH", origin=PAPER)
     patch_size: int = option(16, "side of a patch", above=0, origin=PAPER)
-    channels: int = option(3, "image channels of the model, 1 or 3; sets are converted", above=0, origin=PAPER)
+    channels: int = option(
+        3,
+        "image channels of the model; photographs are converted between 1 and 3, other sets have to have as many",
+        low=1,
+        high=MAX_CHANNELS,
+        origin=PAPER,
+    )
     num_frames: int = option(1, "frames of a clip; 1 = images", above=0)
     sampling_rate: int = option(
         1, "a clip takes every how many-th frame of its video (VideoMAE: SSv2 2, Kinetics 4)", above=0
@@ -146,6 +153,9 @@ class Recipe:
         "normalise each target patch to zero mean and unit variance",
         origin=f"{RELEASED}, its scripts; MAE's have --norm_pix_loss",
     )
+    norm_pix_channels: bool = option(
+        False, "norm_pix_loss of every channel by itself, for bands of different scale (as videos have it)"
+    )
     ema_momentum: float = option(
         0.999,
         "teacher momentum at the start (Eq. 1)",
@@ -196,6 +206,11 @@ class Recipe:
         5.0, "clip the gradient norm to this; 0 = off", low=0, origin=f"{RELEASED}, not in the papers: --clip_grad 0"
     )
     init_from: str = option("", "start from the weights of this run, checkpoint or import; empty = from the seed")
+    init_channels: str = option(
+        "",
+        "init_from weights of other channels: repeat, which spreads them evenly, or the channels that get red, green "
+        "and blue, by name or number from 1 (4,3,2), while the others get the mean; empty = they have the same",
+    )
     seed: int = option(0, "seed of the weights, the sample order, the crops and the masks", low=0)
     # data
     data_path: str = option("", "prepared set (.beton), several joined by commas, image folder, or synthetic:N")
@@ -203,11 +218,27 @@ class Recipe:
         0.2, "smallest share of the image area that a random crop covers", low=0, high=1, origin=RELEASED
     )
     flip: bool = option(True, "flip training images at random", origin=RELEASED)
+    flip_vertical: bool = option(
+        False, "put training images upside down at random, for what has no up: tiles of satellites and slides"
+    )
+    rotate90: bool = option(False, "turn training images by a random multiple of 90 degrees; square crops only")
     interpolation: str = option(
         "bicubic", "how crops are resized; area is a little faster and softer", choices=INTERPOLATIONS
     )
     color_jitter: float = option(
         0.0, "brightness, contrast and saturation vary by up to this share; 0 = off", low=0, high=1
+    )
+    channel_dropout: float = option(
+        0.0,
+        "chance of each channel of a training image to become its mean, never all; not of photographs",
+        low=0,
+        below=1,
+    )
+    channel_jitter: float = option(
+        0.0,
+        "each channel's distance from its mean varies by up to this share; 0 = off; not of photographs",
+        low=0,
+        high=1,
     )
     sample_order: str = option(
         "random",
@@ -441,7 +472,8 @@ class Recipe:
         names = ["batch_size", "image_size", "channels", "num_workers", "num_frames", "sampling_rate"]
         asked: dict[str, Any] = {}
         if changes.get("train", True):
-            names += ["seed", "crop_min", "flip", "interpolation", "color_jitter", "sample_order", "max_bad_samples"]
+            names += ["seed", "crop_min", "interpolation", "color_jitter", "sample_order", "max_bad_samples"]
+            names += ["flip", "flip_vertical", "rotate90", "channel_dropout", "channel_jitter"]
             asked["decoder"] = self.video_decoder
         return LoaderOptions(**{name: getattr(self, name) for name in names} | asked | changes)
 

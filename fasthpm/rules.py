@@ -14,6 +14,7 @@ def check(recipe: Any) -> None:
     _check_predictor(recipe)
     _check_target(recipe)
     _check_patches(recipe)
+    _check_channels(recipe)
     _check_masks(recipe)
 
 
@@ -65,6 +66,14 @@ def _check_patches(recipe: Any) -> None:
     is_multiple("num_frames", recipe.num_frames, "tubelet_size", recipe.tubelet_size)
     is_multiple("mask_unit", recipe.mask_unit, "patch_size", recipe.patch_size)
     small_teacher_sees_images(recipe.teacher_scale, recipe.num_frames, recipe.grid_size)
+
+
+def _check_channels(recipe: Any) -> None:
+    channels_are_normalised(recipe.norm_pix_channels, recipe.norm_pix_loss, recipe.patch_size)
+    crops_are_square(recipe.rotate90, recipe.image_size)
+    for name in ("flip_vertical", "rotate90", "channel_dropout", "channel_jitter"):
+        is_of_images(name, getattr(recipe, name), recipe.num_frames)
+    weights_are_given(recipe.init_channels, recipe.init_from)
 
 
 def _check_masks(recipe: Any) -> None:
@@ -315,6 +324,40 @@ def small_teacher_sees_images(teacher_scale: int, num_frames: int, grid_size: tu
         raise UserError(
             f"teacher_scale {teacher_scale} does not divide the grid of {grid_size[0]} x "
             f"{grid_size[1]} patches; use 1, or another --input_size"
+        )
+
+
+# ----------------------------------------------------------------------------------------------------- channels
+def channels_are_normalised(norm_pix_channels: bool, norm_pix_loss: bool, patch_size: int) -> None:
+    """Targets that are normalised per channel are normalised, and of several pixels."""
+    if norm_pix_channels and not norm_pix_loss:
+        raise UserError("norm_pix_channels is on, but norm_pix_loss is off; use --norm_pix_loss too")
+    if norm_pix_channels and patch_size == 1:
+        raise UserError(
+            "norm_pix_channels needs several pixels per patch, and patch_size is 1; use --patch_size 2 or more"
+        )
+
+
+def crops_are_square(rotate90: bool, image_size: tuple[int, int]) -> None:
+    """What is turned by 90 degrees has as many rows as columns."""
+    if rotate90 and image_size[0] != image_size[1]:
+        raise UserError(
+            f"rotate90 turns crops by 90 degrees, and input_size is {image_size[0]}x{image_size[1]}; use a square one, "
+            f"or --flip_vertical"
+        )
+
+
+def is_of_images(name: str, value: Any, num_frames: int) -> None:
+    """Field `name` is for images only."""
+    if value and num_frames > 1:
+        raise UserError(f"{name} is {value}, and num_frames {num_frames}; it is of images: leave it out")
+
+
+def weights_are_given(init_channels: str, init_from: str) -> None:
+    """Only weights that a run starts from have channels."""
+    if init_channels and not init_from:
+        raise UserError(
+            f"init_channels {init_channels} is of the weights of init_from, which is empty; use --init_from"
         )
 
 

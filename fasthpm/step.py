@@ -99,22 +99,22 @@ class Step(nn.Module):
     ) -> StepOutput:
         """One micro-step on this rank.
 
-        - `images`: uint8 [B, H, W, C] or clips [B, T, H, W, C]; `ids`: int64 [B]
+        - `images`: [B, H, W, C] as stored, or clips [B, T, H, W, C]; `ids`: int64 [B]
         - `step`: int64 0-dim, the update; `alpha`: float64 0-dim, share of the mask chosen by the teacher
         - `scores`: float32 [B, L], the samples' maps (attention, or the teacher's difficulty) for the policies that
           keep some; None: masks are random, as before the first maps
         """
         self.normalized_patches.move(images.device)
         plan = self.warmup_plan if scores is None else self.mask_plan
-        patches = self.run_patches(images)
+        patches, valid = self.run_patches(images), self.normalized_patches.valid(images)
         answer = self.ask_teachers(images, patches, ids, step)
         if answer.difficulty is not None:
             scores = answer.difficulty
         elif scores is None:
             scores, alpha = self._no_scores(images), torch.zeros_like(alpha)
         if not self.compiled:
-            self._compile_now(patches, ids, step, alpha, scores, answer.features, answer.tokens)
-        return self.run_student(plan, patches, ids, step, alpha, scores, answer.features, answer.tokens)
+            self._compile_now(patches, ids, step, alpha, scores, answer.features, answer.tokens, valid)
+        return self.run_student(plan, patches, ids, step, alpha, scores, answer.features, answer.tokens, valid)
 
     def ask_teachers(self, images: Tensor, patches: Tensor, ids: Tensor, step: Tensor) -> TeacherOutput:
         """What the recipe's teachers say of this batch: the EMA teacher, unless its maps are kept, and a frozen one.
@@ -165,7 +165,7 @@ class Step(nn.Module):
         images = images[:HEALTH_SAMPLES]
         used = self.difficulty(images) if scores is None else scores[:HEALTH_SAMPLES]
         exact = self._teacher[0].predict_loss(self.normalized_patches(images))
-        return losses.spearman(used, exact)
+        return losses.spearman(used, exact, self.normalized_patches.valid(images))
 
     def difficulty(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """The teacher's difficulty of every patch, float32 [B, L]; `noise`: as in `HPMViT.predict_loss`."""
@@ -181,16 +181,24 @@ class Step(nn.Module):
         scores: Tensor,
         features: Tensor | None,
         tokens: Tensor | None = None,
+        valid: Tensor | None = None,
     ) -> StepOutput:
         """Everything after the teachers: mask, student, losses.
 
         - `patches`: normalised, [B, L, t*P*P*C]
         - `scores`: [B, L], what the mask follows; `features`: [B, L, D'], what is reconstructed, None = pixels
         - `tokens`: [B or fewer, L, D], features of the teacher on which a difficulty head learns
+        - `valid`: bool [B, L], the patches without nodata: the others are in no loss. None: all
         """
-        mask, thrown = self._sets(plan, ids, step, alpha, scores)
+        mask, thrown = self._sets(plan, ids, step, alpha, scores, valid)
         output = self.student(
-            patches, mask, num_masked=plan.num_masked, thrown=thrown, num_thrown=plan.num_thrown, target=features
+            patches,
+            mask,
+            num_masked=plan.num_masked,
+            thrown=thrown,
+            num_thrown=plan.num_thrown,
+            target=features,
+            valid=valid,
         )
         if tokens is not None:
             output = self._with_head(output, tokens)
@@ -202,13 +210,17 @@ class Step(nn.Module):
         as the student's losses of them do. The gradient reaches the head alone."""
         count = len(tokens)
         answers = getattr(self.student, HEAD)(tokens.detach())
-        loss = losses.ranking_loss(answers.gather(1, output.masked[:count]), output.per_patch_loss[:count])
+        valid = None if output.valid is None else output.valid[:count]
+        actual = losses.comparable(output.per_patch_loss[:count], valid)
+        loss = losses.ranking_loss(answers.gather(1, output.masked[:count]), actual)
         return output._replace(loss=output.loss + loss, difficulty_loss=output.difficulty_loss + loss)
 
-    def _sets(self, plan: MaskPlan, ids: Tensor, step: Tensor, alpha: Tensor, scores: Tensor) -> Sets:
+    def _sets(
+        self, plan: MaskPlan, ids: Tensor, step: Tensor, alpha: Tensor, scores: Tensor, valid: Tensor | None = None
+    ) -> Sets:
         """What is masked and what is thrown away, bool [B, L] each; the latter None if the plan throws nothing."""
         noise = sample_noise(self.recipe.seed, step, ids, plan.noise_size)
-        return draw_sets(plan, noise, scores, alpha)
+        return draw_sets(plan, noise, scores, alpha, valid)
 
     def _compile_now(self, *arguments: Any) -> None:
         """Compile the step for both plans, so that none is compiled in mid-run when the first maps arrive, and let a
@@ -238,5 +250,6 @@ class Step(nn.Module):
         """
         some = slice(HEALTH_SAMPLES)
         seen = difficulty[some].gather(1, output.masked[some])
-        health = losses.health(output.predicted_difficulty[some], output.per_patch_loss[some], seen)
+        valid = None if output.valid is None else output.valid[some]
+        health = losses.health(output.predicted_difficulty[some], output.per_patch_loss[some], seen, valid)
         return torch.cat([torch.stack([x.detach().float() for x in output[:3]]), health])

@@ -257,3 +257,52 @@ def test_feature_loss_of_no_direction(prediction: list[float], target: list[floa
     """The squared distance after `torch.nn.functional.normalize`, which leaves a vector of zeros at zero."""
     got = loss.feature_loss(torch.tensor([[prediction]]), torch.tensor([[target]]))
     torch.testing.assert_close(got, torch.tensor([[want]]))
+
+
+# -------------------------------------------------------------------------------------------------- nodata
+def some_valid(seed: int, shape: tuple[int, int], share: float) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed + 1)) < share
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=seeds, shape=shapes, ties=st.booleans(), share=st.sampled_from([0.0, 0.3, 0.8, 1.0]), blocks=st.booleans())
+def test_patches_with_nodata_are_in_no_loss(
+    seed: int, shape: tuple[int, int], ties: bool, share: float, blocks: bool
+) -> None:
+    predicted, actual = scores(seed, shape, ties)
+    valid = some_valid(seed, shape, share)
+    check(loss.valid_mean(predicted, valid), reference.valid_loss(predicted, valid), predicted)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(loss.BLOCK_ELEMENTS, "cpu", 5 if blocks else 1 << 18)
+        ranking = loss.difficulty_loss("relative", predicted, actual, valid=valid)
+    check(ranking, reference.valid_ranking_loss(predicted, actual, valid), predicted)
+    plain = loss.ranking_loss_plain(predicted, loss.comparable(actual, valid))
+    check(plain, reference.valid_ranking_loss(predicted, actual, valid), predicted)
+    for standardize in (True, False):
+        found = loss.difficulty_loss("absolute", predicted, actual, standardize=standardize, valid=valid)
+        check(found, reference.valid_absolute_loss(predicted, actual, valid, standardize), predicted)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=seeds, shape=st.tuples(st.integers(1, 3), st.integers(2, 9)), share=st.sampled_from([0.0, 0.5, 1.0]))
+def test_health_is_that_of_the_patches_without_nodata(seed: int, shape: tuple[int, int], share: float) -> None:
+    predicted, actual = (values.detach() for values in scores(seed, shape, False))
+    valid = some_valid(seed, shape, share)
+    rows = [
+        (s[None], a[None])
+        for s, a in zip(reference.valid_rows(predicted, valid), reference.valid_rows(actual, valid), strict=True)
+        if len(s) > 1
+    ]
+    found = loss.health(predicted, actual, -actual, valid).tolist()
+    if not rows:
+        assert found == [0, 0, 0]
+        assert loss.hardest_auc(predicted, actual, valid=valid) == 0
+        return
+    mean = sum(reference.spearman(s, a) for s, a in rows) / len(rows)
+    pairs = [len(s[0]) * (len(s[0]) - 1) for s, _ in rows]
+    order = sum(reference.pair_accuracy(s, a) * n for (s, a), n in zip(rows, pairs, strict=True)) / sum(pairs)
+    assert found == pytest.approx([mean, order, -1], abs=1e-5)
+    auc = sum(loss.hardest_auc(s, a).item() for s, a in rows) / len(rows)
+    assert loss.hardest_auc(predicted, actual, valid=valid).item() == pytest.approx(auc, abs=1e-6)
+    whole = torch.ones_like(valid)
+    torch.testing.assert_close(loss.health(predicted, actual, -actual, whole), loss.health(predicted, actual, -actual))

@@ -14,7 +14,8 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 LONG_FUNCTIONS: set[str] = set()
 LONG_PARAMETER_LISTS: set[str] = set()
 LONG_FILES = {  # with the reason
-    "fasthpm/data/ffcv/kernel.py": "numba's cache is per file: what calls each other is compiled together"
+    f"fasthpm/data/ffcv/{name}.py": "numba's cache is per file: what calls each other is compiled together"
+    for name in ("kernel", "array_kernel")
 }
 
 

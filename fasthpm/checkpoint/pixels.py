@@ -40,7 +40,8 @@ def pixels_of(folder: Path, recipe: Recipe) -> PixelStatistics | None:
 def metadata_statistics(metadata: dict[str, str]) -> PixelStatistics | None:
     """What the metadata of an exported file says; None for nothing."""
     with suppress(ValueError):
-        return statistics_from({name: json.loads(metadata[name]) for name in ("mean", "std") if name in metadata})
+        names = [name for name in ("mean", "std", "dtype") if name in metadata]
+        return statistics_from({name: json.loads(metadata[name]) for name in names})
     return None
 
 

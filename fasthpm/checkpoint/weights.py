@@ -6,6 +6,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fasthpm.checkpoint import shards
+from fasthpm.checkpoint.channels import in_channels
 from fasthpm.checkpoint.folder import RECIPE, TUNED, damages, newest_valid
 from fasthpm.checkpoint.foreign import load_reference, unusable
 from fasthpm.checkpoint.pixels import pixels_of
@@ -88,7 +89,8 @@ POSITION_TOLERANCE = 1e-3  # half-precision files round the fixed table
 def initial_model(recipe: Recipe) -> HPMViT:
     """The model that a run starts from: drawn from its seed, or with the student's weights of `recipe.init_from`.
 
-    A loss predictor that the source lacks (MAE) keeps its fresh weights, and so does a difficulty head.
+    A loss predictor that the source lacks (MAE) keeps its fresh weights, and so does a difficulty head. Weights of
+    other channels become those of the recipe's as `init_channels` says.
 
     **Raises:** `UserError` if the weights do not fit the recipe's model, are not finite, or were trained with other
     positions.
@@ -98,6 +100,8 @@ def initial_model(recipe: Recipe) -> HPMViT:
         return model
     donor, _ = load_weights(Path(recipe.init_from))
     given = donor.state_dict()
+    if donor.in_chans != recipe.channels or recipe.init_channels:
+        given = in_channels(given, donor, recipe)
     tables = {name: table.clone() for name, table in model.named_buffers() if name in given}
     for name, table in tables.items():
         if given[name].shape == table.shape and (given[name] - table).abs().max() > POSITION_TOLERANCE:

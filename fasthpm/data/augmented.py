@@ -27,8 +27,9 @@ from fasthpm.data.options import LoaderOptions, count_workers
 from fasthpm.data.sampling import Array, key_of, mix, replacements
 from fasthpm.data.statistics import PixelStatistics, statistics_of
 from fasthpm.data.types import Batch
+from fasthpm.data.values import are_photographs
 from fasthpm.data.video.sampling import REPEATS
-from fasthpm.errors import UserError
+from fasthpm.errors import UserError, note_once
 
 
 @dataclass(frozen=True)
@@ -112,9 +113,38 @@ class AugmentedClips(AugmentedImages):
             _seed_all(seed)
             frames.append(np.asarray(self.alike(_picture(frame)))[..., : frame.shape[2]])
         clip = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
-        clip = (clip.float() / 255 - self.mean) / self.std
+        clip = (clip.float() / 255 - self.mean) / self.std  # videos have 8 bits
         # To timm one image with T*C channels: one box.
         return self.erase(clip.flatten(0, 1)).reshape(clip.shape).transpose(0, 1)
+
+
+class AugmentedArrays(AugmentedImages):
+    """Key -> a sample that is no photograph: float32 [C, H, W], normalised, nodata 0.
+
+    Crops, flips and turns, gains of channels are the loader's own, another draw each time; then random erasing. What
+    else timm does is of colours.
+    """
+
+    def __init__(self, base: PrefetchLoader, augmentation: Augmentation, pixels: PixelStatistics) -> None:
+        self.base, self.pixels = base, pixels
+        self.erase = RandomErasing(augmentation.random_erasing, mode="pixel", max_count=1, device="cpu")
+        if augmentation.auto_augment or augmentation.color_jitter:
+            note_once(f"{base.source} holds no photographs: samples are cropped, flipped and erased, colours stay")
+
+    def _stored(self, drawn: int, sample: int) -> Array | None:
+        return self.base.drawn(drawn, sample)
+
+    def _augment(self, pixels: Array, seed: int) -> Tensor:
+        _seed_all(seed)
+        values, (mean, std) = self.pixels.values, (np.array(one, np.float32) for one in self._scale())
+        scaled = (pixels.astype(np.float32) / np.float32(values.unit) - mean) / std
+        if values.nodata is not None:
+            scaled[(pixels == values.nodata) | (pixels != pixels)] = 0
+        return cast(Tensor, self.erase(torch.from_numpy(scaled).permute(2, 0, 1).contiguous()))
+
+    def _scale(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and deviation, 1 of a channel that never changes."""
+        return self.pixels.mean, tuple(std or 1.0 for std in self.pixels.std)
 
 
 def _common(base: PrefetchLoader, augmentation: Augmentation, pixels: PixelStatistics) -> dict[str, Any]:
@@ -169,7 +199,9 @@ class AugmentedLoader:
 
     def normalize_by(self, pixels: PixelStatistics) -> PixelStatistics:
         """Normalise by `pixels`, which come back as they are used, from the next iteration on."""
-        kind = AugmentedClips if self.base.options.num_frames > 1 else AugmentedImages
+        clips, values = self.base.options.num_frames > 1, self.info.values
+        photographs = are_photographs(values.dtype, self.info.channels)
+        kind = AugmentedClips if clips else AugmentedImages if photographs else AugmentedArrays
         pixels = pixels.in_channels(self.base.options.channels)
         self.images = kind(self.base, self._augmentation, pixels)
         return pixels

@@ -132,7 +132,9 @@ class LoaderOptions:
         square = self.image_size[0] == self.image_size[1] or not self.rotate90
         self._check("image_size", square, "a square with rotate90, which turns crops by 90 degrees")
         for name in (name for name in OF_IMAGES if self.num_frames > 1 and getattr(self, name)):
-            raise UserError(f"{name} is {getattr(self, name)}, and is of images; leave it out with {self.num_frames} frames")
+            raise UserError(
+                f"{name} is {getattr(self, name)}, and is of images; leave it out with {self.num_frames} frames"
+            )
         self._check("rank", self.rank < self.world_size, f"0 to {self.world_size - 1}")
         good = len(self.views) == 2 and min(self.views) >= 1 and not (self.train and self.views[1] > 1)
         self._check("views", good, "clips and crops, 1 or more each (in training 1 crop)")

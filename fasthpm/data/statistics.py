@@ -85,8 +85,8 @@ def as_read(info: DatasetInfo, channels: int, source: str) -> DatasetInfo:
     if not (are_photographs(info.values.dtype, info.channels) and {info.channels, channels} == {1, 3}):
         raise UserError(
             f"{source} has {info.channels} channel{'s' if info.channels > 1 else ''} of {info.values.dtype}, and the "
-            f"model takes {channels}: use --channels {info.channels} (only photographs of 8 bits are converted, between "
-            f"grey and RGB)"
+            f"model takes {channels}: use --channels {info.channels} (only photographs of 8 bits are converted, "
+            f"between grey and RGB)"
         )
     if channels == 3:
         note_once(f"{source} is grey and the model takes 3 channels: each gets the grey value")

@@ -19,7 +19,7 @@ class Batch:
     images: Tensor  # [B, H, W, C] in the dtype that is stored, or clips uint8 [B, T, H, W, C]
     labels: Tensor  # int64 [B]
     ids: Tensor  # int64 [B], index of each sample in the data set
-    crops: Tensor  # int64 [B, 5]: top, left, height, width of the crop in the stored image; which way up: `sampling.turned`
+    crops: Tensor  # int64 [B, 5]: top, left, height, width of the crop in the stored image; way up: `sampling.turned`
     sizes: Tensor  # int64 [B, 2]: height, width of the stored image
     replaced: Tensor  # bool [B]: the sample whose turn it was does not decode, this is another one
     maps: Tensor = dataclasses.field(
@@ -41,7 +41,7 @@ class DatasetInfo:
     std: tuple[float, ...]
     classes: tuple[str, ...]
     unlabelled: int = 0  # samples of the label -1, which are of none of the classes
-    values: Values = Values()
+    values: Values = dataclasses.field(default=Values())
 
 
 class Loader(Protocol):

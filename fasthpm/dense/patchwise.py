@@ -13,6 +13,7 @@ from tqdm import tqdm
 from fasthpm.data.options import count_workers
 from fasthpm.data.sampling import Array
 from fasthpm.data.statistics import PixelStatistics, measured
+from fasthpm.data.values import Values
 from fasthpm.dense.loader import Unreadable
 from fasthpm.dense.pairs import IGNORED, PairSet
 from fasthpm.errors import UserError
@@ -136,3 +137,8 @@ class _Measured:
     def std(self) -> tuple[float, ...]:
         """Per channel, of 0..1."""
         return self._measure().std
+
+    @property
+    def values(self) -> Values:
+        """They have 8 bits."""
+        return Values()

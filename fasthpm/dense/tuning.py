@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fasthpm import checkpoint, ranks
+from fasthpm import checkpoint, patches, ranks
 from fasthpm.checkpoint import shards
 from fasthpm.checkpoint.saver import Saver
 from fasthpm.data.device import on_device
@@ -115,11 +115,10 @@ def tested(run: Any, forward: Any, folder: Path, *, draw: bool) -> dict[str, flo
 
 
 def normalised(images: Any, pixels: PixelStatistics) -> Any:
-    """uint8 [B, C, H, W], or a list of [C, H, W] -> float32 of the same shape, normalised."""
+    """Pixels [B, C, H, W], or a list of [C, H, W] -> float32 of the same shape, normalised."""
     if isinstance(images, list):
         return [normalised(image, pixels) for image in images]
-    mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (pixels.mean, pixels.std))
-    return (images.float() / 255 - mean) / std
+    return patches.normalised(images, pixels, -3)
 
 
 # -------------------------------------------------------------------------------------------------- building

@@ -15,7 +15,8 @@ def crop_maps(
     """Cut, resize and flip maps as their images were: one value for every patch of the crop.
 
     - `maps`: [B, R, C], cell (i, j) standing for that part of the whole stored image
-    - `crops`: int64 [B, 5]: top, left, height, width, which way up (`sampling.turned`); `sizes`: int64 [B, 2]: height, width, as in `Batch`
+    - `crops`: int64 [B, 5]: top, left, height, width, which way up (`sampling.turned`)
+    - `sizes`: int64 [B, 2]: height, width, as in `Batch`
     - `grid`: (r, c) patches of the crop
     - `crop`: "image": the map at every patch's centre, bilinear between the centres of cells, constant beyond the
       outermost; "reference": what AMT's released code reads whatever the crop is: the top left 2 x 2 cells (a third row

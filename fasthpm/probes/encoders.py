@@ -19,7 +19,7 @@ from fasthpm.data.statistics import PixelStatistics, statistics_from, statistics
 from fasthpm.errors import UserError, about, nearest, note_once
 from fasthpm.files import LISTED, file_hash, read_file
 from fasthpm.model import HPMViT
-from fasthpm.patches import NormalizedPatches, model_of, pixel_statistics
+from fasthpm.patches import NormalizedPatches, is_nodata, model_of, pixel_statistics, suited
 from fasthpm.probes.classifier import build_vit
 from fasthpm.recipe import Recipe, build_recipe
 
@@ -28,7 +28,7 @@ from fasthpm.recipe import Recipe, build_recipe
 class Encoder:
     """K tokens that are no patches (cls first, if there is one) and L patches, of width D."""
 
-    tokens: Callable[[Tensor, DatasetInfo], Tensor]  # uint8 [B, (T,) H, W, C], normalised by the info -> [B, K + L, D]
+    tokens: Callable[[Tensor, DatasetInfo], Tensor]  # pixels [B, (T,) H, W, C], normalised by the info -> [B, K + L, D]
     name: str
     width: int  # D
     prefix: int  # K
@@ -113,7 +113,10 @@ def _of_timm(vit: Any, name: str, statistics: PixelStatistics | None, made_of: d
 
     def tokens(images: Tensor, info: DatasetInfo) -> Tensor:
         mean, std = (value.to(images.device) for value in pixel_statistics(info, images.shape[-1]))
-        return vit.forward_features(((images.float() - mean) / std).permute(0, 3, 1, 2))
+        pixels, nodata = images.float(), info.values.nodata
+        scaled = (pixels - mean) / std
+        scaled = scaled if nodata is None else scaled.masked_fill(is_nodata(pixels, nodata), 0)
+        return vit.forward_features(scaled.permute(0, 3, 1, 2))
 
     return Encoder(
         tokens,
@@ -167,12 +170,12 @@ def _load(model: nn.Module, state: dict[str, Tensor]) -> None:
 def normalized_by(encoder: Encoder, info: DatasetInfo, by: str) -> DatasetInfo:
     """`info` with the mean and standard deviation to normalise by: of the "data" itself, or of the "model"'s data.
 
-    **Raises:** `UserError` if the latter are not known.
+    **Raises:** `UserError` if the latter are not known, or are of pixels on another scale.
     """
     found = statistics_of(info) if by == "data" else encoder.statistics
     if found is None:
         raise UserError("mean and std of the model's own data are not known; use --normalize data")
     if found.remark:
         note_once(found.remark)
-    found = found.in_channels(encoder.reading["channels"])
+    found = suited(found, info, "the set").in_channels(encoder.reading["channels"])
     return dataclasses.replace(info, mean=found.mean, std=found.std)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fasthpm import schedule
+from fasthpm import patches, schedule
 from fasthpm.data import Loader
 from fasthpm.data.sampling import torch_seed
 from fasthpm.data.statistics import PixelStatistics
@@ -86,6 +86,5 @@ def fitting_batch(batch_size: int, global_batch_size: int, world_size: int) -> i
 
 
 def normalised(images: Tensor, pixels: PixelStatistics) -> Tensor:
-    """uint8 [B, (T,) H, W, C] -> float32 [B, C, (T,) H, W], normalised."""
-    mean, std = (torch.tensor(values, device=images.device) for values in (pixels.mean, pixels.std))
-    return ((images.float() / 255 - mean) / std).movedim(-1, 1)
+    """Pixels [B, (T,) H, W, C] -> float32 [B, C, (T,) H, W], normalised."""
+    return patches.normalised(images, pixels).movedim(-1, 1)

@@ -59,7 +59,7 @@ def test_conversion_is_said_once(sources: dict[str, Path], capsys: pytest.Captur
 
 
 def test_odd_channels_are_refused() -> None:
-    with pytest.raises(UserError, match="x has 2 channels, expected 1"):
+    with pytest.raises(UserError, match="x has 2 channels of uint8, and the model takes 3: use --channels 2"):
         statistics.as_read(DatasetInfo(1, 2, (0.5, 0.5), (0.1, 0.1), ()), 3, "x")
 
 

@@ -444,3 +444,35 @@ def cross_block(tokens: Tensor, context: Tensor, block: Any) -> Tensor:
         token = token + block.attn.proj(torch.cat(seen))
         out.append(token + block.mlp(layer_norm(token, block.norm2)))
     return torch.stack(out)
+
+
+# -------------------------------------------------------------------------------------------------- nodata
+def valid_rows(values: Tensor, valid: Tensor) -> list[Tensor]:
+    """What counts of every image: its values, of differing number."""
+    return [torch.stack([v for v, good in zip(*row, strict=True) if good] or [values[0, :0].sum()])[: int(row[1].sum())]
+            for row in zip(values, valid, strict=True)]  # fmt: skip
+
+
+def valid_loss(losses: Tensor, valid: Tensor) -> Tensor:
+    """Mean over the patches without nodata."""
+    kept = [value for row in valid_rows(losses, valid) for value in row]
+    return sum(kept) / len(kept) if kept else losses.sum() * 0
+
+
+def valid_ranking_loss(predicted: Tensor, actual: Tensor, valid: Tensor) -> Tensor:
+    """Eq. 5-7 over the pairs of which both count, averaged over those of all images."""
+    total, pairs = predicted.sum() * 0, 0
+    for s, losses in zip(valid_rows(predicted, valid), valid_rows(actual, valid), strict=True):
+        count = sum(int(losses[i] != losses[j]) for i in range(len(losses)) for j in range(len(losses)))
+        if count:
+            total, pairs = total + ranking_loss(s[None], losses[None]) * count, pairs + count
+    return total / max(pairs, 1)
+
+
+def valid_absolute_loss(predicted: Tensor, actual: Tensor, valid: Tensor, standardize: bool) -> Tensor:
+    """Eq. 4 over what counts."""
+    total, count = predicted.sum() * 0, 0
+    for s, losses in zip(valid_rows(predicted, valid), valid_rows(actual, valid), strict=True):
+        if len(s):
+            total, count = total + absolute_loss(s[None], losses[None], standardize) * len(s), count + len(s)
+    return total / max(count, 1)

@@ -2,12 +2,12 @@
 
 A crop is read as float32, its nodata set aside. The resize is separable: rows first, LANES of them at a time, then,
 stored column by column, the columns; so both passes work on contiguous LANES, whatever the number of channels. Sums are
-float32, of float32 pixels float64, and run in the same order on every machine: no fast-math. What comes out differs from
-a float64 reference by its rounding to the stored type and, of 16 bits, by at most 1/16 before it.
+float32, of float32 pixels float64, and run in the same order on every machine: no fast-math. What comes out differs
+from a float64 reference by its rounding to the stored type and, of 16 bits, by at most 1/16 before it.
 
 Pixels are bytes here until a row is read or written, so that one loop serves all types. numba has no float16: its bits
-are converted with integers. As in `kernel`, all that is compiled stands in this one file, because numba renews its cache
-only when it changes.
+are converted with integers. As in `kernel`, all that is compiled stands in this one file, because numba renews its
+cache only when it changes.
 """
 
 import threading
@@ -463,8 +463,9 @@ def _vary(sums: Any, channels: Any, gains: Any, means: Any) -> None:
     """The distance from its channel's mean times its gain, of sums [o, channel, LANES]."""
     for p in range(len(sums) // LANES):
         gain, mean = gains[p % channels], means[p % channels]
-        for at in range(p * LANES, (p + 1) * LANES):
-            sums[at] = mean + gain * (sums[at] - mean)
+        if gain != f32(1):  # else rounding alone would change it
+            for at in range(p * LANES, (p + 1) * LANES):
+                sums[at] = mean + gain * (sums[at] - mean)
 
 
 @numba.njit

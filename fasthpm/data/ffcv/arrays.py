@@ -43,7 +43,9 @@ class ArrayLoader(FfcvLoader):
 
         info = self.data.info
         self._means = np.array(info.mean, np.float32) * np.float32(info.values.unit)
-        self._settings = [settings_of(info.values.dtype, info.values.nodata, code) for code in range(len(INTERPOLATIONS))]
+        self._settings = [
+            settings_of(info.values.dtype, info.values.nodata, code) for code in range(len(INTERPOLATIONS))
+        ]
         return kernel
 
     def _check_augmentation(self) -> None:

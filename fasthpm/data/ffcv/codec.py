@@ -6,11 +6,12 @@
     uint32 [n, b]   bytes of every block: n = ceil(H / R) bands, b bytes of a value
     blocks          band after band; of each, byte 0 of all its values, byte 1 …
 
-A block has its bytes in the order [C, rows, W], so that those of one channel are neighbours: high bytes of 16 bits hardly
-change. It is in LZ4's block format, or as it is where that is no shorter. A crop reads the bands that it touches.
+A block has its bytes in the order [C, rows, W], so that those of one channel are neighbours: high bytes of 16 bits
+hardly change. It is in LZ4's block format, or as it is where that is no shorter. A crop reads the bands it touches.
 Training unpacks blocks by itself (`array_kernel`); here it is the package lz4, plainly.
 """
 
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -96,7 +97,6 @@ def _lz4(codec: str) -> Any:
     if codec not in CODECS:
         raise UserError(f"codec is {codec!r}, expected one of {', '.join(CODECS)}")
     try:
-        import lz4.block
+        return import_module("lz4.block")
     except ImportError as error:
         raise UserError("codec lz4 needs the package lz4; install it with pip install lz4, or use raw") from error
-    return lz4.block

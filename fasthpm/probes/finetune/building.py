@@ -23,7 +23,7 @@ from fasthpm.data.statistics import PixelStatistics, statistics_from
 from fasthpm.errors import UserError
 from fasthpm.files import read_json
 from fasthpm.model import HPMViT
-from fasthpm.patches import model_of, statistics_for
+from fasthpm.patches import model_of, statistics_for, suited
 from fasthpm.probes import result
 from fasthpm.probes.answers import AUTO
 from fasthpm.probes.classifier import architecture, build_classifier, layer_decay_groups
@@ -211,7 +211,9 @@ def load_encoder(run: Path, given: dict[str, Any]) -> tuple[HPMViT, Recipe]:
 def statistics_of_tuning(settings: FineTune, model: HPMViT, loader: Loader) -> PixelStatistics:
     """By what a fine-tuning's images are normalised: as its encoder was trained, or as it began itself."""
     begun = statistics_from(read_json(Path(settings.output_dir) / checkpoint.FINETUNE_NOTES))
-    return begun or statistics_for(model, loader.info, loader.source)
+    if begun:
+        return suited(begun, loader.info, loader.source)
+    return statistics_for(model, loader.info, loader.source)
 
 
 def open_data(

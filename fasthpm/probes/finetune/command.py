@@ -32,10 +32,11 @@ from fasthpm import checkpoint, files, ranks
 from fasthpm.checkpoint import shards
 from fasthpm.cli import Arguments, Parser
 from fasthpm.data.device import on_device
-from fasthpm.data.statistics import PixelStatistics
+from fasthpm.data.statistics import PixelStatistics, statistics_from
 from fasthpm.entry import Result
 from fasthpm.errors import UserError, warn
 from fasthpm.options import add_recipe_arguments
+from fasthpm.patches import suited
 from fasthpm.probes import result
 from fasthpm.probes.classifier import architecture
 from fasthpm.probes.features import half
@@ -214,7 +215,8 @@ def evaluate_only(arguments: argparse.Namespace, given: dict[str, Any], launch: 
         vit.load_state_dict({name.removeprefix("vit."): saved.whole(kind, name) for name in saved.names})
         origin = result.provenance(arguments.run, launch)
     begin = time.perf_counter()
-    pixels = PixelStatistics(tuple(notes["mean"]), tuple(notes["std"]))
+    begun = statistics_from(notes) or PixelStatistics(tuple(notes["mean"]), tuple(notes["std"]))
+    pixels = suited(begun, loader.info, settings.val_path)
     step = ClassifierStep(vit.to(launch.device), choose_tokens(vit, settings, launch.device, pixels=pixels)).eval()
     with half(launch.device):
         figures = test(step, loader, pixels, launch, settings.seed, settings.views)
