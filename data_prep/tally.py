@@ -39,6 +39,17 @@ class Tally:
         self.range = np.tile([math.inf, -math.inf], (channels, 1))  # float32
         self.parts: list[Array] = []  # `moments` of every sample, for `merge`
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For other processes: without the bins beyond the lowest and highest that are used, which are most of them."""
+        used = np.flatnonzero(self.counts.any(0))
+        first, last = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 0)
+        return self.__dict__ | {"counts": (self.counts.shape, first, self.counts[:, first:last])}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        shape, first, counts = state["counts"]
+        self.__dict__.update(state | {"counts": np.zeros(shape, np.int64)})
+        self.counts[:, first : first + counts.shape[1]] = counts
+
     def add(self, values: Array) -> None:
         """A sample [h, w, C]."""
         self.pixels += values.shape[0] * values.shape[1]
