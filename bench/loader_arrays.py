@@ -138,7 +138,8 @@ def unpacked(path: Path, array: NDArray[Any]) -> dict[str, float]:
 
 def bench(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Everything, as it goes into the JSON."""
-    rates, speeds = {}, {}
+    rates: dict[str, Any] = {}
+    speeds: dict[str, Any] = {}
     for name, (side, channels) in SCENES.items():
         folder, sets = make(work, name, arguments.images)
         say(f"{name}: {arguments.images} files")

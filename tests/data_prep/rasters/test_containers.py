@@ -93,7 +93,12 @@ def test_files_are_known_by_what_they_are(tmp_path: Path) -> None:
     names = {name: container_of(Blob(name, make())).name for name, make in FILES.items()}
     assert names == {
         **dict.fromkeys(("zlib.tif", "lzw.tif", "plain.tif", "jpeg.tif"), "TIFF"),
-        "a.png": "picture", "a.npy": "npy", "a.npz": "npz", "a.dcm": "DICOM", "a.nii": "NIfTI", "a.h5": "HDF5",
+        "a.png": "picture",
+        "a.npy": "npy",
+        "a.npz": "npz",
+        "a.dcm": "DICOM",
+        "a.nii": "NIfTI",
+        "a.h5": "HDF5",
     }
     (tmp_path / "a.zarr").mkdir()
     assert container_of(Blob(str(tmp_path / "a.zarr"))).name == "zarr"
