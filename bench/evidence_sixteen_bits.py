@@ -68,6 +68,7 @@ def measure(arguments: argparse.Namespace, bits: str) -> dict[str, Any]:
     run, train, val = work / f"run{bits}", work / f"train{bits}.beton", work / f"val{bits}.beton"
     flags = {"data_path": train, "output_dir": run, "epochs": arguments.epochs, "steps_per_epoch": 0, "seed": 0}
     flags |= {"batch_size": BATCH, "global_batch_size": BATCH, "num_workers": 1, "panel_every": arguments.epochs}
+    flags["deepspeed_config"] = "zero1_fp32"
     say(f"{bits} bits")
     pretrain.main({"recipe": "hpm_demo", **flags})
     found = knn.main(

@@ -13,7 +13,7 @@ from PIL import Image
 
 from tests.helpers import rasters
 from tests.helpers.launch import ROOT
-from tests.test_readme import entry_point
+from tests.helpers.pages import entry_point
 
 PAGE = ROOT / "docs" / "own_images.md"
 WALK = re.compile(r"^### (\w+)[^\n]*\n(.*?)(?=^##)", flags=re.MULTILINE | re.DOTALL)

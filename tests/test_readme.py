@@ -16,19 +16,19 @@ from typing import Any, NoReturn
 
 import pytest
 
-from fasthpm.__main__ import COMMANDS, dispatch
+from fasthpm.__main__ import COMMANDS
 from fasthpm.cli import Parser
 from fasthpm.commands import listing
 from fasthpm.errors import UserError
 from fasthpm.recipe import Recipe
 from tests.helpers.launch import ROOT, check_ranks
+from tests.helpers.pages import entry_point
 
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "bench/README.md", "ds_configs/README.md")),
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
-LAUNCHERS = {"deepspeed": "--module", "torchrun": "-m", "mpirun": "-m", "srun": "-m", "python": "-m"}
 SHELL = ("#", "FLAGS=", "export ", "pid=", "trap ", "wait ", "[ ", "exit ", "bash ", "source ")  # of scripts
 OTHERS = {  # flags of programs that are not ours
     "--global_batch_size", "--no_ssh", "--node_rank", "--master_addr", "--master_port", "--hostfile", "--num_gpus",
@@ -54,14 +54,6 @@ COMMAND_LINES = [(page.relative_to(ROOT), line) for page in PAGES for line in co
 
 class Parsed(Exception):
     """Raised in place of doing what the arguments ask for."""
-
-
-def entry_point(words: Sequence[str]) -> tuple[Any, list[str]]:
-    """The main function that a command line reaches, and the arguments that it gets."""
-    if words[0] == "fasthpm":
-        return dispatch, list(words[1:])
-    place = words.index(LAUNCHERS[words[0]]) + 1
-    return importlib.import_module(words[place]).main, list(words[place + 1 :])
 
 
 @pytest.mark.parametrize(("page", "line"), COMMAND_LINES, ids=[f"{page}: {line}" for page, line in COMMAND_LINES])

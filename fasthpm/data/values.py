@@ -61,5 +61,5 @@ def noted(values: Values) -> dict[str, Any]:
         "bands": list(values.bands),
         "log": values.log,
     }
-    unsaid = {"dtype": usual.dtype, "nodata": None, "bands": [], "log": False}
+    unsaid: dict[str, Any] = {"dtype": usual.dtype, "nodata": None, "bands": [], "log": False}
     return {name: value for name, value in found.items() if value != unsaid[name]}

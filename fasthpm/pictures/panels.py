@@ -100,11 +100,6 @@ def pictures(
         hiding = policy_masks(plan, len(patches), recipe.seed) if model.video else random_masks(recipe, len(patches))
         return average_loss(model, patches, hiding, target)
 
-    def hardest() -> Tensor:
-        ranks = noise[:, :, : model.num_patches]
-        scores = predicted if valid is None else predicted.masked_fill(~valid, -torch.inf)
-        return masks.easy_to_hard_mask(scores, recipe.mask_ratio, 1.0, groups=model.slots, noise=ranks)
-
     def rebuilt() -> list[Array]:
         pixels = to_pixels(model, patches_of, reconstruct(model, patches, mask, target, frozen))
         return shown(pixels, shown.lacking(original))
@@ -115,17 +110,26 @@ def pictures(
         "true_loss": lambda: [heat(model, true_loss(), valid)],
         "predicted_loss": lambda: [heat(model, predicted, valid)],
         "mask": lambda: [hidden(model, seen[0], mask)],
-        "hardest": lambda: [hidden(model, seen[0], hardest())],
+        "hardest": lambda: [hidden(model, seen[0], hardest(model, recipe.mask_ratio, predicted, valid, noise))],
         "attention": lambda: [heat(model, attention_weights(cls_attention(model, patches)), None)],
     }
     known = {"predicted_loss": "predicted loss" if mute else predicted_name(model.difficulty, spearman)}
     known |= {"image": "clip"} if model.video else {}
-    drawn: Pictures = {}
-    for name in names or columns_of(recipe):
-        title = known.get(name, name.replace("_", " "))
-        titles = [f"{title} ({group})" if group else title for group in shown.titles] if name in PIXELS else [title]
-        drawn |= zip(titles, draw[name](), strict=True)
-    return drawn
+    drawn = ((titles_of(name, known, shown), draw[name]()) for name in names or columns_of(recipe))
+    return {title: picture for titles, found in drawn for title, picture in zip(titles, found, strict=True)}
+
+
+def hardest(model: HPMViT, share: float, scores: Tensor, valid: Tensor | None, noise: Tensor) -> Tensor:
+    """The mask of the hardest `share` of patches, bool [N, L]: those that are not `valid` come last."""
+    scores = scores if valid is None else scores.masked_fill(~valid, -torch.inf)
+    ranks = noise[:, :, : model.num_patches]
+    return masks.easy_to_hard_mask(scores, share, 1.0, groups=model.slots, noise=ranks)
+
+
+def titles_of(name: str, known: dict[str, str], shown: Shown) -> list[str]:
+    """What readers see over the pictures of a column, by its name."""
+    title = known.get(name, name.replace("_", " "))
+    return [f"{title} ({group})" if group else title for group in shown.titles] if name in PIXELS else [title]
 
 
 def predicted_name(difficulty: str, spearman: float | None) -> str:
