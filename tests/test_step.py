@@ -140,7 +140,7 @@ def train_three(recipe: Recipe, config: str, launch: ranks_launch.Launch) -> Non
     assert len(set(losses)) == 3, (recipe, losses)
 
 
-@pytest.mark.parametrize(("ranks", "preset", "every"), [(1, "zero1_bf16", 19), (2, "zero3_bf16", 43)])
+@pytest.mark.parametrize(("ranks", "preset", "every"), [(1, "zero1_bf16", 31), (2, "zero3_bf16", 71)])
 def test_sensible_combinations_train_through_the_engine(ranks: int, preset: str, every: int) -> None:
     """Some of them on one rank and on two, every target among them; `--every 1` runs them all."""
     output = check_ranks(
