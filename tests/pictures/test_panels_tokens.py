@@ -14,8 +14,13 @@ from fasthpm.tokenizers import Codebook
 from tests.helpers.tokens import Brightness
 
 FIELDS: dict[str, Any] = {
-    **{"model": "beit_vit_nano_patch4_28", "input_size": "16", "target": "tokens", "target_dim": 4},
-    **{"predict_loss": "none", "difficulty": "measured", "mask_ratio": 0.38},
+    "model": "beit_vit_nano_patch4_28",
+    "input_size": "16",
+    "target": "tokens",
+    "target_dim": 4,
+    "predict_loss": "none",
+    "difficulty": "measured",
+    "mask_ratio": 0.38,
 }
 STATISTICS = PixelStatistics((0.5,), (0.25,))
 

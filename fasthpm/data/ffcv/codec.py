@@ -38,7 +38,7 @@ def compress(array: Array, codec: str) -> bytes:
     sizes, blocks = [], []
     for start in range(0, len(plain), rows):
         for plane in _planes(plain[start : start + rows]):
-            packed = lz4.compress(plane, store_size=False, mode="high_compression")
+            packed = lz4.compress(plane, store_size=False, mode="default")
             blocks.append(packed if len(packed) < len(plane) else plane)
             sizes.append(len(blocks[-1]))
     return b"".join([np.array([rows, *sizes], SIZE).tobytes(), *blocks])
