@@ -446,7 +446,7 @@ class Recipe(Sizes):
         )
 
     def loader_options(self, **changes: Any) -> LoaderOptions:
-        """What a loader for this recipe's model is asked for, but for `changes`; with `train=False` sizes and frames."""
+        """What a loader for this model is asked for, but for `changes`; with `train=False` only sizes and frames."""
         names = ["batch_size", "image_size", "channels", "num_workers", "num_frames", "sampling_rate"]
         asked: dict[str, Any] = {}
         if changes.get("train", True):

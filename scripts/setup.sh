@@ -7,7 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 root=$(pwd -P)
 cd "$root"
 
-readonly extras="train,ffcv,webdataset,parquet,video,demo,hf,dense,onnx,dev"
+readonly extras="train,ffcv,webdataset,parquet,video,demo,hf,dense,onnx,tiff,dicom,nifti,hdf5,zarr,lz4,dev"
 readonly stamp=.venv/.setup-stamp
 readonly needed_gib=9
 readonly dataset=/usr/share/datasets/fashion-mnist

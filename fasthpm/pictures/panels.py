@@ -96,10 +96,6 @@ def pictures(
     shown = shown or shown_of(Values(str(original.dtype)), model.in_chans)
     seen = shown(original)
 
-    def true_loss() -> Tensor:
-        hiding = policy_masks(plan, len(patches), recipe.seed) if model.video else random_masks(recipe, len(patches))
-        return average_loss(model, patches, hiding, target)
-
     def rebuilt() -> list[Array]:
         pixels = to_pixels(model, patches_of, reconstruct(model, patches, mask, target, frozen))
         return shown(pixels, shown.lacking(original))
@@ -107,16 +103,24 @@ def pictures(
     draw: dict[str, Callable[[], list[Array]]] = {
         "image": lambda: seen,
         "reconstruction": rebuilt,
-        "true_loss": lambda: [heat(model, true_loss(), valid)],
+        "true_loss": lambda: [heat(model, true_loss(model, recipe, patches, target), valid)],
         "predicted_loss": lambda: [heat(model, predicted, valid)],
         "mask": lambda: [hidden(model, seen[0], mask)],
         "hardest": lambda: [hidden(model, seen[0], hardest(model, recipe.mask_ratio, predicted, valid, noise))],
         "attention": lambda: [heat(model, attention_weights(cls_attention(model, patches)), None)],
     }
     known = {"predicted_loss": "predicted loss" if mute else predicted_name(model.difficulty, spearman)}
-    known |= {"image": "clip"} if model.video else {}
+    if model.video:
+        known["image"] = "clip"
     drawn = ((titles_of(name, known, shown), draw[name]()) for name in names or columns_of(recipe))
     return {title: picture for titles, found in drawn for title, picture in zip(titles, found, strict=True)}
+
+
+def true_loss(model: HPMViT, recipe: Recipe, patches: Tensor, target: Tensor | None) -> Tensor:
+    """Loss of every patch, averaged over masks that hide it: float32 [N, L]."""
+    count = len(patches)
+    hiding = policy_masks(recipe.mask_plan, count, recipe.seed) if model.video else random_masks(recipe, count)
+    return average_loss(model, patches, hiding, target)
 
 
 def hardest(model: HPMViT, share: float, scores: Tensor, valid: Tensor | None, noise: Tensor) -> Tensor:
