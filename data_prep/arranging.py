@@ -19,7 +19,7 @@ from data_prep.encode import WRITE_MODES
 from data_prep.rasters.containers import ARRAYS, Kind, blob_of, container_of, kind_of
 from data_prep.rasters.raster import PAGES, AmbiguousPages, Reading
 from data_prep.rasters.stores import read_array
-from data_prep.samples import Files, Source
+from data_prep.samples import Files, SingleFile, Source
 from fasthpm.data.ffcv.codec import compress
 from fasthpm.data.labels import number_labels
 from fasthpm.data.sampling import Array
@@ -199,7 +199,7 @@ def arrange(source: Source, args: argparse.Namespace) -> tuple[Source, ArrayOpti
     **Raises:** `UserError` for flags that contradict the files, or each other.
     """
     cutting = _cutting(args)
-    if isinstance(source, Files) and len(source) == 1:
+    if isinstance(source, SingleFile):
         cutting = _of_array(source, args, cutting)
     looked = look(source, cutting)
     if args.alpha == "keep" and args.values != "8bit" and looked and all(one.kind.photograph for one in looked):

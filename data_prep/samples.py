@@ -123,6 +123,10 @@ class Files(Source):
             return file.read()
 
 
+class SingleFile(Files):
+    """One file, or an array in it, that is the whole source."""
+
+
 def _stamp(path: str) -> tuple[int, int]:
     """Size and time of a file; -1 where there is none."""
     try:

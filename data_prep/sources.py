@@ -17,7 +17,7 @@ import numpy as np
 
 from data_prep.rasters.containers import blob_of
 from data_prep.rasters.stores import ZARR
-from data_prep.samples import Files, Source
+from data_prep.samples import Files, SingleFile, Source
 from data_prep.tars import open_tars, webdataset
 from fasthpm.data.labels import UNLABELLED, number_labels
 from fasthpm.data.listing import is_helper, scan
@@ -144,7 +144,7 @@ def _plain(pattern: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------- image files
-def _open_single(source: str) -> Files | None:
+def _open_single(source: str) -> SingleFile | None:
     """One file that is the source: a slide to be cut up, a volume, an array `path::key`; None if it is none."""
     path = blob_of(source).path
     is_list = source.lower().endswith(LISTS)
@@ -152,7 +152,7 @@ def _open_single(source: str) -> Files | None:
         return None
     root, name = os.path.split(source if path == source else path)
     stem = name.split(".")[0] or name
-    return Files(root or ".", [name + source.removeprefix(path)], np.zeros(1, np.int64), (stem,))
+    return SingleFile(root or ".", [name + source.removeprefix(path)], np.zeros(1, np.int64), (stem,))
 
 
 def _open_images(source: Path) -> Files:

@@ -51,7 +51,7 @@ class Recipe:
     patch_size: int = option(16, "side of a patch", above=0, origin=PAPER)
     channels: int = option(
         3,
-        "image channels of the model; photographs are converted between 1 and 3, other sets have to have as many",
+        "image channels of the model; photographs are converted, 1 to 3 and back",
         low=1,
         high=MAX_CHANNELS,
         origin=PAPER,
@@ -153,9 +153,7 @@ class Recipe:
         "normalise each target patch to zero mean and unit variance",
         origin=f"{RELEASED}, its scripts; MAE's have --norm_pix_loss",
     )
-    norm_pix_channels: bool = option(
-        False, "norm_pix_loss of every channel by itself, for bands of different scale (as videos have it)"
-    )
+    norm_pix_channels: bool = option(False, "norm_pix_loss of each channel by itself, as it always is of videos")
     ema_momentum: float = option(
         0.999,
         "teacher momentum at the start (Eq. 1)",
@@ -174,9 +172,7 @@ class Recipe:
         1, "the teacher sees images this many times smaller, its map is enlarged; 1 = full size (fast mode)", above=0
     )
     teacher_maps: bool = option(
-        False,
-        "masks follow maps of whole images that the teacher makes every map_refresh_epochs, cropped with the image "
-        "(fast mode)",
+        False, "masks follow the teacher's maps of whole images, made every map_refresh_epochs (fast mode)"
     )
     # optimisation
     batch_size: int = option(64, "samples per device and micro-step", above=0, run_only=True)
@@ -207,9 +203,7 @@ class Recipe:
     )
     init_from: str = option("", "start from the weights of this run, checkpoint or import; empty = from the seed")
     init_channels: str = option(
-        "",
-        "init_from weights of other channels: repeat, which spreads them evenly, or the channels that get red, green "
-        "and blue, by name or number from 1 (4,3,2), while the others get the mean; empty = they have the same",
+        "", "init_from of other channels: repeat, or which get red, green and blue, by name or number from 1: 4,3,2"
     )
     seed: int = option(0, "seed of the weights, the sample order, the crops and the masks", low=0)
     # data
@@ -218,9 +212,7 @@ class Recipe:
         0.2, "smallest share of the image area that a random crop covers", low=0, high=1, origin=RELEASED
     )
     flip: bool = option(True, "flip training images at random", origin=RELEASED)
-    flip_vertical: bool = option(
-        False, "put training images upside down at random, for what has no up: tiles of satellites and slides"
-    )
+    flip_vertical: bool = option(False, "put training images upside down at random: tiles, which have no up")
     rotate90: bool = option(False, "turn training images by a random multiple of 90 degrees; square crops only")
     interpolation: str = option(
         "bicubic", "how crops are resized; area is a little faster and softer", choices=INTERPOLATIONS
@@ -229,16 +221,10 @@ class Recipe:
         0.0, "brightness, contrast and saturation vary by up to this share; 0 = off", low=0, high=1
     )
     channel_dropout: float = option(
-        0.0,
-        "chance of each channel of a training image to become its mean, never all; not of photographs",
-        low=0,
-        below=1,
+        0.0, "chance of each channel of a training image to become its mean; not of photographs", low=0, below=1
     )
     channel_jitter: float = option(
-        0.0,
-        "each channel's distance from its mean varies by up to this share; 0 = off; not of photographs",
-        low=0,
-        high=1,
+        0.0, "a channel's distance from its mean varies by up to this share; not of photographs", low=0, high=1
     )
     sample_order: str = option(
         "random",
@@ -454,10 +440,8 @@ class Recipe:
         return asked // per_micro_step
 
     def resolve(self, num_samples: int, world_size: int) -> "Recipe":
-        """Fill what depends on the data and the machines: accum_iter, global_batch_size, lr, steps_per_epoch.
-
-        **Raises:** `UserError` where the numbers contradict each other.
-        """
+        """Fill what depends on data and machines: accum_iter, global_batch_size, lr, steps_per_epoch.
+        **Raises:** `UserError` where they contradict each other."""
         accum_iter = self.accumulation(world_size)
         asked = accum_iter * self.batch_size * world_size
         available = num_samples // asked
@@ -471,10 +455,7 @@ class Recipe:
         )
 
     def loader_options(self, **changes: Any) -> LoaderOptions:
-        """What a loader of samples for this recipe's model is asked for, but for `changes`.
-
-        With `train=False` only what the model needs (sizes, frames): how training draws its crops is not asked for.
-        """
+        """What a loader for this recipe's model is asked for, but for `changes`; with `train=False` sizes and frames."""
         names = ["batch_size", "image_size", "channels", "num_workers", "num_frames", "sampling_rate"]
         asked: dict[str, Any] = {}
         if changes.get("train", True):
@@ -499,10 +480,7 @@ def recipe_text(recipe: Recipe) -> str:
 
 
 def load_recipe(path: Path) -> Recipe:
-    """Read what `save_recipe` wrote.
-
-    **Raises:** `UserError` for a missing or unreadable file and for unknown fields.
-    """
+    """Read what `save_recipe` wrote. **Raises:** `UserError` for a missing or unreadable file, and unknown fields."""
     try:
         values = json.loads(path.read_text())
     except (OSError, ValueError) as error:

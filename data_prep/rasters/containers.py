@@ -88,7 +88,7 @@ def kind_of(blob: Blob, reading: Reading) -> Kind:
         raise
     raster.close()
     channels = raster.channels - (raster.alpha is not None)
-    plain = are_photographs(raster.dtype, channels) or (simple and raster.dtype == "uint8" and channels == 4)
+    plain = are_photographs(raster.dtype, channels) or (simple and reading.pages != "channels" and channels == 4)
     own = (raster.height, raster.width)
     return Kind(raster.dtype, raster.channels, plain, raster.nodata, raster.bands, own, raster.alpha is not None)
 

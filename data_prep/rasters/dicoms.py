@@ -103,10 +103,12 @@ def _decoded(data: Any) -> Array:
     except MemoryError:
         raise
     except Exception as error:
-        syntax = data.file_meta.get("TransferSyntaxUID") if "TransferSyntaxUID" in data.file_meta else None
+        from pydicom.pixels import get_decoder
+
+        syntax = data.file_meta.get("TransferSyntaxUID")
         name = getattr(syntax, "name", "")
         wanted = next((package for word, package in DECODERS.items() if name.startswith(word)), "")
-        if wanted and isinstance(error, RuntimeError | NotImplementedError | AttributeError):
+        if wanted and not get_decoder(syntax).is_available:
             raise ValueError(f"DICOM of {name}, which no installed package reads; pip install {wanted}") from error
         raise
 

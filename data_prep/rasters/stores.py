@@ -145,7 +145,7 @@ def is_nifti(name: str, start: bytes) -> bool:
 def open_nifti(blob: Blob, reading: Reading) -> Raster:
     """A volume as stored, not turned: a slice is at one Z, its rows run along Y. Rescaled as the header says."""
     nibabel = library("nibabel", "nifti", "NIfTI files")
-    with gzip.open(blob.open()) if blob.start(2) == GZIP else blob.open() as file:
+    with blob.open() as raw, gzip.open(raw) if blob.start(2) == GZIP else raw as file:
         header = file.read(544)
     kind = nibabel.Nifti2Image if header[4:8] == b"n+2\0" else nibabel.Nifti1Image
     made = kind.header_class.from_fileobj(io.BytesIO(header), check=False)
@@ -169,7 +169,7 @@ def _unpacked(blob: Blob, shape: tuple[int, ...], dtype: Any) -> bytes:
     if blob.start(2) != GZIP:
         return blob.all()
     most = int(np.prod(shape, dtype=np.float64)) * np.dtype(dtype).itemsize + (1 << 20)
-    with gzip.open(blob.open()) as file:
+    with blob.open() as raw, gzip.open(raw) as file:
         data = file.read(most + 1)
     if len(data) > most:
         raise ValueError("a NIfTI file that unpacks to more than its header declares")

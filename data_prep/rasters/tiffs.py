@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from PIL import TiffImagePlugin
 
-from data_prep.rasters.raster import CHANNEL, Blob, Raster, Reading, library, raster_of
+from data_prep.rasters.raster import CHANNEL, MAX_BYTES, Blob, Raster, Reading, library, raster_of
+from fasthpm.data import jpegs
 from fasthpm.data.decoding import FIRST, LARGEST
 from fasthpm.data.sampling import Array
 
@@ -96,10 +97,31 @@ def _open(file: Any, reading: Reading) -> Raster:
 def _check_numbers(page: Any) -> None:
     if page.dtype is None:
         raise ValueError(f"TIFF of {page.bitspersample} bits in a format that is unknown")
+    high, wide = _piece_size(page)
+    size = high * wide * page.samplesperpixel * np.dtype(page.dtype).itemsize
+    if size > MAX_BYTES:  # that much is allocated before a byte is unpacked
+        raise ValueError(f"TIFF with a tile or strip of {size} bytes, more than {MAX_BYTES}")
     if page.photometric == PALETTE:
         raise ValueError("TIFF with a palette: its numbers are no values; convert it, or use --values 8bit")
     if page.photometric in LAB or (page.photometric == YCBCR and int(page.compression) not in JPEGS):
         raise ValueError("TIFF of YCbCr or Lab colours, whose values cannot be kept; use --values 8bit")
+
+
+def _piece_size(page: Any) -> tuple[int, int]:
+    """Height and width of a tile or strip."""
+    if page.is_tiled:
+        return page.tilelength, page.tilewidth
+    return min(page.rowsperstrip, page.imagelength), page.imagewidth
+
+
+def _check_jpeg(data: bytes, most: tuple[int, int]) -> None:
+    """**Raises:** `ValueError` for a JPEG that declares more than the tile or strip that it fills."""
+    frame = next((at for marker, at, _ in jpegs.segments(data) if marker in jpegs.FRAMES), None)
+    if frame is None:
+        return
+    high, wide = (int.from_bytes(data[frame + k : frame + k + 2], "big") for k in (5, 7))
+    if high > most[0] or wide > most[1]:
+        raise ValueError(f"TIFF: a JPEG of {high} x {wide} pixels in a tile or strip of {most[0]} x {most[1]}")
 
 
 def _axes(level: Any) -> str:
@@ -168,8 +190,7 @@ class _Level:
         left, right, _ = columns.indices(first.imagewidth)
         separate = first.samplesperpixel if int(first.planarconfig) == 2 else 1
         out = np.zeros((separate, bottom - top, right - left, first.samplesperpixel // separate), self.dtype)
-        high, wide = (first.tilelength, first.tilewidth) if first.is_tiled else (first.rowsperstrip, first.imagewidth)
-        high = min(high, first.imagelength) if not first.is_tiled else high
+        high, wide = _piece_size(first)
         down, across = -(-first.imagelength // high), -(-first.imagewidth // wide)
         for plane in range(separate):
             for row in range(top // high, -(-bottom // high)):
@@ -194,6 +215,8 @@ class _Level:
             data = handle.read(count)
         if len(data) < count:
             raise ValueError(f"TIFF: a strip or tile at byte {offset} has {len(data)} bytes of {count}")
+        if int(page.keyframe.compression) in JPEGS:
+            _check_jpeg(data, _piece_size(page.keyframe))
         tables = {"jpegtables": page.jpegtables, "jpegheader": getattr(page, "jpegheader", None)}
         segment, _, shape = page.keyframe.decode(data, index, **tables)
         return None if segment is None else segment[0, : shape[1], : shape[2]]

@@ -34,7 +34,7 @@ def test_the_response_to_what_is_the_same_in_all_channels_is_kept(
 ) -> None:
     folder, theirs = photographs
     if how != "repeat" and count < 4:
-        with pytest.raises(UserError, match="init_channels names '[24]', expected repeat, a number from 1 to"):
+        with pytest.raises(UserError, match=r"init_channels names '[24]', expected repeat, a number from 1 to"):
             started(folder, count, how)
         return
     ours = started(folder, count, how)

@@ -8,6 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.sets import members, read_csv
+from fasthpm.data.ffcv.beton import files_path, open_beton
+from fasthpm.data.ffcv.codec import decompress
+
 CLASSES = ("ant", "bee")
 NODATA = 0  # of satellite tiles
 FAINT = 40  # steps of 16 bits between the two classes of X-rays: less than one of 8 bits, which is 257
@@ -128,3 +132,16 @@ def xrays(folder: Path, count: int = 12, *, size: int = 64) -> Path:
         data = dicom(65535 - pixels if inverted else pixels, **kind)
         save_dicom(folder / CLASSES[index % 2] / f"scan_{index:03d}.dcm", data)
     return folder
+
+
+def stored_arrays(path: Path) -> dict[str, np.ndarray]:
+    """What an arrays set holds, [h, w, C] by the rows of its files.csv, joined by commas."""
+    found = {}
+    for member in members(path):
+        beton, data = open_beton(member), member.read_bytes()
+        names = [",".join(row) for row in list(read_csv(files_path(member)))[1:]]
+        for k, name in enumerate(names):
+            start, shape = int(beton.positions[k]), (int(beton.heights[k]), int(beton.widths[k]), beton.info.channels)
+            blob = data[start : start + int(beton.lengths[k])]
+            found[name] = decompress(blob, beton.sidecar["codec"], shape, beton.info.values.dtype)
+    return found

@@ -132,7 +132,24 @@ def test_truncated_pieces_are_refused(tmp_path: Path) -> None:
 def test_photographs_are_known_by_their_header() -> None:
     grey, colour = TILE[..., 0].astype(np.uint8), TILE[..., :3].astype(np.uint8)
     assert is_photograph(Blob("a.tif", Tiff().add(grey).bytes()))
-    assert is_photograph(Blob("a.tif", Tiff(">", big=True).add(colour).bytes()))
+    assert is_photograph(Blob("a.tif", Tiff(big=True).add(colour).bytes()))
     assert not is_photograph(Blob("a.tif", Tiff().add(TILE[..., 0]).bytes()))
     assert not is_photograph(Blob("a.tif", Tiff().add(grey, tags={277: 5}).bytes()))
     assert not is_photograph(Blob("a.tif", Tiff().add(grey).bytes()[:20]))
+
+
+def test_a_tile_that_declares_too_much_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    written(path, TILE, tile=(16, 16), planarconfig="contig", compression="zlib").close()
+    with tifffile.TiffFile(path, mode="r+b") as file:
+        for name in ("TileWidth", "TileLength"):
+            file.pages[0].tags[name].overwrite(48_000)
+    with pytest.raises(ValueError, match=r"a tile or strip of \d+ bytes, more than"):
+        open_tiff(Blob(str(path)), Reading())
+    jpeg = np.zeros((64, 64), np.uint8)
+    written(path, jpeg, tile=(64, 64), compression="jpeg").close()
+    data = bytearray(path.read_bytes())
+    at = data.index(b"\xff\xc0\x00\x0b\x08") + 5
+    data[at : at + 4] = b"\xff\xf0\xff\xf0"
+    with pytest.raises(ValueError, match="a JPEG of 65520 x 65520 pixels in a tile"):
+        whole(open_tiff(Blob("a.tif", bytes(data)), Reading()))

@@ -1,0 +1,148 @@
+"""Photographs or arrays: what flags and a look at the files decide, and what contradicts itself."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_prep.arranging import Looked, keeps_values
+from data_prep.rasters.containers import Kind
+from fasthpm.data.ffcv.beton import open_beton
+from fasthpm.errors import UserError
+from fasthpm.files import read_json
+from tests.helpers.data_fixtures import image_folder, picture, prepare
+from tests.helpers.rasters import dicom, save_dicom, stored_arrays
+
+ONE = ("--num_workers", "1")
+
+
+def kinds(*found: tuple[str, int, bool]) -> list[Looked]:
+    return [Looked(str(k), Kind(*kind)) for k, kind in enumerate(found)]
+
+
+@pytest.mark.parametrize(
+    ("found", "kept"),
+    [
+        ([("uint8", 3, True)], False),
+        ([("uint16", 1, False)], True),
+        ([("uint16", 1, False), ("uint8", 3, True)], False),
+        ([("uint16", 4, False), ("uint16", 5, False)], True),
+        ([("uint16", 4, False), ("float32", 4, False)], True),
+        ([("uint16", 1, False), ("float32", 2, False)], False),
+        ([("uint8", 4, False)], True),
+        ([], False),
+    ],
+)
+def test_values_are_kept_of_files_that_are_alike(found: list, kept: bool) -> None:
+    assert keeps_values("auto", kinds(*found)) is kept
+    assert keeps_values("keep", kinds(*found))
+    assert not keeps_values("8bit", kinds(*found))
+
+
+def sixteen(folder: Path, count: int = 2) -> Path:
+    folder.mkdir()
+    for k in range(count):
+        values = np.linspace(k, 60000, 40 * 48).reshape(40, 48).astype(np.uint16)
+        Image.fromarray(values).save(folder / f"{k}.png")
+    return folder
+
+
+def test_sixteen_bits_are_kept_and_that_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = prepare(sixteen(tmp_path / "in"), tmp_path / "a.beton", *ONE)
+    assert (
+        "values are kept: 1 channel of uint16, raw; --values 8bit makes photographs of them" in capsys.readouterr().out
+    )
+    assert stored_arrays(out)["0.png"].max() == 60000
+    eight = prepare(tmp_path / "in", tmp_path / "b.beton", *ONE, "--values", "8bit")
+    assert "dtype" not in open_beton(eight).sidecar
+    windowed = prepare(
+        tmp_path / "in", tmp_path / "c.beton", *ONE, "--values", "8bit", "--window", "0", "600", "--grey"
+    )
+    assert read_json(windowed.with_suffix(".json"))["mean"][0] > 0.98
+
+
+def test_eight_bit_files_of_other_kinds_become_photographs(tmp_path: Path) -> None:
+    pytest.importorskip("pydicom")
+    grey = np.asarray(picture(0, grey=True))
+    save_dicom(tmp_path / "in" / "a.dcm", dicom(grey))
+    np.save(tmp_path / "in" / "b.npy", np.asarray(picture(1)))
+    picture(2).save(tmp_path / "in" / "c.png")
+    out = prepare(tmp_path / "in", tmp_path / "a.beton", *ONE)
+    assert (open_beton(out).info.num_samples, open_beton(out).info.channels) == (3, 3)
+
+
+def test_transparency_is_a_choice(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    clear = np.zeros((20, 20, 4), np.uint8)
+    Image.fromarray(clear).save(tmp_path / "in" / "a.png")
+    means = {
+        ground: read_json(
+            prepare(tmp_path / "in", tmp_path / f"{ground}.beton", *ONE, "--alpha", ground).with_suffix(".json")
+        )
+        for ground in ("white", "black", "keep")
+    }
+    assert (means["white"]["mean"][0], means["black"]["mean"][0], means["keep"]["channels"]) == (1, 0, 4)
+    assert np.array_equal(stored_arrays(tmp_path / "keep.beton")["a.png"], clear)
+
+
+def test_open_questions_are_asked_at_once(tmp_path: Path) -> None:
+    pytest.importorskip("pydicom")
+    save_dicom(tmp_path / "in" / "a.dcm", dicom(np.zeros((3, 8, 8), np.uint16)))
+    with pytest.raises(UserError, match=r"a.dcm: 3 pages or slices in one file: --pages channels, samples or first"):
+        prepare(tmp_path / "in", tmp_path / "a.beton", *ONE)
+
+
+def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "in").mkdir()
+    Image.fromarray(np.zeros((8, 8), np.uint16)).save(tmp_path / "in" / "a.tif")
+    monkeypatch.setitem(__import__("sys").modules, "tifffile", None)
+    with pytest.raises(UserError, match=r"tifffile.*pip install 'fasthpm\[tiff\]'"):
+        prepare(tmp_path / "in", tmp_path / "a.beton", *ONE)
+    assert not (tmp_path / "a.beton").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--log",), "--log is for values that are kept"),
+        (("--window", "0", "1"), "--window is for values that are kept"),
+        (("--write_mode", "lz4"), "lz4 is for values that are kept"),
+        (("--stride", "8"), "give --tile PIXELS"),
+        (("--tile", "-8"), "--tile -8 is negative"),
+        (("--tile", "8", "--min_content", "2"), "expected 0 to 1"),
+        (("--values", "8bit", "--alpha", "keep"), "--alpha keep keeps values"),
+    ],
+)
+def test_flags_that_photographs_have_not(tmp_path: Path, flags: tuple[str, ...], message: str) -> None:
+    folder = image_folder(tmp_path / "in", 2)
+    with pytest.raises(UserError, match=message):
+        prepare(folder, tmp_path / "a.beton", *ONE, *flags)
+    assert not (tmp_path / "a.beton").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--grey",), "--grey is for photographs"),
+        (("--jpeg_quality", "80"), "--jpeg_quality is for photographs"),
+        (("--write_mode", "jpg"), "values are kept raw or lz4"),
+        (("--bands", "2"), r"--bands 2: no band '2'; expected 1 to 1"),
+        (("--nodata", "x"), "--nodata x is no number"),
+        (("--nodata", "-1"), "--nodata -1 is no value of uint16"),
+    ],
+)
+def test_flags_that_arrays_have_not(tmp_path: Path, flags: tuple[str, ...], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        prepare(sixteen(tmp_path / "in", 1), tmp_path / "a.beton", *ONE, *flags)
+
+
+def test_few_files_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image_folder(tmp_path / "in", 9)
+    monkeypatch.setattr("data_prep.arranging.LOOKED_AT", 4)
+    seen = []
+    monkeypatch.setattr(
+        "data_prep.arranging.kind_of", lambda blob, reading: seen.append(blob) or Kind("uint8", 3, True)
+    )
+    prepare(tmp_path / "in", tmp_path / "a.beton", *ONE)
+    assert [Path(blob.path).stem for blob in seen] == ["000", "004", "001", "007"]  # sorted by class
