@@ -201,9 +201,10 @@ def arrange(source: Source, args: argparse.Namespace) -> tuple[Source, ArrayOpti
     cutting = _cutting(args)
     if isinstance(source, SingleFile):
         cutting = _of_array(source, args, cutting)
-    looked = look(source, cutting)
+    looked = look(source, cutting) if args.values != "8bit" else []
     if args.alpha == "keep" and args.values != "8bit" and looked and all(one.kind.photograph for one in looked):
-        return _arrays(source, args, cutting, [Looked(looked[0].name, Kind("uint8", 4, False))])
+        rgba = Looked(looked[0].name, Kind("uint8", 4, False))
+        return _arrays(source, args, replace(cutting, rgba=True), [rgba])
     if keeps_values(args.values, looked):
         if not looked:
             raise UserError(f"no file of {args.source} can be read, so that it is open what there is to keep")

@@ -118,6 +118,12 @@ def new_tally(options: ArrayOptions) -> Tally:
 
 
 # ------------------------------------------------------------------------------------------------------- processes
+def compile_ahead(options: ArrayOptions) -> None:
+    """Compile the loops before processes are forked, so that not every one of them does."""
+    for dtype in {options.dtype, options.stored_dtype}:
+        Tally(dtype, options.channels, None).add(np.zeros((1, 1, options.channels), dtype))
+
+
 _source: Any = None
 _options: Any = None
 _limits: Array | None = None
@@ -176,6 +182,7 @@ def clip_limits(
     known = read_json(folder / LIMITS).get("limits")
     if known is None:
         tally = Tally(options.dtype, options.channels, options.marker)
+        compile_ahead(options)
         total = sum(len(indices) for _, indices in chunks)
         count = min(count_workers(workers), len(chunks))
         pool = ProcessPoolExecutor(count, fork, initializer=enter_worker, initargs=(source, options, lock))

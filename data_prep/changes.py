@@ -108,9 +108,9 @@ def changed(values: Array, options: ArrayOptions, limits: Array | None = None) -
     **Raises:** `ValueError` for values that may not be, with their count.
     """
     values = only_finite(values, options)
-    out = absent(values, options.marker)
     if limits is None and options.window:
         limits = np.tile(options.window, (options.channels, 1))
+    out = absent(values, options.marker) if limits is not None or options.log else None
     if limits is not None:
         values = clipped(values, out, limits)
     if options.log:

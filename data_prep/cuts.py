@@ -35,6 +35,7 @@ class Cutting:
     band_files: tuple[str, ...] = ()  # endings of the files of a sample
     bands: tuple[str, ...] = ()  # channels to take, by number from 1 or by name
     alpha: str = "white"
+    rgba: bool = False  # photographs whose opacity is kept
     window: tuple[float, float] | None = None  # of values that are not kept: what becomes black and white
     tile: int = 0
     stride: int = 0
@@ -173,7 +174,7 @@ class Cuts(Source):
 
     def _raster(self, blob: Blob) -> Raster:
         cutting = self.cutting
-        if cutting.kept and cutting.alpha == "keep" and not own_reader(blob, cutting):
+        if cutting.rgba and not own_reader(blob, cutting):
             return open_photograph(blob, cutting.reading, "keep")
         if cutting.kept or cutting.window or cutting.band_files or own_reader(blob, cutting):
             return open_raster(blob, cutting.reading)

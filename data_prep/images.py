@@ -7,6 +7,8 @@ SRC is one of
   a .txt or .csv list             a line `path` or `path label` each, relative to the list's folder; tab, comma or space
   WebDataset tar shards           a folder of .tar files or a pattern, 'train-{0000..0146}.tar'; the label is in .cls
   Hugging Face parquet files      a folder of .parquet files or a pattern, 'data/train-*.parquet'
+  one file                        a slide for --tile, a volume for --pages samples
+  FILE::KEY                       an array of an .npz, HDF5 or zarr file whose first axis counts samples
 
 A label that is missing, empty or -1 means unlabelled: such images are kept, under the label -1, and counted; training
 takes them, probes do not. Where no image has a label, all are of one class.
@@ -16,11 +18,15 @@ hash, options, versions), OUT.files.csv (the source of every sample) and, if fil
 if there is something to know of some that were, OUT.notes.csv (16 bits of which few are used, several pictures in one).
 With --shards N it is OUT-00000-of-0000N.beton and so on, and OUT.json is their index; --data_path OUT.beton opens them.
 
-Every image is decoded once, to check and measure it, and re-encoded with restart markers, which let the loader decode
-only what a crop shows. With --keep_jpeg, a JPEG that needs no shrinking is stored untouched: no second loss, but larger
-and slower to train from. It must have sequential Huffman coding, 8 bits, grey or RGB, no EXIF rotation, and at most one
-byte per pixel. Transparency is laid over white, EXIF rotation applied, 16-bit grey scaled, CMYK and palettes converted;
-of several pictures in a file the largest full one counts, of equal ones (an animation) the first.
+Pixels that are no 8-bit photographs keep their values: TIFF, 16-bit PNG, .npy, DICOM, NIfTI, HDF5 and zarr of 8 or 16
+bits or floats, with 1 to 64 channels, if the files looked at are alike (--values). What is asked of values (--window,
+--log, …) is done once and written down; a pixel of --nodata takes no part in mean, std and losses.
+
+Every photograph is decoded once, to check and measure it, and re-encoded with restart markers, which let the loader
+decode only what a crop shows. With --keep_jpeg, a JPEG that needs no shrinking is stored untouched: no second loss, but
+larger and slower to train from. It must have sequential Huffman coding, 8 bits, grey or RGB, no EXIF rotation, and at
+most one byte per pixel. Transparency is laid over white, EXIF rotation applied, 16-bit grey scaled, CMYK and palettes
+converted; of several pictures in a file the largest full one counts, of equal ones (an animation) the first.
 
 Ctrl-C, a kill or a full disk loses seconds: the same command goes on where it stopped, and the result has the same
 bytes. It notices files whose size or time has changed, or with --check_content any byte. Rows of parquet files are

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from data_prep import tally_kernel as kernel
 from fasthpm.data.sampling import Array
 
 PERCENTILES = ("0.1", "2", "50", "98", "99.9")
@@ -38,32 +39,53 @@ class Tally:
         self.range = np.tile([math.inf, -math.inf], (channels, 1))  # float32
         self.parts: list[Array] = []  # `moments` of every sample, for `merge`
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For other processes: without the bins beyond the lowest and highest that are used, which are most of them."""
+        used = np.flatnonzero(self.counts.any(0))
+        first, last = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 0)
+        return self.__dict__ | {"counts": (self.counts.shape, first, self.counts[:, first:last])}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        shape, first, counts = state["counts"]
+        self.__dict__.update(state | {"counts": np.zeros(shape, np.int64)})
+        self.counts[:, first : first + counts.shape[1]] = counts
+
     def add(self, values: Array) -> None:
         """A sample [h, w, C]."""
         self.pixels += values.shape[0] * values.shape[1]
-        for channel in range(self.channels):
-            plane = np.ascontiguousarray(values[..., channel]).reshape(-1)
-            out = absent(plane, self.nodata)
-            if out is not None and out.any():
-                plane = plane[~out]
-                self.missing[channel] += int(out.sum())
-            self.counts[channel] += np.bincount(self._bin_of(plane), minlength=self.counts.shape[1])
-        if self.dtype == np.float32:
-            self._add_moments(values)
+        kind, size = self.dtype.kind, self.dtype.itemsize
+        values = np.ascontiguousarray(values) if values.flags.writeable else values.copy()  # one type for the compiler
+        bits = values.view(f"u{size}")
+        if kind in "ui":
+            kernel.count(bits, bits.dtype.type(1 << (8 * size - 1) if kind == "i" else 0), 0, self.counts)
+        else:
+            kernel.count_floats(bits, SIGN[size], 0 if size == 2 else 32 - KEPT_BITS, self.counts)
+        missing = self._add_moments(values) if self.dtype == np.float32 else None
+        if self.nodata is not None:
+            self._set_aside(missing)
 
-    def _add_moments(self, values: Array) -> None:
-        part = np.zeros((self.channels, 3))
-        for channel in range(self.channels):
-            plane = values[..., channel].astype(np.float64).reshape(-1)
-            out = absent(plane.astype(np.float32), self.nodata)
-            plane = plane if out is None else plane[~out]
-            if len(plane):
-                mean = plane.mean()
-                part[channel] = len(plane), mean, np.square(plane - mean).sum()
-                low, high = self.range[channel]
-                self.range[channel] = min(low, plane.min()), max(high, plane.max())
+    def _add_moments(self, values: Array) -> Array:
+        """How many values of each channel are nodata."""
+        part, span = np.zeros((self.channels, 3)), np.tile([math.inf, -math.inf], (self.channels, 1))
+        nodata = 0.0 if self.nodata is None else float(np.float32(self.nodata))
+        missing = kernel.moments(values, nodata, self.nodata is not None, part, span)
         self.parts.append(part)
         self._join(part)
+        self._widen(span)
+        return missing
+
+    def _set_aside(self, missing: Array | None) -> None:
+        """Take nodata out of the counts. `missing`: of float32 how many there are, as others may share their bin."""
+        assert self.nodata is not None
+        if math.isnan(self.nodata):  # nothing else is above infinity, or below the negative one
+            inside = [self._bin_of(value) for value in (-math.inf, math.inf)]
+            self.missing += self.counts[:, : inside[0]].sum(1) + self.counts[:, inside[1] :].sum(1)
+            self.counts[:, : inside[0]] = self.counts[:, inside[1] :] = 0
+            return
+        place = self._bin_of(self.nodata)
+        taken = self.counts[:, place].copy() if missing is None else missing
+        self.missing += taken
+        self.counts[:, place] -= taken
 
     def _join(self, part: Array) -> None:
         """Chan's rule for two sets of numbers."""
@@ -94,16 +116,14 @@ class Tally:
         self.range = np.stack([low, high], 1)
 
     # ---- bins
-    def _bin_of(self, plane: Array) -> Array:
-        """The bin of every value, in rising order of the values."""
+    def _bin_of(self, value: float) -> int:
+        """The bin of a value; bins are in rising order of the values."""
         kind, size = self.dtype.kind, self.dtype.itemsize
-        if kind == "u":
-            return plane
-        if kind == "i":
-            return plane.astype(np.int64) + (1 << (8 * size - 1))
-        bits = (plane + self.dtype.type(0)).view(f"u{size}")  # -0 counts as 0
-        ordered = np.where(bits & SIGN[size], ~bits, bits | bits.dtype.type(SIGN[size]))
-        return ordered if size == 2 else ordered >> (32 - KEPT_BITS)
+        if kind in "ui":
+            return int(value) + (1 << (8 * size - 1) if kind == "i" else 0)
+        bits = int(np.array(value + 0.0, self.dtype).view(f"u{size}"))  # -0 counts as 0
+        key = 2 * SIGN[size] - 1 - bits if bits & SIGN[size] else bits | SIGN[size]
+        return key >> (0 if size == 2 else 32 - KEPT_BITS)
 
     def _values(self) -> Array:
         """The value of every bin, float64: of float32 that in its middle."""

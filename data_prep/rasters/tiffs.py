@@ -55,7 +55,7 @@ def open_tiff(blob: Blob, reading: Reading) -> Raster:
 
     **Raises:** `ValueError`, or what tifffile raises, for one that is damaged or whose numbers are no values.
     """
-    tifffile = library("tifffile", "tiff", "TIFF files whose values are kept")
+    tifffile = library("tifffile", "tiff", "TIFF files whose values are kept (--values 8bit is without)")
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what matters raises
     file = tifffile.TiffFile(blob.path if blob.data is None else blob.open())
     try:
@@ -180,6 +180,9 @@ class _Level:
             return self.whole.asarray()[index]
         numbers = np.arange(len(self.pages)).reshape(self.lead)[index[: len(self.lead)]]
         inside = dict(zip(self.first.axes, index[len(self.lead) :], strict=True))
+        if numbers.size == 1:
+            page = self._page(int(numbers.ravel()[0]), inside["Y"], inside["X"])
+            return page.reshape(*numbers.shape, *page.shape)
         parts = [self._page(int(number), inside["Y"], inside["X"]) for number in np.ravel(numbers)]
         return np.stack(parts).reshape(*numbers.shape, *parts[0].shape)
 
@@ -191,6 +194,14 @@ class _Level:
         separate = first.samplesperpixel if int(first.planarconfig) == 2 else 1
         out = np.zeros((separate, bottom - top, right - left, first.samplesperpixel // separate), self.dtype)
         high, wide = _piece_size(first)
+        if (
+            separate == 1
+            and (high, wide) == (bottom, right) == (first.imagelength, first.imagewidth)
+            and not top + left
+        ):
+            piece = self._piece(page, 0)
+            if piece is not None and piece.shape == out.shape[1:]:
+                return piece if self.own == 3 else piece[..., 0]
         down, across = -(-first.imagelength // high), -(-first.imagewidth // wide)
         for plane in range(separate):
             for row in range(top // high, -(-bottom // high)):

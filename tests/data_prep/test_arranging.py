@@ -12,6 +12,7 @@ from fasthpm.data.ffcv.beton import open_beton
 from fasthpm.errors import UserError
 from fasthpm.files import read_json
 from tests.helpers.data_fixtures import image_folder, picture, prepare
+from tests.helpers.odd_files import png
 from tests.helpers.rasters import dicom, save_dicom, stored_arrays
 
 ONE = ("--num_workers", "1")
@@ -84,6 +85,16 @@ def test_transparency_is_a_choice(tmp_path: Path) -> None:
     }
     assert (means["white"]["mean"][0], means["black"]["mean"][0], means["keep"]["channels"]) == (1, 0, 4)
     assert np.array_equal(stored_arrays(tmp_path / "keep.beton")["a.png"], clear)
+
+
+def test_opacity_of_sixteen_bits_is_kept_too(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    values = np.random.default_rng(0).integers(0, 65536, (20, 20, 4)).astype(np.uint16)
+    (tmp_path / "in" / "a.png").write_bytes(png(values))
+    out = prepare(tmp_path / "in", tmp_path / "a.beton", *ONE, "--alpha", "keep")
+    assert np.array_equal(stored_arrays(out)["a.png"], values)
+    white = stored_arrays(prepare(tmp_path / "in", tmp_path / "b.beton", *ONE))["a.png"]
+    assert white.shape == (20, 20, 3)
 
 
 def test_open_questions_are_asked_at_once(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Statistics of arrays: against sorting and float64, for every type, whatever the pieces."""
 
 import math
+import pickle
 from fractions import Fraction
 
 import numpy as np
@@ -72,7 +73,7 @@ def test_pieces_make_no_difference(dtype: str) -> None:
             one = Tally(dtype, 3, None)
             for k in piece:
                 one.add(made[k])
-            whole.merge(one)
+            whole.merge(pickle.loads(pickle.dumps(one)))
         return whole.statistics()
 
     assert joined([]) == joined([1, 2, 3, 4]) == joined([3])

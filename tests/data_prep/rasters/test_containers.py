@@ -80,8 +80,9 @@ def test_damaged_files_have_a_reason_or_are_read(name: str) -> None:
                 data[at] ^= int(rng.integers(1, 256))
         try:
             values = read(name, bytes(data))
-        except Exception as error:
-            assert not isinstance(error, MemoryError | AssertionError), repr(error)
+        except (MemoryError, AssertionError):
+            raise
+        except Exception:
             rejected += 1
         else:
             same += values.shape == expected.shape

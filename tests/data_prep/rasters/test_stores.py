@@ -31,7 +31,7 @@ def test_npy_with_channels_first_or_last(tmp_path: Path) -> None:
 
 def test_objects_in_npy_are_not_loaded(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.array([[{}]], object), allow_pickle=True)
-    with pytest.raises(ValueError, match="pickle|object"):
+    with pytest.raises(ValueError, match=r"pickle|object"):
         stores.open_npy(Blob(str(tmp_path / "a.npy")), Reading())
 
 

@@ -64,7 +64,7 @@ def test_pages_are_what_is_said(tmp_path: Path) -> None:
     values = np.ascontiguousarray(TILE.transpose(2, 0, 1))
     tifffile.imwrite(tmp_path / "a.tif", values, photometric="minisblack", metadata=None)
     blob = Blob(str(tmp_path / "a.tif"))
-    with pytest.raises(AmbiguousPages, match="4 pages .*--pages"):
+    with pytest.raises(AmbiguousPages, match=r"4 pages .*--pages"):
         open_tiff(blob, Reading())
     assert np.array_equal(whole(open_tiff(blob, Reading("channels"))), TILE)
     stack = open_tiff(blob, Reading("samples"))
