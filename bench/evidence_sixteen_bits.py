@@ -1,7 +1,7 @@
 """Do 16 bits matter? Garments that are fainter than a step of 8 bits: k-NN on the values as they are, and on 8 bits.
 
-    python -m bench.evidence_sixteen_bits [--source DIR] [--work runs/sixteen_bits] [--train 4000] [--val 1000]
-        [--epochs 6] [-o bench/results/sixteen_bits.json]
+    python -m bench.evidence_sixteen_bits [--source DIR] [--work runs/sixteen_bits] [--train 3000] [--val 1000]
+        [--epochs 3] [-o bench/results/sixteen_bits.json]
 
 Every picture is a 16-bit PNG of 28 x 28 pixels: an even ground of 99, 100 or 101 steps of 257, drawn for each, and on
 it a garment of Fashion-MNIST at half its strength, 0 to 127. A step of 8 bits is 257, so that 8 bits keep the ground
@@ -90,9 +90,9 @@ def build_parser() -> Parser:
     parser = Parser(prog="bench.evidence_sixteen_bits", description=__doc__)
     parser.add_argument("--source", type=Path, default=fashion_mnist.DEBIAN, help="folder of Fashion-MNIST's files")
     parser.add_argument("--work", type=Path, default=Path("runs/sixteen_bits"), help="where sets and runs are kept")
-    parser.add_argument("--train", type=int, default=4000, help="pictures to train on, which vote")
+    parser.add_argument("--train", type=int, default=3000, help="pictures to train on, which vote")
     parser.add_argument("--val", type=int, default=1000, help="pictures that are classified")
-    parser.add_argument("--epochs", type=int, default=6, help="of the pretrainings")
+    parser.add_argument("--epochs", type=int, default=3, help="of the pretrainings")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch")
     parser.add_argument("-o", "--output", type=Path, default=Path("bench/results/sixteen_bits.json"))
     return parser
