@@ -425,8 +425,7 @@ class Recipe:
     def accumulation(self, world_size: int) -> int:
         """Micro-steps per update on `world_size` devices.
 
-        **Raises:** `UserError` if they do not fit together with global_batch_size or accum_iter.
-        """
+        **Raises:** `UserError` if they do not fit together with global_batch_size or accum_iter."""
         per_micro_step = self.batch_size * world_size
         asked = self.global_batch_size or per_micro_step * max(self.accum_iter, 1)
         rules.devices_share_batch(asked, self.batch_size, world_size)
@@ -449,7 +448,7 @@ class Recipe:
         )
 
     def loader_options(self, **changes: Any) -> LoaderOptions:
-        """What a loader for this recipe's model is asked for, but for `changes`; with `train=False` sizes and frames."""
+        """What a loader for the recipe's model is asked for, but for `changes`; with `train=False` sizes and frames."""
         names = ["batch_size", "image_size", "channels", "num_workers", "num_frames", "sampling_rate"]
         asked: dict[str, Any] = {}
         if changes.get("train", True):
