@@ -422,8 +422,7 @@ class Recipe(Sizes):
     def accumulation(self, world_size: int) -> int:
         """Micro-steps per update on `world_size` devices.
 
-        **Raises:** `UserError` if they do not fit together with global_batch_size or accum_iter.
-        """
+        **Raises:** `UserError` if they do not fit together with global_batch_size or accum_iter."""
         per_micro_step = self.batch_size * world_size
         asked = self.global_batch_size or per_micro_step * max(self.accum_iter, 1)
         rules.devices_share_batch(asked, self.batch_size, world_size)
