@@ -63,8 +63,8 @@ def test_maps_are_turned_as_their_crops_are() -> None:
     maps = torch.rand(8, 6, 6, generator=torch.Generator().manual_seed(0))
     crops = torch.tensor([[3, 5, 20, 24, code] for code in range(8)])
     sizes = torch.full((8, 2), 40)
-    upright = crop_maps(maps, crops * torch.tensor([1, 1, 1, 1, 0]), sizes, (4, 4)).reshape(8, 4, 4)
-    found = crop_maps(maps, crops, sizes, (4, 4)).reshape(8, 4, 4)
+    upright = maps_crop.crop_maps(maps, crops * torch.tensor([1, 1, 1, 1, 0]), sizes, (4, 4)).reshape(8, 4, 4)
+    found = maps_crop.crop_maps(maps, crops, sizes, (4, 4)).reshape(8, 4, 4)
     for code in range(8):
         assert torch.equal(
             found[code], torch.from_numpy(turned(upright[code, :, :, None].numpy(), code)[..., 0].copy())
