@@ -19,6 +19,8 @@ NUMBERS = {
     "SEGMENTS": 7,
     "AUGMENT": 8,
     "REPEAT": 9,
+    "TURN": 10,
+    "CHANNELS": 11,
     "GROUPS": 2**32,
     "PROPORTION": 2**32 + 1,
     "SPLIT": 2**33,

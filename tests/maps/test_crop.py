@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from fasthpm.data.sampling import random_crops
 from fasthpm.maps import crop as maps_crop
 from tests.helpers import reference
+from tests.helpers.array_sets import turned
 
 
 @settings(max_examples=40, deadline=None)
@@ -56,3 +57,15 @@ def test_the_map_stays_on_its_object() -> None:
         got = maps_crop.crop_maps(values, torch.tensor([crop]), torch.tensor([[32, 32]]), (8, 8))
         assert abs(int(got.argmax()) // 8 - bright // 8) <= 1
         assert abs(int(got.argmax()) % 8 - bright % 8) <= 1
+
+
+def test_maps_are_turned_as_their_crops_are() -> None:
+    maps = torch.rand(8, 6, 6, generator=torch.Generator().manual_seed(0))
+    crops = torch.tensor([[3, 5, 20, 24, code] for code in range(8)])
+    sizes = torch.full((8, 2), 40)
+    upright = maps_crop.crop_maps(maps, crops * torch.tensor([1, 1, 1, 1, 0]), sizes, (4, 4)).reshape(8, 4, 4)
+    found = maps_crop.crop_maps(maps, crops, sizes, (4, 4)).reshape(8, 4, 4)
+    for code in range(8):
+        assert torch.equal(
+            found[code], torch.from_numpy(turned(upright[code, :, :, None].numpy(), code)[..., 0].copy())
+        )
