@@ -21,7 +21,7 @@ def test_every_change_is_the_plain_one(channels: int) -> None:
         wanted = reference.change_colours(images[crop].numpy(), numbers[crop].double().tolist(), 0.5, 0.5)
         assert np.abs(found[crop].numpy() - wanted).max() < 0.05, crop
     assert found.dtype == torch.float32
-    assert 0 <= found.min()
+    assert found.min() >= 0
     assert found.max() <= 255
 
 

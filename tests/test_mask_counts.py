@@ -83,7 +83,8 @@ def test_ranking_and_health_of_valid_patches_are_those_without_the_others() -> N
     valid = torch.zeros(2, 9, dtype=torch.bool)
     valid[0, :6] = True  # the second image has none
     alone = [values[:1, :6] for values in (predicted, actual, seen)]
-    found = mask_counts.ranking_loss_of(predicted.requires_grad_(), actual, valid)
+    predicted = predicted.clone().requires_grad_()
+    found = mask_counts.ranking_loss_of(predicted, actual, valid)
     assert float(found.detach()) == pytest.approx(float(losses.ranking_loss_plain(*alone[:2])), rel=1e-6)
     found.backward()
     assert predicted.grad is not None
