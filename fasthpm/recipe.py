@@ -23,12 +23,14 @@ from fasthpm.files import write_text
 from fasthpm.mask import MAP_CROPS, POLICIES, MaskPlan
 from fasthpm.options import OURS, PAPER, RELEASED, option, validate
 from fasthpm.targets import TARGETS
+from fasthpm.view_fields import ViewFields
 
 PREDICT_LOSSES = ("relative", "absolute", "none")
 PIXEL_LOSSES = ("mse", "l1")
 PREDICTORS = ("separate", "shared")
 DECODER_ATTENTIONS = ("self", "cross")
 ALPHA_SCHEDULES = ("released", "paper", "step")
+EMA_SCHEDULES = ("linear", "cosine")
 CUDA_GRAPH = ("auto", "on", "off")
 ON_NONFINITE = ("halt", "skip", "rollback")
 BACKENDS = ("auto", "flash", "cudnn", "efficient", "math")
@@ -36,7 +38,7 @@ GONE = {"teacher_precision": "model"}  # fields of older recipe files, and the v
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(ViewFields):
     """One pretraining run. Lengths are in epochs of the data set; sizes in pixels; rates per MAE's conventions."""
 
     recipe: str = option("debug", "name of the recipe that the other flags start from")
@@ -154,6 +156,9 @@ class Recipe:
         origin=f"{RELEASED}, a ramp; the papers name one momentum: --ema_ramp_epochs 0 with both momenta alike",
     )
     ema_momentum_end: float = option(0.9999, "teacher momentum after the ramp", low=0, high=1, origin=RELEASED)
+    ema_schedule: str = option(
+        "linear", "how it gets there: linear over ema_ramp_epochs, or a cosine over all updates", choices=EMA_SCHEDULES
+    )
     ema_ramp_epochs: int = option(
         100,
         "epochs over which the momentum ramps up linearly",
@@ -190,11 +195,14 @@ class Recipe:
         low=0,
         origin=f"{RELEASED}, which decays cls and mask token too",
     )
+    weight_decay_end: float = option(-1.0, "the same at the end of a cosine; below 0 = constant", low=-1)
     beta1: float = option(0.9, "AdamW beta1", low=0, high=1, origin=RELEASED)
     beta2: float = option(0.95, "AdamW beta2", low=0, high=1, origin=RELEASED)
     clip_grad: float = option(
         5.0, "clip the gradient norm to this; 0 = off", low=0, origin=f"{RELEASED}, not in the papers: --clip_grad 0"
     )
+    clip_per_tensor: bool = option(False, "clip_grad is of each parameter's gradient by itself (DINO, iBOT)")
+    freeze_last_layer_epochs: int = option(0, "epochs in which the head's last layer stays as it is", low=0)
     init_from: str = option("", "start from the weights of this run, checkpoint or import; empty = from the seed")
     seed: int = option(0, "seed of the weights, the sample order, the crops and the masks", low=0)
     # data
