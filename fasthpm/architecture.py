@@ -1,13 +1,10 @@
 """What a model is made of, in one record; `fasthpm.model` makes it."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from fasthpm import loss as losses
 from fasthpm.difficulty import DIFFICULTIES
 from fasthpm.errors import UserError, nearest
+from fasthpm.objectives import PIXELS, Objective
 
 
 @dataclass(frozen=True)
@@ -29,7 +26,10 @@ class Architecture:
     - `mask_ratio`, `mask_unit` (side in patches): of the student's masks, which some questions imitate
     - `encoder_mask_tokens`, `video`: SimMIM, VideoMAE; see `HPMViT`
     - `pixel_loss`: "mse" or "l1"; `absolute_standardize`, `norm_pix_loss`: see `fasthpm.loss`
-    - `target_dim`: width D' of the features that are predicted, by `feature_loss`; 0 = pixels are
+    - `objective`: what is predicted of masked patches, and by which loss
+    - `positions`: of the encoder's tokens: "sincos", "learned" or "relative" (BEiT; with mask tokens in it)
+    - `layer_scale`: first value of the weights that scale the encoder's branches; 0 = there are none
+    - `init`: initial values, "mae" or "beit"
     - `activation_checkpointing`: keep only the blocks' inputs and compute the rest again in the backward pass
 
     **Raises:** `UserError` for sizes that do not fit together.
@@ -57,11 +57,13 @@ class Architecture:
     absolute_standardize: bool = True
     pixel_loss: str = "mse"
     norm_pix_loss: bool = False
-    target_dim: int = 0
-    feature_loss: Callable[[Tensor, Tensor], Tensor] = losses.feature_loss
+    objective: Objective = PIXELS
     num_frames: int = 1
     tubelet_size: int = 1
     video: bool = False
+    positions: str = "sincos"
+    layer_scale: float = 0.0
+    init: str = "mae"
     activation_checkpointing: bool = False
 
     def __post_init__(self) -> None:
@@ -72,6 +74,10 @@ class Architecture:
             )
         if self.encoder_mask_tokens and (self.predictor == "shared" or self.decoder_attention == "cross"):
             raise UserError("SimMIM has no decoder blocks: use predictor separate and decoder_attention self with it")
+        if self.positions != "sincos" and self.video:
+            raise UserError(f"positions {self.positions} are of images, and this is a video model; use sincos")
+        if self.positions == "relative" and not self.encoder_mask_tokens:
+            raise UserError("relative positions need a model whose encoder sees all places (simmim_…, beit_…)")
         if any(side % self.patch_size for side in self.image_size):
             raise UserError(
                 f"image size {self.image_size} is not a multiple of patch_size {self.patch_size}; choose sides that are"

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fasthpm.errors import UserError, nearest
 from fasthpm.mask import num_masked, sample_noise, spread_units
+from fasthpm.objectives import Objective
 
 HEAD = "difficulty_head"  # the part of a model that answers `in_place`
 HEAD_SHARE = 16  # where maps are kept it learns on one of so many samples of a batch
@@ -30,7 +31,7 @@ class Asked(Protocol):
     decoder_attention: str
     encoder_mask_tokens: bool
     predict_loss_kind: str
-    target_dim: int
+    objective: Objective
     difficulty: str
     mask_ratio: float
     mask_unit: int
@@ -38,7 +39,9 @@ class Asked(Protocol):
 
     def patchify(self, images: Tensor) -> Tensor: ...
 
-    def predict_loss(self, images: Tensor, scale: int = 1, noise: Tensor | None = None) -> Tensor: ...
+    def predict_loss(
+        self, images: Tensor, scale: int = 1, noise: Tensor | None = None, target: Tensor | None = None
+    ) -> Tensor: ...
 
     def decoder_tokens(self, tokens: Tensor, scale: int = 1) -> Tensor: ...
 
@@ -46,7 +49,9 @@ class Asked(Protocol):
 
     def predictor_on(self, tokens: Tensor, last: int) -> Tensor: ...
 
-    def reconstruction_losses(self, patches: Tensor, visible: Tensor, masked: Tensor) -> Tensor: ...
+    def reconstruction_losses(
+        self, patches: Tensor, visible: Tensor, masked: Tensor, target: Tensor | None = None
+    ) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -55,8 +60,8 @@ class Difficulty:
 
     - `read`: (model, tokens [B, 1 + L, D] that `encode` gives of all patches, scale) -> float32 [B, L], higher is
       harder; `scale` as in `HPMViT.predict_loss`
-    - `look`: instead of it, for those that encode by themselves: (model, patches [B, L, t*P*P*C], noise [B, L]) ->
-      float32 [B, L]
+    - `look`: instead of it, for those that encode by themselves: (model, patches [B, L, t*P*P*C], noise [B, L], target
+      of all patches or None) -> float32 [B, L]
     - `predictor`: the loss predictor answers, so the model needs one
     - `head`: a small head on the teacher's features answers, which learns beside the student
     - `scales`: also answers for images made smaller (teacher_scale)
@@ -67,7 +72,7 @@ class Difficulty:
     summary: str  # one line for the docs
     likely: str = ""  # which difficulty_spearman to expect: what small runs had, bench.evidence_difficulty
     read: Callable[[Asked, Tensor, int], Tensor] | None = None
-    look: Callable[[Asked, Tensor, Tensor], Tensor] | None = None
+    look: Callable[[Asked, Tensor, Tensor, Tensor | None], Tensor] | None = None
     predictor: bool = False
     head: bool = False
     scales: bool = False
@@ -93,8 +98,11 @@ def question_of(name: str, decoder_attention: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------------- asking a model
-def refusal(model: Asked, name: str) -> str:
-    """Why `model` cannot be asked by difficulty `name`: the rest of a sentence; an empty string if it can."""
+def refusal(model: Asked, name: str, *, targets: bool = False) -> str:
+    """Why `model` cannot be asked by difficulty `name`: the rest of a sentence; an empty string if it can.
+
+    - `targets`: whoever asks gives the targets of the images, too
+    """
     way = DIFFICULTIES[name]
     if way.predictor and model.predict_loss_kind == "none":
         return "needs a loss predictor, which this model lacks"
@@ -102,8 +110,8 @@ def refusal(model: Asked, name: str) -> str:
         return "needs a difficulty head, which this model lacks"
     if model.encoder_mask_tokens and not way.mask_tokens_in_encoder:
         return "asks with mask tokens in the decoder, and those of this model enter its encoder"
-    if way.look and model.target_dim:
-        return "measures losses of pixels, and this model reconstructs features"
+    if way.look and model.objective.width and not targets:
+        return f"measures losses, and those of this model are of {model.objective.name}, which nobody gives here"
     return ""
 
 
@@ -193,7 +201,7 @@ def _numbers(chosen: Tensor, size: int) -> Tensor:
     return (~chosen).to(torch.uint8).argsort(dim=1, stable=True)[:, :size]
 
 
-def _measured(model: Asked, patches: Tensor, noise: Tensor) -> Tensor:
+def _measured(model: Asked, patches: Tensor, noise: Tensor, target: Tensor | None) -> Tensor:
     """The loss itself: the model reconstructs every patch from a look in which it is masked.
 
     Mask tokens that nobody asks for are left out, except in SimMIM, where they are part of the image.
@@ -202,7 +210,7 @@ def _measured(model: Asked, patches: Tensor, noise: Tensor) -> Tensor:
     losses: list[Tensor] = []
     for view in views(noise, model.grid_size, model.mask_ratio, model.mask_unit):
         hidden = view.masked if model.encoder_mask_tokens else view.asked
-        found = model.reconstruction_losses(patches, view.visible, hidden)
+        found = model.reconstruction_losses(patches, view.visible, hidden, target)
         if model.encoder_mask_tokens:
             whole = found.new_zeros(patches.shape[:2]).scatter(1, hidden, found)
             found = whole.gather(1, view.asked)

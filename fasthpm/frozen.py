@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from fasthpm.errors import UserError, about
 from fasthpm.files import read_file
+from fasthpm.fitting import misfits
 from fasthpm.recipe import Recipe
 from fasthpm.targets import TARGETS, Family
-
-LISTED = 8  # keys that an error message spells out
+from fasthpm.tokenizers import build_tokenizer
 
 
 class FrozenTeacher(nn.Module):
@@ -50,11 +50,13 @@ class FrozenTeacher(nn.Module):
 
 
 def build_frozen(recipe: Recipe, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """The module that gives the features of `recipe.target` (see `Target.build`), or None if no frozen teacher does.
+    """The module that gives `recipe.target` of images (see `Target.build`), or None if no frozen teacher does.
 
     **Raises:** `UserError` if its weights cannot be had or do not fit, or its patches are not the recipe's.
     """
     target = TARGETS[recipe.target]
+    if target.tokenizers:
+        return build_tokenizer(recipe, device, dtype)
     if target.build:
         return target.build(recipe, device, dtype)
     return None if target.family is None else pretrained_teacher(recipe, target.family).to(device=device, dtype=dtype)
@@ -135,18 +137,7 @@ def load_vit_weights(vit: Any, weights: str) -> None:
     given, own = to_timm(state), vit.state_dict()
     if "head.weight" not in own:
         given = {key: value for key, value in given.items() if not key.startswith("head.")}
-    problems = {
-        "missing": [key for key in own if key not in given],
-        "unexpected": [key for key in given if key not in own],
-        "wrong shape": [
-            f"{key} {tuple(given[key].shape)} for {tuple(own[key].shape)}"
-            for key in given
-            if key in own and given[key].shape != own[key].shape
-        ],
-        "not finite": [key for key, value in given.items() if not bool(torch.isfinite(value).all())],
-    }
-    if any(problems.values()):
-        found = "; ".join(f"{len(keys)} {name}: {_listed(keys)}" for name, keys in problems.items() if keys)
+    if found := misfits(given, own):
         raise UserError(
             f"the weights do not fit the target's teacher: {found}; give weights of it, or the --target_model and "
             f"--input_size that they were trained with"
@@ -234,11 +225,6 @@ def _check_activation(vit: Any, activation: str) -> None:
             f"the weights were trained with {activation}, the target_model has {'quick_gelu' if quick else 'gelu'}; "
             f"use --target_model vit_base_patch16_clip_{'' if quick else 'quickgelu_'}224 or the like"
         )
-
-
-def _listed(keys: list[str]) -> str:
-    more = f" and {len(keys) - LISTED} more" if len(keys) > LISTED else ""
-    return ", ".join(keys[:LISTED]) + more
 
 
 # -------------------------------------------------------------------------------------------------- key names

@@ -13,6 +13,7 @@ from fasthpm import loss as losses
 from fasthpm.mask_loops import on_cpu
 
 LAYER_NORM_EPS = 1e-6
+BEIT_STD = 0.02
 
 
 class Attended(NamedTuple):
@@ -96,12 +97,16 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, tokens: Tensor, last: int) -> Tensor:
-        """[B, N, D] -> [B, last, D]: the outputs of the last `last` tokens, which attend to all N."""
+    def forward(self, tokens: Tensor, last: int, bias: Tensor | None = None) -> Tensor:
+        """[B, N, D] -> [B, last, D]: the outputs of the last `last` tokens, which attend to all N.
+
+        - `bias`: [1, heads, N, N], added to the scores
+        """
         batch, length, dim = tokens.shape
         qkv = self.qkv(tokens).reshape(batch, length, 3, self.num_heads, dim // self.num_heads)
         query, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))  # after a permute autograd would copy
-        out = attend(query[:, :, length - last :], key, value)
+        bias = None if bias is None else bias[:, :, length - last :]
+        out = attend(query[:, :, length - last :], key, value, bias)
         return self.proj(out.transpose(1, 2).reshape(batch, last, dim))
 
 
@@ -167,30 +172,91 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block."""
+    """Pre-norm transformer block. With `layer_scale` both branches are scaled by weights [D] that begin at that value
+    (BEiT's `gamma_1` and `gamma_2`)."""
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float) -> None:
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, layer_scale: float = 0.0) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, LAYER_NORM_EPS)
         self.attn = Attention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, LAYER_NORM_EPS)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.gamma_1 = nn.Parameter(torch.full((dim,), layer_scale)) if layer_scale else None
+        self.gamma_2 = nn.Parameter(torch.full((dim,), layer_scale)) if layer_scale else None
 
-    def forward(self, tokens: Tensor, last: int = 0) -> Tensor:
-        """[B, N, D] -> [B, last or N, D]; `last` computes only that many tokens at the end (exactly)."""
+    def forward(self, tokens: Tensor, last: int = 0, paths: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        """[B, N, D] -> [B, last or N, D]; `last` computes only that many tokens at the end (exactly).
+
+        - `paths`: [B, 2], factors of the two branches of each sample (see `path_factors`); None = all 1
+        - `bias`: as in `Attention`
+        """
         last = last or tokens.shape[1]
-        kept = tokens[:, tokens.shape[1] - last :] + self.attn(self.norm1(tokens), last)
-        return kept + self.mlp(self.norm2(kept))
+        kept = tokens[:, tokens.shape[1] - last :] + self._scaled(self.attn(self.norm1(tokens), last, bias), 0, paths)
+        return kept + self._scaled(self.mlp(self.norm2(kept)), 1, paths)
+
+    def _scaled(self, branch: Tensor, number: int, paths: Tensor | None) -> Tensor:
+        gamma = self.gamma_2 if number else self.gamma_1
+        branch = branch if gamma is None else gamma * branch
+        return branch if paths is None else branch * paths[:, number, None, None].to(branch.dtype)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+class RelativePositions(nn.Module):
+    """BEiT's relative position bias, shared by all blocks: one number per head and distance of two patches, and three
+    for cls. It begins at 0.
+
+    - `grid_size`: (rows, columns) of patches
+    """
+
+    relative_position_index: Tensor
+
+    def __init__(self, grid_size: tuple[int, int], num_heads: int) -> None:
+        super().__init__()
+        index = relative_index(*grid_size)
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(int(index.max()) + 1, num_heads))
+        self.register_buffer("relative_position_index", index, persistent=False)
+
+    def forward(self) -> Tensor:
+        """[1, heads, 1 + L, 1 + L], cls first and patches in raster order."""
+        table, index = self.relative_position_bias_table, self.relative_position_index
+        return table[index.flatten()].unflatten(0, index.shape).permute(2, 0, 1)[None]
+
+
+def relative_index(rows: int, columns: int) -> Tensor:
+    """BEiT's row of the table for every pair of tokens, cls first: int64 [1 + L, 1 + L].
+
+    Row (dy + rows - 1) * (2 columns - 1) + dx + columns - 1 for a patch dy, dx below and right of another; the three
+    last rows are of cls to patches, patches to cls, cls to itself.
+    """
+    row, column = (axis.flatten() for axis in torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"))
+    down, right = row[:, None] - row + rows - 1, column[:, None] - column + columns - 1
+    count = (2 * rows - 1) * (2 * columns - 1)
+    index = torch.empty(1 + rows * columns, 1 + rows * columns, dtype=torch.int64)
+    index[1:, 1:] = down * (2 * columns - 1) + right
+    index[0], index[1:, 0], index[0, 0] = count, count + 1, count + 2
+    return index
+
+
+def path_factors(noise: Tensor, rate: float) -> Tensor:
+    """Drop path: factors of the branches of all blocks, 0 with a chance of `rate` in the last block and less before
+    it, else so much more than 1 that the mean stays: float32 [B, 2 * depth].
+
+    - `noise`: [B, 2 * depth], uniform in [0, 1)
+    """
+    depth = noise.shape[1] // 2
+    rates = torch.linspace(0, rate, depth, device=noise.device).repeat_interleave(2)
+    return (noise >= rates).float() / (1 - rates)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
     """Softmax attention of [B, heads, N, d]: torch's fused kernel, or `attend_plain` where that is faster.
 
     In bfloat16 on a CPU plain matmuls are 2-4 times faster, forward and backward, at these token counts
-    (bench/LOG.md).
+    (bench/LOG.md). `bias`, [1, heads, N, N], is added to the scores; flash attention can't do that.
     """
     if on_cpu(query) and query.dtype == torch.bfloat16:
-        return attend_plain(query, key, value)
+        return attend_plain(query, key, value, bias)
+    if bias is not None:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.dtype))
     backend = PINNED.get(attended(query, key)) if PINNED else None
     if backend is None:
         return F.scaled_dot_product_attention(query, key, value)
@@ -203,9 +269,10 @@ def attended(query: Tensor, key: Tensor) -> Attended:
     return Attended(tuple(query.shape), tuple(key.shape), query.dtype, query.requires_grad)
 
 
-def attend_plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v, as written."""
+def attend_plain(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(d) + bias) v, as written."""
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
+    scores = scores if bias is None else scores + bias
     return scores.softmax(dim=-1) @ value
 
 
@@ -240,9 +307,12 @@ def sinusoid_positions(dim: int, count: int) -> Tensor:
     return torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1)[:, :dim].float()
 
 
-def block_stack(depth: int, dim: int, num_heads: int, mlp_ratio: float, attention: str = "self") -> nn.ModuleList:
-    kind = CrossBlock if attention == "cross" else Block
-    return nn.ModuleList(kind(dim, num_heads, mlp_ratio) for _ in range(depth))
+def block_stack(
+    depth: int, dim: int, num_heads: int, mlp_ratio: float, attention: str = "self", layer_scale: float = 0.0
+) -> nn.ModuleList:
+    if attention == "cross":
+        return nn.ModuleList(CrossBlock(dim, num_heads, mlp_ratio) for _ in range(depth))
+    return nn.ModuleList(Block(dim, num_heads, mlp_ratio, layer_scale) for _ in range(depth))
 
 
 def regions_of(model: nn.Module) -> list[tuple[nn.Module, str]]:
@@ -255,14 +325,23 @@ def again_in_backward(block: nn.Module, *tokens: Any) -> Any:
     return checkpoint(vars(block).get("forward", block), *tokens, use_reentrant=False)
 
 
-def run_blocks(blocks: nn.ModuleList, tokens: Tensor, last: int = 0, again: bool = False) -> Tensor:
+def run_blocks(
+    blocks: nn.ModuleList,
+    tokens: Tensor,
+    last: int = 0,
+    again: bool = False,
+    paths: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
     """All blocks; the last one only for the `last` tokens at the end (0 = all).
 
-    `again`: activation checkpointing, each block is computed again in the backward pass.
+    - `again`: activation checkpointing, each block is computed again in the backward pass
+    - `paths`: [B, 2 * depth], `path_factors`; `bias`: as in `Attention`
     """
     for number, block in enumerate(blocks, 1):
         kept = last if number == len(blocks) else 0
-        tokens = again_in_backward(block, tokens, kept) if again else block(tokens, kept)
+        more = () if paths is None and bias is None else (None if paths is None else paths[:, 2 * number - 2 :], bias)
+        tokens = again_in_backward(block, tokens, kept, *more) if again else block(tokens, kept, *more)
     return tokens if len(blocks) else tokens[:, -last:]
 
 
@@ -279,3 +358,25 @@ def init_linear(module: nn.Module) -> None:
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+def init_beit(model: nn.Module) -> None:
+    """BEiT's initial values: weights of linear layers, tokens and learned positions are normal with deviation 0.02, cut
+    off there, biases 0; the encoder's layers that end a branch are divided by sqrt(2 * layer)."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear | PatchProjection):
+            _cut_normal(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for name in ("cls_token", "mask_token", "pos_embed"):
+        if isinstance(tokens := getattr(model, name, None), nn.Parameter):
+            _cut_normal(tokens)
+    blocks: Any = model.blocks
+    with torch.no_grad():
+        for layer, block in enumerate(blocks, 1):
+            block.attn.proj.weight.div_(math.sqrt(2 * layer))
+            block.mlp.fc2.weight.div_(math.sqrt(2 * layer))
+
+
+def _cut_normal(tensor: Tensor) -> None:
+    nn.init.trunc_normal_(tensor, std=BEIT_STD, a=-BEIT_STD, b=BEIT_STD)

@@ -66,6 +66,20 @@ def feature_loss(prediction: Tensor, target: Tensor) -> Tensor:
     return (next(directions) - next(directions)).square().sum(dim=-1)
 
 
+def token_loss(logits: Tensor, ids: Tensor) -> Tensor:
+    """Cross-entropy of every patch's token (BEiT): [B, M] from logits [B, M, K] and ids, int64 [B, M] in 0..K-1."""
+    found = F.cross_entropy(full_precision(logits).flatten(0, 1), ids.flatten(), reduction="none")
+    return found.unflatten(0, ids.shape)
+
+
+def distribution_loss(logits: Tensor, probabilities: Tensor) -> Tensor:
+    """Cross-entropy of every patch against a distribution (iBOT): [B, M] from two [B, M, K].
+
+    The gradient reaches `logits` only.
+    """
+    return -(full_precision(probabilities.detach()) * full_precision(logits).log_softmax(dim=-1)).sum(dim=-1)
+
+
 def ranking_loss(predicted: Tensor, actual: Tensor) -> Tensor:
     """Relative difficulty loss (Eq. 5-7): is patch i of an image harder than patch j?
 

@@ -20,13 +20,16 @@ from fasthpm import loss as losses
 from fasthpm.architecture import Architecture
 from fasthpm.data.statistics import PixelStatistics
 from fasthpm.difficulty import DIFFICULTIES, fixed_noise, question_of
-from fasthpm.errors import UserError, nearest
+from fasthpm.errors import UserError
 from fasthpm.layers import (
+    BEIT_STD,
     LAYER_NORM_EPS,
     DifficultyHead,
     PatchEmbed,
+    RelativePositions,
     ScalarHead,
     block_stack,
+    init_beit,
     init_linear,
     run_blocks,
     run_cross_blocks,
@@ -35,8 +38,8 @@ from fasthpm.layers import (
     sinusoid_positions,
 )
 from fasthpm.mask import split_ids
+from fasthpm.model_names import METHODS, SIZES, VIDEO, check_name, is_video, model_names, video_decoder
 
-VIDEO_FRAMES, VIDEO_TUBELET = 16, 2  # VideoMAE's
 VIDEO_EPS = losses.EPS / 0.226  # VideoMAE's 1e-6 is of pixels in 0..1; here they are divided by ImageNet's std
 LOSS_HEAD = "decoder_pred_losspred"
 
@@ -49,7 +52,7 @@ class Output(NamedTuple):
     difficulty_loss: Tensor  # scalar, 0 without a loss predictor
     per_patch_loss: Tensor  # float32 [B, M], detached
     predicted_difficulty: Tensor  # float32 [B, M], zeros without a loss predictor
-    reconstruction: Tensor  # [B, M, t*P*P*C], patches as (frame, row, column, channel); [B, M, D'] of target features
+    reconstruction: Tensor  # [B, M, t*P*P*C], patches as (frame, row, column, channel); [B, M, width] of other targets
     masked: Tensor  # int64 [B, M], their patch numbers
 
 
@@ -57,9 +60,10 @@ class HPMViT(nn.Module):
     """Masked autoencoder with a loss predictor (HPM), or without (MAE). Fixed 2-D sine-cosine positions, cls token.
 
     With `encoder_mask_tokens` it is SimMIM: the mask tokens enter the encoder, which sees all L patches, and the
-    reconstructor is a linear head on the encoder's output. Paper: that, 32 x 32 units and `pixel_loss="l1"`. From the
-    AMT paper's SimMIM: absolute positions (SimMIM has relative ones, and LayerScale). Ours: HPM on it, which neither
-    HPM paper tried (they added it to MAE, BEiT and iBOT); the loss predictor reads the encoder's output.
+    reconstructor is a linear head on the encoder's output, as in BEiT. Paper: that, 32 x 32 units and
+    `pixel_loss="l1"`. From the AMT paper's SimMIM: absolute positions (SimMIM has relative ones, and LayerScale).
+    Ours: HPM on it, which neither HPM paper tried (they added it to MAE, BEiT and iBOT); the loss predictor reads the
+    encoder's output.
 
     With `video` it has VideoMAE's layout: no cls token, one sine-cosine position per token counted through space and
     time, no bias between encoder and decoders, targets normalised per channel. VideoMAE has no bias on the keys;
@@ -85,6 +89,8 @@ class HPMViT(nn.Module):
         if not made.video:
             nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.mask_token, std=0.02)
+        if made.init == "beit":
+            init_beit(self)
         if DIFFICULTIES[self.difficulty].head:  # last, so that the other weights are those without it
             self.difficulty_head = DifficultyHead(made.embed_dim).apply(init_linear)
 
@@ -97,11 +103,11 @@ class HPMViT(nn.Module):
         self.img_size, self.patch_size, self.in_chans = made.image_size, made.patch_size, made.in_chans
         self.predict_loss_kind, self.absolute_standardize = made.predict_loss, made.absolute_standardize
         self.pixel_loss, self.norm_pix_loss = made.pixel_loss, made.norm_pix_loss
-        self.encoder_mask_tokens, self.target_dim = made.encoder_mask_tokens, made.target_dim
-        self.feature_loss = made.feature_loss
+        self.encoder_mask_tokens, self.objective = made.encoder_mask_tokens, made.objective
         self.predictor, self.decoder_attention = made.predictor, made.decoder_attention
         self.difficulty = question_of(made.difficulty, made.decoder_attention)
         self.mask_ratio, self.mask_unit = made.mask_ratio, made.mask_unit
+        self.positions, self.layer_scale = made.positions, made.layer_scale
         self.grid_size = (made.image_size[0] // made.patch_size, made.image_size[1] // made.patch_size)
         self.slots = made.num_frames // made.tubelet_size
         self.num_patches = self.slots * self.grid_size[0] * self.grid_size[1]
@@ -113,8 +119,13 @@ class HPMViT(nn.Module):
         self.patch_embed = PatchEmbed(made.patch_size, made.in_chans, dim, made.tubelet_size if made.video else 0)
         if not made.video:
             self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.register_buffer("pos_embed", self._positions(dim))
-        self.blocks = block_stack(made.depth, dim, made.num_heads, made.mlp_ratio)
+        if made.positions == "sincos":
+            self.register_buffer("pos_embed", self._positions(dim))
+        elif made.positions == "learned":
+            self.pos_embed = nn.Parameter(nn.init.trunc_normal_(torch.zeros_like(self._positions(dim)), std=BEIT_STD))
+        else:
+            self.rel_pos_bias = RelativePositions(self.grid_size, made.num_heads)
+        self.blocks = block_stack(made.depth, dim, made.num_heads, made.mlp_ratio, layer_scale=made.layer_scale)
         self.norm = nn.LayerNorm(dim, LAYER_NORM_EPS)
 
     def _make_reconstructor(self, made: Architecture) -> None:
@@ -128,7 +139,7 @@ class HPMViT(nn.Module):
             self.decoder_embed = nn.Linear(made.embed_dim, width, bias=not made.video)
             self.register_buffer("decoder_pos_embed", self._positions(width))
             self.decoder_norm = nn.LayerNorm(width, LAYER_NORM_EPS)
-        self.decoder_pred = nn.Linear(width, made.target_dim or self.patch_dim)
+        self.decoder_pred = nn.Linear(width, made.objective.width or self.patch_dim)
 
     def _make_predictor(self, made: Architecture) -> None:
         width, dim = made.decoder_width, made.predictor_dim or made.decoder_embed_dim
@@ -173,16 +184,19 @@ class HPMViT(nn.Module):
         visible, masked = split_ids(mask, _count(mask))
         return self._encode(self.patchify(images), visible, masked)[:, : self.num_prefix_tokens + visible.shape[1]]
 
-    def predict_loss(self, images: Tensor, scale: int = 1, noise: Tensor | None = None) -> Tensor:
+    def predict_loss(
+        self, images: Tensor, scale: int = 1, noise: Tensor | None = None, target: Tensor | None = None
+    ) -> Tensor:
         """Difficulty of every patch, as the model's `difficulty` answers (the teacher's forward): float32 [B, L].
 
         - `images`: as in `encode`
         - `scale`: see the image this many times smaller in both directions, and enlarge the map; it divides the grid
         - `noise`: [B, L] in [0, 1), for the looks of `difficulty.views`; None: the same looks at all images
+        - `target`: as in `forward`, for a difficulty that measures losses of anything else than pixels
         """
         patches, look = self.patchify(images), DIFFICULTIES[self.difficulty].look
         if look:
-            return look(self, patches, fixed_noise(patches) if noise is None else noise)
+            return look(self, patches, fixed_noise(patches) if noise is None else noise, target)
         if scale == 1:
             return self._predict(patches)
         small = self._predict(shrink(patches, self.grid_size, self.patch_size, scale), scale)
@@ -190,7 +204,8 @@ class HPMViT(nn.Module):
         return F.interpolate(maps, self.grid_size, mode="bilinear", align_corners=False).flatten(1)
 
     def _predict(self, patches: Tensor, scale: int = 1) -> Tensor:
-        return self.difficulty_of(self._encode(patches, table=self._table("pos_embed", scale)), scale)
+        table = None if scale == 1 else self._table("pos_embed", scale)
+        return self.difficulty_of(self._encode(patches, table=table), scale)
 
     def difficulty_of(self, tokens: Tensor, scale: int = 1) -> Tensor:
         """`predict_loss` from what `encode` gives of all patches, [B, 1 + L, D]: float32 [B, L]."""
@@ -215,16 +230,18 @@ class HPMViT(nn.Module):
         [B, last], of the last ones."""
         return self._difficulty(self._trunk(tokens, last) if self.predictor == "shared" else tokens, last)
 
-    def reconstruction_losses(self, patches: Tensor, visible: Tensor, masked: Tensor) -> Tensor:
-        """Losses of the masked patches' pixels, as `forward` has them, without a mask and the loss predictor.
+    def reconstruction_losses(
+        self, patches: Tensor, visible: Tensor, masked: Tensor, target: Tensor | None = None
+    ) -> Tensor:
+        """Losses of the masked patches, as `forward` has them, without a mask and the loss predictor.
 
         - `patches`: [B, L, t*P*P*C]; `visible`, `masked`: int64 patch numbers [B, V] and [B, M], ascending; patches in
-          neither are not seen at all
+          neither are not seen at all; `target`: as in `forward`
 
         **Returns:** float32 [B, M].
         """
         trunk = self._trunk(self._tokens(patches, visible, masked), masked.shape[1])
-        return self._per_patch(self.decoder_pred(self.decoder_norm(trunk)), patches, None, masked)
+        return self._per_patch(self.decoder_pred(self.decoder_norm(trunk)), patches, target, masked)
 
     def _table(self, name: str, scale: int) -> Tensor:
         """A table of positions [1, 1 + L, D], or that of a grid `scale` times coarser: means over scale x scale."""
@@ -243,17 +260,19 @@ class HPMViT(nn.Module):
         thrown: Tensor | None = None,
         num_thrown: int = 0,
         target: Tensor | None = None,
+        paths: Tensor | None = None,
     ) -> Output:
-        """Reconstruct the masked patches, or their features, and predict their losses (Eq. 2-7).
+        """Reconstruct the masked patches, or what the objective has of them, and predict their losses (Eq. 2-7).
 
         - `images`, `mask`: as in `encode`
         - `num_masked`: M, if known; else it is read from `mask`, which waits for the device
         - `thrown`: bool [B, L], `num_thrown` True per row: patches that are not masked and that nothing sees (AMT)
-        - `target`: [B, L, target_dim], the features of all patches, if those are what the model predicts
+        - `target`: of all patches, if the model's objective is not their pixels: [B, L, width], or ids [B, L]
+        - `paths`: [B, 2 * depth], drop path in the encoder: see `layers.path_factors`
         """
         patches = self.patchify(images)
         visible, masked = split_ids(mask, _count(mask) if num_masked is None else num_masked, thrown, num_thrown)
-        tokens, count = self._tokens(patches, visible, masked), masked.shape[1]
+        tokens, count = self._tokens(patches, visible, masked, paths), masked.shape[1]
         trunk = self._trunk(tokens, count)
         reconstruction = self.decoder_pred(self.decoder_norm(trunk))
         per_patch = self._per_patch(reconstruction, patches, target, masked)
@@ -268,13 +287,11 @@ class HPMViT(nn.Module):
         mean = per_patch.mean()
         return Output(mean + difficulty, mean, difficulty, actual, predicted, reconstruction, masked)
 
-    def _per_patch(self, prediction: Tensor, patches: Tensor, features: Tensor | None, masked: Tensor) -> Tensor:
-        """Reconstruction loss of the masked patches [B, M]: of their pixels, or of their features."""
-        given = 0 if features is None else features.shape[-1]
-        if given != self.target_dim:
-            raise ValueError(f"the target has {given} features per patch, the model predicts {self.target_dim}")
-        if features is not None:
-            return self.feature_loss(prediction, _gather(features, masked))
+    def _per_patch(self, prediction: Tensor, patches: Tensor, target: Tensor | None, masked: Tensor) -> Tensor:
+        """Reconstruction loss of the masked patches [B, M]: of their pixels, or of their `target`."""
+        self.objective.check(target)
+        if target is not None and self.objective.loss:
+            return self.objective.loss(prediction, _gather(target, masked))
         return losses.patch_loss(prediction, self.target(_gather(patches, masked)), self.pixel_loss)
 
     def target(self, patches: Tensor) -> Tensor:
@@ -288,9 +305,19 @@ class HPMViT(nn.Module):
         made = sinusoid_positions(dim, self.num_patches) if self.video else sincos_positions(dim, self.grid_size)
         return made[None].clone()  # no view: DeepSpeed casts buffers in place, which leaves the base of a view behind
 
-    def _run(self, blocks: nn.ModuleList, tokens: Tensor, last: int = 0, cross: bool = False) -> Tensor:
-        run = run_cross_blocks if cross else run_blocks
-        return run(blocks, tokens, last, self.activation_checkpointing and torch.is_grad_enabled())
+    def _run(
+        self,
+        blocks: nn.ModuleList,
+        tokens: Tensor,
+        last: int = 0,
+        cross: bool = False,
+        paths: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        again = self.activation_checkpointing and torch.is_grad_enabled()
+        if cross:
+            return run_cross_blocks(blocks, tokens, last, again)
+        return run_blocks(blocks, tokens, last, again, paths, bias)
 
     def _encode(
         self,
@@ -299,9 +326,12 @@ class HPMViT(nn.Module):
         masked: Tensor | None = None,
         last: int = 0,
         table: Tensor | None = None,
+        paths: Tensor | None = None,
     ) -> Tensor:
-        """cls, visible patches and, in SimMIM, mask tokens through the encoder; `last`: as in `_run`; `table`: of
-        positions, if not `pos_embed`."""
+        """cls, visible patches and, in SimMIM, mask tokens through the encoder; `last`, `paths`: as in `_run`;
+        `table`: of positions, if not `pos_embed`."""
+        if self.positions == "relative":
+            return self._encode_in_place(patches, visible, masked, last, paths)
         prefix = self.num_prefix_tokens
         positions = (self.pos_embed if table is None else table)[:, prefix:].expand(len(patches), -1, -1)
         seen = positions if visible is None else _gather(positions, visible)
@@ -311,16 +341,33 @@ class HPMViT(nn.Module):
             sequence.insert(0, (self.cls_token + self.pos_embed[:, :1]).expand(len(patches), -1, -1))
         if self.encoder_mask_tokens and masked is not None:
             sequence.append(self.mask_token + _gather(positions, masked))
-        return self.norm(self._run(self.blocks, torch.cat(sequence, dim=1), last))
+        return self.norm(self._run(self.blocks, torch.cat(sequence, dim=1), last, paths=paths))
 
-    def _tokens(self, patches: Tensor, visible: Tensor, masked: Tensor) -> Tensor:
+    def _encode_in_place(
+        self, patches: Tensor, visible: Tensor | None, masked: Tensor | None, last: int, paths: Tensor | None
+    ) -> Tensor:
+        """`_encode` with relative positions: all tokens stay in raster order, so that one bias suits all samples, and
+        are sorted at the end."""
+        tokens = self.patch_embed(patches.to(self.mask_token.dtype))
+        if masked is not None:
+            hidden = torch.zeros(patches.shape[:2], dtype=torch.bool, device=patches.device).scatter(1, masked, True)
+            tokens = torch.where(hidden[:, :, None], self.mask_token, tokens)
+        sequence = torch.cat([self.cls_token.expand(len(patches), -1, -1), tokens], dim=1)
+        encoded = self.norm(self._run(self.blocks, sequence, paths=paths, bias=self.rel_pos_bias()))
+        if visible is None or masked is None:
+            return encoded
+        order = torch.cat([visible.new_zeros(len(visible), 1), 1 + visible, 1 + masked], dim=1)
+        return _gather(encoded, order[:, order.shape[1] - last :] if last else order)
+
+    def _tokens(self, patches: Tensor, visible: Tensor, masked: Tensor, paths: Tensor | None = None) -> Tensor:
         """What reconstructor and loss predictor read: cls, visible and masked tokens; only masked ones where no more
         are needed."""
         if self.encoder_mask_tokens:
-            return self._encode(patches, visible, masked, masked.shape[1] if self.predict_loss_kind == "none" else 0)
+            last = masked.shape[1] if self.predict_loss_kind == "none" else 0
+            return self._encode(patches, visible, masked, last, paths=paths)
         prefix = self.num_prefix_tokens
         positions = self.decoder_pos_embed[:, prefix:].expand(len(patches), -1, -1)
-        latent = self.decoder_embed(self._encode(patches, visible))
+        latent = self.decoder_embed(self._encode(patches, visible, paths=paths))
         seen = latent[:, prefix:] + _gather(positions, visible)
         sequence = [seen, self.mask_token + _gather(positions, masked)]
         if prefix:
@@ -339,87 +386,16 @@ class HPMViT(nn.Module):
 
 
 # -------------------------------------------------------------------------------------------------- names and sizes
-SIZES: dict[str, dict[str, int]] = {
-    "nano": {"embed_dim": 128, "depth": 4, "num_heads": 4},  # for tests and laptops
-    "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
-    "small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
-    "base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
-    "large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
-    "huge": {"embed_dim": 1280, "depth": 32, "num_heads": 16},
-}
-LAYOUTS: dict[str, tuple[tuple[int, int], ...]] = {  # size: (patch side, image side) …
-    "nano": ((4, 28),),
-    "tiny": ((16, 224), (4, 28)),
-    "small": ((16, 224),),
-    "base": ((16, 224),),
-    "large": ((16, 224),),
-    "huge": ((14, 224),),
-}
-VIDEO_LAYOUTS: dict[str, tuple[tuple[int, int], ...]] = {  # the same, of 16 frames in slots of 2
-    "nano": ((8, 32),),
-    "small": ((16, 224),),
-    "base": ((16, 224),),
-    "large": ((16, 224),),
-    "huge": ((16, 224),),
-}
-
-
-METHODS: dict[str, dict[str, Any]] = {
-    "hpm": {},
-    "mae": {"predict_loss": "none"},
-    "simmim": {"predict_loss": "none", "encoder_mask_tokens": True, "pixel_loss": "l1"},
-    "videomae": {"predict_loss": "none"},
-}
-VIDEO: dict[str, Any] = {
-    "video": True,
-    "num_frames": VIDEO_FRAMES,
-    "tubelet_size": VIDEO_TUBELET,
-    "norm_pix_loss": True,
-}
-
-
-def model_names() -> list[str]:
-    """All registered names: {hpm,mae,simmim}_vit_{size}_patch{P}_{input} for images; for videos hpm_…_video and
-    videomae_vit_…."""
-    return [
-        f"{method}_vit_{size}_patch{patch}_{side}{suffix}"
-        for method, suffix, table in (
-            *((name, "", LAYOUTS) for name in METHODS if name != "videomae"),
-            ("hpm", "_video", VIDEO_LAYOUTS),
-            ("videomae", "", VIDEO_LAYOUTS),
-        )
-        for size, layouts in table.items()
-        for patch, side in layouts
-    ]
-
-
-def is_video(name: str) -> bool:
-    """Whether a registered model takes clips."""
-    return name.endswith("_video") or name.startswith("videomae_")
-
-
-def width_of(name: str) -> int:
-    """Width D of the encoder of a registered name. **Raises:** `UserError` for an unknown one."""
-    _check_name(name)
-    return SIZES[name.split("_")[2]]["embed_dim"]
-
-
 def create_model(name: str, **overrides: Any) -> HPMViT:
     """Build a registered model; `overrides` are fields of `Architecture`.
 
     **Raises:** `UserError` for an unknown name, naming the nearest.
     """
-    _check_name(name)
+    check_name(name)
     method, _, size, patch, side = name.removesuffix("_video").split("_")
     shape = {"img_size": int(side), "patch_size": int(patch.removeprefix("patch"))}
-    layout = {**VIDEO, **_video_decoder(size)} if is_video(name) else {}
+    layout = {**VIDEO, **video_decoder(size)} if is_video(name) else {}
     return HPMViT(**{**shape, **SIZES[size], **METHODS[method], **layout, **overrides})
-
-
-def _check_name(name: str) -> None:
-    names = model_names()
-    if name not in names:
-        raise UserError(f"unknown model {name!r}{nearest(name, names)}; expected one of {', '.join(names)}")
 
 
 def _register(name: str) -> None:
@@ -437,16 +413,10 @@ def _register(name: str) -> None:
 
 
 # -------------------------------------------------------------------------------------------------- small helpers
-def _video_decoder(size: str) -> dict[str, int]:
-    """VideoMAE's decoders: half the encoder's width (released code, width x heads: S 192x3, B 384x6, L 512x8, H 640x8);
-    4 blocks, for L 12."""
-    width = SIZES[size]["embed_dim"] // 2
-    heads, depth = min(width // 64, 8), 12 if size == "large" else 4
-    return {"decoder_embed_dim": width, "decoder_num_heads": heads, "decoder_depth": depth}
-
-
 def _gather(tokens: Tensor, ids: Tensor) -> Tensor:
-    """tokens [B, L, D] at ids [B, N] -> [B, N, D]."""
+    """tokens [B, L, D] at ids [B, N] -> [B, N, D]; [B, L] -> [B, N]."""
+    if tokens.dim() == 2:
+        return tokens.gather(1, ids)
     return tokens.gather(1, ids[:, :, None].expand(-1, -1, tokens.shape[-1]))
 
 

@@ -8,7 +8,8 @@ from torch import Tensor
 from fasthpm.data import Loader
 from fasthpm.data.statistics import PixelStatistics
 from fasthpm.errors import note_once
-from fasthpm.model import HPMViT, create_model, width_of
+from fasthpm.model import HPMViT, create_model
+from fasthpm.model_names import width_of
 from fasthpm.recipe import Recipe
 from fasthpm.targets import TARGETS
 
@@ -78,7 +79,7 @@ def patches_for(model: HPMViT, recipe: Recipe, loader: Loader) -> NormalizedPatc
 
 
 def target_width(recipe: Recipe) -> int:
-    """Features per patch that the recipe's model predicts; 0 = pixels."""
+    """Features or classes per patch that the recipe's model predicts; 0 = pixels."""
     return (recipe.frozen_dim or width_of(recipe.model)) if recipe.target_teacher else 0
 
 
@@ -105,8 +106,9 @@ def model_of(recipe: Recipe) -> HPMViT:
             absolute_standardize=recipe.absolute_standardize,
             pixel_loss=recipe.pixel_loss,
             norm_pix_loss=recipe.norm_pix_loss,
-            target_dim=target_width(recipe),
-            feature_loss=TARGETS[recipe.target].loss,
+            objective=TARGETS[recipe.target].of_width(target_width(recipe)),
+            positions=recipe.positions,
+            layer_scale=recipe.layer_scale,
             num_frames=recipe.num_frames,
             tubelet_size=recipe.tubelet_size,
             activation_checkpointing=recipe.activation_checkpointing,

@@ -22,6 +22,7 @@ from fasthpm.errors import UserError, nearest, note_once
 from fasthpm.files import write_text
 from fasthpm.mask import MAP_CROPS, POLICIES, MaskPlan
 from fasthpm.options import OURS, PAPER, RELEASED, option, validate
+from fasthpm.sizes import Sizes
 from fasthpm.targets import TARGETS
 from fasthpm.view_fields import ViewFields
 
@@ -29,6 +30,7 @@ PREDICT_LOSSES = ("relative", "absolute", "none")
 PIXEL_LOSSES = ("mse", "l1")
 PREDICTORS = ("separate", "shared")
 DECODER_ATTENTIONS = ("self", "cross")
+POSITIONS = ("sincos", "learned", "relative")
 ALPHA_SCHEDULES = ("released", "paper", "step")
 EMA_SCHEDULES = ("linear", "cosine")
 CUDA_GRAPH = ("auto", "on", "off")
@@ -38,14 +40,14 @@ GONE = {"teacher_precision": "model"}  # fields of older recipe files, and the v
 
 
 @dataclass(frozen=True)
-class Recipe(ViewFields):
+class Recipe(Sizes, ViewFields):
     """One pretraining run. Lengths are in epochs of the data set; sizes in pixels; rates per MAE's conventions."""
 
     recipe: str = option("debug", "name of the recipe that the other flags start from")
     # model
     model: str = option(
         "hpm_vit_base_patch16_224",
-        "registered model name: hpm_…, mae_… (no loss predictor) or simmim_…",
+        "registered model name: hpm_…, mae_… (no loss predictor), simmim_… or beit_…",
         origin=f"{PAPER}, ViT-B/16",
     )
     input_size: str = option("224", "side of the training crop, or HEIGHTxWIDTH", origin=PAPER)
@@ -75,6 +77,17 @@ class Recipe(ViewFields):
         "decoders: self attention over all tokens, or cross: only masked ones, attending to visible (fast mode)",
         choices=DECODER_ATTENTIONS,
     )
+    positions: str = option(
+        "sincos",
+        "of the encoder's tokens: fixed sine-cosine, learned, or (mask tokens in the encoder) relative: one table of "
+        "biases for all blocks, without the fastest attention kernels",
+        choices=POSITIONS,
+        origin=f"{RELEASED}, MAE's and HPM's; BEiT has learned or relative ones",
+    )
+    drop_path: float = option(
+        0.0, "share of samples whose branch the student's last block leaves out, from 0 in the first", low=0, below=1
+    )
+    layer_scale: float = option(0.0, "the blocks' branches begin scaled by this, learnt per channel; 0 = off", low=0)
     decoder_heads: int = option(16, "attention heads of both decoders", above=0, origin=RELEASED)
     # method
     mask_ratio: float = option(0.75, "share of patches that are masked", origin=PAPER)
@@ -129,17 +142,21 @@ class Recipe(ViewFields):
     )
     target: str = option(
         "pixels",
-        "what masked patches are compared with: their pixels, or features by the EMA teacher, DINO or CLIP",
+        "what masked patches are compared with: their pixels, features by the EMA teacher, DINO or CLIP, or tokens",
         choices=TARGETS,
         origin=f"{PAPER}, which ablates features of the EMA teacher, DINO and CLIP",
     )
     target_weights: str = option(
         "",
         "weights of the dino or clip teacher: a file, timm:NAME, transformers:NAME or open_clip:NAME/TAG; empty = "
-        "timm's of the published ViT-B/16",
+        "timm's of the published ViT-B/16; of tokens their tokenizer: kmeans:FILE, dvae:FOLDER or vqkd:FILE",
     )
-    target_model: str = option("", "timm architecture of these weights; empty = the published ViT-B/16, or timm:NAME's")
-    target_dim: int = option(0, "width of their features; 0 = 768 for dino, 512 for clip", low=0)
+    target_model: str = option(
+        "", "timm architecture of these weights; empty = the published ViT-B/16, or timm:NAME's (kmeans, dvae: none)"
+    )
+    target_dim: int = option(
+        0, "width of their features, or number of tokens; 0 = 768 for dino, 512 for clip, 8192 tokens", low=0
+    )
     pixel_loss: str = option(
         "mse", "reconstruction loss: mse (MAE, HPM) or l1 (SimMIM)", choices=PIXEL_LOSSES, origin=PAPER
     )
@@ -312,32 +329,6 @@ class Recipe(ViewFields):
 
     # ---------------------------------------------------------------------------------------------- derived
     @property
-    def image_size(self) -> tuple[int, int]:
-        """(height, width) of the training crop."""
-        return rules.sides_of(self.input_size)
-
-    @property
-    def sample_shape(self) -> tuple[int, ...]:
-        """(height, width, channels) of an image, (frames, height, width, channels) of a clip."""
-        frames = (self.num_frames,) if self.num_frames > 1 else ()
-        return *frames, *self.image_size, self.channels
-
-    @property
-    def grid_size(self) -> tuple[int, int]:
-        """(rows, columns) of patches."""
-        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
-
-    @property
-    def slots(self) -> int:
-        """Frame slots: tubelets along time, 1 for images."""
-        return self.num_frames // self.tubelet_size
-
-    @property
-    def num_patches(self) -> int:
-        """L."""
-        return self.slots * self.grid_size[0] * self.grid_size[1]
-
-    @property
     def num_masked(self) -> int:
         """M; see `MaskPlan.num_masked`."""
         return self.mask_plan.num_masked
@@ -389,7 +380,7 @@ class Recipe(ViewFields):
 
     @property
     def frozen_dim(self) -> int:
-        """Width of the frozen teacher's features (`target` dino or clip); 0 without one."""
+        """Width of the frozen teacher's features (`target` dino or clip), or number of tokens; 0 without one."""
         return self.target_dim or TARGETS[self.target].width
 
     @property

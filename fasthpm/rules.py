@@ -6,6 +6,10 @@ Arguments are named as the fields are; what one field may be by itself stands wi
 from typing import Any
 
 from fasthpm.errors import UserError
+from fasthpm.mask import POLICIES
+from fasthpm.targets import TARGETS
+
+MASK_TOKENS_IN_ENCODER = ("simmim_", "beit_")  # how the names of such models begin
 
 
 def check(recipe: Any) -> None:
@@ -15,6 +19,7 @@ def check(recipe: Any) -> None:
     _check_target(recipe)
     _check_patches(recipe)
     _check_masks(recipe)
+    _check_positions(recipe)
 
 
 def _check_schedule(recipe: Any) -> None:
@@ -38,7 +43,6 @@ def _check_difficulty(recipe: Any) -> None:
     name, question = recipe.difficulty, recipe.question
     head_learns_from_masks(name, question.head, recipe.mask_policy, recipe.masks_by_difficulty)
     question_suits_model(name, question.mask_tokens_in_encoder, recipe.model)
-    question_suits_target(name, question.look is not None, recipe.target, bool(recipe.target_teacher))
     question_has_scales(name, question.scales, recipe.teacher_scale)
 
 
@@ -54,6 +58,7 @@ def _check_fast_modes(recipe: Any) -> None:
 def _check_target(recipe: Any) -> None:
     teacher = recipe.target_teacher
     target_has_weights(recipe.target, teacher, recipe.target_weights, recipe.target_model, recipe.target_dim)
+    tokenizer_is_known(recipe.target, TARGETS[recipe.target].tokenizers, recipe.target_weights, recipe.target_model)
     if teacher:
         features_are_of_images(recipe.target, recipe.model, recipe.num_frames)
         ema_features_are_whole(teacher, recipe.teacher_scale, recipe.teacher_maps)
@@ -65,6 +70,13 @@ def _check_patches(recipe: Any) -> None:
     is_multiple("num_frames", recipe.num_frames, "tubelet_size", recipe.tubelet_size)
     is_multiple("mask_unit", recipe.mask_unit, "patch_size", recipe.patch_size)
     small_teacher_sees_images(recipe.teacher_scale, recipe.num_frames, recipe.grid_size)
+
+
+def _check_positions(recipe: Any) -> None:
+    video = recipe.num_frames > 1 or "video" in recipe.model
+    positions_suit_model(recipe.positions, recipe.model, video)
+    attention = POLICIES[recipe.mask_policy].follows == "attention"
+    positions_suit_masks(recipe.positions, recipe.mask_policy, attention, recipe.teacher_scale)
 
 
 def _check_masks(recipe: Any) -> None:
@@ -161,19 +173,10 @@ def head_learns_from_masks(difficulty: str, head: bool, mask_policy: str, follow
 
 def question_suits_model(difficulty: str, mask_tokens_in_encoder: bool, model: str) -> None:
     """Mask tokens everywhere would hide the image from an encoder that sees them."""
-    if model.startswith("simmim_") and not mask_tokens_in_encoder:
+    if model.startswith(MASK_TOKENS_IN_ENCODER) and not mask_tokens_in_encoder:
         raise UserError(
             f"difficulty {difficulty} asks with mask tokens in the decoder, and those of {model} enter its encoder; "
             f"use --difficulty measured or in_place"
-        )
-
-
-def question_suits_target(difficulty: str, measures: bool, target: str, features: bool) -> None:
-    """A measured loss is of pixels."""
-    if measures and features:
-        raise UserError(
-            f"difficulty {difficulty} measures losses of pixels, and target is {target}; use --difficulty in_place or "
-            f"masked_query, or --target pixels"
         )
 
 
@@ -221,7 +224,7 @@ def shared_predictor_has_no_shape(predictor: str, predictor_dim: int, predictor_
 
 def decoder_has_blocks(model: str, predictor: str, decoder_attention: str) -> None:
     """SimMIM's linear head has no blocks."""
-    if model.startswith("simmim_") and (predictor == "shared" or decoder_attention == "cross"):
+    if model.startswith(MASK_TOKENS_IN_ENCODER) and (predictor == "shared" or decoder_attention == "cross"):
         raise UserError(
             f"model {model} has no decoder blocks to share or to attend in; use --predictor separate "
             f"--decoder_attention self"
@@ -256,6 +259,21 @@ def target_has_weights(target: str, teacher: str, target_weights: str, target_mo
         )
 
 
+def tokenizer_is_known(target: str, tokenizers: tuple[str, ...], target_weights: str, target_model: str) -> None:
+    """A tokenizer is named with its kind, and one kind alone has an architecture to choose."""
+    kind, colon, file = target_weights.partition(":")
+    if tokenizers and target_weights and not (kind in tokenizers and colon and file):
+        raise UserError(
+            f"target {target} needs the kind of its tokenizer, and target_weights is {target_weights!r}; expected one "
+            f"of {', '.join(f'{name}:PATH' for name in tokenizers)}"
+        )
+    if tokenizers and target_model and kind != "vqkd":
+        raise UserError(
+            f"target_model {target_model} is the encoder of a vqkd tokenizer, and target_weights is "
+            f"{target_weights!r}; leave it out, or use --target_weights vqkd:FILE"
+        )
+
+
 def features_are_of_images(target: str, model: str, num_frames: int) -> None:
     """Features are targets for images only."""
     if num_frames > 1 or "video" in model:
@@ -275,9 +293,30 @@ def loss_is_of_pixels(target: str, pixel_loss: str, norm_pix_loss: bool) -> None
     """Losses of pixels need pixels."""
     if pixel_loss != "mse" or norm_pix_loss:
         raise UserError(
-            f"target {target} compares directions of features, and pixel_loss {pixel_loss} with "
+            f"target {target} compares no pixels, and pixel_loss {pixel_loss} with "
             f"norm_pix_loss {norm_pix_loss} is for pixels; use --pixel_loss mse --no-norm_pix_loss, or "
             f"--target pixels"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------- positions
+def positions_suit_model(positions: str, model: str, video: bool) -> None:
+    """Learned and relative positions are of images, relative ones of encoders that see all places."""
+    if positions != "sincos" and video:
+        raise UserError(f"positions {positions} are of images, and {model} is a video model; use --positions sincos")
+    if positions == "relative" and not model.startswith(MASK_TOKENS_IN_ENCODER):
+        raise UserError(
+            f"positions relative need an encoder that sees all places, and {model}'s sees the visible patches alone; "
+            f"use --positions sincos or learned, or a beit_ or simmim_ model"
+        )
+
+
+def positions_suit_masks(positions: str, mask_policy: str, attention: bool, teacher_scale: int) -> None:
+    """Relative positions are of one whole grid, and masks do not follow attention that they are part of."""
+    if positions == "relative" and (attention or teacher_scale != 1):
+        raise UserError(
+            f"positions relative are of one grid, all of whose patches are seen, and mask_policy is {mask_policy}, "
+            f"teacher_scale {teacher_scale}; use --positions learned, or other masks and --teacher_scale 1"
         )
 
 

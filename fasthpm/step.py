@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 from fasthpm import loss as losses
 from fasthpm.data import DatasetInfo
 from fasthpm.difficulty import HEAD, HEAD_SHARE, view_noise
-from fasthpm.layers import regions_of
+from fasthpm.errors import UserError
+from fasthpm.layers import path_factors, regions_of
 from fasthpm.mask import MaskPlan, Sets, draw_sets, sample_noise
 from fasthpm.model import HPMViT, Output
 from fasthpm.patches import NormalizedPatches
@@ -22,6 +24,7 @@ from fasthpm.speed.clock import Stopwatch
 from fasthpm.speed.compiled import Compiled
 
 METRICS = ("loss", "reconstruction_loss", "difficulty_loss", "spearman", "pair_accuracy", "teacher_spearman")
+PATH_SEED = 0xD20B  # apart from the noise of the masks
 HEALTH_SAMPLES = 16  # predictor health is measured on this many samples of a batch
 
 
@@ -47,7 +50,7 @@ class TeacherOutput(NamedTuple):
     """What the teachers say of a batch."""
 
     difficulty: Tensor | None  # float32 [B, L], if the masks follow it
-    features: Tensor | None  # [B, L, D], if they are the target
+    features: Tensor | None  # [B, L, D'], or ids [B, L], if they are the target
     tokens: Tensor | None = None  # [B or fewer, L, D], if a difficulty head learns on them
 
 
@@ -63,6 +66,7 @@ class Step(nn.Module):
         self.normalized_patches = NormalizedPatches(recipe, info)
         self._teacher: list[HPMViT] = []
         self._frozen: list[nn.Module] = []
+        self._ids_checked = False
         self.run_patches: Callable[[Tensor], Tensor] = self.normalized_patches
         self.run_teacher: Callable[..., TeacherOutput] = self.teach
         self.run_student: Callable[..., StepOutput] = self.learn
@@ -125,35 +129,53 @@ class Step(nn.Module):
         """
         recipe, answer = self.recipe, TeacherOutput(None, None)
         with torch.no_grad():
+            given = None
+            if self._frozen:
+                with self.stopwatch.measure(images.device):
+                    given = self._frozen[0](images)
+                self._check_ids(given)
             if recipe.uses_teacher and not recipe.teacher_maps:
                 noise = view_noise(step, ids, recipe.num_patches, recipe.seed) if recipe.question.look else None
                 with self.stopwatch.measure(images.device):
-                    answer = self.run_teacher(patches, noise)
+                    answer = self.run_teacher(patches, noise, given if recipe.question.look else None)
             elif recipe.uses_teacher and recipe.question.head:
                 with self.stopwatch.measure(images.device):
                     answer = self.run_teacher(patches[: -(-len(patches) // HEAD_SHARE)])
-            if self._frozen:
-                with self.stopwatch.measure(images.device):
-                    answer = answer._replace(features=self._frozen[0](images))
-        return answer
+        return answer if given is None else answer._replace(features=given)
+
+    def _check_ids(self, given: Tensor) -> None:
+        """**Raises:** `UserError` for ids of tokens that the student does not know; looks at the first batch alone,
+        because that waits for the device."""
+        width = self.student.objective.width
+        if self.student.objective.ids and not self._ids_checked and not isinstance(given, FakeTensor):
+            low, high = int(given.min()), int(given.max())
+            if low < 0 or high >= width:
+                raise UserError(
+                    f"the target's tokenizer gives ids {low} to {high}, and the model predicts {width} tokens; use "
+                    f"--target_dim {high + 1} or more"
+                )
+            self._ids_checked = True
 
     def _no_scores(self, images: Tensor) -> Tensor:
         """Nothing to follow: float32 zeros [B, L]."""
         return torch.zeros(len(images), self.recipe.num_patches, device=images.device)
 
-    def teach(self, patches: Tensor, noise: Tensor | None = None) -> TeacherOutput:
+    def teach(self, patches: Tensor, noise: Tensor | None = None, target: Tensor | None = None) -> TeacherOutput:
         """One pass of the EMA teacher, for difficulty (unless its maps are kept), features or both.
 
-        - `patches`: normalised, [B, L, t*P*P*C]; `noise`: as in `HPMViT.predict_loss`
+        - `patches`: normalised, [B, L, t*P*P*C]; `noise`, `target`: as in `HPMViT.predict_loss`
         """
         features, head = self.recipe.target_teacher == "ema", self.recipe.question.head
         asked = self.recipe.masks_by_difficulty and not self.recipe.teacher_maps
         teacher = self._teacher[0]
         if not (features or head):
-            return TeacherOutput(teacher.predict_loss(patches, self.recipe.teacher_scale, noise), None)
+            return TeacherOutput(teacher.predict_loss(patches, self.recipe.teacher_scale, noise, target), None)
         tokens = teacher.encode(patches)
-        difficulty = teacher.difficulty_of(tokens) if asked else None
-        found = tokens[:, teacher.num_prefix_tokens :]
+        found, difficulty = tokens[:, teacher.num_prefix_tokens :], None
+        if asked and self.recipe.question.look:
+            difficulty = teacher.predict_loss(patches, noise=noise, target=found)
+        elif asked:
+            difficulty = teacher.difficulty_of(tokens)
         return TeacherOutput(difficulty, found if features else None, found if head else None)
 
     @torch.no_grad()
@@ -164,12 +186,23 @@ class Step(nn.Module):
         """
         images = images[:HEALTH_SAMPLES]
         used = self.difficulty(images) if scores is None else scores[:HEALTH_SAMPLES]
-        exact = self._teacher[0].predict_loss(self.normalized_patches(images))
+        patches = self.normalized_patches(images)
+        exact = self._teacher[0].predict_loss(patches, target=self.target_of(images, patches))
         return losses.spearman(used, exact)
 
     def difficulty(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """The teacher's difficulty of every patch, float32 [B, L]; `noise`: as in `HPMViT.predict_loss`."""
-        return self._teacher[0].predict_loss(self.normalized_patches(images), self.recipe.teacher_scale, noise)
+        patches = self.normalized_patches(images)
+        target = self.target_of(images, patches) if self.recipe.question.look else None
+        return self._teacher[0].predict_loss(patches, self.recipe.teacher_scale, noise, target)
+
+    def target_of(self, images: Tensor, patches: Tensor) -> Tensor | None:
+        """What the student reconstructs of all patches of some images, if not their pixels; `patches`: of the same."""
+        if self._frozen:
+            given: Tensor = self._frozen[0](images)
+            return given
+        teacher = self._teacher[0] if self.recipe.target_teacher == "ema" else None
+        return teacher.encode(patches)[:, teacher.num_prefix_tokens :] if teacher else None
 
     def learn(
         self,
@@ -185,12 +218,19 @@ class Step(nn.Module):
         """Everything after the teachers: mask, student, losses.
 
         - `patches`: normalised, [B, L, t*P*P*C]
-        - `scores`: [B, L], what the mask follows; `features`: [B, L, D'], what is reconstructed, None = pixels
+        - `scores`: [B, L], what the mask follows
+        - `features`: what is reconstructed, [B, L, D'] or ids [B, L]; None = pixels
         - `tokens`: [B or fewer, L, D], features of the teacher on which a difficulty head learns
         """
         mask, thrown = self._sets(plan, ids, step, alpha, scores)
         output = self.student(
-            patches, mask, num_masked=plan.num_masked, thrown=thrown, num_thrown=plan.num_thrown, target=features
+            patches,
+            mask,
+            num_masked=plan.num_masked,
+            thrown=thrown,
+            num_thrown=plan.num_thrown,
+            target=features,
+            paths=self._paths(ids, step),
         )
         if tokens is not None:
             output = self._with_head(output, tokens)
@@ -209,6 +249,13 @@ class Step(nn.Module):
         """What is masked and what is thrown away, bool [B, L] each; the latter None if the plan throws nothing."""
         noise = sample_noise(self.recipe.seed, step, ids, plan.noise_size)
         return draw_sets(plan, noise, scores, alpha)
+
+    def _paths(self, ids: Tensor, step: Tensor) -> Tensor | None:
+        """Which branches of the encoder each sample takes, for `HPMViT.forward`; None without drop path."""
+        if not self.recipe.drop_path:
+            return None
+        noise = sample_noise(self.recipe.seed ^ PATH_SEED, step, ids, 2 * len(self.student.blocks), draws=1)[0]
+        return path_factors(noise, self.recipe.drop_path)
 
     def _compile_now(self, *arguments: Any) -> None:
         """Compile the step for both plans, so that none is compiled in mid-run when the first maps arrive, and let a

@@ -1,7 +1,7 @@
-"""What masked patches are reconstructed as: their pixels, or features that a teacher gives of them.
+"""What masked patches are reconstructed as: their pixels, or what a teacher or a tokenizer gives of them.
 
 A target is one record in `TARGETS`; the recipe, the model and the step read it. `fasthpm.frozen` builds the teachers
-that do not learn.
+that do not learn, `fasthpm.tokenizers` the tokenizers.
 """
 
 from collections.abc import Callable
@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-from torch import Tensor
 
-from fasthpm.loss import feature_loss
+from fasthpm.objectives import OBJECTIVES, Objective, PatchLoss
 
 TEACHERS = ("", "ema", "frozen")
+TOKENIZERS = ("kmeans", "dvae", "vqkd")  # how the target_weights of tokens begin; `tokenizers` makes them
+TOKENS = 8192  # of the published tokenizers, DALL-E's and BEiT v2's
 
 
 @dataclass(frozen=True)
@@ -34,17 +35,27 @@ class Target:
     - `teacher`: who gives the features: "" nobody, they are pixels; "ema", the teacher of the run; "frozen", one that
       does not learn: a ViT of `family`, or whatever `build` makes
     - `width`: features per patch D', where the recipe's target_dim does not say; 0 = as wide as the encoder
-    - `loss`: (prediction, features), [B, M, D'] each -> loss of every patch [B, M]; the gradient reaches the prediction
-    - `build`: (recipe, device, dtype) -> a module: uint8 images [B, H, W, C] -> features of all patches [B, L, D']
+    - `objective`: a name in `objectives.OBJECTIVES`: what of the patches it is that the teacher gives
+    - `loss`: (prediction, targets of the masked patches) -> loss of every patch [B, M], whose gradient reaches the
+      prediction; None = the objective's
+    - `build`: (recipe, device, dtype) -> a module: uint8 images [B, H, W, C] -> features of all patches [B, L, D'], or
+      ids, int64 [B, L]
+    - `tokenizers`: kinds of tokenizers of which target_weights names one, as KIND:FILE
     """
 
     name: str
     summary: str  # one line for the docs
     teacher: str = "frozen"
     width: int = 0
-    loss: Callable[[Tensor, Tensor], Tensor] = feature_loss
+    objective: str = "features"
+    loss: PatchLoss | None = None
     family: Family | None = None
     build: Callable[..., Any] | None = None
+    tokenizers: tuple[str, ...] = ()
+
+    def of_width(self, width: int) -> Objective:
+        """What a model of `width` features or classes per patch learns of this target."""
+        return OBJECTIVES[self.objective if self.teacher else "pixels"].as_wide_as(width, self.loss)
 
 
 TARGETS: dict[str, Target] = {}
@@ -56,7 +67,9 @@ def register(target: Target) -> Target:
         raise ValueError(f"there is a target {target.name} already; give the new one another name")
     if target.teacher not in TEACHERS:
         raise ValueError(f"target {target.name} has teacher {target.teacher!r}, expected one of {TEACHERS}")
-    if target.teacher == "frozen" and not (target.family or target.build):
+    if target.objective not in OBJECTIVES:
+        raise ValueError(f"target {target.name} has objective {target.objective!r}, expected one of {(*OBJECTIVES,)}")
+    if target.teacher == "frozen" and not (target.family or target.build or target.tokenizers):
         raise ValueError(f"target {target.name} has a frozen teacher, but neither family nor build; give one of them")
     TARGETS[target.name] = target
     return target
@@ -87,5 +100,10 @@ register(
             OPENAI_CLIP_STD,
             True,
         ),
+    )
+)
+register(
+    Target(
+        "tokens", "ids of every patch by a tokenizer (BEiT)", width=TOKENS, objective="tokens", tokenizers=TOKENIZERS
     )
 )

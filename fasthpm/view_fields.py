@@ -17,9 +17,7 @@ class ViewFields:
     local_crop_min: float = option(0.05, "smallest share of the area that a small crop covers", above=0, high=1)
     local_crop_max: float = option(0.25, "the largest", above=0, high=1)
     view_augment: str = option(
-        "none",
-        "colours of views: dino: jitter, grey, blur and solarisation, on the device",
-        choices=VIEW_AUGMENTS,
+        "none", "colours of views: dino: jitter, grey, blur and solarisation, on the device", choices=VIEW_AUGMENTS
     )
     mask_ratio_spread: float = option(
         0.0, "views: each image's mask_ratio is drawn from this much below it to as much above", low=0, high=1

@@ -300,8 +300,6 @@ def test_the_other_weights_start_as_without_the_head() -> None:
         ({"difficulty": "paper", "predict_loss": "none"}, "use --predict_loss relative, --difficulty in_place or"),
         ({"difficulty": "masked_query", "predict_loss": "none"}, "but predict_loss is none"),
         ({"difficulty": "masked_query", "model": "simmim_vit_base_patch16_224"}, "enter its encoder"),
-        ({"difficulty": "measured", "target": "dino"}, "measures losses of pixels, and target is dino"),
-        ({"difficulty": "measured", "target": "ema"}, "measures losses of pixels, and target is ema"),
         ({"difficulty": "measured", "teacher_scale": 2}, "sees images in full size, but teacher_scale is 2"),
         ({"difficulty": "in_place", "teacher_scale": 2}, "sees images in full size, but teacher_scale is 2"),
         ({"difficulty": "measure"}, "did you mean 'measured'?"),

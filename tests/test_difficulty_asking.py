@@ -9,6 +9,7 @@ from fasthpm.difficulty import DIFFICULTIES, HEAD, ask_by, averaged, fixed_noise
 from fasthpm.errors import UserError
 from fasthpm.layers import DifficultyHead
 from fasthpm.model import HPMViT
+from fasthpm.objectives import FEATURES
 
 SMALL: dict[str, Any] = {
     "img_size": 12,
@@ -29,8 +30,8 @@ SMALL: dict[str, Any] = {
         ({}, {"paper", "masked_query", "measured"}),
         ({"difficulty": "in_place"}, {"paper", "masked_query", "measured", "in_place"}),
         ({"predict_loss": "none"}, {"measured"}),
-        ({"predict_loss": "none", "target_dim": 5}, set()),
-        ({"target_dim": 5}, {"paper", "masked_query"}),
+        ({"predict_loss": "none", "objective": FEATURES.as_wide_as(5)}, set()),
+        ({"objective": FEATURES.as_wide_as(5)}, {"paper", "masked_query"}),
         ({"encoder_mask_tokens": True}, {"paper", "measured"}),
     ],
 )

@@ -83,7 +83,7 @@ def test_the_added_target_is_what_the_student_learns() -> None:
     features = torch.stack([cut.mean(2), cut.std(2)], dim=2)
     with torch.no_grad():
         again = step.student(step.normalized_patches(images), output.mask, target=features)
-    assert step.student.target_dim == again.reconstruction.shape[-1] == 2
+    assert step.student.objective.width == again.reconstruction.shape[-1] == 2
     chosen = features[output.mask].reshape(again.reconstruction.shape)
     want = torch.nn.functional.smooth_l1_loss(again.reconstruction, chosen)
     torch.testing.assert_close(output.metrics[1], want)

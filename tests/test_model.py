@@ -12,7 +12,8 @@ from torch import Tensor
 import fasthpm
 from fasthpm.checkpoint import load_reference
 from fasthpm.errors import UserError
-from fasthpm.model import HPMViT, model_names
+from fasthpm.model import HPMViT
+from fasthpm.model_names import model_names
 from tests.helpers import reference
 from tests.helpers.golden import GOLDEN
 

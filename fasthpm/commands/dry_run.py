@@ -30,6 +30,7 @@ from fasthpm.recipe import Recipe
 from fasthpm.speed.gpus import GPU
 from fasthpm.step import Step
 from fasthpm.targets import TARGETS
+from fasthpm.tokenizers import untrained_tokenizer
 
 BLOCK = 512  # bytes: the allocator rounds up to it
 FREE = frozenset({  # operations that launch no kernel
@@ -193,22 +194,26 @@ def step_without_values(recipe: Recipe, dtype: torch.dtype) -> tuple[Step, HPMVi
 
 def _frozen(recipe: Recipe) -> nn.Module:
     """The recipe's frozen teacher without its weights; what a target of one's own builds costs nothing here."""
-    family = TARGETS[recipe.target].family
-    if family is None:
-        return _Features(recipe)
+    target = TARGETS[recipe.target]
     with unset_fake_temporarily():  # timm looks at numbers while it builds
-        return untrained_teacher(recipe, family).bfloat16()
+        if target.tokenizers and (tokenizer := untrained_tokenizer(recipe, torch.bfloat16)):
+            return tokenizer
+        if target.family:
+            return untrained_teacher(recipe, target.family).bfloat16()
+    return _Given(recipe)
 
 
-class _Features(nn.Module):
-    """Features of every patch, [B, L, D'], from nowhere."""
+class _Given(nn.Module):
+    """Features of every patch, [B, L, D'], or ids [B, L], from nowhere."""
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
-        self.shape = recipe.num_patches, recipe.frozen_dim
+        ids = TARGETS[recipe.target].of_width(1).ids
+        self.shape = (recipe.num_patches,) if ids else (recipe.num_patches, recipe.frozen_dim)
+        self.dtype = torch.int64 if ids else torch.bfloat16
 
     def forward(self, images: Tensor) -> Tensor:
-        return images.new_empty(len(images), *self.shape, dtype=torch.bfloat16)
+        return images.new_empty(len(images), *self.shape, dtype=self.dtype)
 
 
 def _count(module: nn.Module | None) -> int:

@@ -31,8 +31,9 @@ from fasthpm.checkpoint.foreign import unusable
 from fasthpm.data.statistics import PixelStatistics
 from fasthpm.dense.pickles import read_arrays
 from fasthpm.errors import UserError, about
-from fasthpm.exchange.forms import library, relative_index
+from fasthpm.exchange.forms import library
 from fasthpm.files import read_file
+from fasthpm.layers import relative_index
 from fasthpm.model import HPMViT
 
 LISTED = 6  # names that a message tells

@@ -43,8 +43,13 @@ class ExportResult(Result):
 
 
 def default_form(model: HPMViT) -> str:
-    """timm's for images; timm has no video ViT, so a video model is kept under our names."""
-    return "safetensors" if model.video else "timm"
+    """timm's for images; timm's ViT has no clips and no relative positions: such a model is kept under our names."""
+    return "safetensors" if is_kept_whole(model) else "timm"
+
+
+def is_kept_whole(model: HPMViT) -> bool:
+    """Whether the default form is the whole model under our names."""
+    return model.video or model.positions == "relative"
 
 
 def named_form(name: str) -> Form:
@@ -107,6 +112,9 @@ def _check(form: Form, model: HPMViT, path: Path) -> None:
         others = ", ".join(name for name, other in FORMS.items() if kind in other.takes)
         what = f"{form.library} has no video ViT like this one" if model.video else "this model takes images"
         raise UserError(f"--format {form.name} is not for {kind} models: {what}; use one of {others}")
+    if model.positions == "relative" and not form.relative:
+        others = ", ".join(name for name, other in FORMS.items() if other.relative)
+        raise UserError(f"--format {form.name} has no relative positions, this model has; use one of {others}")
     if refusal := form.refusal(model):
         raise UserError(f"--format {form.name} needs {refusal}; use --format timm, which takes any")
     if not form.folder and path.suffix != (suffix := Path(form.default).suffix):

@@ -40,7 +40,7 @@ from fasthpm.checkpoint.pixels import metadata_statistics
 from fasthpm.cli import Parser
 from fasthpm.data.statistics import PixelStatistics
 from fasthpm.errors import UserError, about
-from fasthpm.model import SIZES, VIDEO_FRAMES, is_video, model_names
+from fasthpm.model_names import SIZES, VIDEO_FRAMES, is_video, model_names
 from fasthpm.patches import model_of, target_width
 from fasthpm.recipe import Recipe, build_recipe
 

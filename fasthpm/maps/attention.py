@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fasthpm.errors import UserError
+
 ROUNDING = 32  # units in the last place within which two sums of the same values may differ
 
 
@@ -15,7 +17,10 @@ def cls_attention(model: nn.Module, images: Tensor) -> Tensor:
     - `model`: an `HPMViT`; `images`: as in its `encode`
 
     **Returns:** float32 [B, heads, L]; with the attention to itself each row would sum to 1.
+    **Raises:** `UserError` for relative positions, which are part of it.
     """
+    if getattr(model, "positions", "") == "relative":
+        raise UserError("attention of a model with relative positions is not drawn; use --positions learned")
     attention: Any = model.blocks[-1].attn  # type: ignore[index, union-attr]
     seen: list[Tensor] = []
     hook = attention.qkv.register_forward_hook(lambda module, inputs, output: seen.append(output))

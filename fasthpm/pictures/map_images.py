@@ -44,7 +44,8 @@ from fasthpm.data.sampling import Array, area_resize
 from fasthpm.difficulty import averaged, refusal
 from fasthpm.entry import Result
 from fasthpm.errors import UserError
-from fasthpm.model import HPMViT, is_video
+from fasthpm.model import HPMViT
+from fasthpm.model_names import is_video
 from fasthpm.patches import NormalizedPatches, Statistics, statistics_for
 from fasthpm.pictures import drawing, panels
 from fasthpm.probes import answers

@@ -1,6 +1,7 @@
 """Pictures of what a model sees: image, reconstruction, true loss, predicted loss, mask; of videos, frame by frame."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +11,6 @@ from fasthpm import mask as masks
 from fasthpm.data import DatasetInfo, build_loader
 from fasthpm.data.sampling import Array
 from fasthpm.difficulty import refusal
-from fasthpm.frozen import FrozenTeacher
 from fasthpm.loss import EPS
 from fasthpm.maps.attention import attention_weights, cls_attention
 from fasthpm.mask import MaskPlan
@@ -44,7 +44,12 @@ def fixed_images(recipe: Recipe, count: int) -> tuple[Tensor, DatasetInfo]:
 
 def columns_of(recipe: Recipe) -> tuple[str, ...]:
     """Names of the pictures that are drawn if none are asked for."""
-    return FEATURE_COLUMNS if recipe.target_teacher else COLUMNS
+    return COLUMNS if has_pictures(recipe) else FEATURE_COLUMNS
+
+
+def has_pictures(recipe: Recipe) -> bool:
+    """Whether there is a picture of what the recipe's model predicts: pixels, or codes that are patches."""
+    return not recipe.target_teacher or recipe.target_weights.startswith("kmeans:")
 
 
 @torch.no_grad()
@@ -54,7 +59,7 @@ def pictures(
     statistics: Statistics,
     images: Tensor,
     alpha: float,
-    frozen: FrozenTeacher | None = None,
+    frozen: Any = None,
     names: Sequence[str] = (),
     spearman: float | None = None,
 ) -> Pictures:
@@ -62,8 +67,8 @@ def pictures(
 
     - `statistics`: by which pixels are normalised; `images`: uint8 [N, (T,) H, W, C]
     - `alpha`: share of the mask that the predicted difficulty chooses
-    - `frozen`: the target's teacher, for targets dino and clip; with target ema, the true loss is that of the model's
-      own features
+    - `frozen`: the target's teacher or tokenizer, for targets dino, clip and tokens; with target ema, the true loss is
+      that of the model's own features
     - `names`: of `COLUMNS` and `MORE_COLUMNS`, none: `columns_of(recipe)`; "hardest" masks the recipe's share of
       patches, hardest first
     - `spearman`: difficulty_spearman of the model's difficulty, if it is known, for the predicted loss's name
@@ -77,8 +82,8 @@ def pictures(
     patches = patches_of(images)
     target = frozen(images) if frozen else model.encode(patches)[:, 1:] if recipe.target_teacher == "ema" else None
     noise = _noise(plan, len(patches), recipe.seed).to(patches.device)
-    mute = bool(refusal(model, model.difficulty))
-    predicted = torch.zeros_like(patches[:, :, 0]) if mute else model.predict_loss(patches)
+    mute = bool(refusal(model, model.difficulty, targets=True))
+    predicted = torch.zeros_like(patches[:, :, 0]) if mute else model.predict_loss(patches, target=target)
     mask = masks.draw_mask(plan, noise, predicted, alpha)
     original = images.cpu().numpy().reshape(len(images), model.num_frames, *images.shape[-3:])
 
@@ -86,13 +91,16 @@ def pictures(
         hiding = policy_masks(plan, len(patches), recipe.seed) if model.video else random_masks(recipe, len(patches))
         return average_loss(model, patches, hiding, target)
 
+    def reconstructed() -> Tensor:
+        return reconstruct(model, patches, mask, target, frozen)
+
     def hardest() -> Tensor:
         ranks = noise[:, :, : model.num_patches]
         return masks.easy_to_hard_mask(predicted, recipe.mask_ratio, 1.0, groups=model.slots, noise=ranks)
 
     draw: dict[str, Callable[[], Array]] = {
         "image": lambda: drawing.as_rgb(original),
-        "reconstruction": lambda: drawing.as_rgb(to_pixels(model, patches_of, reconstruct(model, patches, mask))),
+        "reconstruction": lambda: drawing.as_rgb(to_pixels(model, patches_of, reconstructed())),
         "true_loss": lambda: drawing.heat(per_pixel(model, true_loss())),
         "predicted_loss": lambda: drawing.heat(per_pixel(model, predicted)),
         "mask": lambda: drawing.as_rgb(hidden(model, original, mask)),
@@ -110,12 +118,19 @@ def predicted_name(difficulty: str, spearman: float | None) -> str:
     return f"predicted loss ({difficulty}{figure})" if figure or difficulty != "paper" else "predicted loss"
 
 
-def reconstruct(model: HPMViT, patches: Tensor, mask: Tensor) -> Tensor:
-    """Normalised patches [N, L, t*P*P*C] with the masked ones replaced by their reconstruction, in float32."""
+def reconstruct(
+    model: HPMViT, patches: Tensor, mask: Tensor, target: Tensor | None = None, frozen: Any = None
+) -> Tensor:
+    """Normalised patches [N, L, t*P*P*C] with the masked ones replaced by their reconstruction, in float32.
+
+    - `target`, `frozen`: as in `average_loss` and `pictures`; of tokens it is the likeliest one's picture
+    """
     count = int(mask[0].sum())
-    prediction = model(patches, mask, num_masked=count).reconstruction.float()
-    ids = masks.split_ids(mask, count)[1][:, :, None].expand_as(prediction)
-    if model.norm_pix_loss:
+    prediction = model(patches, mask, num_masked=count, target=target).reconstruction.float()
+    ids = masks.split_ids(mask, count)[1][:, :, None].expand(-1, -1, patches.shape[-1])
+    if model.objective.ids:
+        prediction = frozen.pictures(prediction.argmax(dim=-1), patches.gather(1, ids))
+    elif model.norm_pix_loss:
         prediction = _denormalised(model, prediction, patches.gather(1, ids))
     return patches.scatter(1, ids, prediction)
 

@@ -80,7 +80,7 @@ def check_model(model: HPMViT, recipe: Recipe, arguments: argparse.Namespace, co
         raise UserError("--images are pictures, and this model takes videos; give a prepared set with --data_path")
     if model.video and "attention" in columns:
         raise UserError("attention is that of the cls token, which video models do not have; leave out this column")
-    if recipe.target_teacher and "reconstruction" in columns:
+    if not panels.has_pictures(recipe) and "reconstruction" in columns:
         raise UserError(
             f"this run reconstructs {recipe.target} features, of which there is no picture; leave out the "
             f"column reconstruction"

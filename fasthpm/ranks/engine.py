@@ -19,8 +19,8 @@ from fasthpm.ranks.launch import Launch
 from fasthpm.ranks.zero import MasterLayout, add_gradients_at_once, update_without_waits
 from fasthpm.recipe import Recipe
 
-
 LAST_LAYER = "last_layer"  # of a projection head: what `freeze_last_layer` holds still
+
 
 # ------------------------------------------------------------------------------------------------------ engine
 def parameter_groups(model: nn.Module, weight_decay: float, apart: str = "") -> list[dict[str, Any]]:
@@ -32,7 +32,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, apart: str = "") -> 
     groups: dict[str, list[nn.Parameter]] = {"no_decay": [], "decay": []} | ({apart: []} if apart else {})
     for name, parameter in sorted(model.named_parameters()):
         if parameter.requires_grad:
-            exempt = parameter.ndim <= 1 or name.rpartition(".")[2] in ("bias", "cls_token", "mask_token")
+            exempt = parameter.ndim <= 1 or name.rpartition(".")[2] in ("bias", "cls_token", "mask_token", "pos_embed")
             kind = "no_decay" if exempt else "decay"
             groups[apart if apart and apart in name else kind].append(parameter)
     return [
@@ -60,7 +60,8 @@ def build_engine(
 
     step_module.to(launch.device)
     optimizer = torch.optim.AdamW(
-        groups or parameter_groups(step_module, recipe.weight_decay, LAST_LAYER if recipe.freeze_last_layer_epochs else ""),
+        groups
+        or parameter_groups(step_module, recipe.weight_decay, LAST_LAYER if recipe.freeze_last_layer_epochs else ""),
         lr=0.0,  # ZeRO 0 takes an empty step while it starts, which must not decay the weights
         betas=(recipe.beta1, recipe.beta2),
         eps=1e-8,

@@ -55,20 +55,14 @@ class DifficultyCheck:
             for images, ids in zip(self._batch.images.split(CHUNK), self._batch.ids.split(CHUNK), strict=True):
                 images, ids = images.to(run.launch.device), ids.to(run.launch.device)
                 patches = step.normalized_patches(images)
-                target = self._target(images, patches, model)
+                target = step.target_of(images, patches)
                 true = mean_losses(step.student, patches, ids, random_plan(run.recipe), target)
-                answers = model.predict_loss(patches)
+                answers = model.predict_loss(patches, target=target)
                 figures = torch.stack([losses.spearman(answers, true), losses.hardest_auc(answers, true)])
                 sums += torch.cat([figures.double() * len(ids), sums.new_tensor([len(ids)])])
         dist.all_reduce(sums)
         spearman, auc, count = sums.tolist()
         return {"difficulty_spearman": spearman / count, "difficulty_auc": auc / count}
-
-    def _target(self, images: Tensor, patches: Tensor, teacher: HPMViT) -> Tensor | None:
-        """The features that the student reconstructs, if it does not reconstruct pixels."""
-        if self.run.step.frozen is not None:
-            return self.run.step.frozen(images)
-        return teacher.encode(patches)[:, teacher.num_prefix_tokens :] if self.run.recipe.target_teacher else None
 
     def save(self, folder: Path, done: int) -> None:
         """Nothing: it has no state."""
@@ -92,7 +86,7 @@ def mean_losses(
     """Loss of every patch, averaged over those of `masks` random masks that hide it: float32 [B, L].
 
     - `patches`: [B, L, t*P*P*C]; `ids`: int64 [B], which the masks are a function of
-    - `target`: [B, L, D'], the features that are reconstructed, if they are not pixels
+    - `target`: [B, L, D'] or ids [B, L], what is reconstructed, if it is not pixels
     """
     total = torch.zeros(patches.shape[:2], device=patches.device)
     count, even = torch.zeros_like(total), torch.zeros_like(total)

@@ -33,6 +33,8 @@ def step_cost(model: HPMViT, recipe: Recipe, price: Price) -> dict[str, float]:
     teacher = 0.0
     if recipe.masks_by_difficulty:
         teacher = teacher_cost(model, price, length // recipe.teacher_scale**2)
+        if recipe.question.look and recipe.target_teacher == "ema":  # its own features, of the whole image
+            teacher += price.encoder(model, length, 0, 0)
     elif recipe.uses_teacher:
         teacher = price.encoder(model, length, 0, 0)
     if recipe.teacher_maps:

@@ -60,13 +60,18 @@ FLOPS = Price(encoder_flops, decoder_flops, linear_flops)
 
 
 def frozen_flops(frozen: Any, patches: int) -> float:
-    """Forward of a `FrozenTeacher` on `patches` patches of colour images; 0 of other modules, which nobody counts."""
+    """Forward of a `FrozenTeacher` on `patches` patches of colour images, or of a tokenizer; 0 of other modules, which
+    nobody counts."""
+    if hasattr(frozen, "flops"):
+        return float(frozen.flops(patches))
     vit = getattr(frozen, "vit", None)
     if vit is None:
         return 0.0
     side, dim, tokens = vit.patch_embed.patch_size[0], vit.embed_dim, patches + vit.num_prefix_tokens
     ratio = vit.blocks[0].mlp.fc1.out_features / dim
     head = 2 * patches * dim * vit.head.out_features if frozen.projected else 0
+    if hasattr(frozen, "codes"):  # VQ-KD
+        head += 2 * patches * sum(weight.numel() for weight in (*frozen.head.parameters(), frozen.codes))
     return 2 * patches * dim * 3 * side**2 + blocks_flops(len(vit.blocks), tokens, dim, ratio) + head
 
 

@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fasthpm.exchange.forms.openmmlab import mmseg_shapes, relative_index
+from fasthpm.exchange.forms.openmmlab import mmseg_shapes
+from fasthpm.layers import relative_index
 
 State = dict[str, Tensor]
 SIZES = {"embed_dim": 24, "num_heads": 2, "patch_size": 4, "img_size": [16, 16], "in_chans": 3, "depth": 4}

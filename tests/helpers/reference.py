@@ -373,6 +373,22 @@ def draw_probability(weights: list[float], order: tuple[int, ...]) -> float:
     return probability
 
 
+def token_losses(logits: Tensor, ids: Tensor) -> Tensor:
+    """-log of the softmax of each patch's own token, patch by patch: float64 [B, M]."""
+    found = torch.zeros(ids.shape, dtype=torch.float64)
+    for row, places in enumerate(ids.tolist()):
+        for patch, token in enumerate(places):
+            values = logits[row, patch].double()
+            found[row, patch] = values.exp().sum().log() - values[token]
+    return found
+
+
+def distribution_losses(logits: Tensor, shares: Tensor) -> Tensor:
+    """Each token's loss, weighted by its share: float64 [B, M]."""
+    tokens = [token_losses(logits, torch.full(logits.shape[:2], k)) for k in range(logits.shape[2])]
+    return torch.stack([share.double() * each for share, each in zip(shares.unbind(2), tokens, strict=True)]).sum(0)
+
+
 def feature_losses(prediction: Tensor, target: Tensor) -> Tensor:
     """Squared distance of two features after L2 normalisation, per patch. [B, M, D] -> [B, M]."""
     rows = []

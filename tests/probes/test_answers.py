@@ -115,7 +115,7 @@ def test_a_run_is_asked_as_one_likes(tmp_path: Path) -> None:
         (
             {"target": "ema"},
             "measured",
-            "measures losses of pixels, and this model reconstructs features; expected paper",
+            "measures losses, and those of this model are of features, which nobody gives here; expected paper",
         ),
         ({}, "in_place", "needs a difficulty head.*; to fit a head: fasthpm maps RUN --fit_head 1000 --data_path SET"),
         ({}, "hardly", "difficulty is 'hardly', expected one of paper"),

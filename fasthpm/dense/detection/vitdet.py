@@ -192,7 +192,7 @@ class RelativeAttention(Attention):
         self.rel_pos_h = nn.Parameter(torch.zeros(2 * size[0] - 1, dim // num_heads))
         self.rel_pos_w = nn.Parameter(torch.zeros(2 * size[1] - 1, dim // num_heads))
 
-    def forward(self, tokens: Tensor, last: int) -> Tensor:
+    def forward(self, tokens: Tensor, last: int) -> Tensor:  # type: ignore[override]
         """[B, h*w, D] -> [B, h*w, D]."""
         batch, length, dim = tokens.shape
         qkv = self.qkv(tokens).reshape(batch, length, 3, self.num_heads, dim // self.num_heads)

@@ -8,6 +8,7 @@ from fasthpm.exchange.forms.base import (
     TOLERANCE,
     Form,
     attention_heads,
+    blank_target,
     block_outputs,
     encoder_of,
     library,
@@ -18,13 +19,14 @@ from fasthpm.exchange.forms.base import (
 )
 from fasthpm.exchange.forms.huggingface import (
     HuggingFaceBEiT,
+    HuggingFaceBEiTMIM,
     HuggingFaceMAE,
     HuggingFaceVideoMAE,
     HuggingFaceViT,
     levels,
 )
 from fasthpm.exchange.forms.onnx_graph import Onnx
-from fasthpm.exchange.forms.openmmlab import MMSegmentation, relative_index
+from fasthpm.exchange.forms.openmmlab import MMSegmentation
 from fasthpm.exchange.forms.ours import Plain
 from fasthpm.exchange.forms.pytorch import MAECheckpoint, Timm, TimmSAM, Torchvision
 
@@ -33,6 +35,7 @@ __all__ = [
     "TOLERANCE",
     "Form",
     "HuggingFaceBEiT",
+    "HuggingFaceBEiTMIM",
     "HuggingFaceMAE",
     "HuggingFaceViT",
     "HuggingFaceVideoMAE",
@@ -44,6 +47,7 @@ __all__ = [
     "TimmSAM",
     "Torchvision",
     "attention_heads",
+    "blank_target",
     "block_outputs",
     "encoder_of",
     "levels",
@@ -51,7 +55,6 @@ __all__ = [
     "metadata_of",
     "mlp_width",
     "register",
-    "relative_index",
     "timm_arguments",
 ]
 
@@ -64,6 +67,7 @@ for _form in (
     MAECheckpoint(),
     TimmSAM(),
     HuggingFaceBEiT(),
+    HuggingFaceBEiTMIM(),
     MMSegmentation(),
     Onnx(),
     Plain(),

@@ -14,9 +14,12 @@ from fasthpm.checkpoint.foreign import ENCODER_PREFIXES
 from fasthpm.errors import UserError
 from fasthpm.files import METADATA, save_torch
 from fasthpm.layers import Block
-from fasthpm.model import SIZES, HPMViT
+from fasthpm.model import HPMViT
+from fasthpm.model_names import SIZES
 from fasthpm.recipe import Recipe
 
+GAMMA_OF = {"gamma_1": "attn.proj", "gamma_2": "mlp.fc2"}  # the layer that ends the branch
+GAMMAS = tuple(GAMMA_OF)
 TOLERANCE = 1e-8  # of the largest output, in float64: tells even a LayerNorm's eps of 1e-6 from 1e-5
 Names = tuple[tuple[str, str], ...]  # ours and theirs; every pair is applied, in this order
 EXTRAS = {"transformers": "hf", "torchvision": "demo", "onnx": "onnx", "onnxscript": "onnx", "onnxruntime": "onnx"}
@@ -38,6 +41,7 @@ class Form(ABC):
     default = "encoder.safetensors"
     folder = False
     whole = False  # takes the decoder too
+    relative = False  # takes relative positions
     takes: tuple[str, ...] = ("image",)  # models
 
     def refusal(self, model: HPMViT) -> str:
@@ -82,9 +86,34 @@ def register(form: Form) -> Form:
 
 # -------------------------------------------------------------------------------------------------- the encoder
 def encoder_of(model: HPMViT) -> dict[str, Tensor]:
-    """Copies of the encoder's tensors, float32, on the CPU."""
-    state = model.state_dict()
-    return {key: value.float().cpu().clone() for key, value in state.items() if key.startswith(ENCODER_PREFIXES)}
+    """Copies of the encoder's tensors, float32, on the CPU, for a plain ViT: LayerScale's weights are multiplied into
+    the layers before them, which is the same function.
+
+    **Raises:** `UserError` for relative positions, which a plain ViT has not.
+    """
+    if model.positions == "relative":
+        raise UserError(
+            "this model has relative positions, which plain vision transformers lack; export it as safetensors or "
+            "hf_beit_mim, or pretrain with --positions learned"
+        )
+    state = {key: value for key, value in model.state_dict().items() if key.startswith(ENCODER_PREFIXES)}
+    tensors = {key: value.float().cpu().clone() for key, value in state.items() if not key.endswith(GAMMAS)}
+    for key, gamma in state.items():
+        if key.endswith(GAMMAS):
+            layer = f"{key.rpartition('.')[0]}.{GAMMA_OF[key.rpartition('.')[2]]}"
+            for name, scale in ((f"{layer}.weight", gamma[:, None]), (f"{layer}.bias", gamma)):
+                tensors[name] = (state[name].double() * scale.double()).float().cpu()
+    return tensors
+
+
+def blank_target(model: HPMViT, count: int) -> Tensor | None:
+    """Some targets of `count` images, for a model whose objective is not pixels."""
+    objective = model.objective
+    if not objective.width:
+        return None
+    if objective.ids:
+        return torch.zeros(count, model.num_patches, dtype=torch.int64)
+    return torch.full((count, model.num_patches, objective.width), 1 / objective.width, dtype=torch.float64)
 
 
 def timm_arguments(model: HPMViT) -> dict[str, Any]:

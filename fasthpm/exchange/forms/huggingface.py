@@ -11,6 +11,7 @@ from fasthpm.exchange.forms.base import (
     Form,
     Names,
     attention_heads,
+    blank_target,
     block_outputs,
     encoder_of,
     library,
@@ -39,6 +40,15 @@ HUGGINGFACE_BLOCK: Names = (
     ("attn.proj", "attention.output.dense"),
     ("mlp.fc1", "intermediate.dense"),
     ("mlp.fc2", "output.dense"),
+    ("gamma_", "lambda_"),
+)
+BEIT_MIM: Names = (
+    ("cls_token", "beit.embeddings.cls_token"),
+    ("mask_token", "beit.embeddings.mask_token"),
+    ("pos_embed", "beit.embeddings.position_embeddings"),
+    ("patch_embed.proj", "beit.embeddings.patch_embeddings.projection"),
+    ("rel_pos_bias.", "beit.encoder.relative_position_bias."),
+    ("decoder_pred.", "lm_head."),
 )
 IMPORT = "import transformers; model ="
 
@@ -98,7 +108,7 @@ class HuggingFaceMAE(HuggingFaceViT):
                 **square(model),
                 "MAE's decoder, which this model lacks": hasattr(model, "decoder_embed"),
                 "self attention in the decoder, this one's is cross": model.decoder_attention == "self",
-                "a reconstructor of pixels, this model's gives features": not model.target_dim,
+                f"a reconstructor of pixels, this model's gives {model.objective.name}": not model.objective.width,
             }
         )
 
@@ -226,6 +236,61 @@ class HuggingFaceBEiT(HuggingFaceViT):
     def usage(self, path: Path) -> str:
         loaded = f"{IMPORT} transformers.BeitBackbone.from_pretrained({quoted(path)})"
         return f"{loaded}  # for UperNet: add_fpn=True"
+
+
+class HuggingFaceBEiTMIM(HuggingFaceViT):
+    """`transformers.BeitForMaskedImageModeling`: encoder, mask token and the head of a model that predicts tokens, with
+    learned or relative positions and LayerScale as they are; no loss predictor, no difficulty head."""
+
+    name = "hf_beit_mim"
+    summary = "BEiT with its head of tokens for Hugging Face's BeitForMaskedImageModeling (a folder, square images)"
+    default, whole, relative = "hf_beit_mim", True, True
+    architecture = "BeitForMaskedImageModeling"
+
+    def refusal(self, model: HPMViT) -> str:
+        return unmet(
+            {
+                **square(model),
+                "mask tokens in the encoder (beit_… or simmim_…)": model.encoder_mask_tokens,
+                f"a head of tokens, this model's is of {model.objective.name}": model.objective.ids,
+            }
+        )
+
+    def configuration(self, model: HPMViT, recipe: Recipe) -> Any:
+        relative = model.positions == "relative"
+        return library("transformers").BeitConfig(
+            **{**huggingface_arguments(model), "image_size": model.img_size[0]},
+            architectures=[self.architecture],
+            vocab_size=model.objective.width,
+            use_mask_token=True,
+            use_absolute_position_embeddings=not relative,
+            use_relative_position_bias=False,
+            use_shared_relative_position_bias=relative,
+            layer_scale_init_value=model.layer_scale,
+            use_mean_pooling=True,  # the final norm then stands before the head
+            drop_path_rate=0.0,
+        )
+
+    def tensors(self, model: HPMViT) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        for key, value in model.state_dict().items():
+            if key.startswith("blocks."):
+                block = huggingface_block(key.removeprefix("blocks."), value.float().cpu(), "beit.encoder.layer.")
+                tensors |= {name: part for name, part in block.items() if not name.endswith("attention.key.bias")}
+            elif key.startswith("norm."):
+                tensors[f"layer{key}"] = value.float().cpu().clone()
+            elif (name := renamed(key, BEIT_MIM)) != key:
+                tensors[name] = value.float().cpu().clone()
+        return tensors
+
+    def theirs(self, path: Path, images: Tensor, mask: Tensor) -> Tensor:
+        return self.load(path)(images, bool_masked_pos=mask).logits[mask]
+
+    def ours(self, model: HPMViT, images: Tensor, mask: Tensor) -> Tensor:
+        return model(images, mask, target=blank_target(model, len(images))).reconstruction.flatten(0, 1)
+
+    def usage(self, path: Path) -> str:
+        return f"{IMPORT} transformers.BeitForMaskedImageModeling.from_pretrained({quoted(path)})"
 
 
 def levels(depth: int) -> list[int]:

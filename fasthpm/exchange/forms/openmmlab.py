@@ -26,6 +26,7 @@ from fasthpm.exchange.forms.base import (
     write_pth,
 )
 from fasthpm.files import METADATA
+from fasthpm.layers import relative_index
 from fasthpm.model import HPMViT
 from fasthpm.recipe import Recipe
 
@@ -112,21 +113,6 @@ def ours_of_mmseg(state: dict[str, Tensor]) -> dict[str, Tensor]:
         for key, value in state.items()
         if not key.endswith((*GAMMAS, TABLE, INDEX))
     }
-
-
-def relative_index(rows: int, columns: int) -> Tensor:
-    """BEiT's row of the table for every pair of tokens, cls first: int64 [1 + L, 1 + L].
-
-    Row (dy + rows - 1) * (2 columns - 1) + dx + columns - 1 for a patch dy, dx below and right of another; the three
-    last rows are of cls to patches, patches to cls, cls to itself.
-    """
-    row, column = (axis.flatten() for axis in torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"))
-    down, right = row[:, None] - row + rows - 1, column[:, None] - column + columns - 1
-    count = (2 * rows - 1) * (2 * columns - 1)
-    index = torch.empty(1 + rows * columns, 1 + rows * columns, dtype=torch.int64)
-    index[1:, 1:] = down * (2 * columns - 1) + right
-    index[0], index[1:, 0], index[0, 0] = count, count + 1, count + 2
-    return index
 
 
 def mmseg_shapes(arguments: dict[str, Any], mlp: int) -> dict[str, tuple[int, ...]]:

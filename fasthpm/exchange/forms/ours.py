@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fasthpm.checkpoint.foreign import EMBEDDED_RECIPE
 from fasthpm.difficulty import HEAD
-from fasthpm.exchange.forms.base import Form, metadata_of, quoted
+from fasthpm.exchange.forms.base import Form, blank_target, metadata_of, quoted
 from fasthpm.files import save_tensors
 from fasthpm.model import HPMViT
 from fasthpm.patches import model_of
@@ -20,7 +20,7 @@ class Plain(Form):
 
     name = "safetensors"
     library, summary, default, whole = "fasthpm", "everything, under our names", "model.safetensors", True
-    takes = ("image", "video")
+    takes, relative = ("image", "video"), True
 
     def write(self, model: HPMViT, recipe: Recipe, metadata: dict[str, str], path: Path) -> None:
         tensors = {key: value.clone() for key, value in model.state_dict().items()}
@@ -32,10 +32,11 @@ class Plain(Form):
         return self.ours(model.double().eval(), images, mask)
 
     def ours(self, model: HPMViT, images: Tensor, mask: Tensor) -> Tensor:
-        out = model(images, mask)
+        target = blank_target(model, len(images))
+        out = model(images, mask, target=target)
         parts = [model.encode(images), out.reconstruction, out.predicted_difficulty, out.loss]
         if hasattr(model, HEAD):
-            parts.append(model.predict_loss(images))
+            parts.append(model.predict_loss(images, target=target))
         return torch.cat([part.flatten() for part in parts])
 
     def usage(self, path: Path) -> str:

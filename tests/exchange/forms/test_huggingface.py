@@ -11,7 +11,8 @@ from fasthpm.checkpoint.weights import load_weights
 from fasthpm.exchange import exporting
 from fasthpm.exchange.forms import HuggingFaceBEiT, HuggingFaceMAE
 from fasthpm.exchange.forms.huggingface import levels
-from fasthpm.model import SIZES, create_model
+from fasthpm.model import create_model
+from fasthpm.model_names import SIZES
 from tests.helpers.exports import close, export, pictures, run_with
 from tests.helpers.fast_modes import doubled
 

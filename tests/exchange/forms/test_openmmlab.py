@@ -12,6 +12,7 @@ from fasthpm.__main__ import dispatch
 from fasthpm.checkpoint.weights import load_weights
 from fasthpm.exchange import exporting
 from fasthpm.exchange.forms import openmmlab
+from fasthpm.layers import relative_index
 from fasthpm.model import HPMViT
 from tests.helpers import openmmlab as openmmlab_twin
 from tests.helpers.exports import close, export, pictures, run_with
@@ -61,7 +62,7 @@ def test_the_table_of_a_base_model() -> None:
 
 def test_the_index_of_two_by_three_patches() -> None:
     """Every pair of patches with the same offset shares a row; cls has the last three."""
-    index = openmmlab.relative_index(2, 3)
+    index = relative_index(2, 3)
     places = [(row, column) for row in range(2) for column in range(3)]
     for a, (row, column) in enumerate(places):
         for b, (other, beside) in enumerate(places):
