@@ -69,17 +69,9 @@ def ranking_loss_of(predicted: Tensor, actual: Tensor, valid: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def health_of(predicted: Tensor, actual: Tensor, seen: Tensor, valid: Tensor) -> Tensor:
-    """`loss.health` over the `valid` patches, images with fewer than two left out: float32 [3]."""
-    predicted, actual, seen = (values.detach().float() for values in (predicted, actual, seen))
-    harder = (actual[:, :, None] > actual[:, None, :]) & valid[:, :, None] & valid[:, None, :]
-    right = (predicted[:, :, None] > predicted[:, None, :]) & harder
-    accuracy = right.sum() / harder.sum().clamp_min(1)
-    return torch.stack([_spearman(predicted, actual, valid), accuracy, _spearman(seen, actual, valid)])
-
-
-def _spearman(predicted: Tensor, actual: Tensor, valid: Tensor) -> Tensor:
-    ranks = [x.masked_fill(~valid, torch.inf).argsort(dim=1).argsort(dim=1).float() for x in (predicted, actual)]
+def spearman_of(predicted: Tensor, actual: Tensor, valid: Tensor) -> Tensor:
+    """`loss.spearman` over the `valid` patches, images with fewer than two left out; [B, N] each."""
+    ranks = [x.float().masked_fill(~valid, torch.inf).argsort(dim=1).argsort(dim=1).float() for x in (predicted, actual)]
     count = valid.sum(dim=1)
     distance = ((ranks[0] - ranks[1]).square() * valid).sum(dim=1)
     each = 1 - 6 * distance / (count * (count**2 - 1)).clamp_min(1)

@@ -359,6 +359,11 @@ class Recipe(Sizes, ViewFields):
         return self.masks_by_difficulty or self.target_teacher == "ema"
 
     @property
+    def uses_views(self) -> bool:
+        """Whether it learns from several views of each image (iBOT)."""
+        return TARGETS[self.target].objective == "distributions"
+
+    @property
     def question(self) -> Difficulty:
         """How the teacher is asked what is hard."""
         return DIFFICULTIES[question_of(self.difficulty, self.decoder_attention)]
@@ -440,8 +445,12 @@ class Recipe(Sizes, ViewFields):
         names = ["batch_size", "image_size", "channels", "num_workers", "num_frames", "sampling_rate"]
         asked: dict[str, Any] = {}
         if changes.get("train", True):
-            names += ["seed", "crop_min", "flip", "interpolation", "color_jitter", "sample_order", "max_bad_samples"]
+            names += ["seed", "crop_min", "crop_max", "flip", "interpolation", "color_jitter", "sample_order"]
+            names += ["max_bad_samples"]
             asked["decoder"] = self.video_decoder
+            if self.uses_views:
+                names += ["local_crops", "local_size", "local_crop_min", "local_crop_max"]
+                asked["views"] = (self.global_crops, 1)
         return LoaderOptions(**{name: getattr(self, name) for name in names} | asked | changes)
 
 

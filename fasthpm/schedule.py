@@ -66,5 +66,11 @@ def last_layer_is_frozen(recipe: Recipe, step: int) -> bool:
     return epoch_at(recipe, step) < recipe.freeze_last_layer_epochs
 
 
+def more_rates(recipe: Recipe, step: int) -> dict[str, float]:
+    """What else changes from update to update in some recipes: for the metrics."""
+    rates = {"weight_decay": weight_decay_at(recipe, step)} if recipe.weight_decay_end >= 0 else {}
+    return rates | ({"teacher_temperature": temperature_at(recipe, step)} if recipe.uses_views else {})
+
+
 def _cosine(start: float, end: float, progress: float) -> float:
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))

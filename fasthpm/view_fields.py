@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from fasthpm.colours import VIEW_AUGMENTS
 from fasthpm.options import RELEASED, option
 
+MOST_VIEWS = 64  # of an image: its views are numbered in the keys of what is drawn for them
+
 
 @dataclass(frozen=True)
 class ViewFields:

@@ -1,7 +1,5 @@
 """Masks of drawn counts: exact per image, and those of plain loops."""
 
-import math
-
 import pytest
 import torch
 
@@ -77,7 +75,7 @@ def test_places_are_the_masked_ones_first() -> None:
         assert places[row, : counts[row]].tolist() == mask[row].nonzero()[:, 0].tolist()
 
 
-def test_ranking_and_health_of_valid_patches_are_those_without_the_others() -> None:
+def test_ranking_and_correlation_of_valid_patches_are_those_without_the_others() -> None:
     generator = torch.Generator().manual_seed(3)
     predicted, actual, seen = (torch.randn(2, 9, generator=generator) for _ in range(3))
     valid = torch.zeros(2, 9, dtype=torch.bool)
@@ -89,8 +87,8 @@ def test_ranking_and_health_of_valid_patches_are_those_without_the_others() -> N
     found.backward()
     assert predicted.grad is not None
     assert not predicted.grad[~valid].any()
-    health = mask_counts.health_of(predicted, actual, seen, valid)
-    assert torch.allclose(health, losses.health(*alone), atol=1e-6)
+    found = mask_counts.spearman_of(seen, actual, valid)
+    assert float(found) == pytest.approx(float(losses.spearman(alone[2], alone[1])), rel=1e-6)
     nothing = mask_counts.ranking_loss_of(predicted, actual, valid & False)
     assert float(nothing.detach()) == 0.0
-    assert math.isfinite(float(mask_counts.health_of(predicted, actual, seen, valid & False).sum()))
+    assert float(mask_counts.spearman_of(seen, actual, valid & False)) == 0.0

@@ -5,6 +5,7 @@ from fasthpm.ranks.deepspeed_json import merge_config
 from fasthpm.ranks.engine import (
     build_engine,
     count_micro_step,
+    decay_moves,
     ends_update,
     freeze_last_layer,
     grad_norm,
@@ -23,6 +24,7 @@ __all__ = [
     "build_engine",
     "by_first",
     "count_micro_step",
+    "decay_moves",
     "ends_update",
     "freeze_last_layer",
     "grad_norm",

@@ -59,9 +59,12 @@ def build_engine(
     import deepspeed
 
     step_module.to(launch.device)
+    if groups is None:
+        apart = LAST_LAYER if recipe.freeze_last_layer_epochs else ""
+        groups = parameter_groups(step_module, recipe.weight_decay, apart)
+        groups = [{**group, "decay_moves": recipe.weight_decay_end >= 0} for group in groups]
     optimizer = torch.optim.AdamW(
-        groups
-        or parameter_groups(step_module, recipe.weight_decay, LAST_LAYER if recipe.freeze_last_layer_epochs else ""),
+        groups,
         lr=0.0,  # ZeRO 0 takes an empty step while it starts, which must not decay the weights
         betas=(recipe.beta1, recipe.beta2),
         eps=1e-8,
@@ -141,6 +144,11 @@ def set_weight_decay(engine: Any, weight_decay: float) -> None:
     for group in engine.basic_optimizer.param_groups:
         if group["name"] != "no_decay":
             group["weight_decay"] = weight_decay
+
+
+def decay_moves(engine: Any) -> bool:
+    """Whether the weight decay changes from update to update; AdamW takes it from the host."""
+    return any(group.get("decay_moves", False) for group in engine.basic_optimizer.param_groups)
 
 
 def freeze_last_layer(engine: Any, frozen: bool) -> None:

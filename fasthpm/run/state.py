@@ -68,7 +68,7 @@ class Run(Generic[Wrapped]):
 
     def buffers(self) -> dict[str, torch.Tensor]:
         """What training changes beside the parameters, by name; a checkpoint keeps rank 0's."""
-        return {}
+        return self.step.kept() if hasattr(self.step, "kept") else {}
 
     def reached(self) -> str:
         """How far it has come, for messages."""
