@@ -71,7 +71,8 @@ def ranking_loss_of(predicted: Tensor, actual: Tensor, valid: Tensor) -> Tensor:
 @torch.no_grad()
 def spearman_of(predicted: Tensor, actual: Tensor, valid: Tensor) -> Tensor:
     """`loss.spearman` over the `valid` patches, images with fewer than two left out; [B, N] each."""
-    ranks = [x.float().masked_fill(~valid, torch.inf).argsort(dim=1).argsort(dim=1).float() for x in (predicted, actual)]
+    last = [values.float().masked_fill(~valid, torch.inf) for values in (predicted, actual)]
+    ranks = [values.argsort(dim=1).argsort(dim=1).float() for values in last]
     count = valid.sum(dim=1)
     distance = ((ranks[0] - ranks[1]).square() * valid).sum(dim=1)
     each = 1 - 6 * distance / (count * (count**2 - 1)).clamp_min(1)

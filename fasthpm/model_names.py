@@ -47,8 +47,8 @@ VIDEO: dict[str, Any] = {
 
 
 def model_names() -> list[str]:
-    """All registered names: {hpm,mae,simmim,beit,ibot}_vit_{size}_patch{P}_{input} for images; for videos hpm_…_video and
-    videomae_vit_…."""
+    """All registered names: {hpm,mae,simmim,beit,ibot}_vit_{size}_patch{P}_{input} for images; for videos hpm_…_video
+    and videomae_vit_…."""
     return [
         f"{method}_vit_{size}_patch{patch}_{side}{suffix}"
         for method, suffix, table in (

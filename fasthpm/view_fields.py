@@ -1,11 +1,14 @@
 """The fields of a recipe that learns from several views of each image (iBOT): crops, masks, head, teacher."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from fasthpm.colours import VIEW_AUGMENTS
 from fasthpm.options import RELEASED, option
 
 MOST_VIEWS = 64  # of an image: its views are numbered in the keys of what is drawn for them
+# How only the pretraining of a run's encoder is optimised, and its tuning is not.
+PRETRAINING_ALONE: dict[str, Any] = {"clip_per_tensor": False, "weight_decay_end": -1.0, "freeze_last_layer_epochs": 0}
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from fasthpm.view_fields import MOST_VIEWS, ViewFields
 def check(recipe: Any) -> None:
     """All of them, of a `Recipe` whose fields are right by themselves."""
     crops_have_shares(recipe.crop_min, recipe.crop_max, recipe.num_frames)
+    clipping_has_a_limit(recipe.clip_per_tensor, recipe.clip_grad)
     if not recipe.uses_views:
         views_are_used(recipe)
         return
@@ -63,6 +64,12 @@ def views_are_compared(global_crops: int, local_crops: int) -> None:
             f"global_crops {global_crops} and local_crops {local_crops} are more than {MOST_VIEWS} views of an image; "
             f"use fewer"
         )
+
+
+def clipping_has_a_limit(clip_per_tensor: bool, clip_grad: float) -> None:
+    """What clips gradients one by one needs a norm to clip them to."""
+    if clip_per_tensor and not clip_grad:
+        raise UserError("clip_per_tensor clips every gradient to clip_grad, which is 0; use e.g. --clip_grad 3")
 
 
 def crops_have_shares(crop_min: float, crop_max: float, num_frames: int) -> None:

@@ -1,4 +1,4 @@
-"""The step of runs that learn from several views of each image (iBOT): augmentation → teacher → mask → student → losses.
+"""The step of runs that learn from several views of each image (iBOT): colours → teacher → mask → student → losses.
 
 The teacher, an EMA of the student with its head, reads every token of the global crops; the student reads these masked,
 and the local crops. The student's distribution over prototypes is to be the teacher's: of the cls token across views,
@@ -9,7 +9,7 @@ Letters: S samples, V global and n local crops of each, B = S V rows, L patches,
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,6 @@ from torch import Tensor
 from fasthpm import colours
 from fasthpm.data import DatasetInfo
 from fasthpm.difficulty import HEAD
-from fasthpm.layers import path_factors
 from fasthpm.loss import full_precision
 from fasthpm.mask import sample_noise
 from fasthpm.mask_counts import CountPlan, counted_mask, masked_places, ranking_loss_of, spearman_of
@@ -33,7 +32,7 @@ from fasthpm.projection import (
     teacher_logits,
 )
 from fasthpm.recipe import Recipe
-from fasthpm.step import HEALTH_SAMPLES, PATH_SEED, Step, StepOutput
+from fasthpm.step import HEALTH_SAMPLES, Step, StepOutput
 from fasthpm.view_fields import MOST_VIEWS
 
 VIEW_METRICS = (
@@ -89,9 +88,7 @@ class ViewStep(Step):
     def __init__(self, student: HPMViT, recipe: Recipe, info: DatasetInfo) -> None:
         super().__init__(student, recipe, info)
         self.centres = Centres(recipe.prototypes, recipe.centre_momentum)
-        self.counts = CountPlan(
-            recipe.mask_ratio, recipe.mask_ratio_spread, recipe.unmasked_share, recipe.num_patches
-        )
+        self.counts = CountPlan(recipe.mask_ratio, recipe.mask_ratio_spread, recipe.unmasked_share, recipe.num_patches)
 
     def telling(self) -> tuple[str, ...]:
         lacking = () if self.recipe.masks_by_difficulty else ("difficulty_loss", "teacher_spearman")
@@ -108,7 +105,7 @@ class ViewStep(Step):
         else:
             self.centres.forget()
 
-    def forward(  # type: ignore[override]  # one input more
+    def forward(
         self,
         images: Tensor,
         ids: Tensor,
@@ -128,7 +125,7 @@ class ViewStep(Step):
         views = self._views(images, local, ids, step)
         with torch.no_grad():
             with self.stopwatch.measure(images.device):
-                answer = self.run_teacher(views.patches)
+                answer: Any = self.run_teacher(views.patches)
             self.centres.add(mean_logits(self._head, answer.entering))
         if not self.compiled:
             self.compiled = True
@@ -191,9 +188,7 @@ class ViewStep(Step):
         metrics = torch.stack([*(value.detach().float() for value in figures), (cls_loss - spread.mean()).detach()])
         return StepOutput(total, metrics, mask)
 
-    def _masks(
-        self, keys: Tensor, step: Tensor, alpha: Tensor, difficulty: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def _masks(self, keys: Tensor, step: Tensor, alpha: Tensor, difficulty: Tensor | None) -> tuple[Tensor, Tensor]:
         """Masks, bool [B, L], and how many patches of each are masked, int64 [B, 1]."""
         seed, plan = self.recipe.seed, self.mask_plan
         counts = self.counts.draw(sample_noise(seed ^ COUNT_SEED, step, keys, 2, draws=1)[0])
@@ -253,7 +248,9 @@ def loss_across_views(logits: Tensor, wanted: Tensor, views: int) -> Tensor:
     wanted = wanted.unflatten(0, (-1, views))
     scaled = full_precision(logits) / STUDENT_TEMPERATURE
     samples = len(wanted)
-    crops = torch.cat([part.reshape(samples, -1, part.shape[1]) for part in scaled.split([count, len(logits) - count])], 1)
+    crops = torch.cat(
+        [part.reshape(samples, -1, part.shape[1]) for part in scaled.split([count, len(logits) - count])], 1
+    )
     pairs = crops.logsumexp(dim=-1)[:, None] - wanted.to(crops.dtype) @ crops.transpose(1, 2)  # [S, V, V + n]
     same = torch.eye(views, pairs.shape[2], dtype=torch.bool, device=pairs.device)
     return pairs.masked_fill(same, 0).sum() / (samples * (pairs.shape[1] * pairs.shape[2] - views))

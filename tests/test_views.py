@@ -1,5 +1,6 @@
 """The step with several views against plain loops: values, gradients, masks, keys, centres."""
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -8,12 +9,13 @@ import torch
 from torch import Tensor
 
 from fasthpm import schedule
-from fasthpm.data import DatasetInfo
+from fasthpm.data import DatasetInfo, build_loader
 from fasthpm.difficulty import HEAD
 from fasthpm.errors import UserError
 from fasthpm.model import Crops
 from fasthpm.patches import model_of
 from fasthpm.recipe import Recipe
+from fasthpm.run.state import endless
 from fasthpm.step import Step, StepOutput
 from fasthpm.views import VIEW_METRICS, ViewStep, loss_across_views, step_of
 from tests.helpers import reference_views as reference
@@ -266,5 +268,34 @@ def test_what_cannot_go_together_is_refused(changes: dict[str, Any], message: st
 def test_what_only_views_know_is_refused_without_them() -> None:
     with pytest.raises(UserError, match="freeze_last_layer_epochs is 1, but target pixels has no projection head"):
         Recipe(freeze_last_layer_epochs=1)
-    with pytest.raises(UserError, match="unmasked_share is 0.5, but target is pixels"):
+    with pytest.raises(UserError, match=r"unmasked_share is 0\.5, but target is pixels"):
         Recipe(unmasked_share=0.5)
+
+
+@pytest.mark.parametrize(
+    ("centred", "temperature", "low", "high"),
+    [(True, 0.05, 0.2, 3.0), (False, 0.05, 0.0, 0.05), (True, 1.0, 3.45, 3.47)],
+    ids=["sound", "no centre", "no sharpening"],
+)
+def test_a_broken_centre_collapses_and_is_seen(centred: bool, temperature: float, low: float, high: float) -> None:
+    """Without centres every view has one prototype, entropy 0; without sharpening all alike, log 32."""
+    steady = {"temperature_start": temperature, "temperature": temperature, "local_crops": 0, "steps_per_epoch": 99}
+    recipe = tiny(prototypes=32, head_hidden=32, batch_size=8, **steady)
+    loader = build_loader("synthetic:16", batch_size=8, image_size=(16, 16), channels=3, views=(2, 1), num_workers=1)
+    step = step_of(model_of(recipe), recipe, INFO)
+    teacher = copy.deepcopy(step.student).eval().requires_grad_(False)
+    step.attach_teacher(teacher)
+    optimizer = torch.optim.AdamW(step.student.parameters(), lr=1e-3)
+    batches, none = endless(loader), torch.zeros((), dtype=torch.float64)
+    for number in range(16):
+        given = next(batches)
+        output = step(given.images, given.ids, torch.tensor(number), none)
+        optimizer.zero_grad()
+        output.loss.backward()
+        optimizer.step()
+        step.end_update(centred)
+        torch._foreach_lerp_(list(teacher.parameters()), [w.detach() for w in step.student.parameters()], 0.1)
+    loader.close()
+    figures = dict(zip(VIEW_METRICS, output.metrics.tolist(), strict=True))
+    assert low <= figures["teacher_entropy"] <= high
+    assert low <= figures["mean_entropy"] <= high

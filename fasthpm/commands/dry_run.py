@@ -29,9 +29,9 @@ from fasthpm.patches import model_of
 from fasthpm.recipe import Recipe
 from fasthpm.speed.gpus import GPU
 from fasthpm.step import Step
-from fasthpm.views import inputs_of, step_of
 from fasthpm.targets import TARGETS
 from fasthpm.tokenizers import untrained_tokenizer
+from fasthpm.views import inputs_of, step_of
 
 BLOCK = 512  # bytes: the allocator rounds up to it
 FREE = frozenset({  # operations that launch no kernel

@@ -27,9 +27,8 @@ from fasthpm.recipe import Recipe
 from fasthpm.run.metrics import wait_for
 from fasthpm.run.state import endless
 from fasthpm.speed import graph
-from fasthpm.step import Step
-from fasthpm.views import inputs_of, step_of
 from fasthpm.teacher import EMATeacher
+from fasthpm.views import inputs_of, step_of
 
 DECODE_BATCH = 64  # images; a larger batch decodes no faster, but the last one could take long
 CPU_BATCH = 4  # images of a step on a CPU, where a full batch would take minutes
@@ -53,7 +52,7 @@ def decode_rate(loader: Loader, seconds: float) -> float:
     """Images per second that come out, from the moment when the look-ahead has been used up."""
     end = time.perf_counter() + seconds
     batches, taken, begin = endless(loader), 0, 0.0
-    for number, batch in enumerate(batches):
+    for number, _ in enumerate(batches):
         now = time.perf_counter()
         if number == FILLED:
             begin = now

@@ -306,8 +306,7 @@ class PrefetchLoader(ABC):
             factors = np.split(views.factors_of(options, epoch, ids), [options.num_views], axis=1)
             parts = list(zip(pixels, [box[rows] for box in boxes], factors, strict=True))
             bad = self._in_parallel(
-                len(rows),
-                lambda part: self._fill_views(ids[part], [tuple(values[part] for values in one) for one in parts]),
+                len(rows), lambda part: self._fill_views(ids[part], [(a[part], b[part], c[part]) for a, b, c in parts])
             )
             for target, drawn in zip(targets, pixels, strict=True) if again else ():
                 target[rows] = drawn

@@ -138,7 +138,9 @@ class PlainLoader(PrefetchLoader):
         for place, rows in views.samples_of(parts):
             pixels = self._read_whole(int(ids[place]))
             bad[place] = pixels is None
-            for images, crops, factors in rows if pixels is not None else ():
+            if pixels is None:
+                continue
+            for images, crops, factors in rows:
                 for k, (crop, change) in enumerate(zip(crops, factors, strict=True)):
                     images[k] = render(pixels, crop, images.shape[1:3], self.options.interpolation, change)
         return bad

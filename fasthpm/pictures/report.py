@@ -48,8 +48,8 @@ TABLE = (
     "memory_gib",
 )
 EXPLAINED = {
-    "teacher_entropy": "teacher_entropy is of the teacher's distribution of a view, mean_entropy of their mean, in nats: "
-    "both near 0, or both near the logarithm of the prototypes, is a collapse",
+    "teacher_entropy": "teacher_entropy is of the teacher's distribution of a view, mean_entropy of their mean, in "
+    "nats: both near 0, or both near the logarithm of the prototypes, is a collapse",
     "teacher_kl": "teacher_kl is what the student's distribution lacks of it",
     "rankme": "rankme is how many directions the teacher's cls tokens use",
     "spearman": "spearman and pair_accuracy compare the student's predicted with its real loss of the masked patches",
@@ -97,7 +97,7 @@ def draw_curves(records: list[dict[str, float]], path: Path) -> None:
         axis.set_title(title)
         axis.set_xlabel("epoch")
         axis.grid(alpha=0.3)
-        if len(names) > 1:
+        if len(names) > 1 and axis.lines:
             axis.legend(fontsize=8)
     figure.savefig(path, dpi=100, format="png")
 

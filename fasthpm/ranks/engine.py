@@ -29,7 +29,8 @@ def parameter_groups(model: nn.Module, weight_decay: float, apart: str = "") -> 
     No weight decay on biases, norms (every 1-D tensor) and tokens. Parameters whose names contain `apart`, if it is
     given, make a group of their own of that name.
     """
-    groups: dict[str, list[nn.Parameter]] = {"no_decay": [], "decay": []} | ({apart: []} if apart else {})
+    names = ("no_decay", "decay", *([apart] if apart else []))
+    groups: dict[str, list[nn.Parameter]] = {name: [] for name in names}
     for name, parameter in sorted(model.named_parameters()):
         if parameter.requires_grad:
             exempt = parameter.ndim <= 1 or name.rpartition(".")[2] in ("bias", "cls_token", "mask_token", "pos_embed")

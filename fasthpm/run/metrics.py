@@ -182,7 +182,9 @@ class Metrics(Journal):
         """What tells a bad update, to be summed over the ranks: float64, [n] losses and [n] sums of all metrics of the
         micro-steps since the last reading, [k] gradient norms of the updates."""
         recent = [values for *_, values in self._recent]
-        table = torch.stack(recent).double() if recent else torch.zeros(0, len(self._names), device=self.device).double()
+        table = (
+            torch.stack(recent).double() if recent else torch.zeros(0, len(self._names), device=self.device).double()
+        )
         norms = [torch.as_tensor(norm, device=self.device).double().reshape(()) for norm in self._norms.values()]
         return table[:, 0], table.sum(1), torch.stack(norms) if norms else table.new_zeros(0)
 

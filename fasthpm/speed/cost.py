@@ -106,7 +106,7 @@ def look_sizes(model: HPMViT, length: int) -> list[tuple[int, int]]:
 
 def reconstruction_cost(model: HPMViT, price: Price, visible: int, masked: int) -> float:
     """Encoder and reconstructor that see `visible` patches and reconstruct `masked` ones."""
-    width, values = model.mask_token.shape[-1], len(model.decoder_pred.weight)
+    width, values = model.mask_token.shape[-1], model.objective.width or model.patch_dim
     if model.encoder_mask_tokens:
         encoder = price.encoder(model, visible, masked, masked if model.predict_loss_kind == "none" else 0)
     else:

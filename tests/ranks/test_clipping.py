@@ -52,7 +52,7 @@ def gradients(toy: nn.Module, scale: float) -> dict[str, Tensor]:
 def test_each_gradient_is_clipped_by_its_own_norm(preset: str) -> None:
     """After one update AdamW's first moment is a tenth of the gradient that it was given."""
     with ranks_launch.session() as launch:
-        toy, made = built(recipe_of(preset, clip_grad=1.2, clip_per_tensor=True), launch)
+        _, made = built(recipe_of(preset, clip_grad=1.2, clip_per_tensor=True), launch)
         start = full_state(MasterLayout(made), "master")
         made.backward(made(2.0))
         made.step()
@@ -83,7 +83,7 @@ def test_two_ranks_clip_by_whole_norms(tmp_path: Path) -> None:
 @pytest.mark.parametrize("preset", STAGES)
 def test_weight_decay_moves_and_the_last_layer_waits(preset: str) -> None:
     with ranks_launch.session() as launch:
-        toy, made = built(recipe_of(preset, weight_decay=0.5, freeze_last_layer_epochs=1), launch)
+        _, made = built(recipe_of(preset, weight_decay=0.5, freeze_last_layer_epochs=1), launch)
         for group in made.basic_optimizer.param_groups:
             assert group["name"] in ("no_decay", "decay", "last_layer")
         states = [full_state(MasterLayout(made), "master")]
