@@ -30,7 +30,9 @@ class Architecture:
     - `objective`: what is predicted of masked patches, and by which loss
     - `positions`: of the encoder's tokens: "sincos", "learned" or "relative" (BEiT; with mask tokens in it)
     - `layer_scale`: first value of the weights that scale the encoder's branches; 0 = there are none
-    - `init`: initial values, "mae" or "beit"
+    - `head_hidden`: width of a projection head in the place of the last linear layer (iBOT); 0 = there is none;
+      `head_free_norm`: see `projection.ProjectionHead`
+    - `init`: initial values, "mae", "beit" or "dino"
     - `activation_checkpointing`: keep only the blocks' inputs and compute the rest again in the backward pass
 
     **Raises:** `UserError` for sizes that do not fit together.
@@ -66,6 +68,8 @@ class Architecture:
     positions: str = "sincos"
     layer_scale: float = 0.0
     init: str = "mae"
+    head_hidden: int = 0
+    head_free_norm: bool = False
     activation_checkpointing: bool = False
 
     def __post_init__(self) -> None:

@@ -384,3 +384,27 @@ def cut_normal(tensor: Tensor) -> None:
     """Normal values within one deviation, by the inverse of their distribution; torch's own looks at its result."""
     edge = math.erf(math.sqrt(0.5))
     tensor.uniform_(-edge, edge).erfinv_().mul_(math.sqrt(2) * BEIT_STD).clamp_(-BEIT_STD, BEIT_STD)
+
+
+def init_dino(model: nn.Module) -> None:
+    """DINO's and iBOT's initial values: weights of linear layers, cls and positions normal with deviation 0.02, biases
+    and the mask token 0."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=BEIT_STD)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for name in ("cls_token", "pos_embed"):
+        if isinstance(tokens := getattr(model, name, None), nn.Parameter):
+            nn.init.trunc_normal_(tokens, std=BEIT_STD)
+    nn.init.zeros_(model.mask_token)  # type: ignore[arg-type]
+
+
+def resizing(grid_size: tuple[int, int], other: tuple[int, int], device: torch.device) -> Tensor:
+    """What makes a table of positions one of another grid: float32 [l, L], to multiply it by.
+
+    Bicubic interpolation, which is linear; as a product its gradient has one order of additions on every device.
+    """
+    count = grid_size[0] * grid_size[1]
+    cells = torch.eye(count, device=device).reshape(count, 1, *grid_size)
+    return F.interpolate(cells, other, mode="bicubic", align_corners=False).flatten(1).T.contiguous()

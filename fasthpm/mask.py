@@ -245,7 +245,8 @@ def _block(plan: MaskPlan, noise: Tensor, scores: Tensor, alpha: float | Tensor)
 
 @register("blockwise", "overlapping rectangles (BEiT)", extra_noise=4 * BLOCK_PROPOSALS + 2)
 def _blockwise(plan: MaskPlan, noise: Tensor, scores: Tensor, alpha: float | Tensor) -> Sets:
-    return blockwise_mask(noise[0], plan.grid_size, plan.mask_ratio, plan.slots), None
+    frame = plan.num_patches // plan.slots
+    return blockwise_mask(noise[0], plan.grid_size, num_masked(frame, plan.mask_ratio), plan.slots), None
 
 
 def _check_uniform(plan: MaskPlan) -> None:
@@ -336,20 +337,21 @@ def block_mask(noise: Tensor, grid_size: tuple[int, int], mask_ratio: float, slo
     return mask.repeat(1, slots)
 
 
-def blockwise_mask(noise: Tensor, grid_size: tuple[int, int], mask_ratio: float, slots: int = 1) -> Tensor:
+def blockwise_mask(noise: Tensor, grid_size: tuple[int, int], masked: int | Tensor, slots: int = 1) -> Tensor:
     """BEiT's mask: overlapping rectangles of random size, aspect and place until M patches are masked, the count exact.
 
     A block's area is uniform between 16 patches (of 14 x 14; in proportion on other grids) and what is still missing;
     it is taken if it adds something and not too much. What is missing after `BLOCK_PROPOSALS` tries (BEiT: stays
     missing) is filled up with the unmasked patches nearest to a random point.
 
-    - `noise`: [B, L + 4·BLOCK_PROPOSALS + 2]. In a video every frame slot has the same mask.
+    - `noise`: [B, L + 4·BLOCK_PROPOSALS + 2]; `masked`: M of a frame, or another of every image, int64 [B, 1]. In a
+      video every frame slot has the same mask.
     """
     frame = grid_size[0] * grid_size[1]
     ties, numbers = noise[:, :frame], noise[:, frame:].double()
     proposals = numbers[:, : 4 * BLOCK_PROPOSALS].unflatten(1, (BLOCK_PROPOSALS, 4))
     roots = aspect(proposals[:, :, 1]).sqrt()
-    mask, missing = lay_blocks(proposals, roots, grid_size, num_masked(frame, mask_ratio))
+    mask, missing = lay_blocks(proposals, roots, grid_size, masked)
     point = torch.cat([numbers[:, -2:], torch.full_like(numbers[:, :1], 0.5)], dim=1)
     distance = block_distance(point, grid_size).masked_fill(mask, 1e9)
     return (mask | highest(-distance, missing, ties)).repeat(1, slots)

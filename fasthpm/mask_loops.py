@@ -59,7 +59,9 @@ def _highest_numpy(scores: Tensor, count: int | Tensor, tie_noise: Tensor | None
         place = (length - count.numpy()).clip(max=length - 1)
         least = np.take_along_axis(np.sort(key, axis=1), place, axis=1)
         return torch.from_numpy((key >= least) & (count.numpy() > 0))
-    if not (number := int(count.numpy() if isinstance(count, Tensor) else count)):  # int of a tensor would be a sync
+    if not (
+        number := int(count.numpy().item() if isinstance(count, Tensor) else count)
+    ):  # int of a tensor would be a sync
         return torch.zeros(scores.shape, dtype=torch.bool)
     return torch.from_numpy(key >= np.partition(key, length - number, axis=1)[:, length - number, None])
 
@@ -95,9 +97,12 @@ def block_distance(numbers: Tensor, grid_size: tuple[int, int]) -> Tensor:
     return torch.maximum(down[:, :, None], across[:, None, :]).flatten(1)
 
 
-def lay_blocks(proposals: Tensor, roots: Tensor, grid_size: tuple[int, int], count: int) -> tuple[Tensor, Tensor]:
+def lay_blocks(
+    proposals: Tensor, roots: Tensor, grid_size: tuple[int, int], count: int | Tensor
+) -> tuple[Tensor, Tensor]:
     """Rectangles laid over each other until `count` patches are masked, or none is left: (mask, missing).
 
+    - `count`: the same of all images, or one of each, int64 [B, 1]
     - `proposals`: float64 [B, N, 4]: area, (aspect), row, column, uniform; `roots`: [B, N], square roots of the aspects
 
     **Returns:** bool [B, R*C]; int64 [B, 1], how many of `count` are missing.
@@ -107,7 +112,7 @@ def lay_blocks(proposals: Tensor, roots: Tensor, grid_size: tuple[int, int], cou
     batch, (rows, columns) = len(proposals), grid_size
     smallest = max(1, rows * columns * 16 // 196)
     free = proposals.new_ones(batch, rows, columns)  # of numbers, for products: they count patches fastest
-    missing = proposals.new_full((batch, 1), count)
+    missing = count.double() if isinstance(count, Tensor) else proposals.new_full((batch, 1), count)
     size = proposals.new_full((2,), columns)
     size[:1].fill_(rows)  # not copied from the host, who would wait for it
     index = [torch.arange(n, dtype=torch.float64, device=proposals.device) for n in grid_size]
@@ -128,13 +133,14 @@ def lay_blocks(proposals: Tensor, roots: Tensor, grid_size: tuple[int, int], cou
 
 
 def _lay_blocks_numpy(
-    proposals: Tensor, roots: Tensor, grid_size: tuple[int, int], count: int
+    proposals: Tensor, roots: Tensor, grid_size: tuple[int, int], count: int | Tensor
 ) -> tuple[Tensor, Tensor]:
     """`lay_blocks`, a row of at most 64 patches being the bits of one number: ten times faster."""
     numbers, (rows, columns), one = proposals.numpy(), grid_size, np.uint64(1)
     smallest, row = max(1, rows * columns * 16 // 196), np.arange(rows)
     free = np.full((len(numbers), rows), (1 << columns) - 1, dtype=np.uint64)
-    missing = np.full(len(numbers), float(count))
+    wanted = count.numpy()[:, 0] if isinstance(count, Tensor) else count
+    missing = np.full(len(numbers), wanted, np.float64)
     for number, root in enumerate(roots.numpy().T):
         length = np.sqrt(smallest + numbers[:, number, 0] * (missing - smallest))
         height, width = np.rint(length * root), np.rint(length / root)

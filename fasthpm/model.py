@@ -30,7 +30,9 @@ from fasthpm.layers import (
     block_stack,
     cut_normal,
     init_beit,
+    init_dino,
     init_linear,
+    resizing,
     run_blocks,
     run_cross_blocks,
     shrink,
@@ -39,6 +41,7 @@ from fasthpm.layers import (
 )
 from fasthpm.mask import split_ids
 from fasthpm.model_names import METHODS, SIZES, VIDEO, check_name, is_video, model_names, video_decoder
+from fasthpm.projection import ProjectionHead
 
 VIDEO_EPS = losses.EPS / 0.226  # VideoMAE's 1e-6 is of pixels in 0..1; here they are divided by ImageNet's std
 LOSS_HEAD = "decoder_pred_losspred"
@@ -55,6 +58,23 @@ class Output(NamedTuple):
     reconstruction: Tensor  # [B, M, t*P*P*C], patches as (frame, row, column, channel); [B, M, width] of other targets
     masked: Tensor  # int64 [B, M], their patch numbers
     valid: Tensor | None = None  # bool [B, M], which of them take part in the losses; None: all
+
+
+class Crops(NamedTuple):
+    """What `HPMViT.forward` reads beside the global crops and their masks, where several views are learnt from."""
+
+    places: Tensor  # int64 [B, N], patch numbers whose logits are wanted
+    paths: Tensor | None  # drop path of the global crops, as in `forward`
+    local: Tensor | None = None  # patches of the local crops [R, l, P*P*C]
+    local_grid: tuple[int, int] = (0, 0)  # their rows and columns
+    local_paths: Tensor | None = None
+
+
+class Projected(NamedTuple):
+    """Logits of prototypes."""
+
+    cls: Tensor  # [B + R, K], the global crops first
+    patches: Tensor  # [B, N, K]
 
 
 class HPMViT(nn.Module):
@@ -90,8 +110,8 @@ class HPMViT(nn.Module):
         if not made.video:
             nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.mask_token, std=0.02)
-        if made.init == "beit":
-            init_beit(self)
+        if made.init != "mae":
+            {"beit": init_beit, "dino": init_dino}[made.init](self)
         if DIFFICULTIES[self.difficulty].head:  # last, so that the other weights are those without it
             self.difficulty_head = DifficultyHead(made.embed_dim).apply(init_linear)
 
@@ -142,7 +162,10 @@ class HPMViT(nn.Module):
             self.decoder_embed = nn.Linear(made.embed_dim, width, bias=not made.video)
             self.register_buffer("decoder_pos_embed", self._positions(width))
             self.decoder_norm = nn.LayerNorm(width, LAYER_NORM_EPS)
-        self.decoder_pred = nn.Linear(width, made.objective.width or self.patch_dim)
+        outputs = made.objective.width or self.patch_dim
+        self.decoder_pred: nn.Module = nn.Linear(width, outputs)
+        if made.head_hidden:
+            self.decoder_pred = ProjectionHead(width, outputs, made.head_hidden, made.head_free_norm)
 
     def _make_predictor(self, made: Architecture) -> None:
         width, dim = made.decoder_width, made.predictor_dim or made.decoder_embed_dim
@@ -265,7 +288,8 @@ class HPMViT(nn.Module):
         target: Tensor | None = None,
         valid: Tensor | None = None,
         paths: Tensor | None = None,
-    ) -> Output:
+        crops: Crops | None = None,
+    ) -> Output | Projected:
         """Reconstruct the masked patches, or what the objective has of them, and predict their losses (Eq. 2-7).
 
         - `images`, `mask`: as in `encode`
@@ -274,8 +298,11 @@ class HPMViT(nn.Module):
         - `target`: of all patches, if the model's objective is not their pixels: [B, L, width], or ids [B, L]
         - `valid`: bool [B, L], the patches that may take part in a loss; None: all
         - `paths`: [B, 2 * depth], drop path in the encoder: see `layers.path_factors`
+        - `crops`: what else is read of several views (iBOT), which are projected: see `project`
         """
         patches = self.patchify(images)
+        if crops is not None:
+            return self.project(patches, mask, crops)
         visible, masked = split_ids(mask, _count(mask) if num_masked is None else num_masked, thrown, num_thrown)
         tokens, count = self._tokens(patches, visible, masked, paths), masked.shape[1]
         trunk = self._trunk(tokens, count)
@@ -292,6 +319,44 @@ class HPMViT(nn.Module):
             )
         mean = per_patch.mean() if counted is None else losses.valid_mean(per_patch, counted)
         return Output(mean + difficulty, mean, difficulty, actual, predicted, reconstruction, masked, counted)
+
+    def project(self, patches: Tensor, mask: Tensor, crops: Crops) -> Projected:
+        """The projection head on the cls token of all crops and on some patches of the global ones.
+
+        - `patches`: of the global crops, [B, L, P*P*C]; `mask`: bool [B, L], any number per row, where the mask token
+          stands for the patch
+        """
+        tokens = self.encode_in_place(patches, mask, crops.paths)
+        cls = [tokens[:, 0]]
+        if crops.local is not None:
+            cls.append(self.encode_in_place(crops.local, None, crops.local_paths, crops.local_grid, last=1)[:, 0])
+        rows = torch.cat([*cls, _gather(tokens[:, 1:], crops.places).flatten(0, 1)])
+        logits, count = self.decoder_pred(rows), sum(map(len, cls))
+        return Projected(logits[:count], logits[count:].unflatten(0, crops.places.shape))
+
+    def encode_in_place(
+        self,
+        patches: Tensor,
+        mask: Tensor | None = None,
+        paths: Tensor | None = None,
+        grid: tuple[int, int] | None = None,
+        last: int = 0,
+    ) -> Tensor:
+        """All tokens in raster order, mask tokens in the places of masked patches: [B, 1 + L, D], cls first.
+
+        - `grid`: rows and columns of patches, if they are not those of the model, whose positions are interpolated
+        - `last`: 1 = the cls token alone is wanted, [B, 1, D]
+        """
+        tokens = self.patch_embed(patches.to(self.mask_token.dtype))
+        if mask is not None:
+            tokens = torch.where(mask[:, :, None], self.mask_token, tokens)
+        positions = self.pos_embed[:, 1:]
+        if grid is not None and grid != self.grid_size:
+            positions = (resizing(self.grid_size, grid, patches.device).to(positions) @ positions[0])[None]
+        cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(patches), -1, -1)
+        tokens = tokens + positions
+        sequence = torch.cat([tokens, cls] if last else [cls, tokens], dim=1)
+        return self.norm(self._run(self.blocks, sequence, last, paths=paths))
 
     def _per_patch(self, prediction: Tensor, patches: Tensor, target: Tensor | None, masked: Tensor) -> Tensor:
         """Reconstruction loss of the masked patches [B, M]: of their pixels, or of their `target`."""

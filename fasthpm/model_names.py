@@ -35,6 +35,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "mae": {"predict_loss": "none"},
     "simmim": {"predict_loss": "none", "encoder_mask_tokens": True, "pixel_loss": "l1"},
     "beit": {"predict_loss": "none", "encoder_mask_tokens": True, "init": "beit"},
+    "ibot": {"predict_loss": "none", "encoder_mask_tokens": True, "init": "dino", "head_hidden": 2048},
     "videomae": {"predict_loss": "none"},
 }
 VIDEO: dict[str, Any] = {
@@ -46,8 +47,8 @@ VIDEO: dict[str, Any] = {
 
 
 def model_names() -> list[str]:
-    """All registered names: {hpm,mae,simmim,beit}_vit_{size}_patch{P}_{input} for images; for videos hpm_…_video and
-    videomae_vit_…."""
+    """All registered names: {hpm,mae,simmim,beit,ibot}_vit_{size}_patch{P}_{input} for images; for videos hpm_…_video
+    and videomae_vit_…."""
     return [
         f"{method}_vit_{size}_patch{patch}_{side}{suffix}"
         for method, suffix, table in (

@@ -140,15 +140,19 @@ def patches_for(model: HPMViT, recipe: Recipe, loader: Loader) -> NormalizedPatc
 
 def target_width(recipe: Recipe) -> int:
     """Features or classes per patch that the recipe's model predicts; 0 = pixels."""
+    if recipe.uses_views:
+        return recipe.prototypes
     return (recipe.frozen_dim or width_of(recipe.model)) if recipe.target_teacher else 0
 
 
 def model_of(recipe: Recipe) -> HPMViT:
     """The recipe's model in float32, with weights drawn from the recipe's seed alone."""
+    head = {"head_hidden": recipe.head_hidden, "head_free_norm": recipe.head_free_norm} if recipe.uses_views else {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         return create_model(
             recipe.model,
+            **head,
             img_size=recipe.image_size,
             patch_size=recipe.patch_size,
             in_chans=recipe.channels,

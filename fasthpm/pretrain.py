@@ -44,6 +44,7 @@ from fasthpm.ranks.watchdog import Watchdog
 from fasthpm.recipe import Recipe, build_recipe, science_of
 from fasthpm.run.bad_samples import BadSampleLog
 from fasthpm.run.difficulty_check import DifficultyCheck
+from fasthpm.run.feature_rank import FeatureRank
 from fasthpm.run.health import NotFinite
 from fasthpm.run.lock import FolderLock
 from fasthpm.run.metrics import Metrics, measure_matmul_rate
@@ -54,8 +55,9 @@ from fasthpm.run.records import read_metrics
 from fasthpm.run.refresh import refresh_maps
 from fasthpm.run.state import Run, endless, finish_last_save, resume, save
 from fasthpm.speed import flops, graph
-from fasthpm.step import Step, telling
+from fasthpm.step import Step
 from fasthpm.teacher import EMATeacher
+from fasthpm.views import step_of
 
 COMPILE_SECONDS = 1800.0  # that torch.compile may take on a rank
 
@@ -148,7 +150,7 @@ def build(recipe: Recipe, launch: ranks.Launch, lock: FolderLock | None = None) 
             checkpoint.compare_recipes(recipe, science_of, data)
     map_store = maps.for_recipe(recipe, loader.info)
     loader = on_device(maps.with_maps(loader, map_store), launch.device)
-    step = Step(student, recipe, loader.info)
+    step = step_of(student, recipe, loader.info)
     with graph.recordable(launch.device):
         deepspeed_engine = ranks.build_engine(step, recipe, config, launch)
     if frozen:
@@ -179,6 +181,8 @@ def observers(run: Run[Step]) -> list[Observer]:
     recipe, found = run.recipe, list[Observer]()
     if recipe.difficulty_every and recipe.answers_difficulty:
         found.append(DifficultyCheck(run))
+    if recipe.uses_views:
+        found.append(FeatureRank(run))
     if recipe.online_probe_every or recipe.online_knn_every:
         with ranks.in_agreement():
             probe = online_probes.OnlineProbe(recipe, run.step, run.loader.info, run.launch)
@@ -220,7 +224,7 @@ def update(run: Run[Step], metrics: Metrics, watchdog: Watchdog) -> None:
     """One update of the weights; or only its batches, if it is one to be left out."""
     recipe, now, device = run.recipe, run.done, run.launch.device
     left_out = now in run.skipped
-    ranks.set_lr(run.engine, schedule.lr_at(recipe, now))
+    set_rates(run)
     if run.teacher:
         run.teacher.momentum = schedule.ema_momentum_at(recipe, now)
     alpha = torch.full((), schedule.alpha_at(recipe, now), dtype=torch.float64, device=device)
@@ -232,19 +236,32 @@ def update(run: Run[Step], metrics: Metrics, watchdog: Watchdog) -> None:
             continue
         scores = run.maps.scores(batch) if run.maps else None
         with contextlib.nullcontext() if run.step.compiled else watchdog.doing("compiling", COMPILE_SECONDS):
-            output = run.micro_step(batch.images, batch.ids, number, alpha, scores)
+            local = (batch.local,) if recipe.local_crops else ()
+            output = run.micro_step(batch.images, batch.ids, number, alpha, scores, *local)
         metrics.add(now, batch, output)
         run.seen = (batch.images, scores)
     if left_out:
         return
     metrics.updated(now, ranks.grad_norm(run.engine))
-    if recipe.on_nonfinite == "skip" and not ranks.update_applied(run.engine):
+    applied = recipe.on_nonfinite != "skip" or ranks.update_applied(run.engine)
+    run.step.end_update(applied)
+    if not applied:
         folder = metrics.save_forensics(now)
         metrics.discard(now)
         leave_out(run, metrics, now, folder)
         return
     for observer in run.observers:
         observer.after_update(now + 1, batch)
+
+
+def set_rates(run: Run[Step]) -> None:
+    """What the schedules say of the update that comes."""
+    recipe, now = run.recipe, run.done
+    if recipe.freeze_last_layer_epochs:
+        ranks.freeze_last_layer(run.engine, schedule.last_layer_is_frozen(recipe, now))
+    ranks.set_lr(run.engine, schedule.lr_at(recipe, now))
+    if recipe.weight_decay_end >= 0:
+        ranks.set_weight_decay(run.engine, schedule.weight_decay_at(recipe, now))
 
 
 def after_update(run: Run[Step], metrics: Metrics, last: int) -> None:
@@ -265,6 +282,7 @@ def after_update(run: Run[Step], metrics: Metrics, last: int) -> None:
             lr=schedule.lr_at(recipe, run.done - 1),
             alpha=schedule.alpha_at(recipe, run.done - 1),
             ema_momentum=schedule.ema_momentum_at(recipe, run.done - 1),
+            **schedule.more_rates(recipe, run.done - 1),
             skipped_updates=len(run.skipped),
             bad_samples=run.bad_samples.update(run.loader),
             **map_agreement(run),
@@ -347,7 +365,9 @@ def pursue(run: Run[Step]) -> PretrainResult:
         flops_per_sample=flops.step_flops(run.step.student, recipe, run.step.frozen)["total"],
         matmul_rate=measure_matmul_rate(launch.device, dtype),
         device=launch.device,
-        shown=telling(recipe),
+        names=run.step.names,
+        shown=run.step.telling(),
+        rows_per_sample=recipe.global_crops,
     )
     try:
         limit = 0.8 * ranks.timeout().total_seconds()  # before collectives give up, which name nobody

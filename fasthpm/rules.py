@@ -5,11 +5,12 @@ Arguments are named as the fields are; what one field may be by itself stands wi
 
 from typing import Any
 
+from fasthpm import view_rules
 from fasthpm.errors import UserError
 from fasthpm.mask import POLICIES
 from fasthpm.targets import TARGETS
 
-MASK_TOKENS_IN_ENCODER = ("simmim_", "beit_")  # how the names of such models begin
+MASK_TOKENS_IN_ENCODER = ("simmim_", "beit_", "ibot_")  # how the names of such models begin
 
 
 def check(recipe: Any) -> None:
@@ -21,6 +22,7 @@ def check(recipe: Any) -> None:
     _check_channels(recipe)
     _check_masks(recipe)
     _check_positions(recipe)
+    view_rules.check(recipe)
 
 
 def _check_schedule(recipe: Any) -> None:

@@ -57,6 +57,8 @@ class TeacherOutput(NamedTuple):
 class Step(nn.Module):
     """What DeepSpeed wraps: a student, and everything that happens to a batch before and after it."""
 
+    names: tuple[str, ...] = METRICS  # of what its metrics are
+
     def __init__(self, student: HPMViT, recipe: Recipe, info: DatasetInfo) -> None:
         super().__init__()
         self.student = student
@@ -84,6 +86,17 @@ class Step(nn.Module):
         self.run_teacher = Compiled(self.teach, "the teacher", backend, lambda: regions_of(self._teacher[0]))
         self.run_student = Compiled(self.learn, "the step", backend, lambda: [loss, *regions_of(self.student)])
         self.compiled = False
+
+    def telling(self) -> tuple[str, ...]:
+        """Those of `names` that say something; see the function."""
+        return telling(self.recipe)
+
+    def kept(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps beside weights and optimizer: nothing."""
+        return {}
+
+    def end_update(self, applied: bool) -> None:
+        """An update is over, its last micro-step too; `applied`: it was not left out. Nothing."""
 
     def attach_teacher(self, teacher: HPMViT) -> None:
         """Let `teacher` choose the hard patches (its `predict_loss`) and, with target ema, give the features."""

@@ -11,6 +11,7 @@ from typing import Any
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from fasthpm.objectives import OBJECTIVES, Objective, PatchLoss
+from fasthpm.projection import cross_entropy
 
 TEACHERS = ("", "ema", "frozen")
 TOKENIZERS = ("kmeans", "dvae", "vqkd")  # how the target_weights of tokens begin; `tokenizers` makes them
@@ -105,5 +106,14 @@ register(
 register(
     Target(
         "tokens", "ids of every patch by a tokenizer (BEiT)", width=TOKENS, objective="tokens", tokenizers=TOKENIZERS
+    )
+)
+register(
+    Target(
+        "distributions",
+        "how the EMA teacher of the run spreads patch and image over prototypes, by several views (iBOT)",
+        teacher="ema",
+        objective="distributions",
+        loss=cross_entropy,
     )
 )

@@ -190,7 +190,8 @@ def test_predefined_masks_are_their_loops(seed: int, grid: tuple[int, int], slot
     size = rows * columns
     noise = coarse_noise(seed, 3, size + 4 * masks.BLOCK_PROPOSALS + 2)
     block = masks.block_mask(noise, grid, ratio, slots)
-    blockwise = masks.blockwise_mask(noise, grid, ratio, slots)
+    masked = masks.num_masked(grid[0] * grid[1], ratio)
+    blockwise = masks.blockwise_mask(noise, grid, masked, slots)
     tube = masks.tube_mask(noise[:, :size], slots, ratio)
     plain = masks.random_mask(noise[:, :size], ratio)
     for i, numbers in enumerate(noise.tolist()):

@@ -22,7 +22,8 @@ from fasthpm.mask import split_ids
 from fasthpm.patches import NormalizedPatches, model_of
 from fasthpm.ranks import deepspeed_json, engine
 from fasthpm.ranks import launch as ranks_launch
-from fasthpm.recipe import PREDICT_LOSSES, Recipe
+from fasthpm.recipe import Recipe
+from fasthpm.recipe_fields import PREDICT_LOSSES
 from fasthpm.step import HEALTH_SAMPLES, METRICS, Step, telling
 from fasthpm.teacher import EMATeacher
 from tests.helpers import reference

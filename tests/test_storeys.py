@@ -13,9 +13,10 @@ from tests.helpers.launch import ROOT
 # From the ground up; a storey is one word or several that stand side by side.
 STOREYS = (
     "entry", "errors machine", "files", "cli", "options", "data", "kernels",
-    "mask mask_loops loss difficulty layers objectives architecture model_names model targets rules sizes recipe schedule "
-    "patches",
-    "recipes", "ranks", "speed", "fitting tokenizers frozen step teacher", "maps", "checkpoint", "exchange", "run", "tuning",
+    "mask mask_counts mask_loops loss difficulty colours layers objectives projection architecture model_names model "
+    "targets view_fields view_rules rules recipe_fields sizes recipe schedule patches",
+    "recipes", "ranks", "speed", "fitting tokenizers frozen views step teacher", "maps", "checkpoint", "exchange", "run",
+    "tuning",
     "probes", "dense", "pictures", "commands", "pretrain",
 )  # fmt: skip
 HEIGHTS = {f"fasthpm.{room}": height for height, storey in enumerate(STOREYS) for room in storey.split()}

@@ -31,6 +31,7 @@ from fasthpm.speed.gpus import GPU
 from fasthpm.step import Step
 from fasthpm.targets import TARGETS
 from fasthpm.tokenizers import untrained_tokenizer
+from fasthpm.views import inputs_of, step_of
 
 BLOCK = 512  # bytes: the allocator rounds up to it
 FREE = frozenset({  # operations that launch no kernel
@@ -182,7 +183,7 @@ def step_without_values(recipe: Recipe, dtype: torch.dtype) -> tuple[Step, HPMVi
     """The recipe's eager step, which measures no time, and its teacher; made where fake tensors are in force."""
     recipe = dataclasses.replace(recipe, compile=False)
     info = DatasetInfo(1 << 20, recipe.channels, (0.5,) * recipe.channels, (0.25,) * recipe.channels, ("",))
-    step, teacher = Step(_model(recipe, dtype), recipe, info), None
+    step, teacher = step_of(_model(recipe, dtype), recipe, info), None
     step.stopwatch = SimpleNamespace(measure=lambda device: nullcontext())  # type: ignore[assignment]
     if recipe.uses_teacher:
         teacher = _model(recipe, dtype).eval().requires_grad_(False)
@@ -237,10 +238,10 @@ def _model(recipe: Recipe, dtype: torch.dtype) -> HPMViT:
 def loss_of(step: Step, *, maps: bool) -> Tensor:
     """The step's loss of a batch without values; `maps`: with those of a recipe that keeps some."""
     recipe = step.recipe
-    images = torch.empty(recipe.batch_size, *recipe.sample_shape, dtype=torch.uint8)
-    ids, number = torch.empty(recipe.batch_size, dtype=torch.int64), torch.empty((), dtype=torch.int64)
+    images, ids, local = inputs_of(recipe, lambda shape: torch.empty(shape, dtype=torch.uint8))
+    number = torch.empty((), dtype=torch.int64)
     scores = torch.empty(recipe.batch_size, recipe.num_patches) if maps else None
-    return step(images, ids, number, torch.empty((), dtype=torch.float64), scores).loss
+    return step(images, ids, number, torch.empty((), dtype=torch.float64), scores, *local).loss
 
 
 def _train(step: Step) -> None:

@@ -27,8 +27,8 @@ from fasthpm.recipe import Recipe
 from fasthpm.run.metrics import wait_for
 from fasthpm.run.state import endless
 from fasthpm.speed import graph
-from fasthpm.step import Step
 from fasthpm.teacher import EMATeacher
+from fasthpm.views import inputs_of, step_of
 
 DECODE_BATCH = 64  # images; a larger batch decodes no faster, but the last one could take long
 CPU_BATCH = 4  # images of a step on a CPU, where a full batch would take minutes
@@ -52,12 +52,12 @@ def decode_rate(loader: Loader, seconds: float) -> float:
     """Images per second that come out, from the moment when the look-ahead has been used up."""
     end = time.perf_counter() + seconds
     batches, taken, begin = endless(loader), 0, 0.0
-    for number, batch in enumerate(batches):
+    for number, _ in enumerate(batches):
         now = time.perf_counter()
         if number == FILLED:
             begin = now
         elif number > FILLED:
-            taken += len(batch.ids)
+            taken += loader.batch_size
         if number > FILLED and now > end:
             return taken / (now - begin)
     raise AssertionError("an endless loader ended")
@@ -69,9 +69,10 @@ def measure_copy(recipe: Recipe, seconds: float) -> dict[str, float]:
     if not torch.cuda.is_available():
         return {}
     device = torch.device("cuda", torch.cuda.current_device())
-    batch = torch.empty((recipe.batch_size, *recipe.sample_shape), dtype=torch.uint8, pin_memory=True)
-    rate = repeat(lambda: batch.to(device, non_blocking=True), min(seconds, 2.0), device)
-    return {"images_per_second": rate * len(batch)}
+    images, _, local = inputs_of(recipe, lambda shape: torch.empty(shape, dtype=torch.uint8, pin_memory=True))
+    crops = (images, *local)
+    rate = repeat(lambda: [part.to(device, non_blocking=True) for part in crops], min(seconds, 2.0), device)
+    return {"images_per_second": rate * recipe.batch_size}
 
 
 # ------------------------------------------------------------------------------------------------------ step
@@ -111,7 +112,7 @@ def step_rate(recipe: Recipe, launch: ranks.Launch, seconds: float) -> dict[str,
 def build_update(recipe: Recipe, launch: ranks.Launch) -> tuple[Callable[[], object], dict[str, str]]:
     """A function that makes one update of a resolved recipe on fixed random images, and its kernels of attention."""
     info = DatasetInfo(1, recipe.channels, (0.5,) * recipe.channels, (0.25,) * recipe.channels, ("any",))
-    step = Step(model_of(recipe), recipe, info)
+    step = step_of(model_of(recipe), recipe, info)
     config = ranks.merge_config(recipe.deepspeed_config, recipe, 1)
     with graph.recordable(launch.device):
         built = ranks.build_engine(step, recipe, config, launch)
@@ -119,14 +120,16 @@ def build_update(recipe: Recipe, launch: ranks.Launch) -> tuple[Callable[[], obj
         step.attach_frozen(frozen)
     if recipe.uses_teacher:
         step.attach_teacher(EMATeacher(built, step.student, "student.", model_of(recipe), 0.999).module)
-    images = torch.randint(0, 256, (recipe.batch_size, *recipe.sample_shape), dtype=torch.uint8).to(launch.device)
-    ids = torch.arange(recipe.batch_size, device=launch.device)
+    images, ids, local = inputs_of(
+        recipe, lambda shape: torch.randint(0, 256, shape, dtype=torch.uint8, device=launch.device)
+    )
+    ids = ids.to(launch.device)
     update = torch.zeros((), dtype=torch.int64, device=launch.device)
     alpha = torch.full((), 0.25, dtype=torch.float64, device=launch.device)
 
     micro_step = graph.micro_step(recipe.cuda_graph, built, step.stopwatch)
     kernels = attention.settle(recipe, launch.device, next(step.student.parameters()).dtype)
-    return lambda: micro_step(images, ids, update, alpha), kernels
+    return lambda: micro_step(images, ids, update, alpha, None, *local), kernels
 
 
 def repeat(action: Callable[[], object], seconds: float, device: torch.device) -> float:

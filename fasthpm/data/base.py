@@ -6,14 +6,16 @@ iteration, which ends with that iteration: at its end, on `break`, on an excepti
 
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fasthpm.data import views
 from fasthpm.data.background import Background
 from fasthpm.data.bad import BadSample, Quarantine
 from fasthpm.data.options import OF_CHANNELS, LoaderOptions, count_workers
@@ -217,7 +219,7 @@ class PrefetchLoader(ABC):
         """Crops of the samples `ids` [b], which are the rows `rows` [b] of a batch: int64 [b, 5 or more]."""
         options = self.options
         if options.train:
-            crops = random_crops(options.seed, epoch, ids, sizes, options.crop_min, options.flip)
+            crops = random_crops(options.seed, epoch, ids, sizes, options.crop_min, options.flip, options.crop_max)
             if not options.turns:
                 return crops
             return turn_crops(options.seed, epoch, ids, crops, options.flip_vertical, options.rotate90)
@@ -261,14 +263,27 @@ class PrefetchLoader(ABC):
         return self.take(epoch, np.repeat(self.ids_of(epoch, batch), self.options.num_views))
 
     def take(self, epoch: int, asked: Array) -> Batch:
-        """Decode the samples `asked` [B] as `epoch` crops them, into fresh memory (pinned if there is CUDA)."""
+        """Decode the samples `asked` [B] as `epoch` crops them, into fresh memory (pinned if there is CUDA).
+
+        Of images in several views each sample stands in `asked` once per view, one after the other.
+        """
         pin = torch.cuda.is_available()
-        images = self._empty(len(asked), pin)
-        ids, crops, sizes = self._read(images, epoch, asked)
+        images, local = self._empty(len(asked), pin), None
+        if self.options.image_views:
+            local = self._empty_local(len(asked) // self.options.num_views, pin)
+            ids, crops, sizes = self._read_views(images, local, epoch, asked)
+        else:
+            ids, crops, sizes = self._read(images, epoch, asked)
         columns = self._labels(ids), ids, crops[:, :5], sizes
         rest = [torch.from_numpy(np.ascontiguousarray(column, np.int64)) for column in columns]
         rest.append(torch.from_numpy(ids != asked))
-        return Batch(images, *(tensor.pin_memory() if pin else tensor for tensor in rest))
+        batch = Batch(images, *(tensor.pin_memory() if pin else tensor for tensor in rest))
+        return batch if local is None else replace(batch, local=local)
+
+    def _empty_local(self, samples: int, pin: bool = False) -> Tensor:
+        """Memory for the local crops of `samples` samples."""
+        side, count = self.options.local_size, samples * self.options.local_crops
+        return torch.empty((count, side, side, self.options.channels), dtype=torch.uint8, pin_memory=pin)
 
     def _empty(self, count: int, pin: bool = False) -> Tensor:
         """Memory for the pixels of `count` samples, where they are decoded to."""
@@ -280,22 +295,62 @@ class PrefetchLoader(ABC):
 
         A replacement is a function of (seed, epoch, sample id) and of which samples are bad, nothing else.
         """
+        crops, sizes = np.zeros((len(asked), self.crop_columns), np.int64), np.zeros((len(asked), 2), np.int64)
+
+        def fill(rows: Array, ids: Array, again: bool) -> Array:
+            pixels = self._empty(len(rows)) if again else images
+            sizes[rows] = self._sizes(ids)
+            crops[rows] = self._crops(epoch, ids, np.maximum(sizes[rows], 1), rows)
+            bad = self._fill_in_parallel(pixels, ids, crops[rows], self._factors(epoch, ids))
+            for row, image in zip(rows.tolist(), pixels, strict=True) if again else ():
+                images[row] = image  # torch cannot index all dtypes by a list
+            return bad | (sizes[rows] == 0).any(1)
+
+        return self._with_replacements(epoch, asked, fill), crops, sizes
+
+    def _read_views(self, images: Tensor, local: Tensor, epoch: int, asked: Array) -> tuple[Array, Array, Array]:
+        """`_read` of images in several views, and of their local crops [S * n, h, w, C]."""
+        options, samples = self.options, asked[:: self.options.num_views]
+        count = len(samples)
+        targets = [part.numpy().reshape(count, -1, *part.shape[1:]) for part in (images, local)]
+        boxes = [np.zeros((*target.shape[:2], 5), np.int64) for target in targets]
+        sizes = np.zeros((count, 2), np.int64)
+
+        def fill(rows: Array, ids: Array, again: bool) -> Array:
+            pixels = [np.empty_like(target[rows]) for target in targets] if again else targets
+            sizes[rows] = self._sizes(ids)
+            for box, draw in zip(boxes, (views.global_crops, views.local_crops), strict=True):
+                box[rows] = draw(options, epoch, ids, np.maximum(sizes[rows], 1))
+            factors = np.split(views.factors_of(options, epoch, ids), [options.num_views], axis=1)
+            parts = list(zip(pixels, [box[rows] for box in boxes], factors, strict=True))
+            bad = self._in_parallel(
+                len(rows), lambda part: self._fill_views(ids[part], [(a[part], b[part], c[part]) for a, b, c in parts])
+            )
+            for target, drawn in zip(targets, pixels, strict=True) if again else ():
+                target[rows] = drawn
+            return bad | (sizes[rows] == 0).any(1)
+
+        ids = self._with_replacements(epoch, samples, fill)
+        views.remark_enlarged(self.source, boxes[1], options.local_size)
+        repeats = options.num_views
+        return np.repeat(ids, repeats), boxes[0].reshape(-1, 5), np.repeat(sizes, repeats, 0)
+
+    def _fill_views(self, ids: Array, parts: views.Parts) -> Array:
+        """Write all views of the samples `ids` [S]; which samples do not decode: bool [S]. From many threads."""
+        return views.fill_one_by_one(self._fill, ids, parts)
+
+    def _with_replacements(self, epoch: int, asked: Array, fill: Callable[[Array, Array, bool], Array]) -> Array:
+        """Have `fill` read the samples `asked` [S], and others in the place of those that do not decode: their ids.
+
+        - `fill`: (rows that are read, ids of their samples, whether it is not for the first time) -> bad ones
+        """
         ids, rows = asked.copy(), np.arange(len(asked))
-        crops, sizes = np.zeros((len(ids), self.crop_columns), np.int64), np.zeros((len(ids), 2), np.int64)
         for attempt in range(1 + REPLACEMENTS):
             if attempt:
                 ids[rows] = replacements(self.options.seed, epoch, asked[rows], attempt, self.info.num_samples)
-            pixels = self._empty(len(rows)) if attempt else images
-            sizes[rows] = self._sizes(ids[rows])
-            crops[rows] = self._crops(epoch, ids[rows], np.maximum(sizes[rows], 1), rows)
-            bad = self._fill_in_parallel(pixels, ids[rows], crops[rows], self._factors(epoch, ids[rows]))
-            bad |= (sizes[rows] == 0).any(1)
-            if attempt:
-                for row, image in zip(rows.tolist(), pixels, strict=True):  # torch cannot index all dtypes by a list
-                    images[row] = image
-            rows = rows[bad]
+            rows = rows[fill(rows, ids[rows], attempt > 0)]
             if not len(rows):
-                return ids, crops, sizes
+                return ids
             self._quarantine.add(ids[rows])
         raise UserError(
             f"{self._describe(int(asked[rows[0]])).name} does not decode, nor do {REPLACEMENTS} samples drawn in its "
@@ -303,14 +358,17 @@ class PrefetchLoader(ABC):
         )
 
     def _fill_in_parallel(self, images: Tensor, ids: Array, crops: Array, factors: Array) -> Array:
+        arrays = (images.numpy(), ids, crops, factors)
+        fill = self._fill_turned if self.options.turns else self._fill
+        return self._in_parallel(len(ids), lambda part: fill(*(array[part] for array in arrays)))
+
+    def _in_parallel(self, count: int, work: Callable[[slice], Array]) -> Array:
+        """`work` on all parts of `count` rows, by the decoding threads: its results side by side, bool [count]."""
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self.num_workers, thread_name_prefix="fasthpm-decode")
-        share = max(-(-len(ids) // (2 * self.num_workers)), 1)  # two shares per thread even out large images
-        parts = [slice(start, start + share) for start in range(0, len(ids), share)]
-        pixels = images.numpy()
-        fill = self._fill_turned if self.options.turns else self._fill
-        bad = self._pool.map(lambda part: fill(pixels[part], ids[part], crops[part], factors[part]), parts)
-        return np.concatenate([np.zeros(0, np.bool_), *bad])
+        share = max(-(-count // (2 * self.num_workers)), 1)  # two shares per thread even out large images
+        parts = [slice(start, start + share) for start in range(0, count, share)]
+        return np.concatenate([np.zeros(0, np.bool_), *self._pool.map(work, parts)])
 
     def _fill_turned(self, images: Array, ids: Array, crops: Array, factors: Array) -> Array:
         """`_fill`, of crops that are turned too."""

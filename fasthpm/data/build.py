@@ -62,7 +62,7 @@ def build_loader(data_path: str | Path, options: LoaderOptions | None = None, **
     if is_video_set(Path(source)):
         return clip_loader(Path(source), options)
     beton = is_beton(source)
-    if options.num_frames > 1 or options.num_views > 1:
+    if options.num_frames > 1 or (options.num_views > 1 and not options.image_views):
         raise UserError(
             f"data_path {source} holds no prepared videos; use --num_frames 1 for images, or a folder that python -m "
             f"data_prep.videos wrote"

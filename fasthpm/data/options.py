@@ -40,7 +40,10 @@ class LoaderOptions:
         "shuffled by (seed, epoch), random crops and flips, only full global batches. Otherwise in order, the centre, "
         "each sample once over all ranks, in batches of which the last may be smaller, on some ranks empty",
     )
-    crop_min: float = option(0.2, "in training, a random resized crop covers this to 1 of the area", above=0, high=1)
+    crop_min: float = option(
+        0.2, "in training, a random resized crop covers this to crop_max of the area", above=0, high=1
+    )
+    crop_max: float = option(1.0, "the largest share of the area that it covers", above=0, high=1)
     flip: bool = option(True, "in training, mirror at random")
     flip_vertical: bool = option(False, "in training, put upside down at random: for what has no up, such as tiles")
     rotate90: bool = option(False, "in training, turn by a random multiple of 90 degrees; of square crops")
@@ -108,8 +111,13 @@ class LoaderOptions:
         (1, 1),
         "of videos, (clips, crops): every sample gives clips * crops rows one after the other, with the same id. In "
         "evaluation evenly spaced clips of the video times crops along its longer side, to average predictions over "
-        "(VideoMAE: 5, 3 for Kinetics, 2, 3 for SSv2); in training (r, 1), r draws (repeated augmentation)",
+        "(VideoMAE: 5, 3 for Kinetics, 2, 3 for SSv2); in training (r, 1), r draws (repeated augmentation). Of images "
+        "in training (r, 1): r random crops of each",
     )
+    local_crops: int = option(0, "of images in training: small random crops of each sample, beside its views", low=0)
+    local_size: int = option(96, "side of the local crops in pixels", low=1)
+    local_crop_min: float = option(0.05, "a local crop covers this to local_crop_max of the area", above=0, high=1)
+    local_crop_max: float = option(0.25, "the largest share of the area that it covers", above=0, high=1)
     decoder: str = option(
         "auto",
         "of videos: turbojpeg (libturbojpeg and our kernel) is auto; dali, DALI on the CPU; dali_gpu, DALI and nvJPEG: "
@@ -138,6 +146,13 @@ class LoaderOptions:
         self._check("rank", self.rank < self.world_size, f"0 to {self.world_size - 1}")
         good = len(self.views) == 2 and min(self.views) >= 1 and not (self.train and self.views[1] > 1)
         self._check("views", good, "clips and crops, 1 or more each (in training 1 crop)")
+        self._check("crop_max", self.crop_max >= self.crop_min, f"crop_min {self.crop_min} or more")
+        ordered = self.local_crop_max >= self.local_crop_min
+        self._check("local_crop_max", ordered, f"local_crop_min {self.local_crop_min} or more")
+        drawn = self.train and self.num_frames == 1
+        self._check("local_crops", drawn or not self.local_crops, "0 in evaluation, and of clips")
+        for name in ("flip_vertical", "rotate90"):
+            self._check(name, not (getattr(self, name) and self.image_views), "False with several views of an image")
 
     def _check(self, name: str, good: bool, expected: str) -> None:
         if not good:
@@ -157,6 +172,11 @@ class LoaderOptions:
     def num_views(self) -> int:
         """Rows of a batch per video."""
         return self.views[0] * self.views[1]
+
+    @property
+    def image_views(self) -> bool:
+        """Whether samples are images in several views, one after the other, with local crops beside them or not."""
+        return self.num_frames == 1 and self.train and (self.num_views > 1 or self.local_crops > 0)
 
     @property
     def sample_shape(self) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fasthpm.data import views
 from fasthpm.data.bad import BadSample
 from fasthpm.data.base import PrefetchLoader
 from fasthpm.data.decoding import Decoded, read, size_of
@@ -126,14 +127,29 @@ class PlainLoader(PrefetchLoader):
     def _fill(self, images: Array, ids: Array, crops: Array, factors: Array) -> Array:
         bad = np.zeros(len(ids), np.bool_)
         for k, (index, crop, change) in enumerate(zip(ids, crops, factors, strict=True)):
-            try:
-                pixels = read_pixels(self._images.paths[index])
-                pixels = pixels if self.options.channels == 3 else luminance(pixels)
-            except UserError:
-                bad[k] = True
-                continue
-            if pixels.shape[:2] != tuple(self._known_sizes[index]):  # the crop is not of this image
-                bad[k] = True
-                continue
-            images[k] = render(pixels, crop, images.shape[1:3], self.options.interpolation, change)
+            pixels = self._read_whole(int(index))
+            bad[k] = pixels is None
+            if pixels is not None:
+                images[k] = render(pixels, crop, images.shape[1:3], self.options.interpolation, change)
         return bad
+
+    def _fill_views(self, ids: Array, parts: views.Parts) -> Array:
+        bad = np.zeros(len(ids), np.bool_)
+        for place, rows in views.samples_of(parts):
+            pixels = self._read_whole(int(ids[place]))
+            bad[place] = pixels is None
+            if pixels is None:
+                continue
+            for images, crops, factors in rows:
+                for k, (crop, change) in enumerate(zip(crops, factors, strict=True)):
+                    images[k] = render(pixels, crop, images.shape[1:3], self.options.interpolation, change)
+        return bad
+
+    def _read_whole(self, index: int) -> Array | None:
+        """The pixels of a file, in as many channels as asked for; None where they are not what crops were drawn for."""
+        try:
+            pixels = read_pixels(self._images.paths[index])
+        except UserError:
+            return None
+        pixels = pixels if self.options.channels == 3 else luminance(pixels)
+        return pixels if pixels.shape[:2] == tuple(self._known_sizes[index]) else None

@@ -94,15 +94,17 @@ def torch_seed(*parts: int) -> int:
     return (value ^ (value >> 32)) % 2**32
 
 
-def random_crops(seed: int, epoch: int, ids: Array, sizes: Array, crop_min: float, flip: bool) -> Array:
+def random_crops(
+    seed: int, epoch: int, ids: Array, sizes: Array, crop_min: float, flip: bool, crop_max: float = 1.0
+) -> Array:
     """Random resized crops: int64 [B, 5] of top, left, height, width, and HORIZONTAL where mirrored.
 
-    `sizes` is int64 [B, 2], height and width of the stored images. Area uniform in [crop_min, 1] of the image, aspect
-    ratio log-uniform in [3/4, 4/3], ten tries, then the largest centred box within those ratios.
+    `sizes` is int64 [B, 2], height and width of the stored images. Area uniform in [crop_min, crop_max] of the image,
+    aspect ratio log-uniform in [3/4, 4/3], ten tries, then the largest centred box within those ratios.
     """
     draws = uniforms(key_of(seed, epoch, Stream.CROP), ids, 2 * TRIES + 3)
     height, width = sizes[:, 0].astype(np.float64)[:, None], sizes[:, 1].astype(np.float64)[:, None]
-    area = height * width * (crop_min + draws[:, :TRIES] * (1 - crop_min))
+    area = height * width * (crop_min + draws[:, :TRIES] * (crop_max - crop_min))
     low, high = np.log(RATIO)
     aspect = np.exp(low + draws[:, TRIES : 2 * TRIES] * (high - low))
     tall, wide = np.rint(np.sqrt(area / aspect)), np.rint(np.sqrt(area * aspect))

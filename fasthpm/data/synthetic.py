@@ -71,10 +71,11 @@ class SyntheticLoader(PrefetchLoader):
         return size == self.options.image_size
 
     def _fill(self, images: Array, ids: Array, crops: Array, factors: Array) -> Array:
-        size, channels, interpolation = self.options.image_size, self.options.channels, self.options.interpolation
+        stored, channels, interpolation = self.options.image_size, self.options.channels, self.options.interpolation
+        size = images.shape[-3:-1]  # local crops are smaller than what is stored
         clips = images.reshape(len(ids), self.options.num_frames, *size, channels)
         for clip, index, crop, change in zip(clips, ids, crops, factors, strict=True):
             for t, row in enumerate(clip):
-                drawn = draw(int(index), size, channels, t * self.options.sampling_rate)
+                drawn = draw(int(index), stored, channels, t * self.options.sampling_rate)
                 row[:] = render(drawn, crop, size, interpolation, change)
         return np.zeros(len(ids), np.bool_)

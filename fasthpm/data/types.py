@@ -25,6 +25,9 @@ class Batch:
     maps: Tensor = dataclasses.field(
         default_factory=lambda: torch.zeros(0)
     )  # float16 [B, rows, cols]; see fasthpm.maps
+    local: Tensor = dataclasses.field(
+        default_factory=lambda: torch.zeros(0)
+    )  # uint8 [S * n, h, w, C]: n local crops of each of the S samples, one after the other; of S = B / views samples
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`; asynchronous where the source is pinned."""

@@ -31,6 +31,7 @@ from fasthpm.run.bad_samples import BadSampleLog
 from fasthpm.run.lock import FolderLock
 from fasthpm.tuning.past import describe, refuse_other
 from fasthpm.tuning.run import Tuning
+from fasthpm.view_fields import PRETRAINING_ALONE
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # of batch norms: training changes them
 CLASSES_FILE, PICTURE_FILE = "classes.json", "pictures.png"
@@ -192,7 +193,7 @@ def plan_of(recipe: Recipe, settings: Any, world_size: int) -> Recipe:
     names += ["output_dir", "deepspeed_config", "resume", "log_every", "keep_checkpoints", "stop_after"]
     own = {name: getattr(settings, name) for name in names}
     fixed = {"beta1": 0.9, "beta2": 0.999, "epochs": 1, "steps_per_epoch": settings.steps, "warmup_epochs": 0.0}
-    plan = dataclasses.replace(recipe, data_path=settings.data_path, keep_every=0, **fixed, **own)
+    plan = dataclasses.replace(recipe, data_path=settings.data_path, keep_every=0, **PRETRAINING_ALONE, **fixed, **own)
     plan = checkpoint.continued(plan, world_size)
     accum_iter = plan.accumulation(world_size)
     return dataclasses.replace(plan, accum_iter=accum_iter, global_batch_size=accum_iter * plan.batch_size * world_size)

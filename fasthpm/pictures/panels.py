@@ -12,6 +12,7 @@ from fasthpm.data import DatasetInfo, build_loader
 from fasthpm.data.sampling import Array
 from fasthpm.data.values import Values
 from fasthpm.difficulty import refusal
+from fasthpm.errors import UserError
 from fasthpm.loss import EPS
 from fasthpm.maps.attention import attention_weights, cls_attention
 from fasthpm.mask import MaskPlan
@@ -24,6 +25,7 @@ from fasthpm.recipe import Recipe
 
 COLUMNS = ("image", "reconstruction", "true_loss", "predicted_loss", "mask")
 FEATURE_COLUMNS = tuple(name for name in COLUMNS if name != "reconstruction")  # of features there is no picture
+VIEW_COLUMNS = ("image", "attention", "predicted_loss", "mask")  # losses of distributions need centres of the run
 MORE_COLUMNS = ("hardest", "attention")  # the hardest share of patches masked; what the cls token attends to
 PIXELS = ("image", "reconstruction")  # a picture of these for every group of channels
 TRUE_LOSS_MASKS = 10  # as in the papers' figures
@@ -47,6 +49,8 @@ def fixed_images(recipe: Recipe, count: int) -> tuple[Tensor, DatasetInfo]:
 
 def columns_of(recipe: Recipe) -> tuple[str, ...]:
     """Names of the pictures that are drawn if none are asked for."""
+    if recipe.uses_views:
+        return VIEW_COLUMNS if recipe.masks_by_difficulty else tuple(n for n in VIEW_COLUMNS if n != "predicted_loss")
     return COLUMNS if has_pictures(recipe) else FEATURE_COLUMNS
 
 
@@ -82,7 +86,14 @@ def pictures(
     Visible patches are pasted back into the reconstruction, and `norm_pix_loss` is undone with the true patches'
     statistics. The true loss of a patch is averaged over the masks that hide it. Of a model that
     can't be asked the predicted loss stays empty.
+
+    **Raises:** `UserError` for pictures of losses of a model that learns distributions.
     """
+    if recipe.uses_views and (wrong := {"reconstruction", "true_loss"}.intersection(names)):
+        raise UserError(
+            f"there is no picture {min(wrong)} of a model that learns distributions over prototypes; use "
+            f"{', '.join(columns_of(recipe))} or hardest"
+        )
     plan, patches_of = recipe.mask_plan, NormalizedPatches(recipe, statistics)
     images = images.to(model.mask_token.device)
     patches = patches_of(images)

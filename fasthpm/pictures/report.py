@@ -17,7 +17,8 @@ from fasthpm.recipe import Recipe, load_recipe
 from fasthpm.run.records import latest, read_metrics
 
 CURVES = (
-    ("loss", ("reconstruction_loss", "difficulty_loss")),
+    ("loss", ("reconstruction_loss", "cls_loss", "patch_loss", "difficulty_loss")),
+    ("collapse", ("teacher_entropy", "mean_entropy", "teacher_kl")),
     ("predictor health", ("spearman", "pair_accuracy", "teacher_spearman", "difficulty_spearman")),
     ("images per second", ("images_per_second",)),
     ("learning rate", ("lr",)),
@@ -27,7 +28,13 @@ CURVES = (
 TABLE = (
     "loss",
     "reconstruction_loss",
+    "cls_loss",
+    "patch_loss",
     "difficulty_loss",
+    "teacher_entropy",
+    "mean_entropy",
+    "teacher_kl",
+    "rankme",
     "spearman",
     "pair_accuracy",
     "teacher_spearman",
@@ -41,6 +48,10 @@ TABLE = (
     "memory_gib",
 )
 EXPLAINED = {
+    "teacher_entropy": "teacher_entropy is of the teacher's distribution of a view, mean_entropy of their mean, in "
+    "nats: both near 0, or both near the logarithm of the prototypes, is a collapse",
+    "teacher_kl": "teacher_kl is what the student's distribution lacks of it",
+    "rankme": "rankme is how many directions the teacher's cls tokens use",
     "spearman": "spearman and pair_accuracy compare the student's predicted with its real loss of the masked patches",
     "teacher_spearman": "teacher_spearman compares the difficulty that makes the masks with the same real loss",
     "difficulty_spearman": "difficulty_spearman compares it with the mean loss over random masks of held-out samples",
@@ -74,8 +85,11 @@ def draw_curves(records: list[dict[str, float]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 6), layout="constrained")
-    axes = figure.subplots(2, 3)
-    for axis, (title, names) in zip(axes.flat, CURVES, strict=True):
+    shown = [(title, names) for title, names in CURVES if title != "collapse" or any(names[0] in r for r in records)]
+    axes = figure.subplots(2, -(-len(shown) // 2))
+    for axis in axes.flat[len(shown) :]:
+        axis.remove()
+    for axis, (title, names) in zip(axes.flat, shown, strict=False):
         for name in names:
             points = [(record["epoch"], record[name]) for record in records if name in record]
             if points:
@@ -83,7 +97,7 @@ def draw_curves(records: list[dict[str, float]], path: Path) -> None:
         axis.set_title(title)
         axis.set_xlabel("epoch")
         axis.grid(alpha=0.3)
-        if len(names) > 1:
+        if len(names) > 1 and axis.lines:
             axis.legend(fontsize=8)
     figure.savefig(path, dpi=100, format="png")
 

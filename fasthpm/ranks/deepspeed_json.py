@@ -73,6 +73,8 @@ def merge_config(path: str | Path, recipe: Recipe, world_size: int) -> dict[str,
     _check_stage(config, str(path))
     for key, owner in RECIPE_OWNS.items():
         value, wanted = config.get(key, "auto"), getattr(recipe, owner)
+        if key == "gradient_clipping" and recipe.clip_per_tensor:
+            wanted = 0.0  # each parameter by itself, see `clipping`
         if value != "auto" and (isinstance(value, bool) or value != wanted):
             raise UserError(
                 f"{path}: {key} is {value!r}, but the recipe's {owner} is {wanted!r}; the recipe owns it: write "

@@ -14,24 +14,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fasthpm.ranks.clipping import clip_each
 from fasthpm.ranks.launch import Launch
 from fasthpm.ranks.zero import MasterLayout, add_gradients_at_once, update_without_waits
 from fasthpm.recipe import Recipe
 
+LAST_LAYER = "last_layer"  # of a projection head: what `freeze_last_layer` holds still
+
 
 # ------------------------------------------------------------------------------------------------------ engine
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, weight_decay: float, apart: str = "") -> list[dict[str, Any]]:
     """AdamW's parameter groups, in the order of the parameters' names; frozen parameters are left out.
 
-    No weight decay on biases, norms (every 1-D tensor) and tokens.
+    No weight decay on biases, norms (every 1-D tensor) and tokens. Parameters whose names contain `apart`, if it is
+    given, make a group of their own of that name.
     """
-    groups: dict[str, list[nn.Parameter]] = {"no_decay": [], "decay": []}
+    names = ("no_decay", "decay", *([apart] if apart else []))
+    groups: dict[str, list[nn.Parameter]] = {name: [] for name in names}
     for name, parameter in sorted(model.named_parameters()):
         if parameter.requires_grad:
             exempt = parameter.ndim <= 1 or name.rpartition(".")[2] in ("bias", "cls_token", "mask_token", "pos_embed")
-            groups["no_decay" if exempt else "decay"].append(parameter)
+            kind = "no_decay" if exempt else "decay"
+            groups[apart if apart and apart in name else kind].append(parameter)
     return [
-        {"name": name, "params": params, "weight_decay": weight_decay if name == "decay" else 0.0}
+        {"name": name, "params": params, "weight_decay": 0.0 if name == "no_decay" else weight_decay}
         for name, params in groups.items()
         if params
     ]
@@ -54,8 +60,12 @@ def build_engine(
     import deepspeed
 
     step_module.to(launch.device)
+    if groups is None:
+        apart = LAST_LAYER if recipe.freeze_last_layer_epochs else ""
+        groups = parameter_groups(step_module, recipe.weight_decay, apart)
+        groups = [{**group, "decay_moves": recipe.weight_decay_end >= 0} for group in groups]
     optimizer = torch.optim.AdamW(
-        groups or parameter_groups(step_module, recipe.weight_decay),
+        groups,
         lr=0.0,  # ZeRO 0 takes an empty step while it starts, which must not decay the weights
         betas=(recipe.beta1, recipe.beta2),
         eps=1e-8,
@@ -67,7 +77,9 @@ def build_engine(
         )
     MasterLayout(engine).create_optimizer_state()
     if engine.optimizer is optimizer:
-        _clip_by_ourselves(engine, recipe.clip_grad)
+        _clip_by_ourselves(engine, 0.0 if recipe.clip_per_tensor else recipe.clip_grad)
+    if recipe.clip_per_tensor:
+        clip_each(engine, recipe.clip_grad)
     on_device = launch.device.type == "cuda" and recipe.on_nonfinite != "skip"  # which must know of each update at once
     if on_device and update_without_waits(engine):
         keep_rates_on(engine, launch.device)
@@ -126,6 +138,26 @@ def set_lr(engine: Any, lr: float) -> None:
             group["lr"].fill_(rate)
         else:
             group["lr"] = rate
+
+
+def set_weight_decay(engine: Any, weight_decay: float) -> None:
+    """Weight decay of every parameter group that has any, from the next update on."""
+    for group in engine.basic_optimizer.param_groups:
+        if group["name"] != "no_decay":
+            group["weight_decay"] = weight_decay
+
+
+def decay_moves(engine: Any) -> bool:
+    """Whether the weight decay changes from update to update; AdamW takes it from the host."""
+    return any(group.get("decay_moves", False) for group in engine.basic_optimizer.param_groups)
+
+
+def freeze_last_layer(engine: Any, frozen: bool) -> None:
+    """Whether the last layer of a projection head stays as it is, from the next `set_lr` on: its learning rate is 0,
+    and so is its decay. Its moments follow its gradients, as they would not in DINO's code."""
+    for group in engine.basic_optimizer.param_groups:
+        if group["name"] == LAST_LAYER:
+            group["lr_scale"] = 0.0 if frozen else 1.0
 
 
 def keep_rates_on(engine: Any, device: torch.device) -> None:

@@ -54,6 +54,15 @@ class Group:
         """This rank's part [S] of a gathered group [W * S], as a view."""
         return gathered.view(self.shards, -1)[self.index]
 
+    def span(self, slot: Slot) -> slice:
+        """Where this rank's shard, flattened, holds elements of a parameter, without padding; perhaps nowhere."""
+        if slot.stripe:
+            count = min(max(slot.shape.numel() - self.index * slot.stripe, 0), slot.stripe)
+            return slice(slot.offset, slot.offset + count)
+        start, size = self.index * self.master.numel(), self.master.numel()
+        first, last = slot.offset - start, slot.offset + slot.shape.numel() - start
+        return slice(max(first, 0), min(last, size)) if last > 0 and first < size else slice(0, 0)
+
     def part(self, gathered: Tensor, slot: Slot) -> Tensor:
         """A parameter's elements in a gathered group, as a view: [numel], or padded [W, stripe] if striped."""
         if slot.stripe:

@@ -8,7 +8,7 @@ import collections
 import contextlib
 import math
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
@@ -30,7 +30,7 @@ FORENSICS = "nonfinite"
 OVERVIEW = "1_overview"  # before all other groups: TensorBoard sorts by name, and its first screen holds few
 TENSORBOARD_FIRST = ("loss", "difficulty_spearman", "images_per_second")
 TENSORBOARD_GROUPS = {
-    "loss": ("loss", "reconstruction_loss", "difficulty_loss"),
+    "loss": ("loss", "reconstruction_loss", "cls_loss", "patch_loss", "difficulty_loss"),
     "predictor": (
         "spearman",
         "pair_accuracy",
@@ -39,7 +39,8 @@ TENSORBOARD_GROUPS = {
         "difficulty_spearman",
         "difficulty_auc",
     ),
-    "schedule": ("lr", "alpha", "ema_momentum", "grad_norm"),
+    "schedule": ("lr", "alpha", "ema_momentum", "weight_decay", "teacher_temperature", "grad_norm"),
+    "collapse": ("teacher_entropy", "mean_entropy", "teacher_kl", "rankme"),
     "health": ("loss_spikes", "skipped_updates"),
     "data": ("bad_samples",),
     "probe": ("probe_accuracy", "probe_loss", "knn_accuracy"),
@@ -51,7 +52,8 @@ class Metrics(Journal):
     """Everything a run measures, between two readings.
 
     - `flops_per_sample`: of a whole step; `matmul_rate`: FLOP/s of this rank's device
-    - `shown`: those of the step's `METRICS` that are written
+    - `names`: of what the step's metrics are; `shown`: those that are written
+    - `rows_per_sample`: of a batch
     """
 
     def __init__(
@@ -65,16 +67,19 @@ class Metrics(Journal):
         flops_per_sample: float,
         matmul_rate: float,
         device: torch.device,
-        shown: Collection[str] = METRICS,
+        names: Sequence[str] = METRICS,
+        shown: Collection[str] | None = None,
+        rows_per_sample: int = 1,
     ) -> None:
         super().__init__(output_dir, "pretrain", rank=rank, total_steps=total_steps, first_step=first_step)
-        self.world_size, self.device, self._told = world_size, device, shown
+        self.world_size, self.device = world_size, device
+        self._names, self._told, self._rows = names, names if shown is None else shown, rows_per_sample
         self.flops_per_sample, self.matmul_rate = flops_per_sample, matmul_rate
         self._recent: collections.deque[tuple[int, Tensor, Tensor, Tensor]] = collections.deque()
         self._norms: dict[int, Tensor | float] = {}
         self._last_norm = 0.0
         self._spikes = SpikeDetector()
-        self._sum = torch.zeros(len(METRICS), device=device)
+        self._sum = torch.zeros(len(self._names), device=device)
         self._count = self._samples = 0
         self.restart()
 
@@ -82,7 +87,7 @@ class Metrics(Journal):
         """Take in one micro-step, without waiting for it."""
         self._sum = self._sum + output.metrics
         self._count += 1
-        self._samples += len(batch.ids)
+        self._samples += len(batch.ids) // self._rows
         self._recent.append((step, batch.ids, output.mask, output.metrics))
 
     def updated(self, step: int, grad_norm: Tensor | float) -> None:
@@ -95,9 +100,9 @@ class Metrics(Journal):
         kept = [entry for entry in self._recent if entry[0] != step]
         for _, ids, _, _ in (entry for entry in self._recent if entry[0] == step):
             self._count -= 1
-            self._samples -= len(ids)
+            self._samples -= len(ids) // self._rows
         self._recent = collections.deque(kept)
-        self._sum = torch.zeros(len(METRICS), device=self.device)
+        self._sum = torch.zeros(len(self._names), device=self.device)
         for *_, values in kept:
             self._sum = self._sum + values
 
@@ -135,7 +140,7 @@ class Metrics(Journal):
             return {}
         rate = samples / seconds
         record = (
-            {name: value / count for name, value in zip(METRICS, means, strict=True) if name in self._told}
+            {name: value / count for name, value in zip(self._names, means, strict=True) if name in self._told}
             | values
             | {
                 "grad_norm": self._last_norm,
@@ -153,7 +158,7 @@ class Metrics(Journal):
 
     def restart(self) -> None:
         """Start the sums and the clock anew, so that time spent on pictures and checkpoints is not counted."""
-        self._sum = torch.zeros(len(METRICS), device=self.device)
+        self._sum = torch.zeros(len(self._names), device=self.device)
         self._count = self._samples = 0
         self._data_wait = 0.0
         self._begin = time.perf_counter()
@@ -177,7 +182,9 @@ class Metrics(Journal):
         """What tells a bad update, to be summed over the ranks: float64, [n] losses and [n] sums of all metrics of the
         micro-steps since the last reading, [k] gradient norms of the updates."""
         recent = [values for *_, values in self._recent]
-        table = torch.stack(recent).double() if recent else torch.zeros(0, len(METRICS), device=self.device).double()
+        table = (
+            torch.stack(recent).double() if recent else torch.zeros(0, len(self._names), device=self.device).double()
+        )
         norms = [torch.as_tensor(norm, device=self.device).double().reshape(()) for norm in self._norms.values()]
         return table[:, 0], table.sum(1), torch.stack(norms) if norms else table.new_zeros(0)
 
@@ -220,7 +227,7 @@ class Metrics(Journal):
             if when == update
         ]
         norms = {when: float(norm) for when, norm in self._norms.items()}
-        found = {"metrics": METRICS, "micro_steps": micro_steps, "grad_norms": norms}
+        found = {"metrics": self._names, "micro_steps": micro_steps, "grad_norms": norms}
         # A full disk must not end one rank alone; torch.save has its own error for it.
         with contextlib.suppress(OSError, RuntimeError):
             folder.mkdir(parents=True, exist_ok=True)

@@ -68,7 +68,8 @@ class Run(Generic[Wrapped]):
 
     def buffers(self) -> dict[str, torch.Tensor]:
         """What training changes beside the parameters, by name; a checkpoint keeps rank 0's."""
-        return {}
+        found: dict[str, torch.Tensor] = getattr(self.step, "kept", dict)()
+        return found
 
     def reached(self) -> str:
         """How far it has come, for messages."""

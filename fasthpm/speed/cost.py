@@ -11,6 +11,7 @@ import torch
 from fasthpm.difficulty import DIFFICULTIES, HEAD_SHARE, views
 from fasthpm.mask import num_masked
 from fasthpm.model import HPMViT
+from fasthpm.projection import BOTTLENECK
 from fasthpm.recipe import Recipe
 
 
@@ -19,12 +20,14 @@ class Price(NamedTuple):
 
     encoder: Callable[[HPMViT, int, int, int], float]  # patches, mask tokens, outputs of the last block (0 = all)
     decoder: Callable[[HPMViT, int, int, int, int, int], float]  # depth, width, visible tokens, mask tokens, outputs
-    linear: Callable[[int, int, int], float]  # tokens, inputs, outputs: a linear layer by itself
+    linear: Callable[[float, int, int], float]  # tokens, inputs, outputs: a linear layer by itself
 
 
 def step_cost(model: HPMViT, recipe: Recipe, price: Price) -> dict[str, float]:
     """Cost per sample of one step: {"teacher" (what runs without gradients), "student" (forward and backward, which
     counts twice), "total"}. Of maps that are kept a step has its share of the pass that renews them."""
+    if recipe.uses_views:
+        return views_cost(model, recipe, price)
     length, masked = recipe.num_patches, recipe.num_masked
     visible = length - masked - recipe.mask_plan.num_thrown
     student = reconstruction_cost(model, price, visible, masked)
@@ -45,6 +48,30 @@ def step_cost(model: HPMViT, recipe: Recipe, price: Price) -> dict[str, float]:
         student += share * head_cost(model, price, length)
         teacher += share * price.encoder(model, length, 0, 0) if recipe.teacher_maps else 0.0
     return {"teacher": teacher, "student": 3 * student, "total": teacher + 3 * student}
+
+
+def views_cost(model: HPMViT, recipe: Recipe, price: Price) -> dict[str, float]:
+    """`step_cost` of several views: the teacher reads the global crops, the student these and the local ones; logits
+    are made of cls tokens and of as many patches as are masked on average."""
+    length, views, small = recipe.num_patches, recipe.global_crops, recipe.local_crops
+    cells = (recipe.local_size // recipe.patch_size) ** 2
+    masked = (1 - recipe.unmasked_share) * recipe.mask_ratio * length
+    teacher = views * (price.encoder(model, length, 0, 0) + neck_cost(recipe, model, price, 1 + length))
+    teacher += views * price.linear(1 + masked, BOTTLENECK, recipe.prototypes)
+    rows = views * (1 + masked) + small
+    student = views * price.encoder(model, length, 0, 0) + small * price.encoder(model, cells, 0, 1)
+    student += neck_cost(recipe, model, price, rows) + price.linear(rows, BOTTLENECK, recipe.prototypes)
+    if recipe.masks_by_difficulty:
+        teacher += views * head_cost(model, price, length)
+        student += views * head_cost(model, price, masked)
+    return {"teacher": teacher, "student": 3 * student, "total": teacher + 3 * student}
+
+
+def neck_cost(recipe: Recipe, model: HPMViT, price: Price, tokens: float) -> float:
+    """The projection head on `tokens` tokens, without its last layer."""
+    hidden = recipe.head_hidden
+    sizes = ((model.embed_dim, hidden), (hidden, hidden), (hidden, BOTTLENECK))
+    return sum(price.linear(tokens, *size) for size in sizes)
 
 
 def head_share(recipe: Recipe) -> float:
@@ -79,7 +106,7 @@ def look_sizes(model: HPMViT, length: int) -> list[tuple[int, int]]:
 
 def reconstruction_cost(model: HPMViT, price: Price, visible: int, masked: int) -> float:
     """Encoder and reconstructor that see `visible` patches and reconstruct `masked` ones."""
-    width, values = model.mask_token.shape[-1], len(model.decoder_pred.weight)
+    width, values = model.mask_token.shape[-1], model.objective.width or model.patch_dim
     if model.encoder_mask_tokens:
         last = model.predict_loss_kind == "none" and model.positions != "relative"
         encoder = price.encoder(model, visible, masked, masked if last else 0)
@@ -110,6 +137,6 @@ def predictor_cost(model: HPMViT, price: Price, seen: int, masked: int, outputs:
     return narrowed + blocks + price.linear(outputs, dim, 1)
 
 
-def head_cost(model: HPMViT, price: Price, patches: int) -> float:
+def head_cost(model: HPMViT, price: Price, patches: float) -> float:
     """The difficulty head on the features of `patches` patches."""
     return price.linear(patches, model.embed_dim, model.embed_dim) + price.linear(patches, model.embed_dim, 1)

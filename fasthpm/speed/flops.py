@@ -13,6 +13,7 @@ from fasthpm.model import HPMViT
 from fasthpm.patches import model_of
 from fasthpm.recipe import Recipe
 from fasthpm.speed.cost import Price, step_cost
+from fasthpm.view_fields import ViewFields
 
 
 def blocks_flops(depth: int, tokens: int, dim: int, mlp_ratio: float = 4.0) -> float:
@@ -51,7 +52,7 @@ def encoder_flops(model: HPMViT, patches: int, mask_tokens: int = 0, outputs: in
     return embed + blocks_flops(len(model.blocks), tokens, dim) - saved
 
 
-def linear_flops(tokens: int, inputs: int, outputs: int) -> float:
+def linear_flops(tokens: float, inputs: int, outputs: int) -> float:
     """Forward of a linear layer."""
     return 2 * tokens * inputs * outputs
 
@@ -89,6 +90,10 @@ def mae_of(recipe: Recipe) -> Recipe:
     """MAE with the recipe's encoder, reconstructor and masks, which follow no difficulty."""
     fast = ("teacher_maps", "teacher_scale", "predictor", "predictor_depth", "predictor_dim")
     usual = {name: getattr(Recipe, name) for name in (*fast, "decoder_attention", "difficulty")}
+    if recipe.uses_views:  # one view, with MAE's decoder and masks
+        usual |= {field.name: field.default for field in dataclasses.fields(ViewFields)}
+        usual |= {"target": "pixels", "mask_ratio": Recipe.mask_ratio, "freeze_last_layer_epochs": 0}
+        usual |= {"model": recipe.model.replace("ibot_", "mae_")}
     policy = "random" if recipe.masks_by_difficulty else recipe.mask_policy
     return dataclasses.replace(recipe, mask_policy=policy, predict_loss="none", absolute_standardize=True, **usual)
 

@@ -50,6 +50,8 @@ def refusal(engine: Any) -> str:
         return "there is no GPU"
     if engine.zero_optimization_stage() != 1:
         return f"ZeRO stage {engine.zero_optimization_stage()} is not recorded, --deepspeed_config zero1_bf16 is"
+    if ranks.decay_moves(engine):
+        return "the weight decay changes from update to update, and a recording would keep it"
     if not ranks.updates_on_device(engine):
         return "updates in float32, and those with --on_nonfinite skip, ask the host"
     return ""

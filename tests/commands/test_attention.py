@@ -8,7 +8,8 @@ import torch
 
 from fasthpm.commands import attention
 from fasthpm.files import write_json
-from fasthpm.recipe import BACKENDS, Recipe
+from fasthpm.recipe import Recipe
+from fasthpm.recipe_fields import BACKENDS
 from fasthpm.run.versions import versions
 from fasthpm.speed.attention import KERNELS, Recorder
 from tests.helpers.null_gpu import run_on_null_gpu

@@ -49,6 +49,11 @@ class ArrayLoader(FfcvLoader):
         return kernel
 
     def _check_augmentation(self) -> None:
+        if self.options.image_views:
+            raise UserError(
+                f"several views of an image (global_crops, local_crops) are of photographs, which {self.source} does "
+                f"not hold; use a recipe without them"
+            )
         if self.options.color_jitter:
             raise UserError(
                 f"color_jitter is {self.options.color_jitter:g}, and is of photographs, which {self.source} does not "

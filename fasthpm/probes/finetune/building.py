@@ -37,6 +37,7 @@ from fasthpm.run.lock import FolderLock
 from fasthpm.teacher import EMATeacher
 from fasthpm.tuning.past import Kind, describe, refuse_other
 from fasthpm.tuning.run import Tuning, fitting_batch
+from fasthpm.view_fields import PRETRAINING_ALONE
 
 KIND = Kind(checkpoint.FINETUNE_NOTES, "fine-tuning", "classifier", "train_path")
 
@@ -227,6 +228,7 @@ def open_data(
         beta1=0.9,
         beta2=0.999,
         steps_per_epoch=0,
+        **PRETRAINING_ALONE,
         **{
             name: getattr(settings, name)
             for name in (
