@@ -25,6 +25,7 @@ from fasthpm.tokenizers import Codebook, nearest, save_codebook
 
 BATCH = 64  # images that are read at a time
 MINIBATCH = 8192  # patches from which the codes move at a time
+SEEDING = 16384  # patches among which codes begin
 OF_AN_IMAGE = 16  # patches that are taken of an image, at most
 
 
@@ -83,7 +84,7 @@ def cluster(rows: Tensor, size: int, passes: int, seed: int) -> Found:
     - `rows`: float32 [N, D]; `size`: K
     """
     generator = torch.Generator().manual_seed(seed)
-    codes = rows[torch.randperm(len(rows), generator=generator)[:size]].clone()
+    codes = seeded(rows[torch.randperm(len(rows), generator=generator)[: max(size, SEEDING)]], size, generator)
     steps = passes * math.ceil(len(rows) / MINIBATCH)
     with progress_bar(steps, "cluster", "step") as bar:
         for _ in range(passes):
@@ -96,6 +97,22 @@ def cluster(rows: Tensor, size: int, passes: int, seed: int) -> Found:
     shares = torch.bincount(ids, minlength=size) / len(rows)
     entropy = -(shares * shares.clamp_min(1e-12).log()).sum()
     return Found(codes, float((rows - codes[ids]).square().mean()), float(entropy.exp()))
+
+
+def seeded(rows: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """k-means++: each code begins at a row that is drawn by its squared distance from the codes before it."""
+    picked = [0]
+    away = (rows - rows[0]).square().sum(dim=1)
+    squares = rows.square().sum(dim=1)
+    with progress_bar(size, "seed", "code") as bar:
+        while len(picked) < size:
+            total = away.double().cumsum(0)
+            draw = torch.rand((), generator=generator, dtype=torch.float64) * total[-1]
+            picked.append(min(int(torch.searchsorted(total, draw)), len(rows) - 1))
+            code = rows[picked[-1]]
+            away = torch.minimum(away, squares - 2 * (rows @ code) + code.square().sum()).clamp_min_(0)
+            bar.update()
+    return rows[picked].clone()
 
 
 def _move(codes: Tensor, counts: Tensor, rows: Tensor) -> None:
@@ -153,9 +170,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     with writing(arguments.out, "make room, or choose another name"), replacing(arguments.out) as aside:
         save_codebook(book, aside, notes)
     print(
-        f"{arguments.out}: {arguments.size} codes of {len(rows)} patches, as many in use as if {found.perplexity:.0f} "
-        f"were used alike, mean squared distance {found.distance:.3f}\n"
-        f"next: fasthpm pretrain … --target tokens --target_weights kmeans:{arguments.out} --target_dim {arguments.size}"
+        f"{arguments.out}: {arguments.size} codes of {len(rows)} patches, "
+        f"mean square distance {found.distance:.3f}, used as {found.perplexity:.0f} would be that are used alike\n"
+        f"next: fasthpm pretrain … --target tokens --target_weights kmeans:{arguments.out} --target_dim "
+        f"{arguments.size}"
     )
 
 

@@ -207,17 +207,18 @@ class RelativePositions(nn.Module):
     - `grid_size`: (rows, columns) of patches
     """
 
-    relative_position_index: Tensor
-
     def __init__(self, grid_size: tuple[int, int], num_heads: int) -> None:
         super().__init__()
-        index = relative_index(*grid_size)
-        self.relative_position_bias_table = nn.Parameter(torch.zeros(int(index.max()) + 1, num_heads))
-        self.register_buffer("relative_position_index", index, persistent=False)
+        count = (2 * grid_size[0] - 1) * (2 * grid_size[1] - 1) + 3
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(count, num_heads))
+        self.index = relative_index(*grid_size)  # no buffer: no part of checkpoints and averages
 
     def forward(self) -> Tensor:
         """[1, heads, 1 + L, 1 + L], cls first and patches in raster order."""
-        table, index = self.relative_position_bias_table, self.relative_position_index
+        table = self.relative_position_bias_table
+        if self.index.device != table.device:
+            self.index = self.index.to(table.device)
+        index = self.index
         return table[index.flatten()].unflatten(0, index.shape).permute(2, 0, 1)[None]
 
 
@@ -365,12 +366,12 @@ def init_beit(model: nn.Module) -> None:
     off there, biases 0; the encoder's layers that end a branch are divided by sqrt(2 * layer)."""
     for module in model.modules():
         if isinstance(module, nn.Linear | PatchProjection):
-            _cut_normal(module.weight)
+            cut_normal(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
     for name in ("cls_token", "mask_token", "pos_embed"):
         if isinstance(tokens := getattr(model, name, None), nn.Parameter):
-            _cut_normal(tokens)
+            cut_normal(tokens)
     blocks: Any = model.blocks
     with torch.no_grad():
         for layer, block in enumerate(blocks, 1):
@@ -378,17 +379,24 @@ def init_beit(model: nn.Module) -> None:
             block.mlp.fc2.weight.div_(math.sqrt(2 * layer))
 
 
+@torch.no_grad()
+def cut_normal(tensor: Tensor) -> None:
+    """Normal values within one deviation, by the inverse of their distribution; torch's own looks at its result."""
+    edge = math.erf(math.sqrt(0.5))
+    tensor.uniform_(-edge, edge).erfinv_().mul_(math.sqrt(2) * BEIT_STD).clamp_(-BEIT_STD, BEIT_STD)
+
+
 def init_dino(model: nn.Module) -> None:
     """DINO's and iBOT's initial values: weights of linear layers, cls and positions normal with deviation 0.02, biases
     and the mask token 0."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
-            nn.init.trunc_normal_(module.weight, std=BEIT_STD)
+            nn.init.normal_(module.weight, std=BEIT_STD)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
     for name in ("cls_token", "pos_embed"):
         if isinstance(tokens := getattr(model, name, None), nn.Parameter):
-            nn.init.trunc_normal_(tokens, std=BEIT_STD)
+            nn.init.normal_(tokens, std=BEIT_STD)
     nn.init.zeros_(model.mask_token)  # type: ignore[arg-type]
 
 
@@ -400,7 +408,3 @@ def resizing(grid_size: tuple[int, int], other: tuple[int, int], device: torch.d
     count = grid_size[0] * grid_size[1]
     cells = torch.eye(count, device=device).reshape(count, 1, *grid_size)
     return F.interpolate(cells, other, mode="bicubic", align_corners=False).flatten(1).T.contiguous()
-
-
-def _cut_normal(tensor: Tensor) -> None:
-    nn.init.trunc_normal_(tensor, std=BEIT_STD, a=-BEIT_STD, b=BEIT_STD)

@@ -22,13 +22,13 @@ from fasthpm.data.statistics import PixelStatistics
 from fasthpm.difficulty import DIFFICULTIES, fixed_noise, question_of
 from fasthpm.errors import UserError
 from fasthpm.layers import (
-    BEIT_STD,
     LAYER_NORM_EPS,
     DifficultyHead,
     PatchEmbed,
     RelativePositions,
     ScalarHead,
     block_stack,
+    cut_normal,
     init_beit,
     init_dino,
     init_linear,
@@ -142,7 +142,8 @@ class HPMViT(nn.Module):
         if made.positions == "sincos":
             self.register_buffer("pos_embed", self._positions(dim))
         elif made.positions == "learned":
-            self.pos_embed = nn.Parameter(nn.init.trunc_normal_(torch.zeros_like(self._positions(dim)), std=BEIT_STD))
+            self.pos_embed = nn.Parameter(torch.zeros_like(self._positions(dim)))
+            cut_normal(self.pos_embed)
         else:
             self.rel_pos_bias = RelativePositions(self.grid_size, made.num_heads)
         self.blocks = block_stack(made.depth, dim, made.num_heads, made.mlp_ratio, layer_scale=made.layer_scale)

@@ -317,7 +317,8 @@ def finish(run: Run[Step]) -> PretrainResult:
         )
         return PretrainResult(output_dir, run.done, False, folder, None, None, metrics)
     model, recipe = checkpoint.load_weights(output_dir)
-    exported = output_dir / exporting.EXPORTED[exporting.is_kept_whole(model)]
+    whole = exporting.is_kept_whole(model)
+    exported = output_dir / exporting.EXPORTED[whole]
     exporting.export_weights(model, recipe, exported, info=statistics_of(run.loader.info).as_json())
     report.write(output_dir)
     bad = (
@@ -328,7 +329,7 @@ def finish(run: Run[Step]) -> PretrainResult:
     print(
         f"finished {run.done} of {recipe.total_steps} updates\n"
         f"  checkpoint   {folder}\n"
-        f"  {'model  ' if exporting.is_kept_whole(model) else 'encoder'}      {exported} ({exporting.default_form(model)})\n"
+        f"  {'model  ' if whole else 'encoder'}      {exported} ({exporting.default_form(model)})\n"
         f"  TensorBoard  tensorboard --host 127.0.0.1 --logdir {output_dir / 'tensorboard'}\n"
         f"  report       {output_dir / 'report.md'}{bad}",
         file=sys.stderr,

@@ -127,7 +127,6 @@ def test_tokens_with_every_difficulty(way: str, model: str, unit: int) -> None:
         target_dim=4,
         mask_ratio=0.5,
     )
-    step.attach_frozen(Brightness(4, 4))
     images, ids = batch(side=16)
     output = step(images, ids, torch.tensor(3), ALPHA)
     tokens = Brightness(4, 4)(images)

@@ -70,12 +70,14 @@ def combinations() -> list[dict[str, Any]]:
         {"model": "hpm_vit_nano_patch4_28"},
         {"model": "mae_vit_nano_patch4_28"},
         {"model": "simmim_vit_nano_patch4_28", "pixel_loss": "l1"},
+        {"model": "beit_vit_nano_patch4_28", "positions": "learned", "drop_path": 0.1},
     ]
     objectives: list[dict[str, Any]] = [{"predict_loss": kind} for kind in PREDICT_LOSSES]
     objectives.append({"predict_loss": "absolute", "absolute_standardize": False})
     units = [{"mask_unit": 0}, {"mask_unit": 8}]
     targets: list[dict[str, Any]] = [{"target": "pixels"}]
-    targets += [{"pixel_loss": "mse", **fields} for fields in ({"target": "ema"}, *TARGETS.values())]
+    others: list[dict[str, Any]] = [{"target": "ema"}, {"target": "tokens", "target_dim": 5}, *TARGETS.values()]
+    targets += [{"pixel_loss": "mse", **fields} for fields in others]
     policies = [{"mask_policy": policy} for policy in MASK_POLICIES]
     table = itertools.product(baselines, policies, units, objectives, targets)
     return [{key: value for part in parts for key, value in part.items()} for parts in table]
@@ -138,7 +140,7 @@ def train_three(recipe: Recipe, config: str, launch: ranks_launch.Launch) -> Non
     assert len(set(losses)) == 3, (recipe, losses)
 
 
-@pytest.mark.parametrize(("ranks", "preset", "every"), [(1, "zero1_bf16", 19), (2, "zero3_bf16", 43)])
+@pytest.mark.parametrize(("ranks", "preset", "every"), [(1, "zero1_bf16", 31), (2, "zero3_bf16", 71)])
 def test_sensible_combinations_train_through_the_engine(ranks: int, preset: str, every: int) -> None:
     """Some of them on one rank and on two, every target among them; `--every 1` runs them all."""
     output = check_ranks(

@@ -2,10 +2,12 @@
 
 Published key names: MAE's (`patch_embed.proj.*`, `blocks.i.*`, `norm.*`, `decoder_embed.*`, `mask_token`,
 `decoder_blocks.i.*`, `decoder_norm.*`, `decoder_pred.*`), which AMT keeps, and HPM's, which adds `*_losspred.*`.
-VideoMAE's (`encoder.*`, `decoder.*`, `encoder_to_decoder.weight`) are translated: `video_names`.
+VideoMAE's (`encoder.*`, `decoder.*`, `encoder_to_decoder.weight`) and BEiT's (`attn.q_bias`, `lm_head.*`) are
+translated: `our_names`.
 """
 
 import argparse
+import math
 import re
 import types
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,8 +21,9 @@ from fasthpm.difficulty import HEAD
 from fasthpm.errors import UserError, nearest
 from fasthpm.model import LOSS_HEAD, HPMViT
 
-SOURCES = ("hpm", "mae", "amt", "videomae")
-WITHOUT_PREDICTOR = ("mae", "amt", "videomae")
+SOURCES = ("hpm", "mae", "amt", "videomae", "beit")
+WITHOUT_PREDICTOR = ("mae", "amt", "videomae", "beit")
+WITHOUT_KEY_BIASES = ("videomae", "beit")
 # Where trainers keep a state dict, the likeliest first.
 STUDENT_KEYS = ("state_dict", "model", "module", "model_state_dict", "student", "net")
 TEACHER_KEYS = ("ema_state_dict", "model_ema", "state_dict_ema", "ema", "teacher")
@@ -39,6 +42,8 @@ VIDEO_NAMES = (  # VideoMAE's beginnings of names and ours
     ("decoder.norm.", "decoder_norm."),
     ("decoder.head.", "decoder_pred."),
 )
+BEIT_HEAD, BEIT_TABLE = "lm_head.weight", "rel_pos_bias.relative_position_bias_table"
+BEIT_INDEX = "rel_pos_bias.relative_position_index"  # computed from the grid
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 LISTED = 6  # names that an error message spells out
 
@@ -158,10 +163,16 @@ class Architecture:
     decoder_depth: int
     predictor_depth: int  # 0 = no loss predictor
     tubelet_size: int = 0  # frames of a patch of a video model; 0 = image model
+    tokens: int = 0  # that BEiT's head predicts; 0 = no such head
+    relative: bool = False  # BEiT's relative positions
+    layer_scale: float = 0.0  # mean of the first block's weights; 0 = there are none
 
 
 def detect_source(state: Mapping[str, Tensor]) -> str:
-    """Whose key names these are: "videomae", "hpm" or "mae" (AMT's are MAE's)."""
+    """Whose key names these are: "beit", "videomae", "hpm" or "mae" (AMT's are MAE's)."""
+    biases = any(key.endswith("attn.q_bias") for key in state)
+    if BEIT_HEAD in state or BEIT_TABLE in state or (biases and ANCHOR in state and state[ANCHOR].dim() == 4):
+        return "beit"
     if any(key.endswith("attn.q_bias") for key in state) or any(key.startswith("encoder.") for key in state):
         return "videomae"
     return "hpm" if any("_losspred" in key for key in state) else "mae"
@@ -183,10 +194,14 @@ def _check_video(kernel: Tensor, source: str) -> None:
 
 
 def our_names(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """VideoMAE's tensors under our names, the key biases that it lacks set to zero; others' as they are."""
-    if source != "videomae":
+    """VideoMAE's and BEiT's tensors under our names, the key biases that they lack set to zero; others' as they are."""
+    if source not in WITHOUT_KEY_BIASES:
         return dict(state)
-    names = {video_name(key): value for key, value in state.items()}
+    if source == "videomae":
+        names = {video_name(key): value for key, value in state.items()}
+    else:
+        kept = {key: value for key, value in state.items() if key != BEIT_INDEX}
+        names = {re.sub(r"^lm_head\.", "decoder_pred.", key): value for key, value in kept.items()}
     for key in [key for key in names if key.endswith("attn.q_bias")]:
         query, stem = names.pop(key), key.removesuffix("q_bias")
         if (value := names.pop(f"{stem}v_bias", None)) is not None:
@@ -210,7 +225,9 @@ def infer_architecture(state: Mapping[str, Tensor], source: str = "") -> Archite
     if ANCHOR in state:
         _check_video(state[ANCHOR], source)
     video = ANCHOR in state and state[ANCHOR].dim() == 5
-    telling = (ANCHOR, "blocks.0.mlp.fc1.weight", *(() if video else ("pos_embed", "cls_token")))
+    table = state.get(BEIT_TABLE)
+    positions_tell = () if video or table is not None else ("pos_embed",)
+    telling = (ANCHOR, "blocks.0.mlp.fc1.weight", *positions_tell, *(() if video else ("cls_token",)))
     missing = [key for key in telling if key not in state]
     if missing:
         raise UserError(_why_missing(state, missing))
@@ -229,12 +246,23 @@ def infer_architecture(state: Mapping[str, Tensor], source: str = "") -> Archite
         depth=_depth(state, "blocks"),
         patch_size=kernel.shape[-1],
         in_chans=kernel.shape[1],
-        num_patches=positions.shape[1] - (0 if video else 1),
+        num_patches=_patches_of(table) if table is not None else positions.shape[1] - (0 if video else 1),
         decoder_dim=0 if decoder is None else decoder.shape[0],
         decoder_depth=_depth(state, "decoder_blocks"),
         predictor_depth=_depth(state, "decoder_blocks_losspred"),
         tubelet_size=kernel.shape[2] if video else 0,
+        tokens=len(state["decoder_pred.weight"]) if source == "beit" and "decoder_pred.weight" in state else 0,
+        relative=table is not None,
+        layer_scale=float(state["blocks.0.gamma_1"].float().mean()) if "blocks.0.gamma_1" in state else 0.0,
     )
+
+
+def _patches_of(table: Tensor) -> int:
+    """Patches of a square grid, by the rows of its table of relative positions: (2 side - 1)^2 and three of cls."""
+    side = (math.isqrt(len(table) - 3) + 1) // 2 if len(table) > 3 else 0
+    if table.dim() != 2 or (2 * side - 1) ** 2 + 3 != len(table):
+        raise UserError(f"{BEIT_TABLE} is {tuple(table.shape)}, expected (2 side - 1)^2 + 3 rows of a square grid")
+    return side**2
 
 
 def _why_missing(state: Mapping[str, Tensor], missing: list[str]) -> str:
@@ -290,8 +318,9 @@ def load_reference(
     """Load weights of a published implementation into `model`, all or nothing.
 
     - `source`: "hpm" (its P*P*C-wide loss head becomes the average of its rows, the same function), "mae" or "amt" (a
-      model with a loss predictor keeps its own for the keys that they lack), or "videomae" (the same; the biases of
-      the keys, which it lacks, become zeros, and positions are computed). A difficulty head (difficulty in_place) is
+      model with a loss predictor keeps its own for the keys that they lack), "videomae" (the same; the biases of the
+      keys, which it lacks, become zeros, and positions are computed) or "beit" (the same, but positions are its own;
+      its head of tokens is the reconstructor). A difficulty head (difficulty in_place) is
       taken where both have one, and stays as it is where the weights have none
     - `encoder_only`: leave out decoders and a classifier's head
     - `ignore`: prefixes of further keys to leave out
@@ -314,6 +343,7 @@ def load_reference(
         computed = [key for key in POSITIONS if key in own and key not in given]
         given |= {key: own[key] for key in computed}
         report.converted["computed: fixed, and not in the file"] = computed
+    if source in WITHOUT_KEY_BIASES:
         zeros = [key for key in given if key.endswith("attn.qkv.bias")]
         report.converted["with zeros for the biases of the keys, which softmax ignores"] = zeros
     absent = [key for key in own if key not in given]

@@ -1,6 +1,6 @@
-"""Make a FastHPM run of somebody else's checkpoint: HPM's, MAE's, AMT's or VideoMAE's, or of an encoder from one.
+"""Make a FastHPM run of somebody else's checkpoint: HPM's, MAE's, AMT's, VideoMAE's, BEiT's, or of an encoder in one.
 
-    fasthpm import CKPT -o OUT_DIR [--source hpm|mae|amt|videomae] [--weights student|teacher] [--recipe NAME] [flags]
+    fasthpm import CKPT -o OUT_DIR [--source hpm|mae|amt|videomae|beit] [--weights student|teacher] [--recipe NAME] …
 
 Then OUT_DIR is what a run is: `fasthpm knn|visualize|export OUT_DIR`, and `fasthpm pretrain --init_from OUT_DIR …`.
 The file is never trusted with code: safetensors, or torch files that load with `weights_only`. Every weight of the
@@ -15,7 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data.constants import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    IMAGENET_INCEPTION_MEAN,
+    IMAGENET_INCEPTION_STD,
+)
 from torch import Tensor
 
 from fasthpm import checkpoint, files, recipes
@@ -47,6 +52,7 @@ from fasthpm.recipe import Recipe, build_recipe
 PUBLISHED_DECODER_HEADS = {512: 16}  # by width: MAE's and HPM's at every size
 VIDEO_DECODER_HEADS = {192: 3, 384: 6, 512: 8, 640: 8}  # VideoMAE's
 VIDEO_SIDE, VIDEO_MASK_RATIO = 224, 0.9
+BEIT_MASK_RATIO = 0.38
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +118,7 @@ def import_weights(
                 reports[name].ignored[reason] = [*keys, *reports[name].ignored.get(reason, [])]
             states[name] = checkpoint.cpu_state(model)
         if pixels is None:
-            pixels = pixels_for(metadata, recipe)
+            pixels = pixels_for(metadata, recipe, source)
         pixels = pixels and pixels.in_channels(recipe.channels)
     return Imported(recipe, states, reports, source, encoder_only, assumed, told, pixels)
 
@@ -139,10 +145,13 @@ def left_out(content: dict[str, Any], ignore: Sequence[str]) -> dict[str, list[s
     return {reason: keys for reason, keys in reasons.items() if keys}
 
 
-def pixels_for(metadata: dict[str, str], recipe: Recipe) -> PixelStatistics | None:
-    """By what a file's pixels were normalised: as it says, else by ImageNet's, as all four trainers do with RGB."""
+def pixels_for(metadata: dict[str, str], recipe: Recipe, source: str = "") -> PixelStatistics | None:
+    """By what a file's pixels were normalised: as it says, else by ImageNet's, as most trainers do with RGB; BEiT's has
+    0.5 for both, unless told otherwise."""
     if (found := metadata_statistics(metadata)) is not None or EMBEDDED_RECIPE in metadata or recipe.channels != 3:
         return found
+    if source == "beit":
+        return PixelStatistics(IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD)
     return PixelStatistics(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 
 
@@ -182,7 +191,9 @@ def measured(state: dict[str, Tensor], encoder_only: bool, source: str, features
     state = our_names(state, source)
     shape = infer_architecture(state, source)
     if encoder_only:
-        return dataclasses.replace(shape, decoder_dim=0, decoder_depth=0, predictor_depth=0)
+        return dataclasses.replace(shape, decoder_dim=0, decoder_depth=0, predictor_depth=0, tokens=0)
+    if shape.tokens:
+        return shape
     if not shape.decoder_dim:
         kind = "a classifier" if any(key.startswith("head.") for key in state) else "an encoder alone"
         raise UserError(f"is {kind}, without the decoder that pretraining has; take its encoder with --encoder_only")
@@ -214,6 +225,10 @@ def recipe_for(
         known, guessed = {**known, **clip[0]}, clip[1]
     else:
         known["input_size"] = fields.get("input_size") or _square(shape, 1)
+    if shape.tokens:
+        known |= {"target": "tokens", "target_dim": shape.tokens, "mask_ratio": BEIT_MASK_RATIO}
+    if source == "beit":
+        known |= {"positions": "relative" if shape.relative else "learned", "layer_scale": shape.layer_scale}
     if shape.decoder_dim:
         known |= {"decoder_dim": shape.decoder_dim, "decoder_depth": shape.decoder_depth}
         if shape.predictor_depth not in (0, shape.decoder_depth):
@@ -229,7 +244,7 @@ def recipe_for(
             f"its decoders are {shape.decoder_dim} wide, and shapes do not tell their number of heads; give "
             f"--decoder_heads"
         )
-    name = f"imported_{source}" if shape.decoder_dim else "imported_encoder"
+    name = f"imported_{source}" if shape.decoder_dim or shape.tokens else "imported_encoder"
     recipe = Recipe(**{"recipe": name, **known, **assumed, **fields})
     check_recipe(recipe, shape)
     heads = SIZES[_size(shape)]["num_heads"]
@@ -267,6 +282,7 @@ def _size(shape: Architecture) -> str:
 def _model_name(shape: Architecture) -> str:
     """The registered name of this size; patch and image size are the recipe's to change."""
     method = "hpm" if shape.predictor_depth else "videomae" if shape.tubelet_size else "mae"
+    method = "beit" if shape.tokens or shape.relative else method
     stem = f"{method}_vit_{_size(shape)}_patch"
     names = [n for n in model_names() if n.startswith(stem) and is_video(n) == bool(shape.tubelet_size)]
     if not names:

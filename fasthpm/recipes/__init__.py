@@ -1,6 +1,6 @@
 """Recipes: one short function per published run."""
 
-from fasthpm.recipes import images, video, views  # noqa: F401  (they register their recipes)
+from fasthpm.recipes import beit, images, video, views  # noqa: F401  (they register their recipes)
 from fasthpm.recipes.catalogue import RECIPES, from_name, recipe
 from fasthpm.recipes.images import FAST_REFRESH_EPOCHS, debug, hpm_demo
 

@@ -108,7 +108,8 @@ def reconstruction_cost(model: HPMViT, price: Price, visible: int, masked: int) 
     """Encoder and reconstructor that see `visible` patches and reconstruct `masked` ones."""
     width, values = model.mask_token.shape[-1], model.objective.width or model.patch_dim
     if model.encoder_mask_tokens:
-        encoder = price.encoder(model, visible, masked, masked if model.predict_loss_kind == "none" else 0)
+        last = model.predict_loss_kind == "none" and model.positions != "relative"
+        encoder = price.encoder(model, visible, masked, masked if last else 0)
     else:
         encoder = price.encoder(model, visible, 0, 0) + embed_cost(model, price, visible)
     trunk = trunk_cost(model, price, visible + model.num_prefix_tokens, masked, masked)

@@ -12,6 +12,7 @@ from fasthpm.frozen import FrozenTeacher, create_vit
 from fasthpm.patches import model_of
 from fasthpm.step import Step
 from fasthpm.targets import TARGETS
+from tests.helpers.tokens import Brightness
 
 INFO = DatasetInfo(100, 1, (0.3,), (0.2,), ("a",))
 
@@ -49,7 +50,9 @@ class NoSynchronisation(TorchDispatchMode):
 
 
 def attach_frozen(step: Step) -> None:
-    """A small teacher with random weights, if the recipe's target has one."""
+    """A small teacher with random weights, if the recipe's target has one, or a tokenizer."""
+    if step.recipe.target == "tokens":
+        step.attach_frozen(Brightness(step.recipe.patch_size, step.recipe.frozen_dim))
     if family := TARGETS[step.recipe.target].family:
         vit = create_vit(step.recipe, step.recipe.target_model, family)
         frozen = FrozenTeacher(vit, family)

@@ -16,12 +16,14 @@ from fasthpm.step import Step
 from tests.helpers.fast_modes import MODES
 from tests.helpers.features import FAMILIES, images, small
 from tests.helpers.steps import ALPHA, INFO
+from tests.helpers.tokens import Brightness
 from tests.helpers.videos import tiny
 
 BATCH = 4
 ALONE: dict[str, Any] = {"predict_loss": "none"}  # no loss predictor
 SEEN_WHOLE: dict[str, Any] = {"teacher_maps": True, "map_refresh_epochs": 3}
 CROSS: dict[str, Any] = {"decoder_attention": "cross"}
+TOKENS: dict[str, Any] = {"target": "tokens", "target_dim": 64}
 UNITS: dict[str, Any] = {"input_size": "32", "mask_unit": 8}
 
 
@@ -31,6 +33,8 @@ def counted(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> float:
     from torch.utils.flop_counter import FlopCounterMode
 
     step = Step(model_of(recipe), recipe, INFO)
+    if recipe.target == "tokens":
+        step.attach_frozen(Brightness(recipe.patch_size, 64))  # costs nothing that is counted
     if recipe.uses_teacher:
         step.attach_teacher(model_of(recipe).requires_grad_(False))
     shape = (BATCH, *([recipe.num_frames] if recipe.num_frames > 1 else []), *recipe.image_size, 1)
@@ -70,6 +74,8 @@ def toy(method: str, **changes: Any) -> Recipe:
         ("hpm", {"mask_policy": "attention", "mask_ratio": 0.45, "throw_ratio": 0.4}),
         ("hpm", {"target": "ema"}),
         ("mae", {"mask_policy": "random", **ALONE, "target": "ema"}),
+        ("beit", {"mask_policy": "random", **ALONE, **TOKENS}),
+        ("beit", {"mask_policy": "random", **ALONE, **TOKENS, "positions": "relative"}),
     ],
 )
 def test_flop_formula_counts_what_runs(method: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,6 +110,8 @@ def test_flop_formula_counts_what_runs(method: str, changes: dict[str, Any], mon
         ("measured", "simmim", {**ALONE, **UNITS}),
         ("measured", "simmim", {**ALONE, **UNITS, "mask_ratio": 0.3}),
         ("measured", "simmim", {"predictor_depth": 1}),
+        ("measured", "hpm", {"target": "ema"}),
+        ("measured", "beit", {**ALONE, **TOKENS, "positions": "learned"}),
     ],
 )
 def test_flop_formula_counts_every_question(

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from fasthpm.checkpoint.weights import load_weights
+from fasthpm.errors import UserError
 from fasthpm.exchange import exporting
-from fasthpm.exchange.forms import HuggingFaceBEiT, HuggingFaceMAE
+from fasthpm.exchange.forms import HuggingFaceBEiT, HuggingFaceMAE, encoder_of
 from fasthpm.exchange.forms.huggingface import levels
 from fasthpm.model import create_model
 from fasthpm.model_names import SIZES
@@ -67,3 +68,48 @@ def test_upernet_on_it_as_the_documentation_says(tmp_path: Path) -> None:
     weight = upernet.backbone.beit.layers[0].attention.q_proj.weight  # type: ignore[attr-defined]
     assert float(weight.grad.abs().max()) > 0
     close(weight.detach(), model.blocks[0].attn.qkv.weight[: model.embed_dim].detach())  # type: ignore[union-attr, index]
+
+
+BEIT = {
+    "model": "beit_vit_nano_patch4_28",
+    "target": "tokens",
+    "target_dim": 9,
+    "norm_pix_loss": False,
+    "mask_policy": "random",
+    "predict_loss": "none",
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("positions", ["learned", "relative"])
+@pytest.mark.parametrize("layer_scale", [0.0, 0.1])
+def test_tokens_of_masked_patches_are_transformers_beits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], positions: str, layer_scale: float
+) -> None:
+    """By the printed line, with random masks; positions and LayerScale go along as they are."""
+    run, model = run_with(tmp_path / "run", **BEIT, positions=positions, layer_scale=layer_scale)
+    theirs = export(run, "hf_beit_mim", tmp_path / "out", capsys)
+    images, mask = pictures(model), torch.rand(2, 9).argsort(dim=1) < 4
+    want = model(images, mask, target=torch.zeros(2, 9, dtype=torch.int64)).reconstruction
+    close(theirs(images, bool_masked_pos=mask).logits[mask].reshape(want.shape), want)
+    assert theirs.config.vocab_size == 9
+
+
+@torch.no_grad()
+def test_a_plain_vit_takes_layer_scale_multiplied_in(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, model = run_with(tmp_path / "run", **BEIT, positions="learned", layer_scale=0.1)
+    theirs = export(run, "timm", tmp_path / "encoder.safetensors", capsys)
+    images = pictures(model)
+    close(theirs.forward_features(images), model.encode(images))
+
+
+def test_relative_positions_leave_in_two_forms_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, model = run_with(tmp_path / "run", **BEIT, positions="relative")
+    with pytest.raises(UserError, match=r"timm has no relative positions, .* use one of hf_beit_mim, safetensors"):
+        export(run, "timm", tmp_path / "encoder.safetensors", capsys)
+    with pytest.raises(UserError, match="which plain vision transformers lack"):
+        encoder_of(model)
+    exporting.export_weights(model, load_weights(run)[1], tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="a head of tokens, this model's is of pixels"):
+        export(run_with(tmp_path / "mae", model="simmim_vit_nano_patch4_28", predict_loss="none", mask_policy="random",
+                        norm_pix_loss=False)[0], "hf_beit_mim", tmp_path / "no", capsys)  # fmt: skip

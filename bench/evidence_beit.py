@@ -1,0 +1,209 @@
+"""Does HPM help BEiT? Tokens of a k-means codebook on Fashion-MNIST, by BEiT's blocks, at random and by difficulty.
+
+    python -m bench.evidence_beit --data data/fashion_mnist --work runs/beit [--length short] [--seeds 3]
+        [--methods …] [-o bench/results/beit_fashion_short.json]
+
+The codebook (256 codes of 4 x 4 pixels) is made once, in --work, from the training images. Runs, lengths and probes are
+those of `bench.evidence_difficulty`: one process per run, finished ones are kept, the tables are rewritten after every
+run. Differences are taken seed by seed, to random masks with the same model.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.common import machine, table, write_json
+from bench.evidence import RESULT, check_complete, fill_table, flag, ran_one, require_positive, start, write_both
+from bench.evidence_difficulty import LENGTHS, SETS, TRUTH, mean_and_spread, probe
+from data_prep import codebook
+from fasthpm.cli import Parser, run_command
+from fasthpm.errors import UserError
+from fasthpm.recipes.beit import DEMO_TOKENS
+from fasthpm.run.records import read_metrics
+
+PROBES = ("knn", "linear")
+SETTINGS = ("length", "bank", "extra")
+BOOK = "codebook.safetensors"
+ALONE: dict[str, Any] = {"predict_loss": "none"}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table: changes to beit_demo, and the row with random masks that it is compared with."""
+
+    title: str
+    fields: dict[str, Any]
+    control: str = ""
+
+
+METHODS = {
+    "beit": Method("BEiT, blocks", {**ALONE, "mask_policy": "blockwise"}, "random"),
+    "random": Method("BEiT, random masks", {**ALONE, "mask_policy": "random"}),
+    "measured": Method("HPM, measured", {**ALONE, "mask_policy": "hpm", "difficulty": "measured"}, "random"),
+    "in_place": Method("HPM, in place", {**ALONE, "mask_policy": "hpm", "difficulty": "in_place"}, "random"),
+    "random_predictor": Method(
+        "BEiT, random masks, loss predictor", {"mask_policy": "random", "predict_loss": "relative"}, "random"
+    ),
+    "paper": Method(
+        "HPM, paper's question",
+        {"mask_policy": "hpm", "predict_loss": "relative", "difficulty": "paper"},
+        "random_predictor",
+    ),
+}
+
+
+def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What every run of a table shares."""
+    return {name: getattr(arguments, name) for name in SETTINGS}
+
+
+def make_codebook(arguments: argparse.Namespace) -> Path:
+    """The codebook of all runs, made if it is not there."""
+    path: Path = arguments.work / BOOK
+    if not path.is_file():
+        arguments.work.mkdir(parents=True, exist_ok=True)
+        train = str(arguments.data / SETS["fashion"].paths[0])
+        sizes = {"size": DEMO_TOKENS, "patch_size": 4, "input_size": 28, "channels": 1, "crop_min": 0.5}
+        codebook.main([train, str(path), *(part for name, value in sizes.items() for part in flag(name, value))])
+    return path
+
+
+def fields_of(arguments: argparse.Namespace, method: str) -> dict[str, Any]:
+    """The recipe's fields for a row of the table."""
+    epochs, steps, batch = LENGTHS[arguments.length]
+    return {
+        "epochs": epochs,
+        "steps_per_epoch": steps,
+        "batch_size": batch,
+        "global_batch_size": batch,
+        "ema_ramp_epochs": epochs,
+        "warmup_epochs": 0.05 * epochs,
+        "difficulty_every": steps * epochs // 4,
+        **METHODS[method].fields,
+    }
+
+
+def train_flags(arguments: argparse.Namespace, method: str, seed: int, out: Path) -> list[str]:
+    """`fasthpm pretrain`'s command line for one cell of the table."""
+    paths = [arguments.data / name for name in SETS["fashion"].paths]
+    where = {
+        "data_path": paths[0],
+        "val_path": paths[1],
+        "output_dir": out,
+        "seed": seed,
+        "num_workers": 1,
+        "deepspeed_config": arguments.deepspeed_config,
+        "target_weights": f"kmeans:{arguments.work / BOOK}",
+        "save_every": LENGTHS[arguments.length][0],
+        "panel_every": 0,
+    }
+    pairs = {**where, **fields_of(arguments, method)}
+    flags = [part for name, value in pairs.items() for part in flag(name, value)]
+    return ["--recipe", "beit_demo", *flags, *arguments.extra.split()]
+
+
+def run_one(arguments: argparse.Namespace, method: str, seed: int, out: Path) -> None:
+    """Train and probe one cell in this process, and write its figures to OUT/evidence.json last of all."""
+    from fasthpm import pretrain
+
+    begin, begin_cpu = time.perf_counter(), time.process_time()
+    pretrain.main(train_flags(arguments, method, seed, out))
+    fields = fields_of(arguments, method)
+    check_complete(argparse.Namespace(epochs=fields["epochs"], steps_per_epoch=fields["steps_per_epoch"]), out)
+    trained, trained_cpu = time.perf_counter() - begin, time.process_time() - begin_cpu
+    last = read_metrics(out)[-1]
+    result = {
+        "method": method,
+        "seed": seed,
+        "settings": settings_of(arguments),
+        "probes": probe(argparse.Namespace(**{**vars(arguments), "set": "fashion"}), out),
+        "truth": {name: last[name] for name in TRUTH if name in last},
+        "train_seconds": trained,
+        "train_cpu_seconds": trained_cpu,
+        "last": {name: last[name] for name in ("step", "reconstruction_loss") if name in last},
+    }
+    write_json(out / RESULT, result)
+
+
+def summarise(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """{method: {"seeds", probe or truth: summary, "gain": {probe: summary of differences to its control}}}."""
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for run in runs:
+        found.setdefault(run["method"], {})[run["seed"]] = run
+    rows: dict[str, Any] = {}
+    for method in (one for one in METHODS if one in found):
+        seeds, others = found[method], found.get(METHODS[method].control, {})
+        row: dict[str, Any] = {"seeds": sorted(seeds)}
+        row |= {name: mean_and_spread([run["probes"][name] for run in seeds.values()]) for name in PROBES}
+        for truth in TRUTH:
+            values = [run["truth"][truth] for run in seeds.values() if truth in run["truth"]]
+            row |= {truth: mean_and_spread(values)} if values else {}
+        both = sorted(set(seeds) & set(others))
+        gains = {name: [seeds[s]["probes"][name] - others[s]["probes"][name] for s in both] for name in PROBES}
+        row |= {"gain": {name: mean_and_spread(values) for name, values in gains.items()}} if both else {}
+        rows[method] = row
+    return rows
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The table, as it stands in `results/`."""
+    epochs, steps, batch = LENGTHS[result["settings"]["length"]]
+    rows = []
+    for method, row in result["summary"].items():
+        figures = [f"{row[name]['mean']:.2f} ± {row[name]['std']:.2f}" for name in PROBES]
+        truth = f"{row[TRUTH[0]]['mean']:.2f} ({row[TRUTH[0]]['low']:.2f})" if TRUTH[0] in row else ""
+        gain = [f"{g['mean']:+.2f} ± {g['std']:.2f} ({g['won']})" for g in row.get("gain", {}).values()] or ["", ""]
+        rows.append([METHODS[method].title, str(len(row["seeds"])), truth, *figures, *gain])
+    heads = ("masks", "seeds", "difficulty_spearman (lowest)", "k-NN", "linear", "k-NN, less control", "linear, less")
+    about = (
+        f"Fashion-MNIST, {epochs * steps:,} updates of {batch}, nano ViT with 4-pixel patches, {DEMO_TOKENS} k-means "
+        f"tokens, 38 % masked; α 0 → 0.5. Accuracies in percent, mean ± standard deviation over seeds; differences "
+        f"seed by seed to random masks with the same model, in brackets how many seeds are ahead."
+    )
+    return "\n\n".join(["# HPM on BEiT", about, table(heads, rows)]) + "\n"
+
+
+def write_tables(arguments: argparse.Namespace, runs: Sequence[dict[str, Any]]) -> None:
+    """JSON and Markdown of the runs that are there, each replaced as a whole."""
+    result = {"settings": settings_of(arguments), "machine": machine(), "summary": summarise(runs), "runs": list(runs)}
+    write_both(arguments.output, result, markdown(result))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`python -m bench.evidence_beit`."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    parser = Parser(prog="bench.evidence_beit", description=__doc__)
+    parser.add_argument("--data", type=Path, default=Path("data/fashion_mnist"), help="where train.beton is")
+    parser.add_argument("--work", type=Path, default=Path("runs/beit"), help="where codebook and runs are kept")
+    parser.add_argument("--length", choices=list(LENGTHS), default="short")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each method")
+    parser.add_argument("--bank", type=int, default=10000, help="labelled training samples of the probes")
+    parser.add_argument("--extra", default="", help="further flags of every run, as one string")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch in a run")
+    parser.add_argument("--deepspeed_config", default="zero1_bf16")
+    parser.add_argument("--one", default="", help=argparse.SUPPRESS)  # METHOD:SEED, in the process started for it
+    parser.add_argument("-o", "--output", type=Path, default=None, help="default: bench/results/beit_fashion_….json")
+    arguments = parser.parse_args(given)
+    if ran_one(arguments, run_one):
+        return
+    require_positive(arguments, ("seeds", "bank", "threads"))
+    for path in SETS["fashion"].paths:
+        if not (arguments.data / path).exists():
+            raise UserError(f"{arguments.data} has no {path}; make it with python -m data_prep.fashion_mnist")
+    arguments.output = arguments.output or Path(f"bench/results/beit_fashion_{arguments.length}.json")
+    make_codebook(arguments)
+    fill_table(
+        arguments,
+        settings_of(arguments),
+        start_one=lambda method, seed: start(arguments, given, method, seed, "bench.evidence_beit"),
+        write=lambda runs: write_tables(arguments, runs),
+    )
+
+
+if __name__ == "__main__":
+    run_command(main)
