@@ -1,4 +1,4 @@
-"""Whole updates of iBOT, of HPM on it, and of iBOT as published code is built, in turns; and the memory of the heads.
+"""Whole updates of iBOT, of HPM on it, and of iBOT as published code is built, interleaved; the memory of its heads.
 
     python -m bench.views [--size small] [--batch_size 4] [--local_crops 10] [--rounds 3] [-o views.json]
 

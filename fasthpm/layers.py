@@ -391,12 +391,12 @@ def init_dino(model: nn.Module) -> None:
     and the mask token 0."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
-            nn.init.trunc_normal_(module.weight, std=BEIT_STD)
+            nn.init.normal_(module.weight, std=BEIT_STD)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
     for name in ("cls_token", "pos_embed"):
         if isinstance(tokens := getattr(model, name, None), nn.Parameter):
-            nn.init.trunc_normal_(tokens, std=BEIT_STD)
+            nn.init.normal_(tokens, std=BEIT_STD)
     nn.init.zeros_(model.mask_token)  # type: ignore[arg-type]
 
 

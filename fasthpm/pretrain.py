@@ -365,10 +365,9 @@ def pursue(run: Run[Step]) -> PretrainResult:
         flops_per_sample=flops.step_flops(run.step.student, recipe, run.step.frozen)["total"],
         matmul_rate=measure_matmul_rate(launch.device, dtype),
         device=launch.device,
-        names=run.step.names,
         shown=run.step.telling(),
-        rows_per_sample=recipe.global_crops,
     )
+    metrics.are_of(run.step.names, recipe.global_crops)
     try:
         limit = 0.8 * ranks.timeout().total_seconds()  # before collectives give up, which name nobody
         watchdog = Watchdog(Path(recipe.output_dir), launch.rank, launch.world_size, timeout=limit)

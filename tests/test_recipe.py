@@ -148,7 +148,7 @@ VIDEO = {"model": "hpm_vit_nano_patch4_28_video", "num_frames": 4, "tubelet_size
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"target": "pixel"}, "expected one of pixels, ema, dino, clip, tokens; did you mean"),
+        ({"target": "pixel"}, "expected one of pixels, ema, dino, clip, tokens, distributions; did you mean"),
         ({"target": "ema", "norm_pix_loss": True}, "use --pixel_loss mse --no-norm_pix_loss"),
         ({"target": "clip", "pixel_loss": "l1"}, "use --pixel_loss mse --no-norm_pix_loss"),
         ({"target_weights": "dino.pth"}, "describe a dino or clip teacher, but target is pixels"),

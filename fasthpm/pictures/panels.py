@@ -59,6 +59,15 @@ def has_pictures(recipe: Recipe) -> bool:
     return not recipe.target_teacher or recipe.target_weights.startswith("kmeans:")
 
 
+def check_columns(recipe: Recipe, names: Sequence[str]) -> None:
+    """**Raises:** `UserError` for pictures that there can't be of the recipe's model."""
+    if recipe.uses_views and (wrong := {"reconstruction", "true_loss"}.intersection(names)):
+        raise UserError(
+            f"there is no picture {min(wrong)} of a model that learns distributions over prototypes; use "
+            f"{', '.join(columns_of(recipe))} or hardest"
+        )
+
+
 @torch.no_grad()
 def pictures(
     model: HPMViT,
@@ -89,11 +98,7 @@ def pictures(
 
     **Raises:** `UserError` for pictures of losses of a model that learns distributions.
     """
-    if recipe.uses_views and (wrong := {"reconstruction", "true_loss"}.intersection(names)):
-        raise UserError(
-            f"there is no picture {min(wrong)} of a model that learns distributions over prototypes; use "
-            f"{', '.join(columns_of(recipe))} or hardest"
-        )
+    check_columns(recipe, names)
     plan, patches_of = recipe.mask_plan, NormalizedPatches(recipe, statistics)
     images = images.to(model.mask_token.device)
     patches = patches_of(images)

@@ -52,8 +52,7 @@ class Metrics(Journal):
     """Everything a run measures, between two readings.
 
     - `flops_per_sample`: of a whole step; `matmul_rate`: FLOP/s of this rank's device
-    - `names`: of what the step's metrics are; `shown`: those that are written
-    - `rows_per_sample`: of a batch
+    - `shown`: those of the step's `METRICS` that are written; of another step see `are_of`
     """
 
     def __init__(
@@ -67,13 +66,12 @@ class Metrics(Journal):
         flops_per_sample: float,
         matmul_rate: float,
         device: torch.device,
-        names: Sequence[str] = METRICS,
-        shown: Collection[str] | None = None,
-        rows_per_sample: int = 1,
+        shown: Collection[str] = METRICS,
     ) -> None:
         super().__init__(output_dir, "pretrain", rank=rank, total_steps=total_steps, first_step=first_step)
         self.world_size, self.device = world_size, device
-        self._names, self._told, self._rows = names, names if shown is None else shown, rows_per_sample
+        self._names: Sequence[str] = METRICS
+        self._told, self._rows = shown, 1
         self.flops_per_sample, self.matmul_rate = flops_per_sample, matmul_rate
         self._recent: collections.deque[tuple[int, Tensor, Tensor, Tensor]] = collections.deque()
         self._norms: dict[int, Tensor | float] = {}
@@ -81,6 +79,11 @@ class Metrics(Journal):
         self._spikes = SpikeDetector()
         self._sum = torch.zeros(len(self._names), device=device)
         self._count = self._samples = 0
+        self.restart()
+
+    def are_of(self, names: Sequence[str], rows_per_sample: int) -> None:
+        """Say what a step's metrics are, and how many rows of a batch are one sample; before the first is added."""
+        self._names, self._rows = names, rows_per_sample
         self.restart()
 
     def add(self, step: int, batch: Batch, output: StepOutput) -> None:

@@ -12,22 +12,8 @@ from fasthpm.ranks import deepspeed_json, engine
 from fasthpm.ranks import launch as ranks_launch
 from fasthpm.ranks.zero import MasterLayout, full_state
 from fasthpm.recipe import Recipe
+from tests.helpers.clipping import STAGES, Toy
 from tests.helpers.launch import run_ranks
-
-STAGES = ("zero0_fp32", "zero1_fp32", "zero2_bf16", "zero3_bf16", "zero1_bf16")
-
-
-class Toy(nn.Module):
-    """Two layers whose gradients have very different norms; the second is called a last layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.student = nn.ModuleDict({"first": nn.Linear(5, 7), "last_layer": nn.Linear(7, 3)})
-
-    def forward(self, scale: float) -> Tensor:
-        x = torch.linspace(-1, 1, 20).view(4, 5).to(self.student["last_layer"].weight.dtype)
-        return (self.student["last_layer"](self.student["first"](x) * 3).float() ** 2).mean() * scale
 
 
 def recipe_of(preset: str, **options: Any) -> Recipe:
