@@ -483,12 +483,9 @@ def _register(name: str) -> None:
     timm.models.register_model(build)
 
 
-# -------------------------------------------------------------------------------------------------- small helpers
 def _gather(tokens: Tensor, ids: Tensor) -> Tensor:
     """tokens [B, L, D] at ids [B, N] -> [B, N, D]; [B, L] -> [B, N]."""
-    if tokens.dim() == 2:
-        return tokens.gather(1, ids)
-    return tokens.gather(1, ids[:, :, None].expand(-1, -1, tokens.shape[-1]))
+    return tokens.gather(1, ids if tokens.dim() == 2 else ids[:, :, None].expand(-1, -1, tokens.shape[-1]))
 
 
 def _count(mask: Tensor) -> int:

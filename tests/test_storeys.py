@@ -15,9 +15,8 @@ STOREYS = (
     "entry", "errors machine", "files", "cli", "options", "data", "kernels",
     "mask mask_counts mask_loops loss difficulty colours layers objectives projection architecture model_names model "
     "targets view_fields view_rules rules recipe_fields sizes recipe schedule patches",
-    "recipes", "ranks", "speed", "fitting tokenizers frozen views step teacher", "maps", "checkpoint", "exchange", "run",
-    "tuning",
-    "probes", "dense", "pictures", "commands", "pretrain",
+    "recipes", "ranks", "speed", "fitting tokenizers frozen views step teacher", "maps", "checkpoint", "exchange",
+    "run", "tuning", "probes", "dense", "pictures", "commands", "pretrain",
 )  # fmt: skip
 HEIGHTS = {f"fasthpm.{room}": height for height, storey in enumerate(STOREYS) for room in storey.split()}
 FACES = ("fasthpm", "fasthpm.__main__")  # name everything, are named by nobody

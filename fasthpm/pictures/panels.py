@@ -93,8 +93,7 @@ def pictures(
       picture each, the others show the first
 
     Visible patches are pasted back into the reconstruction, and `norm_pix_loss` is undone with the true patches'
-    statistics. The true loss of a patch is averaged over the masks that hide it. Of a model that
-    can't be asked the predicted loss stays empty.
+    statistics. Of a model that can't be asked the predicted loss stays empty.
 
     **Raises:** `UserError` for pictures of losses of a model that learns distributions.
     """
@@ -126,8 +125,7 @@ def pictures(
         "attention": lambda: [heat(model, attention_weights(cls_attention(model, patches)), None)],
     }
     known = {"predicted_loss": "predicted loss" if mute else predicted_name(model.difficulty, spearman)}
-    if model.video:
-        known["image"] = "clip"
+    known["image"] = "clip" if model.video else "image"
     drawn = ((titles_of(name, known, shown), draw[name]()) for name in names or columns_of(recipe))
     return {title: picture for titles, found in drawn for title, picture in zip(titles, found, strict=True)}
 
