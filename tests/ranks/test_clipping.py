@@ -15,6 +15,16 @@ from fasthpm.recipe import Recipe
 from tests.helpers.clipping import STAGES, Toy
 from tests.helpers.launch import run_ranks
 
+IBOT: dict[str, Any] = {
+    "model": "ibot_vit_nano_patch4_28",
+    "input_size": "28",
+    "patch_size": 4,
+    "target": "distributions",
+    "predict_loss": "none",
+    "mask_policy": "random",
+    "global_crops": 2,
+}
+
 
 def recipe_of(preset: str, **options: Any) -> Recipe:
     values = {"batch_size": 4, "lr": 1e-2, "deepspeed_config": preset} | options
@@ -69,7 +79,7 @@ def test_two_ranks_clip_by_whole_norms(tmp_path: Path) -> None:
 @pytest.mark.parametrize("preset", STAGES)
 def test_weight_decay_moves_and_the_last_layer_waits(preset: str) -> None:
     with ranks_launch.session() as launch:
-        _, made = built(recipe_of(preset, weight_decay=0.5, freeze_last_layer_epochs=1), launch)
+        _, made = built(recipe_of(preset, weight_decay=0.5, freeze_last_layer_epochs=1, **IBOT), launch)
         for group in made.basic_optimizer.param_groups:
             assert group["name"] in ("no_decay", "decay", "last_layer")
         states = [full_state(MasterLayout(made), "master")]
