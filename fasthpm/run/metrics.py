@@ -1,7 +1,7 @@
 """Metrics: summed on the device, read every N updates, written to the run's journal.
 
 MFU is model FLOPs per second (the rule is in `fasthpm.speed.flops`, teacher included) over the matmul rate that this
-device reaches on 2048 x 2048 squares in the run's dtype, measured when the run starts.
+device reaches on squares of up to 2048 x 2048 in the run's dtype, measured when the run starts.
 """
 
 import collections
@@ -27,6 +27,7 @@ from fasthpm.run.journal import Journal
 from fasthpm.step import METRICS, StepOutput
 
 FORENSICS = "nonfinite"
+SMALL_PRODUCT, LONGEST_PRODUCT = 256, 0.3  # side of a matrix; seconds that measuring a device may take for one
 OVERVIEW = "1_overview"  # before all other groups: TensorBoard sorts by name, and its first screen holds few
 TENSORBOARD_FIRST = ("loss", "difficulty_spearman", "images_per_second")
 TENSORBOARD_GROUPS = {
@@ -272,17 +273,34 @@ def memory_gib(device: torch.device) -> float:
 
 
 def measure_matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 2048) -> float:
-    """FLOP/s of square matrix products on this device, the best of a few (about half a second on a CPU)."""
+    """FLOP/s of square matrix products on this device, the best of a few (about a second on a CPU).
+
+    A CPU begins with small ones, and goes on as long as the next take no more than `LONGEST_PRODUCT`: without
+    instructions for bfloat16 one of 2048 takes half a minute.
+    """
+    if device.type == "cuda":
+        return 2 * size**3 / _product_seconds(device, dtype, size, 20)
+    side, best = min(SMALL_PRODUCT, size), 0.0
+    while True:
+        seconds = _product_seconds(device, dtype, side, 1)
+        best = max(best, 2 * side**3 / seconds)
+        if side == size or 8 * seconds > LONGEST_PRODUCT:
+            return best
+        side = min(2 * side, size)
+
+
+def _product_seconds(device: torch.device, dtype: torch.dtype, size: int, repeats: int) -> float:
+    """How long a product of two matrices takes, at best."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best = float("inf")
     for _ in range(5):
         wait_for(device)
         begin = time.perf_counter()
-        for _ in range(20 if device.type == "cuda" else 1):
+        for _ in range(repeats):
             a @ b
         wait_for(device)
-        best = min(best, (time.perf_counter() - begin) / (20 if device.type == "cuda" else 1))
-    return 2 * size**3 / best
+        best = min(best, (time.perf_counter() - begin) / repeats)
+    return best
 
 
 def wait_for(device: torch.device) -> None:

@@ -35,3 +35,18 @@ def test_spikes_reach_the_metrics(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert record["loss_spikes"] == 1
     assert set(record) & set(metrics.METRICS) == {"loss", "teacher_spearman"}
     assert "warning: the loss of update 58 is 3, the median before it 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("rate", "sides"), [(1e12, [256, 512, 1024, 2048]), (5e9, [256, 512]), (1e8, [256])])
+def test_a_slow_processor_is_measured_on_small_products(
+    monkeypatch: pytest.MonkeyPatch, rate: float, sides: list[int]
+) -> None:
+    asked: list[int] = []
+
+    def seconds(device: torch.device, dtype: torch.dtype, size: int, repeats: int) -> float:
+        asked.append(size)
+        return 2 * size**3 / rate
+
+    monkeypatch.setattr(metrics, "_product_seconds", seconds)
+    assert metrics.measure_matmul_rate(torch.device("cpu"), torch.bfloat16) == pytest.approx(rate)
+    assert asked == sides
