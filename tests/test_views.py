@@ -299,3 +299,14 @@ def test_a_broken_centre_collapses_and_is_seen(centred: bool, temperature: float
     figures = dict(zip(VIEW_METRICS, output.metrics.tolist(), strict=True))
     assert low <= figures["teacher_entropy"] <= high
     assert low <= figures["mean_entropy"] <= high
+
+
+def test_a_compiled_step_has_the_same_loss() -> None:
+    recipe = tiny(mask_policy="hpm", difficulty="in_place", view_augment="dino")
+    plainly, compiled = made(recipe), made(recipe)
+    compiled.compile_with("eager")
+    assert torch.allclose(run(plainly).loss, run(compiled).loss, rtol=1e-5)
+    assert not any(part.failure for part in (compiled.run_patches, compiled.run_teacher, compiled.run_student))
+    plainly.end_update(True)
+    compiled.end_update(True)  # trying the gradients first must not count twice
+    assert torch.allclose(plainly.centres.values, compiled.centres.values, atol=1e-6)
