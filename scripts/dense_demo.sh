@@ -29,7 +29,7 @@ photographs() {
     fi
 }
 
-# Small batches in many small all-reduces: on a CPU one process with all cores is three times as fast as two.
+# Small batches, many small all-reduces: on a CPU one process takes a third of the processor time of two.
 tasks=1
 [ "$gpus" -eq 0 ] || tasks=$ranks
 readonly tasks
