@@ -441,7 +441,7 @@ def test_the_first_update_may_take_as_long_as_compiling_takes(tmp_path: Path) ->
         teacher=None,
         maps=None,
         batches=iter([batch] * 2),
-        step=SimpleNamespace(compiled=False),
+        step=SimpleNamespace(compiled=False, end_update=lambda applied: None),
         observers=[],
     )
     update(run, metrics, watchdog)

@@ -40,7 +40,7 @@ def in_channels(given: dict[str, Tensor], donor: HPMViT, recipe: Recipe) -> dict
         reads = writes * (donor.in_chans / recipe.channels)
     made = dict(given)
     made[READS] = torch.einsum("nc,dc...->dn...", reads.to(given[READS].dtype), given[READS])
-    if not donor.target_dim:
+    if not donor.objective.width:  # it reconstructs pixels
         for name in (f"{WRITES}weight", f"{WRITES}bias"):
             rows = given[name].unflatten(0, (-1, donor.in_chans))
             made[name] = torch.einsum("nc,kc...->kn...", writes.to(rows.dtype), rows).flatten(0, 1)

@@ -133,7 +133,7 @@ def test_finetuning(asked: Callable[..., LoaderOptions]) -> None:
 def test_pictures(asked: Callable[..., LoaderOptions]) -> None:
     few = asked(panels, panels.fixed_images, RECIPE, 4)
     assert few == LoaderOptions(4, num_workers=1, train=False, max_bad_samples=1.0, **SIZES)
-    whole = asked(map_images, lambda: next(map_images.map_batches(None, RECIPE, ARGUMENTS)))
+    whole = asked(map_images, map_images.whole_images, RECIPE, ARGUMENTS)
     assert whole == LoaderOptions(6, num_workers=2, train=False, whole=True, max_bad_samples=1.0, **SIZES)
 
 

@@ -13,6 +13,18 @@ from fasthpm.model import HPMViT
 from fasthpm.recipe import Recipe
 from tests.helpers.runs import run_of
 
+OWN: dict[str, dict[str, Any]] = {  # the changes to a run that a form needs which does not take any
+    "hf_videomae": {"model": "hpm_vit_nano_patch8_32_video", "num_frames": 4, "tubelet_size": 2},
+    "hf_beit_mim": {
+        "model": "beit_vit_nano_patch4_28",
+        "target": "tokens",
+        "target_dim": 9,
+        "norm_pix_loss": False,
+        "mask_policy": "random",
+        "predict_loss": "none",
+    },
+}
+
 
 def run_with(folder: Path, **changes: Any) -> tuple[Path, HPMViT]:
     """A run whose weights, biases and norms are all away from their initial values, and its model."""

@@ -98,6 +98,6 @@ def test_what_is_timed_lies_in_memory_as_what_is_trained(monkeypatch: pytest.Mon
         CrossAttention(24, 3)(torch.zeros(2, 9, 24), torch.zeros(2, 5, 24))
     for shape, inputs in zip((SELF, CROSS), given, strict=True):
         assert layers.attended(*inputs[:2]) == shape
-        for ours, theirs in zip(attention.inputs_of(shape, CPU)[1], inputs, strict=True):
+        for ours, theirs in zip(attention.inputs_of(shape, CPU)[1], inputs[:3], strict=True):
             assert (ours.shape, ours.stride()) == (theirs.shape, theirs.stride())
             assert ours.requires_grad == theirs.requires_grad

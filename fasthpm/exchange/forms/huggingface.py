@@ -243,7 +243,7 @@ class HuggingFaceBEiTMIM(HuggingFaceViT):
     learned or relative positions and LayerScale as they are; no loss predictor, no difficulty head."""
 
     name = "hf_beit_mim"
-    summary = "BEiT with its head of tokens for Hugging Face's BeitForMaskedImageModeling (a folder, square images)"
+    summary = "the whole BEiT for Hugging Face's BeitForMaskedImageModeling (a folder, square images)"
     default, whole, relative = "hf_beit_mim", True, True
     architecture = "BeitForMaskedImageModeling"
 

@@ -11,16 +11,14 @@ from fasthpm.errors import UserError
 from fasthpm.exchange import exporting, forms
 from fasthpm.exchange.forms import base
 from fasthpm.files import read_file
-from tests.helpers.exports import loaded, run_with
+from tests.helpers.exports import OWN, loaded, run_with
 from tests.helpers.fast_modes import doubled
-
-VIDEO = {"model": "hpm_vit_nano_patch8_32_video", "num_frames": 4, "tubelet_size": 2}
 
 
 @pytest.mark.parametrize("form", [name for name in forms.FORMS if name != "onnx"])  # test_onnx_graph.py
 def test_the_line_that_loads_it_runs_as_it_is(tmp_path: Path, form: str) -> None:
     """In a fresh name space, also for a path with quotes and blanks in it."""
-    run, model = run_with(tmp_path / "run", **(VIDEO if form == "hf_videomae" else {}))
+    run, model = run_with(tmp_path / "run", **OWN.get(form, {}))
     path = tmp_path / 'it\'s a "folder"' / forms.FORMS[form].default
     exporting.export_weights(model, load_weights(run)[1], path, form)
     line = forms.FORMS[form].usage(path)

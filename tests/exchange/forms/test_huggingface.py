@@ -14,7 +14,7 @@ from fasthpm.exchange.forms import HuggingFaceBEiT, HuggingFaceMAE, encoder_of
 from fasthpm.exchange.forms.huggingface import levels
 from fasthpm.model import create_model
 from fasthpm.model_names import SIZES
-from tests.helpers.exports import close, export, pictures, run_with
+from tests.helpers.exports import OWN, close, export, pictures, run_with
 from tests.helpers.fast_modes import doubled
 
 
@@ -70,14 +70,7 @@ def test_upernet_on_it_as_the_documentation_says(tmp_path: Path) -> None:
     close(weight.detach(), model.blocks[0].attn.qkv.weight[: model.embed_dim].detach())  # type: ignore[union-attr, index]
 
 
-BEIT = {
-    "model": "beit_vit_nano_patch4_28",
-    "target": "tokens",
-    "target_dim": 9,
-    "norm_pix_loss": False,
-    "mask_policy": "random",
-    "predict_loss": "none",
-}
+BEIT = OWN["hf_beit_mim"]
 
 
 @torch.no_grad()
