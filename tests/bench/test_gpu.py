@@ -38,7 +38,7 @@ def test_a_rehearsal_runs_to_the_end_and_is_read_as_tables(
     assert "exact HPM / eager MAE" in found["steps"]["result"]["ratios"]
     text = capsys.readouterr().out
     assert (tmp_path / gpu.PAGE).read_text().strip() == text.strip()
-    for line in ("| steps | done |", "| mae: gradient | 0 | 0.001 |  |", "| 4 | eager_hpm | ", "| `aten::addmm` | "):
+    for line in ("| steps | done |", "| mae: gradient | 0 | 0.001 |  |", "| 4 | eager_hpm | ", "| `aten::"):
         assert line in text
     gpu.main([str(tmp_path), "--table"])
     assert capsys.readouterr().out == text
