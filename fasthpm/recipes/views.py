@@ -100,7 +100,7 @@ def hpm_ibot_vit_base_in1k_50e() -> Recipe:
 
 @recipe
 def ibot_demo() -> Recipe:
-    """iBOT on Fashion-MNIST, a nano ViT with 4-pixel patches: minutes on two CPU cores.
+    """iBOT on Fashion-MNIST, a nano ViT with 4-pixel patches: minutes on two CPU cores. Ours: not yet run.
 
     deepspeed --module fasthpm.pretrain --recipe ibot_demo --data_path data/train.beton --output_dir runs/ibot_demo
 
@@ -156,7 +156,7 @@ def ibot_demo() -> Recipe:
 
 @recipe
 def hpm_ibot_demo() -> Recipe:
-    """HPM on iBOT on Fashion-MNIST, a nano ViT with 4-pixel patches: minutes on two CPU cores.
+    """HPM on iBOT on Fashion-MNIST, a nano ViT with 4-pixel patches: minutes on two CPU cores. Ours: not yet run.
 
     deepspeed --module fasthpm.pretrain --recipe hpm_ibot_demo --data_path data/train.beton --output_dir runs/hpm_ibot
 
