@@ -3,6 +3,7 @@
 import logging
 import math
 import re
+import warnings
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from fasthpm.data.decoding import FIRST, LARGEST
 from fasthpm.data.sampling import Array
 
 MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-BITS, PHOTOMETRIC, SAMPLES, EXTRA, FORMAT = 258, 262, 277, 338, 339  # tags
+WIDTH, HEIGHT, BITS, PHOTOMETRIC, SAMPLES, EXTRA, FORMAT = 256, 257, 258, 262, 277, 338, 339  # tags
 GDAL_METADATA, GDAL_NODATA = 42112, 42113
 ALPHAS, ASSOCIATED = (1, 2), 1  # values of EXTRA
 COLOURS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3, 8: 3}  # channels of a photograph, by PHOTOMETRIC
@@ -40,7 +41,11 @@ def is_photograph(blob: Blob) -> bool:
         try:
             table = TiffImagePlugin.ImageFileDirectory_v2(start if big else start[:8])
             file.seek(int.from_bytes(start[8:16] if big else start[4:8], order))  # type: ignore[arg-type]
-            table.load(file)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Pillow's remarks on damage
+                table.load(file)
+            if not {WIDTH, HEIGHT} <= set(table):
+                return False
             bits, samples = np.atleast_1d(table.get(BITS, 1)), int(table.get(SAMPLES, 1))
             extra, kind = np.atleast_1d(table.get(EXTRA, ())), np.atleast_1d(table.get(FORMAT, 1))
             known = COLOURS.get(int(table.get(PHOTOMETRIC, 1)), 0)
