@@ -37,6 +37,7 @@ from fasthpm.errors import UserError
 from fasthpm.files import file_hash, write_text
 from fasthpm.patches import patches_for
 from fasthpm.probes import knn
+from fasthpm.run.records import read_metrics
 
 PAPERS: dict[str, Any] = {"difficulty": "paper", "predict_loss": "relative"}  # where a method does not say otherwise
 METHODS: dict[str, dict[str, Any]] = {
@@ -134,6 +135,20 @@ def run_one(arguments: argparse.Namespace, method: str, seed: int, out: Path) ->
         result["untrained"] = probe(arguments, out, "untrained")
     result["probe_seconds"] = time.perf_counter() - trained
     write_json(out / RESULT, result)
+
+
+def train(flags: list[str], fields: dict[str, Any], out: Path) -> tuple[dict[str, float], dict[str, Any]]:
+    """Pretrain to the end by the command's `flags`; `fields` has its lengths. Seconds that it took, and last metrics.
+
+    **Raises:** `UserError` for a run that was stopped before its end.
+    """
+    from fasthpm import pretrain
+
+    begin, begin_cpu = time.perf_counter(), time.process_time()
+    pretrain.main(flags)
+    check_complete(argparse.Namespace(epochs=fields["epochs"], steps_per_epoch=fields["steps_per_epoch"]), out)
+    taken = {"train_seconds": time.perf_counter() - begin, "train_cpu_seconds": time.process_time() - begin_cpu}
+    return taken, read_metrics(out)[-1]
 
 
 def check_complete(arguments: argparse.Namespace, out: Path) -> None:

@@ -10,20 +10,18 @@ run. Differences are taken seed by seed, to random masks with the same model.
 
 import argparse
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bench.common import machine, table, write_json
-from bench.evidence import RESULT, check_complete, fill_table, flag, ran_one, require_positive, start, write_both
+from bench.evidence import RESULT, fill_table, flag, ran_one, require_positive, start, train, write_both
 from bench.evidence_difficulty import LENGTHS, SETS, TRUTH, mean_and_spread, probe
 from data_prep import codebook
 from fasthpm.cli import Parser, run_command
 from fasthpm.errors import UserError
 from fasthpm.recipes.beit import DEMO_TOKENS
-from fasthpm.run.records import read_metrics
 
 PROBES = ("knn", "linear")
 SETTINGS = ("length", "bank", "extra")
@@ -108,22 +106,14 @@ def train_flags(arguments: argparse.Namespace, method: str, seed: int, out: Path
 
 def run_one(arguments: argparse.Namespace, method: str, seed: int, out: Path) -> None:
     """Train and probe one cell in this process, and write its figures to OUT/evidence.json last of all."""
-    from fasthpm import pretrain
-
-    begin, begin_cpu = time.perf_counter(), time.process_time()
-    pretrain.main(train_flags(arguments, method, seed, out))
-    fields = fields_of(arguments, method)
-    check_complete(argparse.Namespace(epochs=fields["epochs"], steps_per_epoch=fields["steps_per_epoch"]), out)
-    trained, trained_cpu = time.perf_counter() - begin, time.process_time() - begin_cpu
-    last = read_metrics(out)[-1]
+    taken, last = train(train_flags(arguments, method, seed, out), fields_of(arguments, method), out)
     result = {
         "method": method,
         "seed": seed,
         "settings": settings_of(arguments),
         "probes": probe(argparse.Namespace(**{**vars(arguments), "set": "fashion"}), out),
         "truth": {name: last[name] for name in TRUTH if name in last},
-        "train_seconds": trained,
-        "train_cpu_seconds": trained_cpu,
+        **taken,
         "last": {name: last[name] for name in ("step", "reconstruction_loss") if name in last},
     }
     write_json(out / RESULT, result)

@@ -20,7 +20,6 @@ import argparse
 import dataclasses
 import statistics
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +34,6 @@ from torch import Tensor
 from bench.common import machine, table, write_json
 from bench.evidence import (
     RESULT,
-    check_complete,
     fill_table,
     finished,
     flag,
@@ -44,6 +42,7 @@ from bench.evidence import (
     ran_one,
     require_positive,
     start,
+    train,
     write_both,
 )
 from fasthpm import recipes
@@ -58,7 +57,6 @@ from fasthpm.patches import patches_for
 from fasthpm.pictures.map_images import Saliency
 from fasthpm.probes import knn
 from fasthpm.recipe import Recipe
-from fasthpm.run.records import read_metrics
 from fasthpm.speed.flops import cost_over_mae
 
 
@@ -226,14 +224,7 @@ def train_flags(arguments: argparse.Namespace, method: str, seed: int, out: Path
 
 def run_one(arguments: argparse.Namespace, method: str, seed: int, out: Path) -> None:
     """Train and probe one cell in this process, and write its figures to OUT/evidence.json last of all."""
-    from fasthpm import pretrain
-
-    begin, begin_cpu = time.perf_counter(), time.process_time()
-    pretrain.main(train_flags(arguments, method, seed, out))
-    fields = fields_of(arguments, method)
-    check_complete(argparse.Namespace(epochs=fields["epochs"], steps_per_epoch=fields["steps_per_epoch"]), out)
-    trained, trained_cpu = time.perf_counter() - begin, time.process_time() - begin_cpu
-    last = read_metrics(out)[-1]
+    taken, last = train(train_flags(arguments, method, seed, out), fields_of(arguments, method), out)
     model, recipe = load_weights(out, "teacher" if METHODS[method].fields.get("mask_policy") != "random" else "student")
     result = {
         "method": method,
@@ -242,8 +233,7 @@ def run_one(arguments: argparse.Namespace, method: str, seed: int, out: Path) ->
         "probes": probe(arguments, out),
         "truth": {name: last[name] for name in TRUTH if name in last},
         "saliency": saliency(model, recipe, arguments),
-        "train_seconds": trained,
-        "train_cpu_seconds": trained_cpu,
+        **taken,
         "last": {name: last[name] for name in LAST if name in last},
     }
     write_json(out / RESULT, result)

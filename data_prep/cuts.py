@@ -86,9 +86,6 @@ class Cuts(Source):
         return self.table[:, 0].copy() if self.cutting.enumerates and len(self.units) < len(self.table) else None
 
     # ---- names
-    def _bytes(self, index: int) -> bytes:
-        raise NotImplementedError
-
     def _file(self, unit: int, band: int = 0) -> str:
         """The name of a file of a sample; where it is missing, the name that it should have."""
         found = self.units[unit][band]
@@ -129,8 +126,7 @@ class Cuts(Source):
     def sample(self, index: int) -> tuple[Any, int]:
         unit, number, *box = (int(value) for value in self.table[index])
         if self._is_encoded(unit):
-            data = self._blob(self.units[unit][0]).all()
-            return encoded(data, self.cutting), int(self.labels[index])
+            return encoded(self._bytes(index), self.cutting), int(self.labels[index])
         rasters = self._open(unit)
         whole = rasters[0].whole()
         values = self._read(unit, number, rasters, whole if not box[2] else (box[0], box[1], box[2], box[3]))
@@ -139,6 +135,10 @@ class Cuts(Source):
         if not self.cutting.kept:
             values = eight_bits(values, self.cutting.window)
         return values, int(self.labels[index])
+
+    def _bytes(self, index: int) -> bytes:
+        """The file that a sample is cut from, the first one if there are several."""
+        return self._blob(self.units[int(self.table[index, 0])][0]).all()
 
     def _check_content(self, values: Array) -> None:
         nodata = self.cutting.nodata

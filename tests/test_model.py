@@ -321,3 +321,21 @@ def test_mae_weights_leave_the_loss_predictor_alone() -> None:
     load_reference(model, donor.state_dict(), "mae")
     assert torch.equal(model.cls_token, donor.cls_token)
     assert torch.equal(model.decoder_pred_losspred.weight, before)
+
+
+def test_targets_of_bands_are_normalised_band_by_band() -> None:
+    """norm_pix_channels: a loop over patches and channels; bands of another scale weigh no more than others."""
+    model = small(norm_pix_loss=True, norm_pix_channels=True)
+    patches = torch.randn(2, 4, model.patch_dim, dtype=torch.float64) * torch.tensor([1.0, 50.0, 0.1, 1.0]).repeat(
+        model.patch_dim // 4
+    )
+    found = model.target(patches)
+    for row in range(2):
+        for patch in range(4):
+            for band in range(4):
+                values = patches[row, patch, band::4]
+                want = (values - values.mean()) / values.std()
+                torch.testing.assert_close(found[row, patch, band::4], want, rtol=1e-4, atol=1e-5)
+    together = small(norm_pix_loss=True).target(patches)
+    contrast = [target[..., 2::4].std(dim=-1).max() for target in (together, found)]  # of the faint band
+    assert contrast[0] < 0.1 < 0.9 < contrast[1]

@@ -52,3 +52,14 @@ def test_lr_matches_the_published_grids() -> None:
 def test_without_a_ramp_the_momentum_is_the_last_one_from_the_start() -> None:
     recipe = resolved(ema_momentum=0.9, ema_momentum_end=0.99, ema_ramp_epochs=0)
     assert [schedule.ema_momentum_at(recipe, step) for step in (0, 150, 19999)] == [pytest.approx(0.99)] * 3
+
+
+def test_rates_by_cosine_go_from_the_first_value_to_the_last() -> None:
+    """DINO's and iBOT's: half a cosine over all updates; without an end the weight decay stays."""
+    changes = {"ema_schedule": "cosine", "ema_momentum": 0.996, "ema_momentum_end": 1.0}
+    recipe = resolved(**changes, weight_decay=0.04, weight_decay_end=0.4)
+    last = recipe.total_steps
+    for share, momentum, decay in ((0, 0.996, 0.04), (0.25, 0.996586, 0.092721), (0.5, 0.998, 0.22), (1, 1.0, 0.4)):
+        assert schedule.ema_momentum_at(recipe, int(share * last)) == pytest.approx(momentum, abs=1e-6)
+        assert schedule.weight_decay_at(recipe, int(share * last)) == pytest.approx(decay, abs=1e-6)
+    assert {schedule.weight_decay_at(resolved(), step) for step in (0, 9999, 19999)} == {0.05}
