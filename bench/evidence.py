@@ -276,11 +276,20 @@ def fill_table(
     print(arguments.output.with_suffix(".md").read_text())
 
 
-def with_finetune(arguments: argparse.Namespace, out: Path, result: dict[str, Any]) -> dict[str, Any]:
-    """`result` with the accuracy of fine-tuning among its probes, measured unless that was done before."""
-    subset = evidence_finetune.labelled_subset(arguments.data / "train.beton", arguments.bank, Path(arguments.work))
+def with_finetune(
+    arguments: argparse.Namespace,
+    out: Path,
+    result: dict[str, Any],
+    names: tuple[str, str] = ("train.beton", "val.beton"),
+) -> dict[str, Any]:
+    """`result` with the accuracy of fine-tuning among its probes, measured unless that was done before.
+
+    - `names`: the sets to train and to test on, below `arguments.data`
+    """
+    train, val = (arguments.data / name for name in names)
+    subset = evidence_finetune.labelled_subset(train, arguments.bank, Path(arguments.work))
     same: dict[str, Any] = {"epochs": arguments.finetune, "seed": result["seed"], "threads": arguments.threads}
-    paths = (out, subset, arguments.data / "val.beton")
+    paths = (out, subset, val)
     tuned = {FINETUNE: evidence_finetune.finetuned(*paths, **same)}
     made = {**result, "probes": {**result["probes"], **tuned}}
     if "untrained" in result:

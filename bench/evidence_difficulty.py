@@ -1,7 +1,7 @@
 """Do truly hard masks help? Ways to ask what is hard, each beside random masks in the same architecture.
 
     python -m bench.evidence_difficulty --set fashion --data data/fashion_mnist --work runs/difficulty
-        [--length short] [--seeds 5] [--methods …] [-o bench/results/difficulty_fashion_short.json]
+        [--length short] [--seeds 5] [--methods …] [--finetune 2] [-o bench/results/difficulty_fashion_short.json]
 
 Sets: `fashion` (Fashion-MNIST), `scenes` (python -m data_prep.scenes, prepared beside it: garments on photographs, in
 which hard and easy patches mean something), `video` (python -m data_prep.moving_fashion). Lengths: `short`, 640
@@ -11,7 +11,8 @@ methods, finished runs are kept, interrupted ones resume, and the tables are rew
 Of every run: `difficulty_spearman` and the AUC of the hardest quarter at its end (true difficulty: the mean loss over
 12 random masks of 64 held-out samples), on scenes also how well the map finds the object (AUC against its mask); k-NN
 and logistic regression on the mean of the patch tokens, on scenes on every patch token: is most of it the object? (50 =
-chance). Differences are taken seed by seed: to the method's own control, which has random masks and the same
+chance); with --finetune N, top-1 after N epochs of `fasthpm finetune` on the images of the k-NN (of runs whose weights
+are still there). Differences are taken seed by seed: to the method's own control, which has random masks and the same
 architecture (of clips with as many masked patches in every slot as HPM has, `*_slots`; `mask_policy random` draws them
 over the whole clip), and to MAE given the same compute.
 """
@@ -21,7 +22,6 @@ import dataclasses
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,9 @@ from PIL import Image
 from torch import Tensor
 
 from bench.common import machine, table, write_json
+from bench.difficulty_rows import CONTROLS, KEPT, LENGTHS, METHODS, PAPER, SETS, SLOTS
 from bench.evidence import (
+    FINETUNE,
     RESULT,
     fill_table,
     finished,
@@ -43,6 +45,7 @@ from bench.evidence import (
     require_positive,
     start,
     train,
+    with_finetune,
     write_both,
 )
 from fasthpm import recipes
@@ -59,109 +62,9 @@ from fasthpm.probes import knn
 from fasthpm.recipe import Recipe
 from fasthpm.speed.flops import cost_over_mae
 
-
-@dataclass(frozen=True)
-class Set:
-    """A data set and how its runs are made."""
-
-    recipe: str
-    fields: dict[str, Any]
-    paths: tuple[str, str]  # train and val, below --data
-    plain: str  # the model without a loss predictor
-    masks: bool = False  # whether train/ and val/ have object masks (objects/)
-    maps: bool = True  # whether a teacher's maps can be kept
-    slots: bool = False  # whether HPM masks slot by slot, where `mask_policy random` does not
-
-
-SETS = {
-    "fashion": Set("hpm_demo", {}, ("train.beton", "val.beton"), "mae_vit_nano_patch4_28"),
-    "scenes": Set(
-        "hpm_demo",
-        {"input_size": 64, "patch_size": 8, "channels": 3},
-        ("train_set.beton", "val_set.beton"),
-        "mae_vit_nano_patch4_28",
-        masks=True,
-    ),
-    "video": Set(
-        "hpm_video_demo",
-        # the demo's 0.999 averages over more than a short run: the map would be an earlier student's
-        {"video_decoder": "turbojpeg", "ema_momentum_end": 0.99},
-        ("train", "val"),
-        "videomae_vit_nano_patch8_32",
-        maps=False,
-        slots=True,
-    ),
-}
-LENGTHS = {  # epochs, updates per epoch, batch size
-    "short": (20, 32, 32),
-    "long": (20, 160, 64),
-}
-PAPER: dict[str, Any] = {"difficulty": "paper", "predict_loss": "relative"}  # where a row does not say otherwise
-RANDOM: dict[str, Any] = {"mask_policy": "random", "difficulty": "paper"}
-ALONE: dict[str, Any] = {"predict_loss": "none"}  # no loss predictor
-PLAIN: dict[str, Any] = {**RANDOM, **ALONE}
-CROSS: dict[str, Any] = {"decoder_attention": "cross"}
-KEPT: dict[str, Any] = {"teacher_maps": True, "map_refresh_epochs": 10}
-HARD: dict[str, Any] = {"alpha_start": 1.0, "alpha_end": 1.0}
-CHANCE: dict[str, Any] = {"alpha_start": 0.0, "alpha_end": 0.0}  # the teacher is asked, and nobody follows it
-
-
-@dataclass(frozen=True)
-class Method:
-    """A row of the table."""
-
-    title: str
-    fields: dict[str, Any]
-    control: str = ""  # the row with random masks that it is compared with
-    kept: bool = False  # follows kept maps where the set has them
-
-
-CONTROLS = {
-    "mae": Method("MAE, random masks", PLAIN),
-    "mae_same_cost": Method("MAE, given the compute of `measured`", PLAIN, "mae"),
-    "random": Method("random masks, with loss predictor", RANDOM),
-    "random_fast": Method("random masks, predictor shared, cross decoder", {**RANDOM, **CROSS, "predictor": "shared"}),
-    "mae_cross": Method("MAE with a cross decoder", {**PLAIN, **CROSS}, "mae"),
-}
-SLOTS = {  # the same with as many masked patches in every slot of a clip
-    f"{name}_slots": Method(
-        f"{CONTROLS[name].title}, slot by slot",
-        {**CONTROLS[name].fields, "mask_policy": "hpm", "difficulty": "measured", **CHANCE},
-        name,
-    )
-    for name in ("mae", "random", "random_fast", "mae_cross")
-}
-HARDEST = {
-    "paper": Method("paper: the predictor on visible tokens", {"difficulty": "paper"}, "random"),
-    "masked_query": Method("masked_query: the predictor on mask tokens", {"difficulty": "masked_query"}, "random"),
-    "in_place": Method("in_place: a head, and the predictor", {"difficulty": "in_place"}, "random"),
-    "in_place_alone": Method("in_place: a head, no predictor", {"difficulty": "in_place", **ALONE}, "mae"),
-    "measured": Method("measured: two looks, no predictor", {"difficulty": "measured", **ALONE}, "mae"),
-    "fast": Method(
-        "fast: masked_query, kept maps, shared, cross", {**CROSS, "predictor": "shared"}, "random_fast", kept=True
-    ),
-    "fast_measured": Method(
-        "measured, kept maps, cross", {"difficulty": "measured", **ALONE, **CROSS}, "mae_cross", kept=True
-    ),
-}
-METHODS = {
-    **CONTROLS,
-    **SLOTS,
-    **HARDEST,
-    **{
-        f"{name}_quarter": dataclasses.replace(
-            m, title=f"{m.title}, α 0 → 0.25", fields={**m.fields, "alpha_end": 0.25}
-        )
-        for name, m in HARDEST.items()
-    },
-    **{
-        f"{name}_hardest": dataclasses.replace(m, title=f"{m.title}, α 1 → 1", fields={**m.fields, **HARD})
-        for name, m in HARDEST.items()
-    },
-}
 LAST = ("step", "reconstruction_loss", "teacher_spearman", "spearman")
 SETTINGS = ("set", "length", "bank", "extra")
-PROBES = ("knn", "linear")
+PROBES = ("knn", "linear", FINETUNE)
 TRUTH = ("difficulty_spearman", "difficulty_auc")
 ENCODE_BATCH, SALIENCY_IMAGES = 250, 500
 
@@ -360,7 +263,8 @@ def summarise(runs: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
         seeds = found[method]
         row: dict[str, Any] = {"seeds": sorted(seeds)}
         for probe_name in PROBES:
-            row[probe_name] = mean_and_spread([run["probes"][probe_name] for run in seeds.values()])
+            values = [run["probes"][probe_name] for run in seeds.values() if probe_name in run["probes"]]
+            row |= {probe_name: mean_and_spread(values)} if values else {}
         for truth in TRUTH:
             values = [run["truth"][truth] for run in seeds.values() if truth in run["truth"]]
             row |= {truth: mean_and_spread(values)} if values else {}
@@ -374,8 +278,8 @@ def summarise(runs: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
 
 def differences(seeds: dict[int, dict[str, Any]], others: dict[int, dict[str, Any]]) -> dict[str, Any]:
     """{probe: summary of the differences, seed by seed}."""
-    paired = sorted(set(seeds) & set(others))
-    made = {p: [seeds[s]["probes"][p] - others[s]["probes"][p] for s in paired] for p in PROBES}
+    pairs = [(run["probes"], others[seed]["probes"]) for seed, run in sorted(seeds.items()) if seed in others]
+    made = {p: [one[p] - other[p] for one, other in pairs if p in one and p in other] for p in PROBES}
     return {probe_name: mean_and_spread(values) for probe_name, values in made.items() if values}
 
 
@@ -383,9 +287,12 @@ def markdown(result: dict[str, Any]) -> str:
     """The table, as it stands in `results/`."""
     settings, summary = result["settings"], result["summary"]
     epochs, steps, batch = LENGTHS[settings["length"]]
-    rows = [[METHODS[method].title, str(len(row["seeds"])), *_cells(row)] for method, row in summary.items()]
+    tuned = any(FINETUNE in row for row in summary.values())
+    rows = [[METHODS[method].title, str(len(row["seeds"])), *_cells(row, tuned)] for method, row in summary.items()]
     heads = ("masks", "seeds", "difficulty_spearman (lowest)", "AUC hardest quarter", "AUC object", "k-NN", "linear")
-    gains = ("k-NN, less own control", "linear, less own control", "k-NN, less MAE at the cost of `measured`")
+    gains = ["k-NN, less own control", "linear, less own control", "k-NN, less MAE at the cost of `measured`"]
+    if tuned:
+        gains += ["fine-tune", "fine-tune, less own control"]
     about = (
         f"Set `{settings['set']}`, {epochs * steps:,} updates of {batch}, the demo's nano ViT; α 0 → 0.5 where nothing "
         f"is said. Accuracies in percent, mean ± standard deviation over seeds; differences seed by seed, in brackets "
@@ -394,7 +301,7 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n\n".join(["# Ways to ask what is hard", about, table((*heads, *gains), rows)]) + "\n"
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
+def _cells(row: dict[str, Any], tuned: bool) -> list[str]:
     def text(figure: dict[str, float] | None, digits: int, low: bool = False) -> str:
         if figure is None:
             return ""
@@ -407,6 +314,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         figure = figures[name]
         return f"{figure['mean']:+.2f} ± {figure['std']:.2f} ({figure['won']})"
 
+    further = [text(row.get(FINETUNE), 2), gain(row.get("gain"), FINETUNE)] if tuned else []
     return [
         text(row.get("difficulty_spearman"), 2, low=True),
         text(row.get("difficulty_auc"), 2),
@@ -416,6 +324,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         gain(row.get("gain"), "knn"),
         gain(row.get("gain"), "linear"),
         gain(row.get("gain_same_cost"), "knn"),
+        *further,
     ]
 
 
@@ -436,6 +345,21 @@ def write_tables(arguments: argparse.Namespace, runs: Sequence[dict[str, Any]]) 
     write_both(arguments.output, result, markdown(result))
 
 
+def check_finetune(arguments: argparse.Namespace) -> None:
+    """**Raises:** `UserError` for a number of epochs below 0, or a set whose samples are not images."""
+    if arguments.finetune < 0:
+        raise UserError(f"finetune is {arguments.finetune}, expected a number of epochs, or 0")
+    if arguments.finetune and arguments.set == "video":
+        raise UserError("finetune is of images, and set is video; leave it out")
+
+
+def tuned_where_kept(arguments: argparse.Namespace, out: Path, result: dict[str, Any]) -> dict[str, Any]:
+    """`result` with the accuracy of fine-tuning, where that is asked for and the run's weights are still there."""
+    if not arguments.finetune or not (out / "report.md").is_file():
+        return result
+    return with_finetune(arguments, out, result, SETS[arguments.set].paths)
+
+
 def build_parser() -> Parser:
     """The command line."""
     parser = Parser(prog="bench.evidence_difficulty", description=__doc__)
@@ -447,6 +371,7 @@ def build_parser() -> Parser:
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=usual)
     parser.add_argument("--seeds", type=int, default=5, help="runs of each method")
     parser.add_argument("--bank", type=int, default=10000, help="labelled training samples of the probes")
+    parser.add_argument("--finetune", type=int, default=0, help="epochs of fine-tuning each run; 0 = no such column")
     parser.add_argument("--extra", default="", help="further flags of every run, as one string")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch in a run")
     parser.add_argument("--deepspeed_config", default="zero1_bf16")
@@ -465,6 +390,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if ran_one(arguments, run_one):
         return
     require_positive(arguments, ("seeds", "bank", "threads"))
+    check_finetune(arguments)
     for path in SETS[arguments.set].paths:
         if not (arguments.data / path).exists():
             raise UserError(f"{arguments.data} has no {path}; see the sets in --help for how to make it")
@@ -478,6 +404,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         settings_of(arguments),
         start_one=lambda method, seed: start(arguments, given, method, seed, "bench.evidence_difficulty"),
         write=lambda runs: write_tables(arguments, runs),
+        complete=lambda out, result: tuned_where_kept(arguments, out, result),
     )
 
 
