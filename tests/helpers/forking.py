@@ -10,6 +10,7 @@ signals on to them, and ends them all when one fails.
 import array
 import atexit
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -35,6 +36,11 @@ PRELOAD = (
     "torch.utils.tensorboard",
     "torch._inductor.compile_fx",
     "pytest",
+    # What DeepSpeed's engine and the first picture import late.
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.ops.op_builder.all_ops",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "matplotlib.backends.backend_agg",
 )
 GRACE = 10.0  # seconds that the other ranks have to end by themselves when one has failed
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -156,4 +162,5 @@ if __name__ == "__main__":
         importlib.import_module(name)
     for name in ("fasthpm.pretrain", "fasthpm.__main__"):
         sys.modules.pop(name, None)  # to be run as __main__
+    gc.freeze()  # DeepSpeed collects garbage when it builds an engine: no need to look through all modules each time
     serve(asked)
