@@ -10,7 +10,6 @@ signals on to them, and ends them all when one fails.
 import array
 import atexit
 import contextlib
-import gc
 import importlib
 import json
 import os
@@ -162,5 +161,4 @@ if __name__ == "__main__":
         importlib.import_module(name)
     for name in ("fasthpm.pretrain", "fasthpm.__main__"):
         sys.modules.pop(name, None)  # to be run as __main__
-    gc.freeze()  # DeepSpeed collects garbage when it builds an engine: no need to look through all modules each time
     serve(asked)
