@@ -16,6 +16,12 @@ def cpuinfo() -> str:
     return path.read_text() if path.is_file() else ""
 
 
+def cpu_has_bf16() -> bool:
+    """Whether the processor computes in bfloat16; without such instructions torch emulates them, and matmuls take many
+    times as long as in float32."""
+    return "bf16" in cpuinfo()
+
+
 def processor_name() -> str:
     """The processor's model name."""
     lines = cpuinfo().splitlines()

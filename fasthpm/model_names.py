@@ -6,6 +6,7 @@ from fasthpm.errors import UserError, nearest
 
 VIDEO_FRAMES, VIDEO_TUBELET = 16, 2  # VideoMAE's
 SIZES: dict[str, dict[str, int]] = {
+    "pico": {"embed_dim": 32, "depth": 4, "num_heads": 2},  # for tests: quick even where bf16 is emulated
     "nano": {"embed_dim": 128, "depth": 4, "num_heads": 4},  # for tests and laptops
     "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
     "small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
@@ -14,6 +15,7 @@ SIZES: dict[str, dict[str, int]] = {
     "huge": {"embed_dim": 1280, "depth": 32, "num_heads": 16},
 }
 LAYOUTS: dict[str, tuple[tuple[int, int], ...]] = {  # size: (patch side, image side) …
+    "pico": ((4, 28),),
     "nano": ((4, 28),),
     "tiny": ((16, 224), (4, 28)),
     "small": ((16, 224),),
@@ -22,6 +24,7 @@ LAYOUTS: dict[str, tuple[tuple[int, int], ...]] = {  # size: (patch side, image 
     "huge": ((14, 224),),
 }
 VIDEO_LAYOUTS: dict[str, tuple[tuple[int, int], ...]] = {  # the same, of 16 frames in slots of 2
+    "pico": ((8, 32),),
     "nano": ((8, 32),),
     "small": ((16, 224),),
     "base": ((16, 224),),
@@ -83,5 +86,5 @@ def video_decoder(size: str) -> dict[str, int]:
     """VideoMAE's decoders: half the encoder's width (released code, width x heads: S 192x3, B 384x6, L 512x8, H 640x8);
     4 blocks, for L 12."""
     width = SIZES[size]["embed_dim"] // 2
-    heads, depth = min(width // 64, 8), 12 if size == "large" else 4
+    heads, depth = min(max(width // 64, 1), 8), 12 if size == "large" else 4
     return {"decoder_embed_dim": width, "decoder_num_heads": heads, "decoder_depth": depth}

@@ -13,9 +13,9 @@ gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
 [ "$gpus" -gt 0 ] || export DS_ACCELERATOR=cpu
 readonly ranks=${RANKS:-$([ "$gpus" -gt 0 ] && echo "$((gpus < 2 ? gpus : 2))" || echo 2)}
 
-# A CPU without bf16 instructions only emulates them, at half the speed of float32.
+# A CPU without bf16 instructions emulates them, many times slower than float32.
 preset=zero1_bf16
-[ "$gpus" -gt 0 ] || grep -qsE '^(flags|Features)\b.*bf16' /proc/cpuinfo || preset=zero1_fp32
+[ "$gpus" -gt 0 ] || "$python" -c 'from fasthpm.machine import cpu_has_bf16 as fast; exit(not fast())' || preset=zero1_fp32
 readonly preset
 
 step() { printf '\n== %s\n' "$*"; }

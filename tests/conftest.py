@@ -11,6 +11,9 @@ from tests.helpers.disk import mounted
 
 # Idle OpenMP threads that spin would take the cores from the tests that run beside them. Set before torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Several workers share the cores: each computes with its share, and launches nothing that takes more.
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // int(workers))))
 # A shell's background jobs ignore Ctrl-C, and hand that down; tests send it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

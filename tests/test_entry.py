@@ -26,7 +26,10 @@ from fasthpm.exchange import exporting
 from tests.helpers.launch import PLACE, ROOT, check_ranks
 from tests.helpers.runs import run_with_random_weights
 
-SHORT = {"recipe": "debug", "data_path": "synthetic:32", "epochs": 1, "warmup_epochs": 0, "panel_every": 0}
+PICO = "hpm_vit_pico_patch4_28"
+SHORT = {
+    "recipe": "debug", "model": PICO, "data_path": "synthetic:32", "epochs": 1, "warmup_epochs": 0, "panel_every": 0
+}  # fmt: skip
 
 
 def no_session() -> bool:
@@ -118,7 +121,7 @@ def test_wrong_values_are_the_command_lines_errors(tmp_path: Path) -> None:
 # -------------------------------------------------------------------------------------------------- runs
 def test_two_calls_are_two_commands(tmp_path: Path) -> None:
     """Twice in one process, from a `Recipe` and from the command line: the same run."""
-    recipe = dataclasses.replace(recipes.debug(), epochs=1, warmup_epochs=0.0, panel_every=0)
+    recipe = dataclasses.replace(recipes.debug(), model=PICO, epochs=1, warmup_epochs=0.0, panel_every=0)
     made = fasthpm.pretrain(recipe=recipe, data_path="synthetic:32", output_dir=tmp_path / "a", flip=False)
     assert no_session()
     dispatch(["pretrain", *words({**SHORT, "output_dir": tmp_path / "b"}), "--no-flip"])
@@ -169,6 +172,7 @@ from pathlib import Path
 import fasthpm, torch.distributed as dist
 
 flags = {"data_path": "synthetic:32", "output_dir": sys.argv[1] + "/run", "epochs": 1, "panel_every": 0}
+flags["model"] = "hpm_vit_pico_patch4_28"
 try:
     fasthpm.pretrain(recipe="debug", **{**flags, "data_path": "synthetic:4"})
 except fasthpm.UserError as error:

@@ -29,7 +29,9 @@ from fasthpm.speed.graph import Eager
 from tests.helpers.launch import ROOT, check_ranks, ranks_of, run_ranks, running_ranks
 
 PRESETS = sorted(path.stem for path in (ROOT / "ds_configs").glob("*.json"))
-SHORT = ("--recipe", "debug", "--data_path", "synthetic:64", "--epochs", 1, "--warmup_epochs", 0)
+PICO = ("--model", "hpm_vit_pico_patch4_28")  # every second update here is in bf16, which many CPUs emulate
+SHORT = ("--recipe", "debug", *PICO, "--data_path", "synthetic:64", "--epochs", 1, "--warmup_epochs", 0)
+QUIET = ("--difficulty_every", 0, "--panel_every", 0)  # what the first test below looks at
 MODULE = "fasthpm.pretrain"
 
 
@@ -90,7 +92,7 @@ def test_two_deepspeed_ranks_run_every_preset(name: str, tmp_path: Path) -> None
 
 def test_ranks_and_accumulation_share_one_trajectory(tmp_path: Path) -> None:
     """The same global batch on 1 rank, on 2 ranks and in 2 micro-steps gives the same weights but for rounding."""
-    common = (*SHORT, *preset("zero1_fp32"), "--global_batch_size", 16, "--clip_grad", 0)
+    common = (*SHORT, *QUIET, *preset("zero1_fp32"), "--global_batch_size", 16, "--clip_grad", 0)
     runs = {"one": (1, 16), "two": (2, 8), "accumulated": (1, 8)}
     for name, (ranks, batch_size) in runs.items():
         arguments = (*common, "--batch_size", batch_size, "--output_dir", tmp_path / name)
@@ -119,7 +121,7 @@ def comparable(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def test_resume_continues_as_if_nothing_had_happened(
     program: tuple[Any, ...], name: str, ranks: int, tmp_path: Path
 ) -> None:
-    common = (*program, *SHORT, *preset(name), "--batch_size", 8, "--log_every", 1)
+    common = (*program, *SHORT, *QUIET, *preset(name), "--batch_size", 8, "--log_every", 1)
     check_ranks(*common, "--output_dir", tmp_path / "straight", launcher="forked", ranks=ranks)
     broken = (*common, "--output_dir", tmp_path / "broken")
     check_ranks(*broken, "--stop_after", 3, launcher="forked", ranks=ranks)
@@ -136,7 +138,7 @@ def test_resume_continues_as_if_nothing_had_happened(
 
 def test_a_run_goes_on_with_other_ranks_and_another_zero_stage(tmp_path: Path) -> None:
     """2 ranks, then 1 with two micro-steps, then 2 in bf16 under ZeRO 3: the curve of an undisturbed run."""
-    common = (*SHORT, "--epochs", 2, "--log_every", 1, "--batch_size", 8)
+    common = (*SHORT, *QUIET, "--epochs", 2, "--log_every", 1, "--batch_size", 8)
     float32 = preset("zero1_fp32")
     check_ranks(MODULE, *common, *float32, "--output_dir", tmp_path / "straight", launcher="forked")
     moving = (*common, "--output_dir", tmp_path / "moving")
@@ -333,7 +335,7 @@ def wait_for_file(path: Path) -> None:
 def test_attention_maps_are_made_by_all_ranks_and_survive_a_stop(tmp_path: Path) -> None:
     """AMT under ZeRO 3 on two ranks, stopped in the midst of an epoch, continued by one rank under ZeRO 1."""
     amt = ("--mask_policy", "attention", "--mask_ratio", 0.45, "--throw_ratio", 0.4, "--map_refresh_epochs", 1)
-    common = (*SHORT, "--epochs", 3, *amt, "--global_batch_size", 16, "--panel_every", 0, "--output_dir", tmp_path)
+    common = (*SHORT, *QUIET, "--epochs", 3, *amt, "--global_batch_size", 16, "--output_dir", tmp_path)
     check_ranks(MODULE, *common, *preset("zero3_bf16"), "--batch_size", 8, "--stop_after", 6, launcher="forked")
     store = MapStore(tmp_path / "maps" / "attention-00000001.maps")
     assert (store.header.epoch, store.header.num_samples, store.header.grid) == (1, 64, (7, 7))

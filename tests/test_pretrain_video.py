@@ -21,6 +21,8 @@ def test_a_video_run_from_pretraining_to_pictures_and_probes(tmp_path: Path) -> 
     flags = (
         "--recipe",
         "hpm_video_demo",
+        "--model",
+        "hpm_vit_pico_patch8_32_video",
         "--data_path",
         videos,
         "--channels",

@@ -68,10 +68,10 @@ def combinations() -> list[dict[str, Any]]:
     """Baselines, masks, units, difficulty losses and targets as recipe fields, whether or not they make sense
     together."""
     baselines = [
-        {"model": "hpm_vit_nano_patch4_28"},
-        {"model": "mae_vit_nano_patch4_28"},
-        {"model": "simmim_vit_nano_patch4_28", "pixel_loss": "l1"},
-        {"model": "beit_vit_nano_patch4_28", "positions": "learned", "drop_path": 0.1},
+        {"model": "hpm_vit_pico_patch4_28"},
+        {"model": "mae_vit_pico_patch4_28"},
+        {"model": "simmim_vit_pico_patch4_28", "pixel_loss": "l1"},
+        {"model": "beit_vit_pico_patch4_28", "positions": "learned", "drop_path": 0.1},
     ]
     objectives: list[dict[str, Any]] = [{"predict_loss": kind} for kind in PREDICT_LOSSES]
     objectives.append({"predict_loss": "absolute", "absolute_standardize": False})

@@ -4,7 +4,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fasthpm import checkpoint, files, ranks, schedule
+from fasthpm.machine import cpu_has_bf16
 from fasthpm.recipe import Recipe, save_recipe
 from fasthpm.run.state import Run
 from fasthpm.run.versions import VERSIONS, versions
@@ -47,8 +50,10 @@ def announce(run: Run[Any]) -> None:
         f"{run.launch.device.type}",
         file=sys.stderr,
     )
-    if words := lag_of_teacher(recipe):
-        print(words, file=sys.stderr)
+    dtype = next(run.step.student.parameters()).dtype
+    for words in (lag_of_teacher(recipe), emulation(run.launch.device, dtype)):
+        if words:
+            print(words, file=sys.stderr)
 
 
 def lag_of_teacher(recipe: Recipe) -> str:
@@ -62,3 +67,11 @@ def lag_of_teacher(recipe: Recipe) -> str:
         f"the teacher averages over {over} of {updates:,} and will lag behind the student; "
         f"--ema_momentum_end {1 - float(f'{1 / (GOOD_MEMORY * updates):.1g}'):g} suits so short a run"
     )
+
+
+def emulation(device: torch.device, dtype: torch.dtype) -> str:
+    """What to say of weights in a dtype that the processor has no instructions for; an empty string where it has."""
+    if device.type != "cpu" or dtype != torch.bfloat16 or cpu_has_bf16():
+        return ""
+    slow = "this CPU has no bf16 instructions and emulates them, many times slower"
+    return f"{slow}; --deepspeed_config zero1_fp32 is fast here"

@@ -251,6 +251,8 @@ def test_a_full_disk_costs_checkpoints_and_not_the_run(small_disk: Path, tmp_pat
     arguments = [
         "--recipe",
         "debug",
+        "--deepspeed_config",
+        "zero1_fp32",
         "--data_path",
         "synthetic:64",
         "--batch_size",
@@ -260,6 +262,8 @@ def test_a_full_disk_costs_checkpoints_and_not_the_run(small_disk: Path, tmp_pat
         "--epochs",
         "10",
         "--panel_every",
+        "0",
+        "--difficulty_every",
         "0",
         "--keep_checkpoints",
         "1",

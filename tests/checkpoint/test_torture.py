@@ -6,7 +6,7 @@ from tests.helpers import torture
 
 
 def test_three_rounds_leave_no_difference(tmp_path: Path) -> None:
-    plan = torture.Torture(tmp_path, updates=80, launcher="forked", longest_wait=0.5)
+    plan = torture.Torture(tmp_path, updates=48, launcher="forked", longest_wait=0.25)
     report = torture.torture(plan, rounds=3, seed=1)
     assert report["differences"] == 0
     assert report["finished"]

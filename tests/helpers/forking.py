@@ -35,6 +35,11 @@ PRELOAD = (
     "torch.utils.tensorboard",
     "torch._inductor.compile_fx",
     "pytest",
+    # What DeepSpeed's engine and the first picture import late.
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.ops.op_builder.all_ops",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "matplotlib.backends.backend_agg",
 )
 GRACE = 10.0  # seconds that the other ranks have to end by themselves when one has failed
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)

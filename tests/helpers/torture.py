@@ -103,6 +103,8 @@ def command(output_dir: Path, updates: int) -> list[str]:
     return [
         "--recipe",
         "debug",
+        "--model",
+        "hpm_vit_pico_patch4_28",
         "--data_path",
         "synthetic:128",
         "--batch_size",
@@ -110,6 +112,8 @@ def command(output_dir: Path, updates: int) -> list[str]:
         "--log_every",
         "1000000",
         "--panel_every",
+        "0",
+        "--difficulty_every",
         "0",
         "--epochs",
         str(updates // SAVE_EVERY),

@@ -190,6 +190,8 @@ def test_two_nodes_lose_each_other_and_one_goes_on(
     arguments = [
         "--recipe",
         "debug",
+        "--model",
+        "hpm_vit_pico_patch4_28",
         "--data_path",
         "synthetic:64",
         "--epochs",

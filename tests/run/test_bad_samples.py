@@ -82,7 +82,10 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-RUN = ("--recipe", "debug", "--channels", 3, "--epochs", 1, "--warmup_epochs", 0, "--log_every", 1, "--panel_every", 0)
+RUN = (
+    *("--recipe", "debug", "--deepspeed_config", "zero1_fp32", "--channels", 3),
+    *("--epochs", 1, "--warmup_epochs", 0, "--log_every", 1, "--panel_every", 0),
+)
 
 
 def test_a_run_survives_a_bad_sample_and_says_so(broken: Path, tmp_path: Path) -> None:

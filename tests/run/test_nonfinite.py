@@ -65,6 +65,7 @@ def spoiled(forward: Any) -> Any:
 def small(folder: Path, stage: str, **changes: Any) -> Recipe:
     """8 updates of two micro-steps, a checkpoint after the first 4."""
     fields = {
+        "model": "hpm_vit_pico_patch4_28",
         "data_path": "synthetic:64",
         "batch_size": 4,
         "global_batch_size": 16,
@@ -73,6 +74,7 @@ def small(folder: Path, stage: str, **changes: Any) -> Recipe:
         "log_every": 3,
         "save_every": 1,
         "panel_every": 0,
+        "difficulty_every": 0,
         "output_dir": str(folder),
         "deepspeed_config": str(ROOT / "ds_configs" / f"{stage}.json"),
     }

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from fasthpm import recipes
-from fasthpm.run.output import announce, lag_of_teacher, prepare_output
+from fasthpm import machine, recipes
+from fasthpm.run.output import announce, emulation, lag_of_teacher, prepare_output
 
 
 @pytest.mark.parametrize(
@@ -45,8 +45,44 @@ def test_the_kernels_of_attention_are_named(
     """Where there was a choice: on a GPU."""
     recipe = dataclasses.replace(recipes.debug(), output_dir=str(tmp_path)).resolve(64, 1)
     launch = SimpleNamespace(device=torch.device("cpu"), world_size=1)
-    run: Any = SimpleNamespace(recipe=recipe, launch=launch, attention=kernels, num_parameters=1)
+    step = SimpleNamespace(student=torch.nn.Linear(1, 1))
+    run: Any = SimpleNamespace(recipe=recipe, launch=launch, step=step, attention=kernels, num_parameters=1)
     prepare_output(run)
     announce(run)
     assert json.loads((tmp_path / "versions.json").read_text()).get("attention", {}) == kernels
     assert ("attention: 8 x 4 x 13 x 32 bfloat16 training cudnn\n" in capsys.readouterr().err) is bool(kernels)
+
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+WITH, WITHOUT = "flags\t\t: fpu avx512f avx512_bf16 amx_bf16\n", "flags\t\t: fpu avx avx2\n"
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "processor", "said"),
+    [
+        (CPU, torch.bfloat16, WITHOUT, True),
+        (CPU, torch.bfloat16, WITH, False),
+        (CPU, torch.bfloat16, "Features\t: fp asimd sve bf16\n", False),  # ARM's name
+        (CPU, torch.float32, WITHOUT, False),
+        (GPU, torch.bfloat16, WITHOUT, False),
+    ],
+)
+def test_a_cpu_that_emulates_bf16_is_said(
+    device: torch.device, dtype: torch.dtype, processor: str, said: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "cpuinfo", lambda: processor)
+    assert ("--deepspeed_config zero1_fp32 is fast here" in emulation(device, dtype)) is said
+    assert bool(emulation(device, dtype)) is said
+
+
+def test_a_run_says_so_before_it_begins(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once, of the weights that it trains, whatever the preset's name is."""
+    monkeypatch.setattr(machine, "cpuinfo", lambda: WITHOUT)
+    recipe = dataclasses.replace(recipes.debug(), output_dir=str(tmp_path)).resolve(64, 1)
+    launch = SimpleNamespace(device=CPU, world_size=1)
+    for dtype, times in ((torch.float32, 0), (torch.bfloat16, 1)):
+        step = SimpleNamespace(student=torch.nn.Linear(1, 1, dtype=dtype))
+        announce(SimpleNamespace(recipe=recipe, launch=launch, step=step, attention={}))  # type: ignore[arg-type]
+        assert capsys.readouterr().err.count("emulates them, many times slower") == times

@@ -31,6 +31,7 @@ def test_no_batch_has_the_maps_before(kind: dict[str, Any], tmp_path: Path, monk
     monkeypatch.setattr(RunMaps, "scores", checked)
     pretrain(
         recipe="debug",
+        model="hpm_vit_pico_patch4_28",
         data_path="synthetic:64",
         output_dir=tmp_path,
         epochs=3,

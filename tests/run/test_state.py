@@ -91,6 +91,7 @@ def test_what_changes_where_a_run_branches_off_is_said() -> None:
 def test_a_run_that_branches_off_goes_on_and_leaves_the_other_alone(tmp_path: Path) -> None:
     """The weights, the moments and the update of the checkpoint, in a folder of its own."""
     flags: dict[str, Any] = {"data_path": "synthetic:16", "warmup_epochs": 0, "panel_every": 0, "difficulty_every": 0}
+    flags["model"] = "hpm_vit_pico_patch4_28"
     first = fasthpm.pretrain(recipe="debug", epochs=2, stop_after=2, output_dir=tmp_path / "a", **flags)
     before = sorted(path.name for path in (tmp_path / "a" / "checkpoints").iterdir())
     flags |= {"output_dir": tmp_path / "b", "epochs": 3, "blr": 1e-4, "resume": first.checkpoint, "stop_after": 3}

@@ -18,7 +18,8 @@ from tests.helpers.launch import check_ranks
 from tests.helpers.steps import ALPHA, batch, step_of
 
 RUN = (
-    *("--recipe", "debug", "--data_path", "synthetic:64", "--warmup_epochs", "0", "--epochs", "1"),
+    *("--recipe", "debug", "--model", "hpm_vit_pico_patch4_28"),
+    *("--data_path", "synthetic:64", "--warmup_epochs", "0", "--epochs", "1"),
     *("--stop_after", "3", "--log_every", "1", "--panel_every", "0", "--difficulty_every", "0"),
 )
 

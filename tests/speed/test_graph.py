@@ -85,6 +85,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> FakeRecorder:
 def trained(folder: Path, way: str, launch: ranks.Launch, **changes: Any) -> Path:
     """8 updates of two micro-steps over two epochs, in which everything changes that can; `way`: `cuda_graph`."""
     fields = {
+        "model": "hpm_vit_pico_patch4_28",
         "data_path": "synthetic:64",
         "batch_size": 8 // launch.world_size,
         "global_batch_size": 16,

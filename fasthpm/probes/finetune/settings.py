@@ -11,7 +11,7 @@ import torch
 from fasthpm.data.video.sampling import FRAME_SAMPLINGS
 from fasthpm.difficulty import DIFFICULTIES
 from fasthpm.errors import UserError
-from fasthpm.machine import cpuinfo
+from fasthpm.machine import cpu_has_bf16
 from fasthpm.model import HPMViT
 from fasthpm.options import option, validate
 from fasthpm.probes.answers import AUTO, load_asked
@@ -210,7 +210,7 @@ def stored(settings: dict[str, Any]) -> dict[str, Any]:
 
 def has_bf16() -> bool:
     """Whether the device computes in bfloat16; a CPU without such instructions is faster in float32."""
-    return torch.cuda.is_available() or "bf16" in cpuinfo()
+    return torch.cuda.is_available() or cpu_has_bf16()
 
 
 def image_size_of(settings: FineTune, model: HPMViT) -> tuple[int, int]:
