@@ -21,6 +21,7 @@ from fasthpm.data.ffcv.beton import read_sidecar
 from fasthpm.data.pixels import list_images
 from fasthpm.errors import UserError
 from fasthpm.machine import count_cores
+from fasthpm.probes.finetune.settings import has_bf16
 from fasthpm.run.versions import versions
 
 QUALITY = 90
@@ -67,6 +68,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def fast_config() -> str:
+    """The preset to train by here: bfloat16, or float32 where it would be emulated."""
+    return "zero1_bf16" if has_bf16() else "zero1_fp32"
 
 
 def machine() -> dict[str, Any]:

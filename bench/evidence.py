@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import evidence_finetune
-from bench.common import machine, say, table, write_json
+from bench.common import fast_config, machine, say, table, write_json
 from fasthpm.checkpoint.weights import load_weights
 from fasthpm.cli import Parser, run_command
 from fasthpm.data import build_loader
@@ -460,7 +460,7 @@ def build_parser() -> Parser:
     parser.add_argument("--extra", default="", help="further flags of every run, as one string")
     parser.add_argument("--finetune", type=int, default=0, help="epochs of fine-tuning each run; 0 = no such column")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch in a run")
-    parser.add_argument("--deepspeed_config", default="zero1_bf16")
+    parser.add_argument("--deepspeed_config", default=fast_config())
     parser.add_argument("--one", default="", help=argparse.SUPPRESS)  # METHOD:SEED, in the process started for it
     parser.add_argument("-o", "--output", type=Path, default=Path("bench/results/evidence_images.json"))
     return parser

@@ -1,12 +1,14 @@
 """Does pretraining help segmentation and detection? Garments on photographs, each run beside the same from scratch.
 
-    python -m bench.evidence_dense --data data/scenes --work runs/dense_evidence [--seeds 3] [--pretraining …]
+    python -m bench.evidence_dense --data data/scenes --work runs/dense_evidence [--seeds 3] [--epochs 24]
+        [--pretraining …] [--shared]
         [--methods segment segment_scratch detect detect_scratch] [-o bench/results/dense_scenes.json]
 
 --data is what `python -m data_prep.scenes --size 96 --objects 2 5` writes, with train_set.beton (`data_prep.images`)
-beside it. Per seed one pretraining by `hpm_dense_demo`, then every task from it and from random weights, by the same
-number of updates, with the tasks' `small` recipes. One process per cell; finished ones are kept, interrupted ones
-resume. It tests the plumbing and compares two ways: the set is drawn, and nobody has published figures on it.
+beside it. Per seed one pretraining by `hpm_dense_demo`, or with --shared one for all, then every task from it and from
+random weights, by the same number of updates, with the tasks' `small` recipes. One process per cell; finished ones are
+kept, interrupted ones resume. It tests the plumbing and compares two ways: the set is drawn, and nobody has published
+figures on it.
 """
 
 import argparse
@@ -17,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.common import machine, table, write_json
+from bench.common import fast_config, machine, table, write_json
 from bench.evidence import RESULT, fill_table, ran_one, require_positive, start, summary_of, write_both
 from fasthpm import pretrain
 from fasthpm.cli import Parser, run_command
@@ -31,13 +33,20 @@ METHODS = [f"{task}{end}" for task in TASKS for end in ("", SCRATCH)]
 
 def pretrained(arguments: argparse.Namespace, seed: int) -> Path:
     """The run that the tasks of a seed start from, made or completed if it is not there."""
+    seed = 0 if arguments.shared else seed
     out = arguments.work / f"pretrain-seed{seed}"
     if not (out / "report.md").is_file():
         source = (arguments.pretraining or arguments.data) / "train_set.beton"
-        flags = {"data_path": source, "output_dir": out, "seed": seed, "num_workers": 1}
+        flags = {"data_path": source, "output_dir": out, "seed": seed, "num_workers": 1, **schedule(arguments.epochs)}
+        flags["deepspeed_config"] = fast_config()
         words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
         pretrain.main(["--recipe", "hpm_dense_demo", "--batch_size", "64", *words])
     return out
+
+
+def schedule(epochs: int) -> dict[str, int]:
+    """The recipe's fields for a pretraining of `epochs`: its teacher is asked for maps about five times."""
+    return {"epochs": epochs, "ema_ramp_epochs": epochs, "map_refresh_epochs": max(1, round(epochs / 5))}
 
 
 def task_of(method: str) -> str:
@@ -71,7 +80,7 @@ def run_one(arguments: argparse.Namespace, method: str, seed: int, out: Path) ->
 
 def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """What every run of a table shares."""
-    return {"steps": arguments.steps}
+    return {"steps": arguments.steps, "epochs": arguments.epochs, "shared": arguments.shared}
 
 
 def summarise(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -88,22 +97,28 @@ def summarise(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         paired = sorted(seeds.keys() & scratch.keys())
         if paired:
             gains = {name: [seeds[seed][name] - scratch[seed][name] for seed in paired] for name in names}
-            rows[method]["gain"] = {name: summary_of(values) for name, values in gains.items()}
+            rows[method]["gain"] = {
+                name: {**summary_of(values), "won": sum(value > 0 for value in values)}
+                for name, values in gains.items()
+            }
     return rows
 
 
 def markdown(result: dict[str, Any]) -> str:
     """The table, as it stands in `results/`."""
-    rows = []
+    rows, settings = [], result["settings"]
     for method, row in result["summary"].items():
         for name in TASKS[task_of(method)]:
             gain = row.get("gain", {}).get(name)
             figures = (f"{row[name]['mean']:.2f} ± {row[name]['std']:.2f}", f"{row[name]['low']:.2f}")
-            rows.append([method, name, str(len(row["seeds"])), *figures, f"{gain['mean']:+.2f}" if gain else ""])
+            less = f"{gain['mean']:+.2f} ± {gain['std']:.2f} ({gain['won']})" if gain else ""
+            rows.append([method, name, str(len(row["seeds"])), *figures, less])
     heads = ("run", "figure", "seeds", "mean ± deviation", "lowest", "less from scratch")
     about = (
-        "Garments on photographs, 96 px, the demo's nano ViT: pretrained by `hpm_dense_demo`, and from scratch "
-        "(`_scratch`), by the same updates of the tasks' `small` recipes. In percent; deviation over seeds."
+        f"Garments on photographs, 96 px, the demo's nano ViT: pretrained by `hpm_dense_demo` for "
+        f"{settings['epochs']} epochs ({'one run for all seeds' if settings['shared'] else 'one run per seed'}), and "
+        f"from scratch (`_scratch`), by the same updates of the tasks' `small` recipes. In percent; deviation over "
+        f"seeds, in brackets how many are ahead."
     )
     return "\n\n".join(["# Segmentation and detection", about, table(heads, rows)]) + "\n"
 
@@ -120,6 +135,8 @@ def build_parser() -> Parser:
     parser.add_argument("--data", type=Path, default=Path("data/scenes"), help="scenes, with train_set.beton")
     parser.add_argument("--pretraining", type=Path, help="other scenes, with train_set.beton, to pretrain on")
     parser.add_argument("--work", type=Path, default=Path("runs/dense_evidence"), help="where the runs are kept")
+    parser.add_argument("--epochs", type=int, default=24, help="of the pretraining")
+    parser.add_argument("--shared", action="store_true", help="the tasks of every seed start from one pretraining")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--seeds", type=int, default=3, help="runs of each")
     parser.add_argument("--steps", type=int, default=0, help="updates of every task (default: its small recipe's)")
@@ -135,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = build_parser().parse_args(given)
     if ran_one(arguments, run_one):
         return
-    require_positive(arguments, ("seeds", "threads"))
+    require_positive(arguments, ("seeds", "threads", "epochs"))
     needed = [arguments.data / "train", arguments.data / "val"]
     for path in (*needed, (arguments.pretraining or arguments.data) / "train_set.beton"):
         if not path.exists():

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from bench.common import machine, table, write_json
+from bench.common import fast_config, machine, table, write_json
 from bench.difficulty_rows import CONTROLS, KEPT, LENGTHS, METHODS, PAPER, SETS, SLOTS
 from bench.evidence import (
     FINETUNE,
@@ -374,7 +374,7 @@ def build_parser() -> Parser:
     parser.add_argument("--finetune", type=int, default=0, help="epochs of fine-tuning each run; 0 = no such column")
     parser.add_argument("--extra", default="", help="further flags of every run, as one string")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch in a run")
-    parser.add_argument("--deepspeed_config", default="zero1_bf16")
+    parser.add_argument("--deepspeed_config", default=fast_config())
     parser.add_argument(
         "--finished", action="store_true", help="run nothing; write the table of the runs that are there"
     )
