@@ -19,33 +19,10 @@ def test_a_video_run_from_pretraining_to_pictures_and_probes(tmp_path: Path) -> 
     run, one = tmp_path / "run", tmp_path / "one"
     videos = prepare_videos(video_folder(tmp_path / "videos", 9), tmp_path / "set")
     flags = (
-        "--recipe",
-        "hpm_video_demo",
-        "--model",
-        "hpm_vit_pico_patch8_32_video",
-        "--data_path",
-        videos,
-        "--channels",
-        3,
-        "--input_size",
-        12,
-        "--sampling_rate",
-        1,
-        "--tubelet_size",
-        2,
-        "--decoder_depth",
-        1,
-        "--decoder_dim",
-        32,
-        "--global_batch_size",
-        4,
-        "--epochs",
-        1,
-        "--warmup_epochs",
-        0,
-        "--log_every",
-        1,
-        "--activation_checkpointing",
+        *("--recipe", "hpm_video_demo", "--model", "hpm_vit_pico_patch8_32_video", "--data_path", videos),
+        *("--channels", 3, "--input_size", 12, "--sampling_rate", 1, "--tubelet_size", 2),
+        *("--decoder_depth", 1, "--decoder_dim", 32, "--activation_checkpointing"),
+        *("--global_batch_size", 4, "--epochs", 1, "--warmup_epochs", 0, "--log_every", 1),
     )
     zero3, zero1 = (
         ("--deepspeed_config", ROOT / "ds_configs" / f"{name}.json") for name in ("zero3_bf16", "zero1_bf16")

@@ -151,7 +151,7 @@ def broken(change: Callable[[dict[str, Tensor]], object]) -> dict[str, Tensor]:
         (broken(lambda s: s["norm.bias"].fill_(np.nan)), r"not finite \['norm.bias'\]; the file is of no use"),
         (broken(lambda s: s.pop("pos_embed")), "have no pos_embed, which every HPM"),
         (broken(lambda s: s.update({"pos_embed": torch.zeros(0)})), "the weights are empty: ZeRO-3"),
-        (published(depth=5), "its encoder is 128 wide with 5 blocks; expected one of 128 x 4"),
+        (published(depth=5), r"its encoder is 128 wide with 5 blocks; expected one of 32 x 4 \(pico\), 128 x 4"),
         (broken(lambda s: s.update({"decoder_pred.weight": torch.ones(512, 32)})), "predicts 512 values per patch"),
         ({f"encoder.{k}": v for k, v in published().items()}, "source videomae: these are an image model's"),
         ({"layers.0.weight": torch.ones(2)}, r"holds no weights of a vision transformer \(its keys: layers.0.weight\)"),

@@ -80,17 +80,18 @@ class Torture:
     launcher: str = "torchrun"
     elastic: bool = False
     longest_wait: float = 4.0  # seconds between a round's first save and its deed
+    model: str = "hpm_vit_nano_patch4_28"
 
     def start(self, name: str, shape: Shape) -> Any:
         """Start the run `name`, or start it again."""
         if self.elastic:
             notes = self.folder / f"{name}-samples"
             notes.mkdir(exist_ok=True)
-            program, words = RECORDER, [str(notes), *command(self.folder / name, self.updates)]
+            program, words = RECORDER, [str(notes), *command(self.folder / name, self.updates, self.model)]
             words += ["--deepspeed_config", str(self._configuration(shape)), "--batch_size", str(shape.batch_size)]
             words += ["--global_batch_size", "16", "--lr", "1e-4"]
             return running_ranks(program, *words, ranks=shape.ranks, launcher=self.launcher)
-        return running_ranks(MODULE, *command(self.folder / name, self.updates), launcher=self.launcher)
+        return running_ranks(MODULE, *command(self.folder / name, self.updates, self.model), launcher=self.launcher)
 
     def _configuration(self, shape: Shape) -> Path:
         path = self.folder / f"zero{shape.stage}.json"
@@ -98,13 +99,13 @@ class Torture:
         return path
 
 
-def command(output_dir: Path, updates: int) -> list[str]:
+def command(output_dir: Path, updates: int, model: str) -> list[str]:
     """The run, the same every time."""
     return [
         "--recipe",
         "debug",
         "--model",
-        "hpm_vit_pico_patch4_28",
+        model,
         "--data_path",
         "synthetic:128",
         "--batch_size",
