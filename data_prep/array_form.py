@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.changes import MAX_SIDE, ArrayOptions, changed, only_finite
+from data_prep.changes import MAX_SIDE, ArrayOptions, changed
 from data_prep.cuts import LittleContent
 from data_prep.partial import Chunk, PartFile
 from data_prep.pool import AHEAD, asked_to_stop, become_worker, fork, in_order, reason_of
 from data_prep.sets import progress_bar
-from data_prep.tally import Tally, absent
+from data_prep.tally import Tally
+from fasthpm.data.changing import only_finite
 from fasthpm.data.ffcv.beton import ARRAY_FIELDS, ARRAY_ROW
 from fasthpm.data.ffcv.codec import compress, decompress
 from fasthpm.data.options import count_workers
@@ -205,7 +206,7 @@ def _measure_chunk(indices: Array) -> tuple[Tally, int]:
     tally = Tally(_options.dtype, _options.channels, _options.marker)
     for index in indices.tolist():
         try:
-            values = only_finite(_source.sample(index)[0], _options)
+            values = only_finite(_source.sample(index)[0], _options.marker)
         except MemoryError:
             raise
         except Exception:  # the pass that stores them says why
@@ -249,4 +250,4 @@ def words_about(sidecar: dict[str, Any]) -> list[str]:
     return said
 
 
-__all__ = ["ArrayPart", "absent", "clip_limits", "describe_values", "encode_chunk", "enter_worker", "words_about"]
+__all__ = ["ArrayPart", "clip_limits", "describe_values", "encode_chunk", "enter_worker", "words_about"]

@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.rasters.containers import blob_of
-from data_prep.rasters.stores import ZARR
 from data_prep.samples import Files, SingleFile, Source
 from data_prep.tars import open_tars, webdataset
 from fasthpm.data.labels import UNLABELLED, number_labels
 from fasthpm.data.listing import is_helper, scan
 from fasthpm.data.lists import LISTS
 from fasthpm.data.pixels import EXTENSIONS, ImageList, list_images
+from fasthpm.data.rasters.containers import blob_of
+from fasthpm.data.rasters.stores import ZARR
 from fasthpm.data.sampling import Array
 from fasthpm.errors import UserError
 

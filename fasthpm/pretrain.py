@@ -26,6 +26,7 @@ from fasthpm.commands import attention, shortage
 from fasthpm.data import build_loader
 from fasthpm.data.device import on_device
 from fasthpm.data.identity import identity_of
+from fasthpm.data.shown import shown_of
 from fasthpm.data.statistics import statistics_of
 from fasthpm.dense import online as online_dense
 from fasthpm.difficulty import HEAD
@@ -36,7 +37,6 @@ from fasthpm.options import add_recipe_arguments
 from fasthpm.patches import model_of
 from fasthpm.pictures import report
 from fasthpm.pictures.progress import draw_panel
-from fasthpm.pictures.shown import shown_of
 from fasthpm.probes import online as online_probes
 from fasthpm.ranks import zero
 from fasthpm.ranks.signals import StopSignals

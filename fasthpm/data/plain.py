@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from fasthpm.data.decoding import Decoded, read, size_of
 from fasthpm.data.labels import count_unlabelled
 from fasthpm.data.options import LoaderOptions
 from fasthpm.data.pixels import ImageList, is_grey, list_images, luminance, render
+from fasthpm.data.quiet import quietly
 from fasthpm.data.sampling import Array
 from fasthpm.data.types import DatasetInfo
 from fasthpm.errors import UserError, warn
@@ -33,8 +33,7 @@ def read_pixels(path: str) -> Array:
 
 def _decode(path: str) -> Decoded:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PIL's remarks on odd but readable files
+        with quietly():
             return read(Path(path).read_bytes())
     except MemoryError:
         raise
@@ -104,8 +103,7 @@ class PlainLoader(PrefetchLoader):
         """Height and width of the upright image, from the file's header."""
         path = self._images.paths[index]
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+            with quietly():
                 return size_of(path)
         except Exception as error:
             raise UserError(f"{path} cannot be read as an image ({error}); repair or remove it") from error

@@ -41,6 +41,7 @@ from fasthpm.data.listing import files_below
 from fasthpm.data.names import known_places, sample_names
 from fasthpm.data.plain import read_pixels
 from fasthpm.data.sampling import Array, area_resize
+from fasthpm.data.shown import Shown, shown_of
 from fasthpm.difficulty import averaged, refusal
 from fasthpm.entry import Result
 from fasthpm.errors import UserError
@@ -48,7 +49,6 @@ from fasthpm.model import HPMViT
 from fasthpm.model_names import is_video
 from fasthpm.patches import NormalizedPatches, Statistics, statistics_for
 from fasthpm.pictures import drawing, panels, scenes
-from fasthpm.pictures.shown import Shown, shown_of
 from fasthpm.probes import answers
 from fasthpm.probes.answers import Answers
 from fasthpm.probes.difficulty_head import HeadResult, agreement, fit_beside, target_features

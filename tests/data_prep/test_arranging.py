@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from data_prep.arranging import Looked, keeps_values
-from data_prep.rasters.containers import Kind
 from fasthpm.data.ffcv.beton import open_beton
+from fasthpm.data.rasters.containers import Kind
 from fasthpm.errors import UserError
 from fasthpm.files import read_json
 from tests.helpers.data_fixtures import image_folder, picture, prepare

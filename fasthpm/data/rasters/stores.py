@@ -9,7 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.rasters.raster import MAX_BYTES, Blob, Raster, Reading, fitting, guess_axes, is_whole, library, raster_of
+from fasthpm.data.rasters.raster import (
+    MAX_BYTES,
+    Blob,
+    Raster,
+    Reading,
+    fitting,
+    guess_axes,
+    is_whole,
+    library,
+    raster_of,
+)
 from fasthpm.data.sampling import Array
 
 NPY, ZIP, HDF5 = b"\x93NUMPY", b"PK\x03\x04", b"\x89HDF\r\n\x1a\n"

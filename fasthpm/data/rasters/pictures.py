@@ -5,9 +5,9 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageOps
 
-from data_prep.rasters.raster import Blob, Box, Raster, Reading, narrowed
 from fasthpm.data import png
 from fasthpm.data.decoding import Opened, open_picture, orientation_of, read
+from fasthpm.data.rasters.raster import Blob, Box, Raster, Reading, narrowed
 from fasthpm.data.sampling import Array
 
 PNG_DEPTH, PNG_KIND = 24, 25  # bytes of a PNG that say how many bits a channel has, and which channels there are

@@ -4,9 +4,9 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from data_prep.rasters import dicoms, pictures, stores, tiffs
-from data_prep.rasters.raster import AmbiguousPages, Blob, Raster, Reading
 from fasthpm.data import png
+from fasthpm.data.rasters import dicoms, pictures, stores, tiffs
+from fasthpm.data.rasters.raster import AmbiguousPages, Blob, Raster, Reading
 from fasthpm.data.values import are_photographs
 
 KEY = "::"
