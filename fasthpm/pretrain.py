@@ -139,7 +139,7 @@ def build(recipe: Recipe, launch: ranks.Launch, lock: FolderLock | None = None) 
         checkpoint.compare_recipes(recipe, science_of, data)
         config = ranks.merge_config(recipe.deepspeed_config, recipe, launch.world_size)
         online_probes.check(recipe, loader.info, config)
-        online_dense.check(recipe, config, loader.info.values.dtype)
+        online_dense.check(recipe, config, loader.info.values)
         shown_of(loader.info.values, loader.info.channels, recipe.show)  # its errors, before any work
         student = checkpoint.initial_model(recipe)
         check_photographs(recipe, loader.info, recipe.data_path)
@@ -190,7 +190,7 @@ def observers(run: Run[Step]) -> list[Observer]:
         found.append(probe)
     if recipe.dense_path:
         with ranks.in_agreement():
-            found.append(online_dense.OnlineDenseProbe(recipe, run.step, run.launch))
+            found.append(online_dense.OnlineDenseProbe(recipe, run.step, run.launch, run.loader.info.values))
     return found
 
 

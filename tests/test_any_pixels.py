@@ -13,10 +13,11 @@ from safetensors import safe_open
 
 import fasthpm
 from fasthpm import pretrain
+from fasthpm.data import shown
 from fasthpm.data.ffcv.beton import files_path
 from fasthpm.entry import COMMANDS
 from fasthpm.exchange import exporting, importing
-from fasthpm.pictures import map_images, shown, visualize
+from fasthpm.pictures import map_images, visualize
 from fasthpm.probes import embed, knn, linear
 from fasthpm.probes import finetune as finetune_room
 from tests.helpers.array_sets import array_picture, write_arrays

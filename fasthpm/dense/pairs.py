@@ -25,7 +25,7 @@ from fasthpm.data import decoding, png, tiff
 from fasthpm.data.listing import files_below
 from fasthpm.data.pixels import IMAGES, luminance
 from fasthpm.data.quiet import quietly
-from fasthpm.data.rasters.files import FileReader, is_image, reader_of, stem_of
+from fasthpm.data.rasters.files import KIND_REMEDY, FileReader, is_image, reader_of, stem_of
 from fasthpm.data.sampling import Array
 from fasthpm.data.values import Values
 from fasthpm.dense.loader import Unreadable
@@ -305,7 +305,7 @@ def check_headers(pairs: Iterable[Pair], reader: FileReader | None = None) -> No
 
 REMEDIES = {
     "kind": "save masks as PNG with one channel, in which every value is a class",
-    "values": "give images as those of the training were before they were prepared",
+    "values": KIND_REMEDY,
     "size": "a mask says the class of every pixel of its image (an image may be turned by its EXIF data: save it anew)",
 }
 

@@ -22,6 +22,7 @@ from fasthpm.data.rasters.raster import Raster, Reading, check_size
 from fasthpm.data.sampling import Array
 from fasthpm.data.values import Values, are_photographs
 
+KIND_REMEDY = "give images as those of the training were before they were prepared"
 DOUBLE = (".nii.gz", ".ome.tif", ".ome.tiff")  # endings of two parts
 
 
