@@ -1,7 +1,6 @@
 """Every command on a set of 4 channels of 16 bits with nodata: it does its work, or refuses in one line."""
 
 import csv
-import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ import fasthpm
 from fasthpm import pretrain
 from fasthpm.data import shown
 from fasthpm.data.ffcv.beton import files_path
-from fasthpm.entry import COMMANDS
 from fasthpm.exchange import exporting, importing
 from fasthpm.pictures import map_images, visualize
 from fasthpm.probes import embed, knn, linear
@@ -116,6 +114,14 @@ def test_maps_are_put_together(run: Path, data: Path, tmp_path: Path) -> None:
     maps = np.load(out / "maps.npz")
     first = maps["predicted"][maps["ids"] == 0][0]
     np.testing.assert_allclose(scene["predicted"][:, 0], first[:, 0], rtol=1e-5)
+    for kind in ("predicted", "true_loss"):
+        missing = np.isnan(maps[kind][np.argsort(maps["ids"])])
+        assert missing[::2, 0, 0].all()  # the corners without data, and nothing else
+        assert missing.sum() == len(missing) / 2
+    with (out / "images.csv").open(newline="") as file:
+        figures = [float(row[kind]) for row in csv.DictReader(file) for kind in ("difficulty", "true_loss")]
+    assert np.isfinite(figures).all()
+    assert -1 <= found.difficulty_spearman <= 1
     (tmp_path / "masks").mkdir()
     words = ("--data_path", data / "val.beton", "--masks", tmp_path / "masks", "-o", tmp_path / "no")
     assert refused(map_images, run, *words).startswith("--masks are of whole images")
@@ -149,9 +155,3 @@ def test_an_export_comes_back_with_its_pixels(run: Path, data: Path, tmp_path: P
     both = enumerate((run, tmp_path / "back"))
     ours, theirs = (start(knn, one, *sets(data), "--k", 3, "-o", tmp_path / f"{k}.json") for k, one in both)
     assert ours.accuracies == theirs.accuracies
-
-
-@pytest.mark.parametrize("command", ["segment", "detect", "dense"])
-def test_tasks_of_photographs_are_refused(run: Path, tmp_path: Path, command: str) -> None:
-    said = refused(importlib.import_module(COMMANDS[command][0]), run, "--data_path", tmp_path)
-    assert "takes 4 channels of uint16, and images with masks or boxes are read as 8-bit photographs" in said
