@@ -7,7 +7,6 @@ of processes or on kills. Sets appear under their names when all is complete, si
 
 import contextlib
 import os
-import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -262,7 +261,6 @@ def _enter_worker(source: Samples, options: WriteOptions, lock: int) -> None:
     _source, _options = source, options
     cv2.setNumThreads(0)
     Image.MAX_IMAGE_PIXELS = None  # ours takes its place: PIL only warns until twice the limit
-    warnings.simplefilter("ignore")  # PIL's remarks on odd but readable files
 
 
 def _encode_chunk(indices: Array) -> Chunk:

@@ -14,7 +14,6 @@ from fasthpm.data.decoding import Decoded, read, size_of
 from fasthpm.data.labels import count_unlabelled
 from fasthpm.data.options import LoaderOptions
 from fasthpm.data.pixels import ImageList, is_grey, list_images, luminance, render
-from fasthpm.data.quiet import quietly
 from fasthpm.data.sampling import Array
 from fasthpm.data.types import DatasetInfo
 from fasthpm.errors import UserError, warn
@@ -33,8 +32,7 @@ def read_pixels(path: str) -> Array:
 
 def _decode(path: str) -> Decoded:
     try:
-        with quietly():
-            return read(Path(path).read_bytes())
+        return read(Path(path).read_bytes())
     except MemoryError:
         raise
     except Exception as error:  # PIL's decoders raise nearly anything for damaged files
@@ -103,8 +101,7 @@ class PlainLoader(PrefetchLoader):
         """Height and width of the upright image, from the file's header."""
         path = self._images.paths[index]
         try:
-            with quietly():
-                return size_of(path)
+            return size_of(path)
         except Exception as error:
             raise UserError(f"{path} cannot be read as an image ({error}); repair or remove it") from error
 

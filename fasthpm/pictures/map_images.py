@@ -3,8 +3,8 @@
 fasthpm maps RUN --data_path FOLDER_OR_BETON -o OUT [--true_loss 10] [--masks DIR]
 fasthpm maps RUN --data_path FOLDER_OR_BETON --fit_head 1000 [-o OUT]
 
-OUT/maps.npz        names [N], predicted and true_loss float32 [N, rows, columns] (whole images, squeezed to input_size);
-                    NaN where a patch has nodata
+OUT/maps.npz        names [N], predicted and true_loss float32 [N, rows, columns], NaN where a patch has nodata
+                    (of whole images, squeezed to input_size)
 OUT/images.csv      the images, hardest first: mean difficulty, its spread, true loss, how empty, near_constant
 OUT/overlays/…png   image, predicted difficulty over it, true loss over it
 OUT/scenes/…        of a set of tiles: their maps put together, a .npz and a .png a scene (`pictures/scenes.py`)

@@ -36,7 +36,7 @@ class Canvas:
 
         Where any of the channels is NaN there is nothing.
         """
-        known = ~np.isnan(values).any(2)
+        known = np.where(np.isnan(values).any(2), 0.0, 1.0)
         (top, down), (left, across) = (
             _shares(start, length, parts, cell, cells)
             for start, length, parts, cell, cells in zip(
@@ -49,9 +49,9 @@ class Canvas:
             )
         )
         part = (slice(top, top + len(down)), slice(left, left + len(across)))
-        filled = np.where(known[..., None], values, 0).astype(np.float64)
+        filled = np.where(known[..., None] > 0, values, 0).astype(np.float64)
         self._sums[part] += np.einsum("ai,ijk,bj->abk", down, filled, across, optimize=True)
-        self._areas[part] += down @ known.astype(np.float64) @ across.T
+        self._areas[part] += down @ known @ across.T
 
     def mean(self) -> Array:
         """float64 [rows, columns, channels], NaN where nothing lies."""
@@ -93,7 +93,7 @@ class Scene:
         self.picture.add(place, picture)
 
     def write(self, stem: Path) -> None:
-        """STEM.npz: every map float32 [rows, columns], NaN where no tile was or no data, and `cell`, the pixels of a cell.
+        """STEM.npz: every map float32 [rows, columns], NaN where no tile or no data was; `cell`, the pixels of a cell.
         STEM.png: the scene, and each map over it.
         """
         means = self.maps.mean()

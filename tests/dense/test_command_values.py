@@ -24,11 +24,12 @@ TAKEN = (5, 3, 2, 1)  # of the files' bands
 CLASSES = ("box", "disc")
 FAST = ("--input_size", SIDE, "--steps", 4, "--batch_size", 2, "--global_batch_size", 4, "--num_workers", 1)
 SHORT = (*FAST, *FLOAT32, "--log_every", 2, "--eval_every", 0, "--save_every", 4, "--pictures", 2, "--show", "4,1,2")
+SQUARE = ("--input_size", 32)  # of detection: its coarsest map needs two cells
 Boxes = list[tuple[int, tuple[int, int, int, int]]]
 
 
 def scene(seed: int) -> tuple[np.ndarray, np.ndarray, Boxes]:
-    """uint16 [28, 28, 5] with two things on noise and a corner of nodata 0, its mask, and (label, box) of each thing."""
+    """uint16 [28, 28, 5], two things on noise and a corner of nodata 0; its mask; (label, box) of each thing."""
     random = np.random.default_rng(seed)
     pixels, mask, boxes = random.integers(2000, 2400, (SIDE, SIDE, BANDS)), np.zeros((SIDE, SIDE), np.uint8), []
     for label, band in ((1, 4), (2, 0)):
@@ -114,7 +115,7 @@ def test_segmentation_trains_and_is_tested_again(run: Path, data: Path, tmp_path
 
 def test_detection_trains_and_is_tested_again(run: Path, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    start(detection, run, "--data_path", data, *SHORT, "--output_dir", out)
+    start(detection, run, "--data_path", data, *SHORT, *SQUARE, "--output_dir", out)
     no_dark_rectangle(out / "pictures.png")
     first = read(out / "result.json")["box_ap"]
     flags = ("--evaluate", "--data_path", data, "--output_dir", out, "--num_workers", 1)
@@ -141,7 +142,7 @@ def test_the_dense_probe_watches_a_pretraining(run: Path, data: Path, tmp_path: 
 
 TASKS: dict[str, tuple[Any, tuple[object, ...]]] = {
     "segment": (segmentation, (*SHORT, "--head_width", 8)),
-    "detect": (detection, SHORT),
+    "detect": (detection, (*SHORT, *SQUARE)),
     "dense": (probe, ("--num_workers", 1)),
 }
 

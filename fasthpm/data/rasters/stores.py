@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from fasthpm.data.quiet import quietly
 from fasthpm.data.rasters.raster import (
     MAX_BYTES,
     Blob,
@@ -97,6 +98,7 @@ def _plain(values: Any, reading: Reading, **facts: Any) -> Raster:
     return raster_of(values, reading.axes or guess_axes(values.shape, samples=reading.numbered), reading, **facts)
 
 
+@quietly()
 def read_array(blob: Blob, key: str) -> Array:
     """A whole array, of labels for instance, out of a file of several."""
     name, start = blob.path.lower(), blob.start()
