@@ -97,7 +97,12 @@ class FileReader:
             photograph = (4 if taken.alpha == "keep" else 3) if self.values.dtype == "uint8" else found.channels
             return decoding.size_of(str(path)), self._unlike(found.dtype, photograph)
         count = found.channels - (found.alpha and taken.alpha != "keep")
-        chosen = numbers_of(taken.bands, count, found.bands)
+        try:
+            chosen = numbers_of(taken.bands, count, found.bands)
+        except ValueError:
+            s = "s" if count > 1 else ""
+            taken_of = ",".join(taken.bands)
+            return found.size, f"{count} channel{s} of {found.dtype}, and the model was trained on channels {taken_of}"
         return found.size, self._unlike(found.dtype, count if chosen is None else len(chosen))
 
 
