@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.array_form import CHUNK_BYTES
 from data_prep.changes import CODECS, LOGS, ArrayOptions
 from data_prep.cuts import Cuts, Cutting, own_reader
 from data_prep.encode import WRITE_MODES
@@ -29,7 +30,7 @@ from fasthpm.errors import UserError
 
 LOOKED_AT = 64
 VALUES = ("auto", "keep", "8bit")
-CHUNK_BYTES, MOST = 32 << 20, 32  # of the samples that a process makes at a time
+MOST = 32  # samples that a process makes at a time
 FOR_VALUES = ("clip_percentiles", "log", "nodata", "bands", "band_files")
 FOR_PHOTOGRAPHS = ("jpeg_quality", "keep_jpeg", "grey", "channels")
 

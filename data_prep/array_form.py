@@ -28,6 +28,7 @@ from fasthpm.data.sampling import Array
 from fasthpm.files import read_json, write_json
 
 MAX_BYTES = 1 << 30  # of one stored sample
+CHUNK_BYTES = 32 << 20  # of the samples that a process makes at a time
 RECORD = np.dtype(
     [("index", "<i8"), ("label", "<i8"), ("height", "<i8"), ("width", "<i8"), ("data_ptr", "<u8"), ("size", "<u8")]
 )
@@ -38,7 +39,7 @@ LIMITS = "limits.json"
 class StoredArray:
     """A sample ready for the file."""
 
-    blob: bytes
+    blob: Any  # its bytes
     height: int
     width: int
     notes: tuple[str, ...] = ()
@@ -167,7 +168,10 @@ def encode(values: Array, options: ArrayOptions) -> StoredArray:
         raise ValueError(f"a side of {max(values.shape[:2])} pixels, more than {MAX_SIDE}; use --tile")
     if values.nbytes > MAX_BYTES:
         raise ValueError(f"{values.nbytes} bytes of pixels are more than {MAX_BYTES}; use --tile")
-    return StoredArray(compress(values, options.codec), values.shape[0], values.shape[1])
+    if options.codec == "raw":  # as they lie, without a copy
+        plain = np.ascontiguousarray(values, values.dtype.newbyteorder("<"))
+        return StoredArray(plain.reshape(-1).view(np.uint8).data, *values.shape[:2])
+    return StoredArray(compress(values, options.codec), *values.shape[:2])
 
 
 # ------------------------------------------------------------------------------------------------------- limits
@@ -250,4 +254,4 @@ def words_about(sidecar: dict[str, Any]) -> list[str]:
     return said
 
 
-__all__ = ["ArrayPart", "clip_limits", "describe_values", "encode_chunk", "enter_worker", "words_about"]
+__all__ = ["CHUNK_BYTES", "ArrayPart", "clip_limits", "describe_values", "encode_chunk", "enter_worker", "words_about"]

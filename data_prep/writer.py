@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data_prep.array_form import ArrayPart, clip_limits, compile_ahead, encode_chunk, enter_worker
+from data_prep.array_form import CHUNK_BYTES, ArrayPart, clip_limits, compile_ahead, encode_chunk, enter_worker
 from data_prep.changes import ArrayOptions
 from data_prep.cuts import LittleContent
 from data_prep.encode import Stored, WriteOptions, check_opencv, encode
@@ -164,7 +164,7 @@ def _work(task: Task, lock: int, limits: Array | None) -> Work:
     words = ("images", "img", "unreadable", "--max_pixels")
     if isinstance(task.options, ArrayOptions):
         compile_ahead(task.options)
-        return Work(encode_chunk, enter_worker, (task.source, task.options, lock, limits), *words)
+        return Work(encode_chunk, enter_worker, (task.source, task.options, lock, limits), *words, CHUNK_BYTES)
     return Work(_encode_chunk, _enter_worker, (task.source, task.options, lock), *words)
 
 
