@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from fasthpm.data.listing import STORE
 from fasthpm.data.quiet import quietly
 from fasthpm.data.rasters.raster import (
     MAX_BYTES,
@@ -26,7 +27,6 @@ from fasthpm.data.sampling import Array
 NPY, ZIP, HDF5 = b"\x93NUMPY", b"PK\x03\x04", b"\x89HDF\r\n\x1a\n"
 GZIP = b"\x1f\x8b"
 NIFTI_MAGIC, NIFTI_MAGICS = 344, (b"n+1\0", b"n+2\0")
-ZARR = ".zarr"
 NIFTI_AXES = "XYZT"
 
 
@@ -133,7 +133,7 @@ def open_hdf5(blob: Blob, reading: Reading) -> Raster:
 
 def is_zarr(name: str, start: bytes) -> bool:
     """By its name: it is a folder."""
-    return name.rstrip("/").endswith(ZARR)
+    return name.rstrip("/").endswith(STORE)
 
 
 def open_zarr(blob: Blob, reading: Reading) -> Raster:
