@@ -19,6 +19,13 @@ class Parcel:
     length: int
 
 
+def whole(chunk: Chunk) -> Chunk:
+    """The chunk to be pickled without an `Arena`: views of memory become bytes."""
+    if not any(isinstance(getattr(stored, "blob", None), memoryview) for stored in chunk.samples):
+        return chunk
+    return replace(chunk, samples=[replace(stored, blob=bytes(stored.blob)) for stored in chunk.samples])
+
+
 class Arena:
     """`slots` pieces of `size` bytes each, of which a process fills one per chunk; pages are taken as they are filled.
 

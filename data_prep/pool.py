@@ -18,7 +18,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from data_prep.arena import Arena
+from data_prep.arena import Arena, whole
 from data_prep.partial import Chunk, Job
 from data_prep.sets import progress_bar
 from fasthpm.data.options import count_workers
@@ -104,7 +104,7 @@ def _enter(work: Work, arena: Arena | None) -> None:
 def _encode(asked: tuple[int, Array]) -> Chunk:
     slot, indices = asked
     chunk: Chunk = _work.encode(indices)
-    return _arena.packed(chunk, slot) if _arena else chunk
+    return _arena.packed(chunk, slot) if _arena else whole(chunk)
 
 
 def _explain(error: BaseException, work: Work, done: int, total: int) -> None:

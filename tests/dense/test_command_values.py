@@ -164,7 +164,7 @@ def floats(path: Path) -> None:
     ("spoil", "said"),
     [
         (photographs, "3 channels of uint8, and the model was trained on 4 of uint16"),
-        (one_band, "1 channel of uint16, and the model was trained on channels 5,3,2,1; give images as those of the"),
+        (one_band, "1 channel of uint16, and the model was trained on channels 5,3,2,1"),
         (floats, "4 channels of float32, and the model was trained on 4 of uint16"),
     ],
 )

@@ -111,7 +111,7 @@ def test_relative_positions_leave_in_two_forms_only(tmp_path: Path, capsys: pyte
 @torch.no_grad()
 def test_twelve_channels_by_the_printed_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The encoder's tokens; and reconstructions, for a mask that transformers' noise draws."""
-    run, model = run_with(tmp_path / "run", channels=12)
+    run, model = run_with(tmp_path / "run", channels=12, data_path="")
     images = pictures(model)
     vit = export(run, "hf_vit", tmp_path / "vit", capsys).eval()
     close(vit(images).last_hidden_state, model.encode(images))
