@@ -13,22 +13,24 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.array_form import CHUNK_BYTES
 from data_prep.changes import CODECS, LOGS, ArrayOptions
-from data_prep.cuts import ALPHAS, Cuts, Cutting, bands_of, channels_of, numbers_of, own_reader
+from data_prep.cuts import Cuts, Cutting, own_reader
 from data_prep.encode import WRITE_MODES
-from data_prep.rasters.containers import ARRAYS, Kind, blob_of, container_of, kind_of
-from data_prep.rasters.raster import PAGES, AmbiguousPages, Reading
-from data_prep.rasters.stores import read_array
 from data_prep.samples import Files, SingleFile, Source
 from fasthpm.data.ffcv.codec import compress
 from fasthpm.data.labels import number_labels
+from fasthpm.data.rasters.channels import ALPHAS, bands_of, channels_of, numbers_of
+from fasthpm.data.rasters.containers import ARRAYS, Kind, blob_of, container_of, kind_of
+from fasthpm.data.rasters.raster import PAGES, AmbiguousPages, Reading
+from fasthpm.data.rasters.stores import read_array
 from fasthpm.data.sampling import Array
 from fasthpm.data.values import are_photographs
 from fasthpm.errors import UserError
 
 LOOKED_AT = 64
 VALUES = ("auto", "keep", "8bit")
-CHUNK_BYTES, MOST = 32 << 20, 32  # of the samples that a process makes at a time
+MOST = 32  # samples that a process makes at a time
 FOR_VALUES = ("clip_percentiles", "log", "nodata", "bands", "band_files")
 FOR_PHOTOGRAPHS = ("jpeg_quality", "keep_jpeg", "grey", "channels")
 

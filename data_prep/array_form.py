@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.changes import MAX_SIDE, ArrayOptions, changed, only_finite
+from data_prep.changes import MAX_SIDE, ArrayOptions, changed
 from data_prep.cuts import LittleContent
 from data_prep.partial import Chunk, PartFile
 from data_prep.pool import AHEAD, asked_to_stop, become_worker, fork, in_order, reason_of
 from data_prep.sets import progress_bar
-from data_prep.tally import Tally, absent
+from data_prep.tally import Tally
+from fasthpm.data.changing import only_finite
 from fasthpm.data.ffcv.beton import ARRAY_FIELDS, ARRAY_ROW
 from fasthpm.data.ffcv.codec import compress, decompress
 from fasthpm.data.options import count_workers
@@ -27,6 +28,7 @@ from fasthpm.data.sampling import Array
 from fasthpm.files import read_json, write_json
 
 MAX_BYTES = 1 << 30  # of one stored sample
+CHUNK_BYTES = 32 << 20  # of the samples that a process makes at a time
 RECORD = np.dtype(
     [("index", "<i8"), ("label", "<i8"), ("height", "<i8"), ("width", "<i8"), ("data_ptr", "<u8"), ("size", "<u8")]
 )
@@ -37,7 +39,7 @@ LIMITS = "limits.json"
 class StoredArray:
     """A sample ready for the file."""
 
-    blob: bytes
+    blob: Any  # its bytes
     height: int
     width: int
     notes: tuple[str, ...] = ()
@@ -166,7 +168,10 @@ def encode(values: Array, options: ArrayOptions) -> StoredArray:
         raise ValueError(f"a side of {max(values.shape[:2])} pixels, more than {MAX_SIDE}; use --tile")
     if values.nbytes > MAX_BYTES:
         raise ValueError(f"{values.nbytes} bytes of pixels are more than {MAX_BYTES}; use --tile")
-    return StoredArray(compress(values, options.codec), values.shape[0], values.shape[1])
+    if options.codec == "raw":  # as they lie, without a copy
+        plain = np.ascontiguousarray(values, values.dtype.newbyteorder("<"))
+        return StoredArray(plain.reshape(-1).view(np.uint8).data, *values.shape[:2])
+    return StoredArray(compress(values, options.codec), *values.shape[:2])
 
 
 # ------------------------------------------------------------------------------------------------------- limits
@@ -205,7 +210,7 @@ def _measure_chunk(indices: Array) -> tuple[Tally, int]:
     tally = Tally(_options.dtype, _options.channels, _options.marker)
     for index in indices.tolist():
         try:
-            values = only_finite(_source.sample(index)[0], _options)
+            values = only_finite(_source.sample(index)[0], _options.marker)
         except MemoryError:
             raise
         except Exception:  # the pass that stores them says why
@@ -249,4 +254,4 @@ def words_about(sidecar: dict[str, Any]) -> list[str]:
     return said
 
 
-__all__ = ["ArrayPart", "absent", "clip_limits", "describe_values", "encode_chunk", "enter_worker", "words_about"]
+__all__ = ["CHUNK_BYTES", "ArrayPart", "clip_limits", "describe_values", "encode_chunk", "enter_worker", "words_about"]

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.tally import absent
+from fasthpm.data.changing import absent, clipped, logarithm, only_finite
 from fasthpm.data.sampling import Array
 from fasthpm.data.values import DTYPES, MAX_CHANNELS
 from fasthpm.errors import UserError
@@ -107,7 +107,7 @@ def changed(values: Array, options: ArrayOptions, limits: Array | None = None) -
 
     **Raises:** `ValueError` for values that may not be, with their count.
     """
-    values = only_finite(values, options)
+    values = only_finite(values, options.marker)
     if limits is None and options.window:
         limits = np.tile(options.window, (options.channels, 1))
     out = absent(values, options.marker) if limits is not None or options.log else None
@@ -116,43 +116,6 @@ def changed(values: Array, options: ArrayOptions, limits: Array | None = None) -
     if options.log:
         values = logarithm(values, out, options.log)
     return shrunk(values, options.stored_marker, options.max_resolution)
-
-
-def only_finite(values: Array, options: ArrayOptions) -> Array:
-    """NaN and infinite values become nodata, if there is one. **Raises:** `ValueError` if there is none."""
-    if values.dtype.kind != "f":
-        return values
-    bad = ~np.isfinite(values)
-    if not bad.any():
-        return values
-    if options.marker is None:
-        raise ValueError(
-            f"{int(bad.any(2).sum())} of {bad.shape[0] * bad.shape[1]} pixels are NaN or infinite; --nodata nan takes "
-            f"such pixels as not measured"
-        )
-    return np.where(bad, values.dtype.type(options.marker), values)
-
-
-def clipped(values: Array, out: Array | None, limits: Array) -> Array:
-    """Values between the limits of their channel; where `out` says so, they stay."""
-    if values.dtype.kind in "ui":
-        info = np.iinfo(values.dtype)
-        low, high = np.ceil(limits[:, 0]).clip(info.min, info.max), np.floor(limits[:, 1]).clip(info.min, info.max)
-    else:
-        low, high = limits[:, 0], limits[:, 1]
-    cut = np.clip(values, low.astype(values.dtype), high.astype(values.dtype))
-    return cut if out is None else np.where(out, values, cut)
-
-
-def logarithm(values: Array, out: Array | None, dtype: str) -> Array:
-    """log(1 + x), computed in 64 bits; NaN where `out` says so. **Raises:** `ValueError` for values of -1 and less."""
-    wide = values.astype(np.float64)
-    if out is not None:
-        wide[out] = np.nan
-    below = int((wide <= -1).any(2).sum())
-    if below:
-        raise ValueError(f"{below} pixels of -1 or less, of which --log has no logarithm; --window 0 HIGH clips them")
-    return np.log1p(wide).astype(dtype)
 
 
 def shrunk(values: Array, nodata: float | None, max_resolution: int) -> Array:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from fasthpm.data.quiet import quietly
 from fasthpm.errors import UserError
 
 FOLDERS = (Path("/usr/share/backgrounds"), Path("/usr/share/wallpapers"))
@@ -68,7 +69,7 @@ def sources(folders: Sequence[Path] = FOLDERS) -> list[Path]:
 
 def _size(file: Path) -> tuple[int, int]:
     try:
-        with Image.open(file) as image:
+        with quietly(), Image.open(file) as image:
             return image.size
     except OSError:
         return 0, 0

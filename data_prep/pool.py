@@ -10,6 +10,7 @@ import signal
 import sys
 import tempfile
 import threading
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -17,6 +18,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from data_prep.arena import Arena, whole
 from data_prep.partial import Chunk, Job
 from data_prep.sets import progress_bar
 from fasthpm.data.options import count_workers
@@ -42,6 +44,7 @@ class Work:
     unit: str  # of the progress bar
     unusable: str  # "unreadable"
     limit: str  # the flag that bounds the memory of one sample
+    shared: int = 0  # bytes of a chunk's samples that go through shared memory; 0: all through a pipe
 
 
 def append_all(job: Job, work: Work, todo: Sequence[tuple[int, Array]], total: int, num_workers: int) -> None:
@@ -55,12 +58,15 @@ def append_all(job: Job, work: Work, todo: Sequence[tuple[int, Array]], total: i
     if not todo:
         return
     workers = min(count_workers(num_workers), len(todo))
-    pool = ProcessPoolExecutor(workers, fork, initializer=work.enter, initargs=work.setup)
+    window = workers * AHEAD
+    arena = arena_for(work, window)
+    pool = ProcessPoolExecutor(workers, fork, initializer=_enter, initargs=(work, arena))
     with pool, progress_bar(total, "prepare", work.unit, initial=done) as bar, asked_to_stop() as stopping:
         try:
-            results = in_order(pool, work.encode, [indices for _, indices in todo], workers * AHEAD)
+            asked = [(number % (window + 1), indices) for number, (_, indices) in enumerate(todo)]
+            results = in_order(pool, _encode, asked, window)
             for (part, indices), chunk in zip(todo, results, strict=True):
-                job.append(part, chunk)
+                job.append(part, arena.unpacked(chunk) if arena else chunk)
                 done += len(indices)
                 bar.update(len(indices))
                 if job.rejected:
@@ -75,6 +81,30 @@ def append_all(job: Job, work: Work, todo: Sequence[tuple[int, Array]], total: i
             raise
         finally:
             pool.shutdown(cancel_futures=True)  # and waits: nobody may hold the lock afterwards
+
+
+def arena_for(work: Work, window: int) -> Arena | None:
+    """For the chunks under way, and the one that is being appended."""
+    try:
+        return Arena(window + 1, work.shared) if work.shared else None
+    except OSError:  # the pipe does as well
+        return None
+
+
+_work: Any = None
+_arena: Arena | None = None
+
+
+def _enter(work: Work, arena: Arena | None) -> None:
+    global _work, _arena
+    _work, _arena = work, arena
+    work.enter(*work.setup)
+
+
+def _encode(asked: tuple[int, Array]) -> Chunk:
+    slot, indices = asked
+    chunk: Chunk = _work.encode(indices)
+    return _arena.packed(chunk, slot) if _arena else whole(chunk)
 
 
 def _explain(error: BaseException, work: Work, done: int, total: int) -> None:
@@ -136,6 +166,7 @@ def become_worker(lock: int | None = None) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    warnings.simplefilter("ignore")  # libraries' remarks on odd but readable files
     if lock is not None:
         os.close(lock)  # else it would stay locked for a moment after the parent has been killed
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from data_prep.sets import byte_bar
 from fasthpm.data.labels import UNLABELLED, count_unlabelled
+from fasthpm.data.listing import files_below
 from fasthpm.data.sampling import Array
 from fasthpm.errors import UserError, nearest
 from fasthpm.files import file_hash
@@ -128,18 +129,24 @@ class SingleFile(Files):
 
 
 def _stamp(path: str) -> tuple[int, int]:
-    """Size and time of a file; -1 where there is none."""
+    """Size and time of a file, -1 where there is none; of a folder that is a sample, of all of its files."""
     try:
+        if os.path.isdir(path):
+            inside = [_stamp(str(file)) for file in files_below(Path(path), hidden=True)]
+            return sum(size for size, _ in inside), max((time for _, time in inside), default=-1)
         status = os.stat(path)
-    except (OSError, ValueError):
+    except (OSError, ValueError, UserError):
         return -1, -1
     return status.st_size, status.st_mtime_ns
 
 
 def _hash(path: str, bar: Any) -> str:
     try:
+        if os.path.isdir(path):
+            parts = [_hash(str(file), bar) for file in files_below(Path(path), hidden=True)]
+            return hashlib.sha256("".join(parts).encode()).hexdigest()
         return file_hash(Path(path), bar.update)
-    except (OSError, ValueError):
+    except (OSError, ValueError, UserError):
         return "-"
 
 

@@ -15,14 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.rasters.containers import blob_of
-from data_prep.rasters.stores import ZARR
 from data_prep.samples import Files, SingleFile, Source
 from data_prep.tars import open_tars, webdataset
 from fasthpm.data.labels import UNLABELLED, number_labels
-from fasthpm.data.listing import is_helper, scan
+from fasthpm.data.listing import STORE, is_helper, scan
 from fasthpm.data.lists import LISTS
 from fasthpm.data.pixels import EXTENSIONS, ImageList, list_images
+from fasthpm.data.rasters.containers import blob_of
 from fasthpm.data.sampling import Array
 from fasthpm.errors import UserError
 
@@ -148,7 +147,7 @@ def _open_single(source: str) -> SingleFile | None:
     """One file that is the source: a slide to be cut up, a volume, an array `path::key`; None if it is none."""
     path = blob_of(source).path
     is_list = source.lower().endswith(LISTS)
-    if is_list or not (os.path.isfile(path) or (path.endswith(ZARR) and os.path.isdir(path))):
+    if is_list or not (os.path.isfile(path) or (path.endswith(STORE) and os.path.isdir(path))):
         return None
     root, name = os.path.split(source if path == source else path)
     stem = name.split(".")[0] or name

@@ -19,13 +19,6 @@ KEPT_BITS = 18  # of 32: sign, exponent, and 9 of the mantissa, which leaves ste
 SIGN = {2: 0x8000, 4: 0x80000000}  # by bytes of a float
 
 
-def absent(values: Array, nodata: float | None) -> Array | None:
-    """Where nothing was measured: bool like `values`, or None if no value says so."""
-    if nodata is None:
-        return None
-    return np.isnan(values) if math.isnan(nodata) else values == values.dtype.type(nodata)
-
-
 class Tally:
     """Counts of the values of some samples."""
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import re
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from data_prep.fashion_mnist import CLASSES as GARMENTS
 from data_prep.fashion_mnist import read_split
 from data_prep.pasting import DARKEST, SOFT_EDGE, cut_out, enlarge
 from data_prep.sets import progress_bar
+from fasthpm.data.quiet import quietly
 from fasthpm.data.sampling import Array
 from fasthpm.errors import UserError
 
@@ -171,8 +171,7 @@ def in_small(picture: Array) -> Array:
 
 def useful(path: Path, size: int) -> Array | None:
     """The picture of a file, uint8 [h, w, 4] without its empty margin, if it can be pasted on images of side `size`."""
-    with contextlib.suppress(OSError, ValueError, SyntaxError, Image.DecompressionBombError), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of palettes and profiles that do not matter here
+    with contextlib.suppress(OSError, ValueError, SyntaxError, Image.DecompressionBombError), quietly():
         with Image.open(path) as image:
             if max(image.size) > LARGEST_FILE:
                 return None

@@ -23,6 +23,7 @@ from fasthpm.cli import Parser, run_command
 from fasthpm.data.ffcv.beton import AGAIN, JPEG, RAW, Beton, files_path, open_beton, sidecar_path
 from fasthpm.data.labels import UNLABELLED, count_unlabelled, counts_of
 from fasthpm.data.options import count_workers
+from fasthpm.data.quiet import quietly
 from fasthpm.data.sampling import Array
 from fasthpm.data.sources import is_video_set
 from fasthpm.data.values import are_photographs
@@ -130,6 +131,7 @@ def _check_pixels(beton: Beton, num_workers: int) -> None:
         )
 
 
+@quietly()
 def _undecodable(beton: Beton, data: Array, ids: Array) -> list[int]:
     """Those of `ids` that are no sound JPEG, or array, of the size that the table says."""
     bad, arrays = [], is_array(beton)

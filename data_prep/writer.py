@@ -7,7 +7,6 @@ of processes or on kills. Sets appear under their names when all is complete, si
 
 import contextlib
 import os
-import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data_prep.array_form import ArrayPart, clip_limits, compile_ahead, encode_chunk, enter_worker
+from data_prep.array_form import CHUNK_BYTES, ArrayPart, clip_limits, compile_ahead, encode_chunk, enter_worker
 from data_prep.changes import ArrayOptions
 from data_prep.cuts import LittleContent
 from data_prep.encode import Stored, WriteOptions, check_opencv, encode
@@ -165,7 +164,7 @@ def _work(task: Task, lock: int, limits: Array | None) -> Work:
     words = ("images", "img", "unreadable", "--max_pixels")
     if isinstance(task.options, ArrayOptions):
         compile_ahead(task.options)
-        return Work(encode_chunk, enter_worker, (task.source, task.options, lock, limits), *words)
+        return Work(encode_chunk, enter_worker, (task.source, task.options, lock, limits), *words, CHUNK_BYTES)
     return Work(_encode_chunk, _enter_worker, (task.source, task.options, lock), *words)
 
 
@@ -262,7 +261,6 @@ def _enter_worker(source: Samples, options: WriteOptions, lock: int) -> None:
     _source, _options = source, options
     cv2.setNumThreads(0)
     Image.MAX_IMAGE_PIXELS = None  # ours takes its place: PIL only warns until twice the limit
-    warnings.simplefilter("ignore")  # PIL's remarks on odd but readable files
 
 
 def _encode_chunk(indices: Array) -> Chunk:

@@ -26,6 +26,7 @@ from fasthpm.commands import attention, shortage
 from fasthpm.data import build_loader
 from fasthpm.data.device import on_device
 from fasthpm.data.identity import identity_of
+from fasthpm.data.shown import shown_of
 from fasthpm.data.statistics import statistics_of
 from fasthpm.dense import online as online_dense
 from fasthpm.difficulty import HEAD
@@ -36,7 +37,6 @@ from fasthpm.options import add_recipe_arguments
 from fasthpm.patches import model_of
 from fasthpm.pictures import report
 from fasthpm.pictures.progress import draw_panel
-from fasthpm.pictures.shown import shown_of
 from fasthpm.probes import online as online_probes
 from fasthpm.ranks import zero
 from fasthpm.ranks.signals import StopSignals
@@ -139,7 +139,7 @@ def build(recipe: Recipe, launch: ranks.Launch, lock: FolderLock | None = None) 
         checkpoint.compare_recipes(recipe, science_of, data)
         config = ranks.merge_config(recipe.deepspeed_config, recipe, launch.world_size)
         online_probes.check(recipe, loader.info, config)
-        online_dense.check(recipe, config, loader.info.values.dtype)
+        online_dense.check(recipe, config, loader.info.values)
         shown_of(loader.info.values, loader.info.channels, recipe.show)  # its errors, before any work
         student = checkpoint.initial_model(recipe)
         check_photographs(recipe, loader.info, recipe.data_path)
@@ -190,7 +190,7 @@ def observers(run: Run[Step]) -> list[Observer]:
         found.append(probe)
     if recipe.dense_path:
         with ranks.in_agreement():
-            found.append(online_dense.OnlineDenseProbe(recipe, run.step, run.launch))
+            found.append(online_dense.OnlineDenseProbe(recipe, run.step, run.launch, run.loader.info.values))
     return found
 
 

@@ -40,7 +40,7 @@ def pixels_of(folder: Path, recipe: Recipe) -> PixelStatistics | None:
 def metadata_statistics(metadata: dict[str, str]) -> PixelStatistics | None:
     """What the metadata of an exported file says; None for nothing."""
     with suppress(ValueError):
-        names = [name for name in ("mean", "std", "dtype", "nodata", "bands", "log") if name in metadata]
+        names = [name for name in ("mean", "std", "dtype", "nodata", "bands", "log", "taken") if name in metadata]
         return statistics_from({name: json.loads(metadata[name]) for name in names})
     return None
 

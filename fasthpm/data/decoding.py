@@ -15,6 +15,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fasthpm.data import jpegs, png, tiff
 from fasthpm.data.pixels import BITS_PER_SAMPLE, to_rgb
+from fasthpm.data.quiet import quietly
 from fasthpm.data.sampling import Array
 
 ORIENTATION = 0x0112  # the EXIF tag
@@ -57,6 +58,7 @@ class Opened:
     notes: tuple[str, ...]
 
 
+@quietly()
 def read(data: bytes, *, max_pixels: int = 0, target: int = 0) -> Decoded:
     """Decode an image file.
 
@@ -83,6 +85,7 @@ def read(data: bytes, *, max_pixels: int = 0, target: int = 0) -> Decoded:
 
 
 # ------------------------------------------------------------------------------------------------------- opening
+@quietly()
 def open_picture(data: bytes) -> Opened:
     """The largest full picture of a file, the first of equal ones.
 
@@ -164,6 +167,7 @@ def _is_animated(data: bytes, image: Image.Image) -> bool:
         return False
 
 
+@quietly()
 def orientation_of(image: Image.Image) -> int:
     """The EXIF orientation, 1 (upright) where none can be read."""
     try:
@@ -172,6 +176,7 @@ def orientation_of(image: Image.Image) -> int:
         return 1
 
 
+@quietly()
 def size_of(path: str) -> tuple[int, int]:
     """Height and width of what `read` makes of a file, mostly from its header alone."""
     with contextlib.suppress(Exception), Image.open(path) as image:

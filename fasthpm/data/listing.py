@@ -24,6 +24,7 @@ FILES, REJECTED, NOTES = ".files.csv", ".rejected.csv", ".notes.csv"
 OURS = (BETON, FILES, REJECTED, NOTES)  # endings of what preparation writes
 OUR_FOLDERS = (("metrics.jsonl", "checkpoints"), ("maps.npz", "images.csv"))  # a run's, those of `fasthpm maps`
 NAMED = 3  # names that one message tells
+STORE = ".zarr"  # ends the name of a folder that is one array, or several: a sample, as a file is
 MAGIC = 16  # bytes that tell a kind of file
 
 
@@ -104,6 +105,12 @@ def scan(folder: str | Path) -> tuple[list[str], list[str]]:
     return sorted(n for n, is_dir in kinds.items() if is_dir), sorted(n for n, is_dir in kinds.items() if not is_dir)
 
 
+def with_stores(folders: list[str], files: list[str]) -> tuple[list[str], list[str]]:
+    """The names of `scan`, folders that are samples among the files."""
+    stores = [name for name in folders if name.lower().endswith(STORE)]
+    return [name for name in folders if name not in stores], sorted(files + stores) if stores else files
+
+
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
@@ -111,8 +118,8 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def files_below(folder: Path) -> list[Path]:
-    """All files of a folder and of the folders in it, sorted; those that are hidden or a system's are left out.
+def files_below(folder: Path, *, hidden: bool = False) -> list[Path]:
+    """All files of a folder and of the folders in it, sorted; those that are hidden or a system's only if asked for.
 
     **Raises:** `UserError` if one cannot be listed.
     """
@@ -122,9 +129,9 @@ def files_below(folder: Path) -> list[Path]:
         if _identity(place) in seen:
             continue
         seen.add(_identity(place))
-        folders, files = scan(place)
-        found += [Path(place, name) for name in files if not is_helper(name)]
-        waiting += [os.path.join(place, name) for name in folders if not is_helper(name)]
+        folders, files = with_stores(*scan(place))
+        found += [Path(place, name) for name in files if hidden or not is_helper(name)]
+        waiting += [os.path.join(place, name) for name in folders if hidden or not is_helper(name)]
     return sorted(found)
 
 
@@ -181,7 +188,7 @@ def _extension(name: str) -> str:
 
 def _usable(folder: str, prefix: str, found: Listing) -> tuple[list[str], list[str]]:
     """Folders and files in a folder that may be, or hold, samples; the others that are not hidden are noted."""
-    folders, files = scan(folder)
+    folders, files = with_stores(*scan(folder))
     for name in (*folders, *files):
         if is_helper(name) and not name.startswith("."):
             found.leave_out("left out, a system's own", os.path.join(prefix, name))

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,9 +32,7 @@ def read_pixels(path: str) -> Array:
 
 def _decode(path: str) -> Decoded:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PIL's remarks on odd but readable files
-            return read(Path(path).read_bytes())
+        return read(Path(path).read_bytes())
     except MemoryError:
         raise
     except Exception as error:  # PIL's decoders raise nearly anything for damaged files
@@ -104,9 +101,7 @@ class PlainLoader(PrefetchLoader):
         """Height and width of the upright image, from the file's header."""
         path = self._images.paths[index]
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                return size_of(path)
+            return size_of(path)
         except Exception as error:
             raise UserError(f"{path} cannot be read as an image ({error}); repair or remove it") from error
 

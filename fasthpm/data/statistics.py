@@ -45,8 +45,8 @@ class PixelStatistics:
         return dataclasses.replace(self, mean=mean, std=least)
 
     def as_json(self) -> dict[str, Any]:
-        """{"mean", "std"}, for files; of other pixels than photographs' also "dtype", "nodata", "bands" and "log", as
-        far as they have them."""
+        """{"mean", "std"}, for files; of other pixels than photographs' also "dtype", "nodata", "bands", "log" and
+        "taken", as far as they have them."""
         return {"mean": list(self.mean), "std": list(self.std), **noted(self.values)}
 
 

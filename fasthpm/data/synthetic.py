@@ -13,6 +13,7 @@ from fasthpm.errors import UserError
 
 NUM_CLASSES, MEASURED, MEASURED_SIDE = 10, 64, 32
 PREFIX = "synthetic:"
+MOST_CHANNELS = 3
 DRIFT, STRIDE = 0.05, 0.03  # of the waves in periods and of the disc in image sides, per frame
 CONTENT_KEY = np.array([0x5EED], np.uint64)
 
@@ -40,11 +41,13 @@ def draw(index: int, size: tuple[int, int], channels: int, frame: int = 0) -> Ar
 def synthetic_info(data_path: str, channels: int = 3) -> DatasetInfo:
     """The `DatasetInfo` of `synthetic:N`; mean and std are measured on the first images.
 
-    **Raises:** `UserError` if N is not a whole number above 0.
+    **Raises:** `UserError` if N is not a whole number above 0, and for more channels than are drawn.
     """
     number = data_path.removeprefix(PREFIX)
     if not number.isdecimal() or int(number) < 1:
         raise UserError(f"data_path is {data_path!r}, expected synthetic:N with N images, e.g. synthetic:1024")
+    if not 1 <= channels <= MOST_CHANNELS:
+        raise UserError(f"channels is {channels}, and {data_path} is drawn in 1 to {MOST_CHANNELS}; use --channels 3")
     side = (MEASURED_SIDE, MEASURED_SIDE)
     values = np.stack([draw(index, side, channels) for index in range(min(int(number), MEASURED))]) / 255
     mean, std = values.mean((0, 1, 2)), values.std((0, 1, 2))

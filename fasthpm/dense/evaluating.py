@@ -12,12 +12,13 @@ import torch
 from torch import nn
 
 from fasthpm import checkpoint, files, ranks
-from fasthpm.data.statistics import PixelStatistics
+from fasthpm.data.statistics import PixelStatistics, statistics_from
 from fasthpm.dense import foreign, tuning
 from fasthpm.dense.loader import DenseLoader
 from fasthpm.dense.results import DenseResult, report
 from fasthpm.dense.settings import complete
 from fasthpm.dense.task import Task
+from fasthpm.dense.values import shown_once
 from fasthpm.errors import UserError, note_once, warn
 from fasthpm.model import HPMViT
 from fasthpm.probes import result
@@ -70,7 +71,9 @@ def evaluate_only(
         settings = dataclasses.replace(settings, **{**notes["settings"], **ours})
         model, _ = tuning.load_encoder(task, arguments.run, settings)
         check_model(newest, notes, model, arguments.run)
-        val, drawn = tuning.test_loaders(task, settings, model.in_chans, launch)
+        pixels = statistics_from(notes) or PixelStatistics(tuple(notes["mean"]), tuple(notes["std"]))
+        shown_once(pixels, settings.show)
+        val, drawn = tuning.test_loaders(task, settings, model.in_chans, launch, pixels)
         if list(val.data.classes) != notes["classes"]:
             raise UserError(
                 f"the network in {newest} has {len(notes['classes'])} classes, {val.data.source} has "
@@ -78,7 +81,6 @@ def evaluate_only(
             )
         network = restored(task, model, settings, val, newest).to(launch.device).eval()
         origin = result.provenance(arguments.run, launch)
-    pixels = PixelStatistics(tuple(notes["mean"]), tuple(notes["std"]))
     seen = Evaluation(task, settings, launch, pixels, val, drawn)
     return measured(seen, network, Path(settings.output_dir) / EVALUATED, origin)
 
@@ -100,7 +102,8 @@ def evaluate_foreign(
         folder = str(path.parent / f"{path.stem}_{task.name}")
         fitting = {"output_dir": folder, "input_size": found.input_size, **given}
         settings = dataclasses.replace(task.recipes[name](), **fitting)
-        val, drawn = tuning.test_loaders(task, settings, model.in_chans, launch)
+        shown_once(found.pixels, settings.show)
+        val, drawn = tuning.test_loaders(task, settings, model.in_chans, launch, found.pixels)
         if len(val.data.classes) != found.head["num_classes"]:
             raise UserError(
                 f"{path} tells {found.head['num_classes']} classes apart, {val.data.source} has "

@@ -24,22 +24,12 @@ from fasthpm.data.keys import Stream
 from fasthpm.data.options import MAX_BAD_SAMPLES, count_workers
 from fasthpm.data.sampling import Array, key_of, mix, replacements, sample_order, uniforms
 from fasthpm.data.types import DatasetInfo
-from fasthpm.data.values import are_photographs
 from fasthpm.errors import UserError
 
 Transform = Callable[[Any, np.random.Generator], Any]  # what `DenseSet.read` gave, and random numbers -> a sample
 Collate = Callable[[list[Any]], tuple[Any, Any]]  # samples -> images and targets of a batch
 Key = tuple[int, int]  # epoch, sample id
 AHEAD = 2  # batches that every worker has ready
-
-
-def photographs_only(channels: int, dtype: str, who: str) -> None:
-    """**Raises:** `UserError` for a model of other pixels than images with masks or boxes are read as."""
-    if not are_photographs(dtype, channels):
-        raise UserError(
-            f"{who} takes {channels} channel{'s' if channels > 1 else ''} of {dtype}, and images with masks or boxes "
-            f"are read as 8-bit photographs; use fasthpm knn, linear or finetune, on prepared sets"
-        )
 
 
 class Unreadable(Exception):
@@ -59,7 +49,7 @@ class DenseSet(Protocol):
         """The file of a sample, for messages and lists."""
 
     def read(self, sample: int) -> Any:
-        """The decoded image, uint8 [H, W, C], and its truth. **Raises:** `Unreadable`."""
+        """The decoded image [H, W, C], of photographs uint8, and its truth. **Raises:** `Unreadable`."""
 
     def repeats(self) -> Array | None:
         """How often every sample comes in an epoch, float [N] of 1 or more; None: once."""
@@ -69,7 +59,7 @@ class DenseSet(Protocol):
 class DenseBatch:
     """One rank's share of a micro-batch."""
 
-    images: Any  # what `Collate` made: uint8 [B, C, H, W], or a list of uint8 [C, H, W]
+    images: Any  # what `Collate` made, as stored: [B, C, H, W], or a list of [C, H, W]
     targets: Any  # masks [B, H, W], or a list of dicts of tensors
     ids: Tensor  # int64 [B], number of each sample in its set
     replaced: Tensor  # bool [B]: the sample whose turn it was cannot be read, this is another one

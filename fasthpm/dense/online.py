@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from fasthpm.data import Batch
+from fasthpm.data.values import Values
 from fasthpm.dense.classifiers import nearest_votes, scaler_of
-from fasthpm.dense.loader import photographs_only
 from fasthpm.dense.pairs import IGNORED, PairFiles, PairSet, open_pairs
 from fasthpm.dense.patchwise import CHUNK, count_pixels, majority, read_resized
 from fasthpm.dense.segmentation import testing
@@ -28,10 +28,10 @@ MOST = {"train": 16384, "val": 4096}  # labelled patches of these that vote and 
 K = 10
 
 
-def check(recipe: Recipe, config: dict[str, Any], dtype: str = "uint8") -> None:
+def check(recipe: Recipe, config: dict[str, Any], values: Values | None = None) -> None:
     """Whether the dense probe that the recipe asks for, if any, is possible.
 
-    - `config`: DeepSpeed's; `dtype`: of the pixels that are trained on
+    - `config`: DeepSpeed's; `values`: what the pixels are that are trained on; None: photographs
 
     **Raises:** `UserError` for videos, under ZeRO 3, whose weights no rank holds whole, and for what `open_pairs`
     refuses.
@@ -42,20 +42,20 @@ def check(recipe: Recipe, config: dict[str, Any], dtype: str = "uint8") -> None:
         raise UserError("dense_path needs whole weights on every rank; use ZeRO 0, 1 or 2, or leave it out")
     if recipe.num_frames > 1:
         raise UserError("dense_path is for images, and this recipe is of videos; leave it out")
-    photographs_only(recipe.channels, dtype, "dense_path is given, and the model")
     for split in IMAGES:
-        open_set(recipe, split)
+        open_set(recipe, split, values)
 
 
-def open_set(recipe: Recipe, split: str) -> PairSet:
-    """The few images that are looked at."""
-    return open_pairs(PairFiles(recipe.dense_path), split, channels=recipe.channels, limit=IMAGES[split])
+def open_set(recipe: Recipe, split: str, values: Values | None = None) -> PairSet:
+    """The few images that are looked at; `values`: what those are that are trained on."""
+    files = PairFiles(recipe.dense_path)
+    return open_pairs(files, split, channels=recipe.channels, limit=IMAGES[split], values=values)
 
 
 class Share(NamedTuple):
     """One rank's share of a split."""
 
-    images: Tensor  # uint8 [B, H, W, C]
+    images: Tensor  # [B, H, W, C], of photographs uint8
     labels: Tensor  # int64 [B * L]
     places: Tensor  # int64 [B * L], of every patch among those of all ranks
 
@@ -63,12 +63,12 @@ class Share(NamedTuple):
 class OnlineDenseProbe:
     """Measures `dense_knn_miou` and `dense_knn_accuracy`, in percent over patches. Collective.
 
-    - `step`: the module that DeepSpeed wraps
+    - `step`: the module that DeepSpeed wraps; `values`: what the pixels are that it is trained on
     """
 
-    def __init__(self, recipe: Recipe, step: Step, launch: Launch) -> None:
+    def __init__(self, recipe: Recipe, step: Step, launch: Launch, values: Values | None = None) -> None:
         self.recipe, self.step, self.launch = recipe, step, launch
-        sets = {split: open_set(recipe, split) for split in IMAGES}
+        sets = {split: open_set(recipe, split, values) for split in IMAGES}
         self.classes = len(sets["train"].classes)
         self._shares = {split: self._share(pairs) for split, pairs in sets.items()}
 
@@ -118,7 +118,7 @@ class OnlineDenseProbe:
 
     @torch.no_grad()
     def _features(self, images: Tensor) -> Tensor:
-        """uint8 [B, H, W, C] -> float32 [B * L, D]."""
+        """[B, H, W, C], as stored -> float32 [B * L, D]."""
         student = self.step.student
         tokens = student.encode(self.step.normalized_patches(images.to(self.launch.device)))
         return tokens[:, student.num_prefix_tokens :].flatten(0, 1).float()

@@ -7,12 +7,14 @@ Three layouts:
     --train_images A --train_masks B --val_images C --val_masks D --classes FILE --background …     any folders
 
 Names agree but for their ending (a.jpg, a.png), in folders within as well. Masks have one channel: grey with 1 to 16
-bits, or a palette, whose index is the value. Images are read by `data.decoding`, as everywhere.
+bits, or a palette, whose index is the value. Images are read by `data.decoding`, as everywhere; those of a model that
+was trained on other numbers than photographs have by `data.rasters.files`, which keeps them.
 """
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,10 @@ from PIL import Image
 from fasthpm.data import decoding, png, tiff
 from fasthpm.data.listing import files_below
 from fasthpm.data.pixels import IMAGES, luminance
+from fasthpm.data.quiet import quietly
+from fasthpm.data.rasters.files import KIND_REMEDY, FileReader, is_image, reader_of, stem_of
 from fasthpm.data.sampling import Array
+from fasthpm.data.values import Values
 from fasthpm.dense.loader import Unreadable
 from fasthpm.errors import UserError
 from fasthpm.options import option
@@ -77,8 +82,9 @@ class PairSet:
     classes: tuple[str, ...]
     pairs: tuple[Pair, ...]
     table: Array  # int16 [65536]: a mask's value -> label, 255 = ignored, -1 = no class
-    channels: int = 3  # of the images: 3, or 1 for a model of grey images
+    channels: int = 3  # of the images: 3, or 1 for a model of grey images, or those that `reader` gives
     words: str = ""  # what mask values were taken for
+    reader: FileReader | None = None  # of images that are no photographs
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -92,25 +98,26 @@ class PairSet:
         return None
 
     def read(self, sample: int) -> tuple[Array, Array]:
-        """Image uint8 [H, W, C] and labels uint8 [H, W] in 0..K-1, or 255 = ignored.
+        """Image [H, W, C], of photographs uint8, and labels uint8 [H, W] in 0..K-1, or 255 = ignored.
 
         A sample that is wholly ignored is read as any other: crops of half-ignored ones are as empty, so that losses
         and figures have to take them anyway, and sets with many images that nobody annotated do not stop a run.
 
         **Raises:** `Unreadable` for a damaged file, another size of the mask and values that are no class.
         """
-        pair = self.pairs[sample]
-        pixels = _reading(pair.image, lambda data: decoding.read(data).pixels)
+        pair, reader = self.pairs[sample], self.reader
+        read = (lambda path: decoding.read(path.read_bytes()).pixels) if reader is None else reader
+        pixels = _reading(pair.image, read)
         labels = self.labels(sample)
         if pixels.shape[:2] != labels.shape:
             sizes = " and ".join(f"{width} x {height}" for height, width in (pixels.shape[:2], labels.shape))
             raise Unreadable(f"and its mask {pair.mask} have different sizes, {sizes} pixels")
-        return (luminance(pixels) if self.channels == 1 else pixels), labels
+        return (luminance(pixels) if reader is None and self.channels == 1 else pixels), labels
 
     def labels(self, sample: int) -> Array:
         """The labels alone, uint8 [H, W]. **Raises:** `Unreadable`."""
         path = self.pairs[sample].mask
-        values = _reading(path, read_mask)
+        values = _reading(path, lambda path: read_mask(path.read_bytes()))
         inside = (values >= 0) & (values <= LARGEST_VALUE)
         labels = self.table[np.where(inside, values, 0)]
         wrong = values[~inside | (labels < 0)]
@@ -124,10 +131,13 @@ class NoClass(Unreadable):
 
 
 # -------------------------------------------------------------------------------------------------- opening
-def open_pairs(options: PairFiles, split: str, *, channels: int = 3, limit: int = 0) -> PairSet:
+def open_pairs(
+    options: PairFiles, split: str, *, channels: int = 3, limit: int = 0, values: Values | None = None
+) -> PairSet:
     """The images and masks of "train" or "val". All that can be told from names, headers and some masks is checked.
 
-    - `channels`: of the images that `read` gives, 3 or 1
+    - `channels`: of the images that `read` gives, 3 or 1 of photographs
+    - `values`: what the pixels are that the model was trained on; None: photographs
     - `limit`: only so many, evenly spread over the set; 0 = all
 
     **Raises:** `UserError` for folders that are empty or not there, images without masks and masks without images,
@@ -136,12 +146,13 @@ def open_pairs(options: PairFiles, split: str, *, channels: int = 3, limit: int 
     images, masks, classes_file, background = _layout(options, split)
     names = read_classes(classes_file)
     classes, table, words = _meaning(names, background, options.ignore_index, classes_file)
-    pairs = match(images, masks)
+    reader = reader_of(values or Values(), channels)
+    pairs = match(images, masks, IMAGES.holds if reader is None else is_image)
     if limit and limit < len(pairs):
         pairs = tuple(pairs[k] for k in np.unique(np.linspace(0, len(pairs) - 1, limit).astype(int)))
-    check_headers(pairs)
+    check_headers(pairs, reader)
     source = options.data_path or str(images)
-    found = PairSet(source, classes, pairs, table, channels, words)
+    found = PairSet(source, classes, pairs, table, channels, words, reader)
     _check_values(found)
     return found
 
@@ -190,9 +201,12 @@ def _all(flags: Iterable[str]) -> str:
     return ", ".join(f"--{name}" for name in (*flags, "classes", "background"))
 
 
-def match(images: Path, masks: Path) -> tuple[Pair, ...]:
-    """Images and masks of the same names, sorted. **Raises:** `UserError` if one has no other, or several."""
-    found, other = _by_stem(images), _by_stem(masks)
+def match(images: Path, masks: Path, holds: Callable[[str], bool] = IMAGES.holds) -> tuple[Pair, ...]:
+    """Images and masks of the same names, sorted. **Raises:** `UserError` if one has no other, or several.
+
+    - `holds`: which files are images
+    """
+    found, other = _by_stem(images, holds), _by_stem(masks, IMAGES.holds)
     for these, those, what, missing, where in (
         (found, other, "image", "mask", masks),
         (other, found, "mask", "image", images),
@@ -206,15 +220,15 @@ def match(images: Path, masks: Path) -> tuple[Pair, ...]:
     return tuple(Pair(path, other[stem]) for stem, path in found.items())
 
 
-def _by_stem(folder: Path) -> dict[str, Path]:
+def _by_stem(folder: Path, holds: Callable[[str], bool]) -> dict[str, Path]:
     if not folder.is_dir():
         raise UserError(f"folder {folder} is not there; check the path")
-    files = [path for path in files_below(folder) if IMAGES.holds(str(path))]
+    files = [path for path in files_below(folder) if holds(str(path))]
     if not files:
         raise UserError(f"{folder} holds no images; expected files such as .png and .jpg")
     found: dict[str, Path] = {}
     for path in files:
-        stem = str(path.relative_to(folder).with_suffix(""))
+        stem = stem_of(str(path.relative_to(folder)))
         if stem in found:
             raise UserError(f"{found[stem]} and {path} have one name but for the ending; remove one")
         found[stem] = path
@@ -272,14 +286,17 @@ def _meaning(names: tuple[str, ...], background: str, ignored: int, path: Path) 
 
 
 # -------------------------------------------------------------------------------------------------- checks
-def check_headers(pairs: Iterable[Pair]) -> None:
+def check_headers(pairs: Iterable[Pair], reader: FileReader | None = None) -> None:
     """Sizes and kinds, by headers alone; a file whose header cannot be read is a bad sample later on.
 
-    **Raises:** `UserError` naming the first pair of different sizes, the first mask of a wrong kind.
+    - `reader`: of images that are no photographs
+
+    **Raises:** `UserError` naming the first pair of different sizes, the first mask or image of a wrong kind; and if
+    the library that reads the images is not installed.
     """
     pairs = tuple(pairs)
     with ThreadPoolExecutor(HEADERS) as pool:
-        problems = list(pool.map(_problem, pairs))
+        problems = list(pool.map(partial(_problem, reader=reader), pairs))
     for kind, remedy in REMEDIES.items():
         found = [problem for problem in problems if problem and problem[0] == kind]
         if found:
@@ -288,19 +305,24 @@ def check_headers(pairs: Iterable[Pair]) -> None:
 
 REMEDIES = {
     "kind": "save masks as PNG with one channel, in which every value is a class",
+    "values": KIND_REMEDY,
     "size": "a mask says the class of every pixel of its image (an image may be turned by its EXIF data: save it anew)",
 }
 
 
-def _problem(pair: Pair) -> tuple[str, str] | None:
+def _problem(pair: Pair, reader: FileReader | None = None) -> tuple[str, str] | None:
     try:
-        with Image.open(pair.mask) as mask:
+        with quietly(), Image.open(pair.mask) as mask:
             wrong, sides = _wrong_kind(mask), mask.size[::-1]
-        if wrong:
-            return "kind", f"mask {pair.mask} is {wrong}"
-        theirs = decoding.size_of(str(pair.image))
+            if wrong:
+                return "kind", f"mask {pair.mask} is {wrong}"
+            theirs, unlike = (decoding.size_of(str(pair.image)), "") if reader is None else reader.look(pair.image)
+    except UserError:
+        raise
     except Exception:  # damaged: that is for whoever reads it
         return None
+    if unlike:
+        return "values", f"image {pair.image} has {unlike}"
     if sides == theirs:
         return None
     return "size", f"image {pair.image} has {theirs[1]} x {theirs[0]} pixels, its mask {sides[1]} x {sides[0]}"
@@ -336,11 +358,12 @@ def _check_values(pairs: PairSet) -> None:
 
 
 # -------------------------------------------------------------------------------------------------- reading
-def _reading(path: Path, decode: Callable[[bytes], Any]) -> Array:
+def _reading(path: Path, read: Callable[[Path], Any]) -> Array:
     """**Raises:** `Unreadable` with whatever a decoder has to say of a file."""
     try:
-        return decode(path.read_bytes())
-    except Unreadable:
+        with quietly():
+            return read(path)
+    except (Unreadable, UserError):
         raise
     except OSError as error:
         raise Unreadable(f"needs {path}, which cannot be read ({error.strerror or error})") from error

@@ -16,6 +16,7 @@ from fasthpm.data.statistics import PixelStatistics, measured
 from fasthpm.data.values import Values
 from fasthpm.dense.loader import Unreadable
 from fasthpm.dense.pairs import IGNORED, PairSet
+from fasthpm.dense.values import resized
 from fasthpm.errors import UserError
 from fasthpm.model import HPMViT
 from fasthpm.patches import NormalizedPatches, statistics_for
@@ -37,7 +38,7 @@ class Patches(NamedTuple):
 class Resized(NamedTuple):
     """Images and labels, all of one size."""
 
-    images: Array  # uint8 [B, H, W, C]
+    images: Array  # [B, H, W, C], of photographs uint8
     labels: Array  # uint8 [B, H, W]
 
 
@@ -53,6 +54,8 @@ def read_resized(pairs: PairSet, samples: Sequence[int], size: tuple[int, int], 
             image, labels = pairs.read(sample)
         except Unreadable as error:
             raise UserError(f"{pairs.name(sample)} {error}; repair or remove it") from error
+        if pairs.reader is not None and image.shape[:2] != size:
+            image = resized(image, size, Image.Resampling.BICUBIC, pairs.reader.values.nodata)
         return resize(image, size, Image.Resampling.BICUBIC), resize(labels, size, Image.Resampling.NEAREST)
 
     with ThreadPoolExecutor(count_workers(workers)) as pool:
@@ -86,7 +89,7 @@ def majority(counts: Tensor) -> Tensor:
 
 # -------------------------------------------------------------------------------------------------- features
 class PatchEncoder:
-    """A frozen encoder: uint8 images in, features of their patches out, after its final norm.
+    """A frozen encoder: images as stored in, features of their patches out, after its final norm.
 
     - `train`: by whose mean and std pixels are normalised where nothing tells those of the model
     """
@@ -99,7 +102,7 @@ class PatchEncoder:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """uint8 [B, H, W, C] -> float32 [B * L, D]."""
+        """[B, H, W, C], as stored -> float32 [B * L, D]."""
         with half(self.device):
             tokens = self.model.encode(self.patches_of(images.to(self.device)))
         return tokens[:, self.model.num_prefix_tokens :].float().flatten(0, 1)
@@ -140,5 +143,5 @@ class _Measured:
 
     @property
     def values(self) -> Values:
-        """They have 8 bits."""
-        return Values()
+        """What they are: those of the model, where it says so, else of 8 bits."""
+        return self._pairs.reader.values if self._pairs.reader else Values()

@@ -40,13 +40,16 @@ from torch import Tensor
 from fasthpm import ranks
 from fasthpm.checkpoint.weights import load_weights
 from fasthpm.cli import Arguments, Parser
+from fasthpm.data.shown import Shown
+from fasthpm.data.statistics import PixelStatistics
+from fasthpm.data.values import Values
 from fasthpm.dense.classifiers import fit_all, fit_logistic, nearest_votes, scaler_of
 from fasthpm.dense.confusion import by_chance, frequencies, of_pixels
-from fasthpm.dense.loader import photographs_only
 from fasthpm.dense.pairs import IGNORED, PairFiles, PairSet, open_pairs
 from fasthpm.dense.patchwise import PatchEncoder, Patches, read_resized
 from fasthpm.dense.segmentation import testing
 from fasthpm.dense.segmentation.pictures import Example, save
+from fasthpm.dense.values import shown_once
 from fasthpm.entry import Result
 from fasthpm.errors import UserError, note_once
 from fasthpm.options import add_recipe_arguments, option, validate
@@ -64,6 +67,7 @@ class DenseProbe(PairFiles):
 
     limit: int = option(500, "images of each split, evenly spread over it; 0 = all", low=0)
     output_dir: str = option("", "folder for results; empty = RUN/dense", run_only=True)
+    show: str = option("", "channels that examples.png shows, from 1 or by names of bands: 3,2,1", run_only=True)
     num_workers: int = option(0, "threads that read images; 0 = cores", low=0, run_only=True)
 
     def __post_init__(self) -> None:
@@ -162,9 +166,12 @@ def _rounded(value: float) -> float | None:
 
 
 # -------------------------------------------------------------------------------------------------- the command
-def open_sets(settings: DenseProbe, channels: int) -> tuple[PairSet, PairSet]:
+def open_sets(settings: DenseProbe, channels: int, values: Values) -> tuple[PairSet, PairSet]:
     """Training and test images. **Raises:** `UserError` for what `open_pairs` refuses, and too few images."""
-    train, val = (open_pairs(settings, split, channels=channels, limit=settings.limit) for split in ("train", "val"))
+    train, val = (
+        open_pairs(settings, split, channels=channels, limit=settings.limit, values=values)
+        for split in ("train", "val")
+    )
     if len(train) < 2:
         raise UserError(f"{train.source} has {len(train)} image to train on, expected 2 or more; add some")
     return train, val
@@ -176,8 +183,9 @@ def evaluate(run: Path, weights: str, settings: DenseProbe, launch: ranks.Launch
     model, recipe = load_weights(run, weights)
     if model.video:
         raise UserError(f"{run} is of videos, and the dense probe is for images; give an image run")
-    photographs_only(model.in_chans, model.pixels.values.dtype if model.pixels else "uint8", str(run))
-    train_set, val_set = open_sets(settings, recipe.channels)
+    pixels = model.pixels or PixelStatistics((0.0,) * model.in_chans, (1.0,) * model.in_chans)
+    shown = shown_once(pixels, settings.show)
+    train_set, val_set = open_sets(settings, recipe.channels, pixels.values)
     note_once(f"mask values are {train_set.words}")
     encoder = PatchEncoder(model, recipe, train_set, launch.device)
     train, val = (encoder.whole(pairs, settings.num_workers) for pairs in (train_set, val_set))
@@ -187,7 +195,7 @@ def evaluate(run: Path, weights: str, settings: DenseProbe, launch: ranks.Launch
     figures = {name: figures_of(val, one.labels, count) for name, one in found.items()}
     figures |= baselines(train, val, count)
     folder = folder_of(run, settings) / weights
-    draw(folder / "examples.png", encoder, val_set, val.labels, found["linear"].labels)
+    draw(folder / "examples.png", encoder, val_set, val.labels, found["linear"].labels, shown)
     seconds = time.perf_counter() - begin
     made = {
         "protocol": PROTOCOL,
@@ -240,10 +248,10 @@ def folder_of(run: Path, settings: DenseProbe) -> Path:
 
 
 # -------------------------------------------------------------------------------------------------- files
-def draw(path: Path, encoder: PatchEncoder, pairs: PairSet, truth: Tensor, predicted: Tensor) -> None:
+def draw(path: Path, encoder: PatchEncoder, pairs: PairSet, truth: Tensor, predicted: Tensor, shown: Shown) -> None:
     """Some images, the labels of their patches, and what linear says of them; labels are int64 [images x L]."""
     samples = np.unique(np.linspace(0, len(pairs) - 1, SHOWN).astype(int)).tolist()
-    images = read_resized(pairs, samples, encoder.size).images
+    images = [shown.first(image) for image in read_resized(pairs, samples, encoder.size).images]
     rows, columns = (length // encoder.side for length in encoder.size)
     grids = [labels.cpu().numpy().astype(np.uint8).reshape(-1, rows, columns)[samples] for labels in (truth, predicted)]
     pixels = [grid.repeat(encoder.side, 1).repeat(encoder.side, 2) for grid in grids]

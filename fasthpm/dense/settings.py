@@ -61,6 +61,9 @@ class Dense:
         MAX_BAD_SAMPLES, "share of the training set that may be unreadable", low=0, high=1, run_only=True
     )
     pictures: int = option(8, "test images that are drawn beside truth and prediction; 0 = none", low=0, run_only=True)
+    show: str = option(
+        "", "channels that pictures show, from 1 or by names of bands: 3,2,1; empty = the first ones", run_only=True
+    )
     deepspeed_config: str = option(
         "", "DeepSpeed preset or JSON; empty = zero1_bf16, or zero1_fp32 where a CPU lacks bf16", run_only=True
     )

@@ -10,6 +10,7 @@ from torch import nn
 
 from fasthpm import ranks
 from fasthpm.data.statistics import PixelStatistics
+from fasthpm.data.values import Values
 from fasthpm.dense.loader import Collate, DenseLoader, DenseSet, Transform
 from fasthpm.dense.settings import Dense
 from fasthpm.model import HPMViT
@@ -53,16 +54,19 @@ class Task(ABC):
         """The recipe that `--recipe auto` means for this model and the flags that were given."""
 
     @abstractmethod
-    def open(self, settings: Any, split: str, channels: int) -> DenseSet:
-        """The set of a split, "train" or "val", checked as far as that is quick. **Raises:** `UserError`."""
+    def open(self, settings: Any, split: str, channels: int, values: Values) -> DenseSet:
+        """The set of a split, "train" or "val", checked as far as that is quick. **Raises:** `UserError`.
+
+        - `channels`, `values`: of the images that the model takes
+        """
 
     @abstractmethod
     def files(self, settings: Any, data: DenseSet) -> Sequence[str]:
         """The files that make a set what it is: of images and truth."""
 
     @abstractmethod
-    def transform(self, settings: Any, split: str) -> Transform:
-        """What makes a sample of what was read, one that pickles."""
+    def transform(self, settings: Any, split: str, pixels: PixelStatistics) -> Transform:
+        """What makes a sample of what was read, one that pickles; `pixels`: what those of the model are."""
 
     @abstractmethod
     def collate(self, settings: Any) -> Collate:
@@ -89,9 +93,9 @@ class Task(ABC):
 
     @abstractmethod
     def draw(
-        self, forward: Any, loader: DenseLoader, pixels: PixelStatistics, launch: ranks.Launch, path: Path
+        self, forward: Any, loader: DenseLoader, pixels: PixelStatistics, launch: ranks.Launch, path: Path, show: str
     ) -> None:
         """A picture of the first `settings.pictures` images with truth and prediction at `path` (rank 0). Collective.
 
-        - `loader`: of these images alone, on every rank
+        - `loader`: of these images alone, on every rank; `show`: which channels
         """

@@ -15,9 +15,10 @@ from fasthpm.checkpoint.saver import Saver
 from fasthpm.data.device import on_device
 from fasthpm.data.identity import identity_of_files
 from fasthpm.data.statistics import PixelStatistics, statistics_from
-from fasthpm.dense.loader import DenseBatch, DenseLoader, DenseOptions, DenseSet, photographs_only
+from fasthpm.dense.loader import DenseBatch, DenseLoader, DenseOptions, DenseSet
 from fasthpm.dense.settings import complete
 from fasthpm.dense.task import Task
+from fasthpm.dense.values import shown_once
 from fasthpm.errors import UserError
 from fasthpm.files import read_json, write_json
 from fasthpm.model import HPMViT
@@ -111,7 +112,7 @@ def tested(run: Any, forward: Any, folder: Path, *, draw: bool) -> dict[str, flo
         if run.launch.rank == 0 and found.table:
             write_json(folder / CLASSES_FILE, found.table)
     if draw and run.settings.pictures:
-        run.task.draw(forward, run.drawn_loader, run.pixels, run.launch, folder / PICTURE_FILE)
+        run.task.draw(forward, run.drawn_loader, run.pixels, run.launch, folder / PICTURE_FILE, run.settings.show)
     return dict(found.figures)
 
 
@@ -132,12 +133,13 @@ def build(task: Task, run: Path, settings: Any, launch: ranks.Launch, lock: Fold
         settings = complete(settings, run, task.name)
         model, recipe = load_encoder(task, run, settings)
         plan = plan_of(recipe, settings, launch.world_size)
-        data = task.open(settings, "train", model.in_chans)
-        loader = training_loader(task, data, settings, plan, launch)
-        val, drawn = test_loaders(task, settings, model.in_chans, launch)
+        pixels = statistics_of(task, settings, model, run)
+        shown_once(pixels, settings.show)  # its errors, before any work
+        data = task.open(settings, "train", model.in_chans, pixels.values)
+        loader = training_loader(task, data, settings, plan, launch, pixels)
+        val, drawn = test_loaders(task, settings, model.in_chans, launch, pixels)
         check_classes(data, val.data)
         identity = identity_of_files(task.files(settings, data))
-        pixels = statistics_of(task, settings, model, run)
         notes = describe(run, settings.science, architecture(model), list(data.classes), pixels)
         refuse_other(task.kind, Path(settings.output_dir), notes, identity)
         config = ranks.merge_config(plan.deepspeed_config, plan, launch.world_size)
@@ -180,7 +182,6 @@ def load_encoder(task: Task, run: Path, settings: Any) -> tuple[HPMViT, Recipe]:
     model, recipe = checkpoint.load_weights(run, settings.weights)
     if model.video:
         raise UserError(f"{run} was trained on video, and fasthpm {task.name} takes image models; give an image run")
-    photographs_only(model.in_chans, model.pixels.values.dtype if model.pixels else "uint8", str(run))
     if settings.from_scratch:
         pixels, model = model.pixels, model_of(dataclasses.replace(recipe, seed=settings.seed))
         model.pixels = pixels
@@ -199,7 +200,9 @@ def plan_of(recipe: Recipe, settings: Any, world_size: int) -> Recipe:
     return dataclasses.replace(plan, accum_iter=accum_iter, global_batch_size=accum_iter * plan.batch_size * world_size)
 
 
-def training_loader(task: Task, data: DenseSet, settings: Any, plan: Recipe, launch: ranks.Launch) -> DenseLoader:
+def training_loader(
+    task: Task, data: DenseSet, settings: Any, plan: Recipe, launch: ranks.Launch, pixels: PixelStatistics
+) -> DenseLoader:
     """Endless, shuffled and augmented."""
     options = DenseOptions(
         batch_size=plan.batch_size,
@@ -211,15 +214,17 @@ def training_loader(task: Task, data: DenseSet, settings: Any, plan: Recipe, lau
         num_workers=settings.num_workers,
         max_bad_samples=settings.max_bad_samples,
     )
-    return DenseLoader(data, task.transform(settings, "train"), task.collate(settings), options)
+    return DenseLoader(data, task.transform(settings, "train", pixels), task.collate(settings), options)
 
 
-def test_loaders(task: Task, settings: Any, channels: int, launch: ranks.Launch) -> tuple[DenseLoader, DenseLoader]:
+def test_loaders(
+    task: Task, settings: Any, channels: int, launch: ranks.Launch, pixels: PixelStatistics
+) -> tuple[DenseLoader, DenseLoader]:
     """The test set, shared among the ranks, and the first images of it, which every rank has."""
-    data = task.open(settings, "val", channels)
+    data = task.open(settings, "val", channels, pixels.values)
     if not len(data):
         raise UserError(f"{data.source} has no images to test on; give others")
-    transform, collate = task.transform(settings, "val"), task.collate(settings)
+    transform, collate = task.transform(settings, "val", pixels), task.collate(settings)
     own = DenseOptions(settings.batch_size, False, 0, launch.rank, launch.world_size, 1, settings.num_workers)
     few = DenseOptions(settings.batch_size, False, num_workers=1)
     first = First(data, max(settings.pictures, 1))

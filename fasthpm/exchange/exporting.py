@@ -156,6 +156,8 @@ def main(argv: Arguments = None) -> ExportResult:
     print(f"load it with: {form.usage(path)}")
     if "mean" in info:
         dtype = info.get("dtype", "uint8")
-        scale = "0..1" if dtype == "uint8" else f"as stored ({dtype})"
-        print(f"images: {scale}, then mean {info['mean']}, std {info['std']}")
+        log = ", log(1 + x) of the files" if "log" in info else ""
+        scale = "0..1" if dtype == "uint8" else f"as stored ({dtype}{log})"
+        gaps = f"; nodata {info['nodata']} becomes 0 there" if "nodata" in info else ""
+        print(f"images: {scale}, then mean {info['mean']}, std {info['std']}{gaps}")
     return ExportResult(path, form.name, difference, form.usage(path))

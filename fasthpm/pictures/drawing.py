@@ -47,9 +47,14 @@ def from_0_to_1(values: Array, axes: tuple[int, ...] | None = None) -> Array:
 
 
 def blended(picture: Array, values: Array) -> Array:
-    """Values [R, C] as colours over a picture, uint8 [H, W, 3]."""
-    colours = heat(per_pixel(values, (picture.shape[0], picture.shape[1]))[None])[0]
-    return (picture * 0.4 + colours * 0.6).astype(np.uint8)
+    """Values [R, C] as colours over a picture, uint8 [H, W, 3], which stays as it is where they are NaN."""
+    known = ~np.isnan(values)
+    if not known.any():
+        return picture
+    size = picture.shape[0], picture.shape[1]
+    colours = heat(per_pixel(np.where(known, values, values[known].min()), size)[None])[0]
+    blend = (picture * 0.4 + colours * 0.6).astype(np.uint8)
+    return blend if known.all() else np.where(per_pixel(known, size)[..., None], blend, picture)
 
 
 # -------------------------------------------------------------------------------------------------- sheets

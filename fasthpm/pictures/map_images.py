@@ -3,7 +3,8 @@
 fasthpm maps RUN --data_path FOLDER_OR_BETON -o OUT [--true_loss 10] [--masks DIR]
 fasthpm maps RUN --data_path FOLDER_OR_BETON --fit_head 1000 [-o OUT]
 
-OUT/maps.npz        names [N], predicted and true_loss float32 [N, rows, columns] (whole images, squeezed to input_size)
+OUT/maps.npz        names [N], predicted and true_loss float32 [N, rows, columns], NaN where a patch has nodata
+                    (of whole images, squeezed to input_size)
 OUT/images.csv      the images, hardest first: mean difficulty, its spread, true loss, how empty, near_constant
 OUT/overlays/…png   image, predicted difficulty over it, true loss over it
 OUT/scenes/…        of a set of tiles: their maps put together, a .npz and a .png a scene (`pictures/scenes.py`)
@@ -41,6 +42,7 @@ from fasthpm.data.listing import files_below
 from fasthpm.data.names import known_places, sample_names
 from fasthpm.data.plain import read_pixels
 from fasthpm.data.sampling import Array, area_resize
+from fasthpm.data.shown import Shown, shown_of
 from fasthpm.difficulty import averaged, refusal
 from fasthpm.entry import Result
 from fasthpm.errors import UserError
@@ -48,7 +50,6 @@ from fasthpm.model import HPMViT
 from fasthpm.model_names import is_video
 from fasthpm.patches import NormalizedPatches, Statistics, statistics_for
 from fasthpm.pictures import drawing, panels, scenes
-from fasthpm.pictures.shown import Shown, shown_of
 from fasthpm.probes import answers
 from fasthpm.probes.answers import Answers
 from fasthpm.probes.difficulty_head import HeadResult, agreement, fit_beside, target_features
@@ -81,8 +82,8 @@ class ImageMaps(NamedTuple):
 
     ids: Array  # int64 [B]
     pictures: Array  # uint8 [B, H, W, 3]
-    predicted: Array  # float32 [B, R, C], zeros of a run that can't be asked
-    true_loss: Array  # float32 [B, R, C], zeros if not asked for
+    predicted: Array  # float32 [B, R, C], zeros of a run that can't be asked; NaN where a patch has nodata
+    true_loss: Array  # float32 [B, R, C], zeros if not asked for; the same
     empty: Array  # float64 [B], share of patches with nothing in them
     deviation: Array  # float64 [B], of the grey levels
 
@@ -96,15 +97,20 @@ def difficulty(
 ) -> tuple[Tensor, Tensor]:
     """Predicted difficulty, and the true loss averaged over `masks` random masks (0: zeros): float32 [B, L] each.
 
+    Of a patch that has any nodata both are NaN: what the model makes of it means nothing.
+
     - `statistics`: by which pixels are normalised; `images`: [B, H, W, C] as stored, on the model's device
     """
-    patches = NormalizedPatches(recipe, statistics)(images)
-    zeros = torch.zeros_like(patches[:, :, 0])
-    predicted = zeros if refusal(model, model.difficulty) else averaged(model, patches, LOOKS)
-    if not masks:
-        return predicted, zeros
-    hiding = panels.random_masks(recipe, len(patches), masks)
-    return predicted, panels.average_loss(model, patches, hiding, features(images, patches))
+    cut = NormalizedPatches(recipe, statistics)
+    patches, valid = cut(images), cut.valid(images)
+    true = torch.zeros_like(patches[:, :, 0])
+    predicted = true if refusal(model, model.difficulty) else averaged(model, patches, LOOKS)
+    if masks:
+        hiding = panels.random_masks(recipe, len(patches), masks)
+        true = panels.average_loss(model, patches, hiding, features(images, patches))
+    if valid is not None:
+        predicted, true = (values.masked_fill(~valid, torch.nan) for values in (predicted, true))
+    return predicted, true
 
 
 def whole_images(recipe: Recipe, arguments: argparse.Namespace) -> Any:
@@ -195,8 +201,11 @@ class Saliency:
             return
         for kind, values in maps.items():
             pixels = drawing.per_pixel(values, self._size).ravel()
-            self._areas.setdefault(kind, []).append(auc(pixels, inside))
-            self._curves.setdefault(kind, []).append(precision_recall(pixels, inside))
+            known = ~np.isnan(pixels)
+            if inside[known].all() or not inside[known].any():
+                continue
+            self._areas.setdefault(kind, []).append(auc(pixels[known], inside[known]))
+            self._curves.setdefault(kind, []).append(precision_recall(pixels[known], inside[known]))
 
     def scores(self) -> dict[str, dict[str, float]]:
         """{kind: {"auc", "max_f", "images"}}. **Raises:** `UserError` if no image had a mask."""
@@ -322,14 +331,22 @@ def write_arrays(
 ) -> None:
     """maps.npz and images.csv, of all images."""
     columns = {
-        "difficulty": whole.predicted.mean((1, 2)),
-        "difficulty_spread": whole.predicted.std((1, 2)),
-        "true_loss": whole.true_loss.mean((1, 2)),
+        "difficulty": of_known(np.nanmean, whole.predicted),
+        "difficulty_spread": of_known(np.nanstd, whole.predicted),
+        "true_loss": of_known(np.nanmean, whole.true_loss),
         "empty_patches": whole.empty,
         "deviation": whole.deviation,
     }
     np.savez_compressed(out / "maps.npz", names=np.array(names), ids=whole.ids, **kinds)  # type: ignore[arg-type]
     write_ranking(out / "images.csv", names, columns, arguments.true_loss > 0)
+
+
+def of_known(figure: Callable[..., Any], maps: Array) -> Array:
+    """A figure of each map [N, R, C] over the patches that have data: [N], NaN of one that has none."""
+    known = ~np.isnan(maps).all((1, 2))
+    found = np.full(len(maps), np.nan)
+    found[known] = figure(maps[known], axis=(1, 2))
+    return found
 
 
 def measured_here(parts: Sequence[ImageMaps], asked: Answers, arguments: argparse.Namespace) -> Answers:
@@ -340,7 +357,8 @@ def measured_here(parts: Sequence[ImageMaps], asked: Answers, arguments: argpars
     for part in parts:
         if len(part.ids):
             predicted, true = (torch.from_numpy(x).flatten(1) for x in (part.predicted, part.true_loss))
-            found, count = found + len(part.ids) * np.array(agreement(predicted, true)), count + len(part.ids)
+            valid = ~predicted.isnan() if predicted.isnan().any() else None
+            found, count = found + len(part.ids) * np.array(agreement(predicted, true, valid)), count + len(part.ids)
     spearman, auc = (found / count).tolist()
     where = f"on these {count} images, over {arguments.true_loss} masks"
     return dataclasses.replace(asked, spearman=spearman, auc=auc, source=where)

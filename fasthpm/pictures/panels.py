@@ -10,6 +10,7 @@ from torch import Tensor
 from fasthpm import mask as masks
 from fasthpm.data import DatasetInfo, build_loader
 from fasthpm.data.sampling import Array
+from fasthpm.data.shown import NOTHING, Shown, shown_of
 from fasthpm.data.values import Values
 from fasthpm.difficulty import refusal
 from fasthpm.errors import UserError
@@ -20,7 +21,6 @@ from fasthpm.model import VIDEO_EPS, HPMViT
 from fasthpm.patches import NormalizedPatches, Statistics
 from fasthpm.pictures import drawing
 from fasthpm.pictures.drawing import Pictures
-from fasthpm.pictures.shown import NOTHING, Shown, shown_of
 from fasthpm.recipe import Recipe
 
 COLUMNS = ("image", "reconstruction", "true_loss", "predicted_loss", "mask")

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from fasthpm import schedule
+from fasthpm.data.shown import shown_of
 from fasthpm.patches import model_of
 from fasthpm.pictures import drawing, panels
-from fasthpm.pictures.shown import shown_of
 from fasthpm.run.metrics import Metrics, overview_tag
 from fasthpm.run.records import METRICS_FILE, latest, read_records
 from fasthpm.run.state import Run

@@ -32,7 +32,11 @@ class Canvas:
         self._areas = np.zeros(size)
 
     def add(self, place: Place, values: Array) -> None:
-        """Lay values [r, c, channels], which fill `place`, on it: each counts by the area that it covers of a cell."""
+        """Lay values [r, c, channels], which fill `place`, on it: each counts by the area that it covers of a cell.
+
+        Where any of the channels is NaN there is nothing.
+        """
+        known = np.where(np.isnan(values).any(2), 0.0, 1.0)
         (top, down), (left, across) = (
             _shares(start, length, parts, cell, cells)
             for start, length, parts, cell, cells in zip(
@@ -45,8 +49,9 @@ class Canvas:
             )
         )
         part = (slice(top, top + len(down)), slice(left, left + len(across)))
-        self._sums[part] += np.einsum("ai,ijk,bj->abk", down, values.astype(np.float64), across, optimize=True)
-        self._areas[part] += np.outer(down.sum(1), across.sum(1))
+        filled = np.where(known[..., None] > 0, values, 0).astype(np.float64)
+        self._sums[part] += np.einsum("ai,ijk,bj->abk", down, filled, across, optimize=True)
+        self._areas[part] += down @ known @ across.T
 
     def mean(self) -> Array:
         """float64 [rows, columns, channels], NaN where nothing lies."""
@@ -88,7 +93,7 @@ class Scene:
         self.picture.add(place, picture)
 
     def write(self, stem: Path) -> None:
-        """STEM.npz: every map float32 [rows, columns], NaN where no tile was, and `cell`, the pixels of a cell.
+        """STEM.npz: every map float32 [rows, columns], NaN where no tile or no data was; `cell`, the pixels of a cell.
         STEM.png: the scene, and each map over it.
         """
         means = self.maps.mean()
@@ -97,13 +102,9 @@ class Scene:
         drawing.save_png(self._drawn(means), stem.with_name(f"{stem.name}.png"))
 
     def _drawn(self, means: Array) -> Array:
-        known = ~np.isnan(means[..., 0])
-        inside = drawing.per_pixel(known, (known.shape[0] * self.enlarged, known.shape[1] * self.enlarged))[..., None]
         picture = self.picture.mean()
-        picture = np.where(inside & ~np.isnan(picture), picture, NO_TILE).round().astype(np.uint8)
-        filled = [np.where(known, values, values[known].min()) for values in np.moveaxis(means, 2, 0)]
-        blends = [drawing.blended(picture, values) for values in filled]
-        return np.concatenate([picture, *(np.where(inside, blend, np.uint8(NO_TILE)) for blend in blends)], axis=1)
+        picture = np.where(np.isnan(picture), NO_TILE, picture).round().astype(np.uint8)
+        return np.concatenate([picture, *(drawing.blended(picture, one) for one in np.moveaxis(means, 2, 0))], axis=1)
 
 
 def put_together(

@@ -16,6 +16,7 @@ from torch import Tensor
 from fasthpm.cli import Parser
 from fasthpm.data.pixels import luminance, render
 from fasthpm.data.plain import read_pixels
+from fasthpm.data.shown import Shown, shown_of
 from fasthpm.data.statistics import measured
 from fasthpm.data.values import Values, are_photographs
 from fasthpm.errors import UserError
@@ -24,7 +25,6 @@ from fasthpm.frozen import build_frozen
 from fasthpm.model import HPMViT
 from fasthpm.patches import Statistics, statistics_for
 from fasthpm.pictures import drawing, panels
-from fasthpm.pictures.shown import Shown, shown_of
 from fasthpm.probes import answers
 from fasthpm.probes.clips import add_sampling_rate, at_rate
 from fasthpm.recipe import Recipe

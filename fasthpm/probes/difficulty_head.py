@@ -50,9 +50,10 @@ class Agreement(NamedTuple):
     difficulty_auc: float
 
 
-def agreement(answers: Tensor, true: Tensor) -> Agreement:
-    """Of two [B, L]."""
-    return Agreement(float(losses.spearman(answers, true)), float(losses.hardest_auc(answers, true)))
+def agreement(answers: Tensor, true: Tensor, valid: Tensor | None = None) -> Agreement:
+    """Of two [B, L]; `valid`: bool [B, L], the patches that count; None: all."""
+    spearman, auc = losses.spearman(answers, true, valid), losses.hardest_auc(answers, true, valid=valid)
+    return Agreement(float(spearman), float(auc))
 
 
 @dataclass(frozen=True)

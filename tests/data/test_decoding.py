@@ -135,7 +135,6 @@ def reason(data: bytes) -> str:
     return ""
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("form", ["PNG", "GIF", "TIFF", "WEBP", "BMP", "JPEG", "PPM", "ICO", "JPEG2000"])
 def test_reasons_of_broken_files_are_the_same_every_time(form: str) -> None:
     data = saved(texture(40, 40), form)

@@ -72,7 +72,6 @@ def test_pages_that_lead_back_end() -> None:
     assert tiff.list_pages(b"II*\0\xff\xff\xff\xff") == []
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("compression", ["tiff_adobe_deflate", "tiff_deflate", "jpeg", "tiff_lzw", "group4"])
 def test_damage_in_strips_is_found(compression: str) -> None:
     """Of all these Pillow passes over some."""
@@ -87,7 +86,6 @@ def test_damage_in_strips_is_found(compression: str) -> None:
             read(hole(data, at, max(len(data) // 20, 64), value))
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("compression", [None, "tiff_adobe_deflate", "jpeg", "tiff_lzw", "packbits", "group4"])
 def test_cut_files_are_refused(compression: str | None) -> None:
     image = texture(160, 240)

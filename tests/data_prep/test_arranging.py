@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from data_prep.arranging import Looked, keeps_values
-from data_prep.rasters.containers import Kind
 from fasthpm.data.ffcv.beton import open_beton
+from fasthpm.data.rasters.containers import Kind
 from fasthpm.errors import UserError
 from fasthpm.files import read_json
 from tests.helpers.data_fixtures import image_folder, picture, prepare
@@ -157,3 +157,22 @@ def test_few_files_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     )
     prepare(tmp_path / "in", tmp_path / "a.beton", *ONE)
     assert [Path(blob.path).stem for blob in seen] == ["000", "004", "001", "007"]  # sorted by class
+
+
+def test_zarr_folders_are_samples_of_class_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What lies in them is no sample of its own, and tells an unchanged set from a changed one."""
+    zarr = pytest.importorskip("zarr")
+    values = [np.full((8, 9, 3), 700 + k, np.uint16) for k in range(3)]
+    stores = [tmp_path / "files" / name / f"{k}.zarr" for k, name in enumerate(("ant", "bee", "ant"))]
+    for store, pixels in zip(stores, values, strict=True):
+        zarr.save_array(str(store), pixels)
+    words = (tmp_path / "files", tmp_path / "set.beton", "--values", "keep")
+    prepare(*words)
+    found = stored_arrays(tmp_path / "set.beton")
+    assert sorted(found) == ["ant/0.zarr", "ant/2.zarr", "bee/1.zarr"]
+    np.testing.assert_array_equal(found["bee/1.zarr"], values[1])
+    assert read_json(tmp_path / "set.json")["classes"] == ["ant", "bee"]
+    prepare(*words)  # it is there already
+    zarr.open(str(stores[0]), mode="r+")[0, 0, 0] = 1
+    with pytest.raises(UserError, match="changed"):
+        prepare(*words)

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.cuts import boxes_of, laid_over, numbers_of
-from data_prep.rasters.raster import Raster
+from data_prep.cuts import boxes_of
 from data_prep.sets import read_csv, rejected_path
 from fasthpm.data.ffcv.beton import JPEG, files_path, open_beton
+from fasthpm.data.rasters.channels import laid_over, numbers_of
+from fasthpm.data.rasters.raster import Raster
 from fasthpm.errors import UserError
 from fasthpm.files import read_json
 from tests.helpers.data_fixtures import picture, prepare

@@ -100,13 +100,13 @@ class ToyTask(Task):
     def recipe_for(self, model: HPMViT, given: Mapping[str, Any]) -> str:
         return "toy_small"
 
-    def open(self, settings: Toy, split: str, channels: int) -> Halves:
+    def open(self, settings: Toy, split: str, channels: int, values: Any) -> Halves:
         return Halves(settings.data_path if split == "train" else "toy:10", settings.size)
 
     def files(self, settings: Toy, data: Any) -> Sequence[str]:
         return [__file__] * len(data)
 
-    def transform(self, settings: Toy, split: str) -> Any:
+    def transform(self, settings: Toy, split: str, pixels: Any) -> Any:
         return noisy if split == "train" else plain
 
     def collate(self, settings: Toy) -> Any:
@@ -127,7 +127,7 @@ class ToyTask(Task):
             {"accuracy": 100 * hits / count}, [{"class": "left", "accuracy": 1.0}, {"class": "right", "accuracy": None}]
         )
 
-    def draw(self, forward: Any, loader: Any, pixels: Any, launch: ranks.Launch, path: Path) -> None:
+    def draw(self, forward: Any, loader: Any, pixels: Any, launch: ranks.Launch, path: Path, show: str) -> None:
         count = sum(len(batch.ids) for batch in loader)
         if launch.rank == 0:
             path.write_text(str(count))

@@ -23,3 +23,13 @@ def test_rounding_is_not_painted() -> None:
     colours = drawing.heat(values)
     assert (colours[0] == colours[0, 0, 0]).all()
     assert not (colours[1] == colours[1, 0, 0]).all()
+
+
+def test_a_map_leaves_the_picture_where_it_is_nan() -> None:
+    picture = np.full((4, 4, 3), 90, np.uint8)
+    values = np.array([[np.nan, 1.0], [2.0, 3.0]])
+    found = drawing.blended(picture, values)
+    assert (found[:2, :2] == 90).all()
+    whole = drawing.blended(picture, np.where(np.isnan(values), 1.0, values))
+    np.testing.assert_array_equal(found[2:], whole[2:])
+    np.testing.assert_array_equal(drawing.blended(picture, np.full((2, 2), np.nan)), picture)

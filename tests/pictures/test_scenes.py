@@ -51,6 +51,19 @@ def test_tiles_of_whole_cells_give_their_maps_back() -> None:
     np.testing.assert_allclose(scene.maps.mean()[..., 0], sums / counts, atol=1e-12)
 
 
+def test_patches_without_data_are_neither_mixed_nor_covered() -> None:
+    places = [Place("a", 0, 0, 8, 8), Place("a", 0, 4, 8, 8)]
+    left, right = np.array([[1.0, 2.0], [np.nan, 4.0]]), np.array([[np.nan, 6.0], [np.nan, 8.0]])
+    scene = Scene(places, (2, 2), ["predicted"])
+    for place, values in zip(places, (left, right), strict=True):
+        scene.add(place, {"predicted": values}, np.full((8, 8, 3), 100, np.uint8))
+    np.testing.assert_array_equal(scene.maps.mean()[..., 0], [[1, 2, 6], [np.nan, 4, 8]])
+    picture = scene._drawn(scene.maps.mean())
+    cell = scene.enlarged
+    assert (picture[cell:, 3 * cell : 4 * cell] == 100).all()  # as it is, beside colours
+    assert (picture[:cell, 3 * cell : 4 * cell] != 100).any()
+
+
 def test_scenes_are_put_together_from_tiles_in_any_order(tmp_path: Path) -> None:
     places = [Place(f"x/{name}.tif", 0, 8 * k, 8, 8) for k in (0, 2) for name in "ba"]
     ids = np.array([3, 0, 1])  # one does not decode

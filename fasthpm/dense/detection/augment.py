@@ -18,8 +18,10 @@ from torch import Tensor
 from fasthpm.data.sampling import Array
 from fasthpm.dense.detection.coco import Seen
 from fasthpm.dense.detection.masks import tight_boxes
+from fasthpm.dense.values import resized
 
 FILL = 128  # grey of what lies outside the image, as in detectron2's crop
+Ground = tuple[float, ...] | None  # a value per channel, None: `FILL`
 
 
 @dataclass(frozen=True)
@@ -72,15 +74,26 @@ def whole_window(shape: tuple[int, int], side: int) -> Window:
     return Window(0.0, 0.0, (wide / width, tall / height), wide, tall)
 
 
-def show(pixels: Array, window: Window, side: int) -> Array:
-    """uint8 [H, W, C] -> uint8 [S, S, C]: the window (bilinear, averaging where it shrinks), the rest grey."""
+def show(pixels: Array, window: Window, side: int, ground: Ground = None, nodata: float | None = None) -> Array:
+    """[H, W, C] -> [S, S, C]: the window (bilinear, averaging where it shrinks), the rest grey.
+
+    - `ground`: of other pixels than photographs', what the rest is; `nodata`: what is not mixed with other values
+    """
     channels = pixels.shape[2]
+    if ground is not None:
+        left, top, right, bottom = window.box()
+        box = (left, top, min(right, pixels.shape[1]), min(bottom, pixels.shape[0]))
+        whole = np.empty((side, side, channels), pixels.dtype)
+        whole[...] = ground
+        size = (window.height, window.width)
+        whole[: window.height, : window.width] = resized(pixels, size, Image.Resampling.BILINEAR, nodata, box)
+        return whole
     image = Image.fromarray(pixels if channels == 3 else pixels[..., 0])
     left, top, right, bottom = window.box()
     box = (left, top, min(right, image.width), min(bottom, image.height))
     canvas = np.full((side, side, channels), FILL, np.uint8)
-    resized = image.resize((window.width, window.height), Image.Resampling.BILINEAR, box)
-    canvas[: window.height, : window.width] = np.asarray(resized).reshape(window.height, window.width, channels)
+    part = image.resize((window.width, window.height), Image.Resampling.BILINEAR, box)
+    canvas[: window.height, : window.width] = np.asarray(part).reshape(window.height, window.width, channels)
     return canvas
 
 
@@ -98,19 +111,24 @@ class Jitter:
 
     - `side`: S; `scales`: least and largest, see `draw_window`; `flip`: mirror every second sample
     - `least_side`: objects of which a side is shorter in the crop, in pixels, are left out
+    - `ground`, `nodata`: of pixels that are no photographs'; see `show`
 
-    The image is uint8 [C, S, S]; the target holds `boxes` float32 [N, 4], `labels` int64 [N], `masks` uint8 [N, S, S].
+    The image is [C, S, S], as stored; the target holds `boxes` float32 [N, 4], `labels` int64 [N], `masks` uint8
+    [N, S, S].
     """
 
     side: int
     scales: tuple[float, float] = (0.1, 2.0)
     flip: bool = True
     least_side: float = 1.0
+    ground: Ground = None
+    nodata: float | None = None
 
     def __call__(self, seen: Seen, generator: np.random.Generator) -> tuple[Tensor, dict[str, Any]]:
         """The same for the same numbers of `generator`."""
         window = draw_window(seen.pixels.shape[:2], self.side, self.scales, generator)
-        pixels, masks = show(seen.pixels, window, self.side), show_masks(seen.masks, window, self.side)
+        pixels = show(seen.pixels, window, self.side, self.ground, self.nodata)
+        masks = show_masks(seen.masks, window, self.side)
         if generator.uniform() < 0.5 and self.flip:
             pixels, masks = pixels[:, ::-1], masks[:, :, ::-1]
         boxes = tight_boxes(masks)
@@ -128,6 +146,8 @@ class Fit:
     """
 
     side: int
+    ground: Ground = None
+    nodata: float | None = None
 
     def __call__(self, seen: Seen, generator: np.random.Generator) -> tuple[Tensor, dict[str, Any]]:
         """Nothing is random here."""
@@ -138,7 +158,7 @@ class Fit:
             "shown": torch.tensor([window.height, window.width]),
             "original": torch.tensor(shape),
         }
-        return _channels_first(show(seen.pixels, window, self.side)), target
+        return _channels_first(show(seen.pixels, window, self.side, self.ground, self.nodata)), target
 
 
 def _channels_first(pixels: Array) -> Tensor:
@@ -146,7 +166,7 @@ def _channels_first(pixels: Array) -> Tensor:
 
 
 def collate(samples: list[tuple[Tensor, dict[str, Any]]]) -> tuple[Tensor, list[dict[str, Any]]]:
-    """Samples as a batch: uint8 [B, C, S, S] and the targets as a list; [0, 3, 0, 0] of none."""
+    """Samples as a batch: [B, C, S, S], as stored, and the targets as a list; [0, 3, 0, 0] of none."""
     if not samples:
         return torch.zeros(0, 3, 0, 0, dtype=torch.uint8), []
     return torch.stack([image for image, _ in samples]), [target for _, target in samples]

@@ -21,6 +21,7 @@ import numpy as np
 
 from fasthpm.data.pixels import luminance
 from fasthpm.data.plain import read_pixels
+from fasthpm.data.rasters.files import KIND_REMEDY, FileReader
 from fasthpm.data.sampling import Array
 from fasthpm.dense.detection import masks
 from fasthpm.dense.loader import Unreadable
@@ -29,6 +30,7 @@ from fasthpm.errors import UserError, note_once
 SEGM = "segmentation"
 KEPT_OF_IMAGES = ("neg_category_ids", "not_exhaustive_category_ids")  # LVIS's, for its AP
 LISTED = 3  # names that one line tells
+LOOKED_AT = 16  # images whose headers are looked at before anything starts
 
 
 class Thing(NamedTuple):
@@ -53,7 +55,7 @@ class Image(NamedTuple):
 class Seen(NamedTuple):
     """What a sample is: an image and, to train on, its objects."""
 
-    pixels: Array  # uint8 [H, W, C]
+    pixels: Array  # [H, W, C], of photographs uint8
     masks: Array  # uint8 [N, H, W]
     labels: Array  # int64 [N], from 1
     sample: int  # its number in the set
@@ -299,6 +301,7 @@ class CocoSet:
         self.classes = tuple(category["name"] for category in found.categories)
         self._images, self._things = Packed(found.images), Packed(found.things)
         self.channels = 3  # that images are read with; 1: their luminance
+        self.reader: FileReader | None = None  # of images that are no photographs
         self.repeated: Array | None = None  # float [N], see `lvis.repeat_factors`
 
     def __len__(self) -> int:
@@ -326,10 +329,7 @@ class CocoSet:
         **Raises:** `Unreadable` for an image that does not decode or has another size than the file says.
         """
         image = self.image(sample)
-        try:
-            pixels = read_pixels(self.name(sample))
-        except UserError as error:
-            raise Unreadable(f"cannot be read as an image ({error.__cause__})") from error
+        pixels = self.pixels(sample)
         if pixels.shape[:2] != (image.height, image.width):
             theirs, ours = (f"{width}x{height}" for height, width in (image[1:3], pixels.shape[:2]))
             raise Unreadable(f"has {ours} pixels, {self.source} says {theirs}")
@@ -338,8 +338,37 @@ class CocoSet:
             made = masks.decode([thing.segmentation for thing in things], image.height, image.width)
         except ValueError as error:
             raise Unreadable(f"has an object of {self.source} that cannot be read ({error})") from error
-        pixels = luminance(pixels) if self.channels == 1 else pixels
         return Seen(pixels, made, np.array([thing.label for thing in things], np.int64), sample)
+
+    def pixels(self, sample: int) -> Array:
+        """An image [H, W, C]. **Raises:** `Unreadable` for one that does not decode, or is not of the model's kind."""
+        if self.reader is None:
+            try:
+                pixels = read_pixels(self.name(sample))
+            except UserError as error:
+                raise Unreadable(f"cannot be read as an image ({error.__cause__})") from error
+            return luminance(pixels) if self.channels == 1 else pixels
+        try:
+            return self.reader(Path(self.name(sample)))
+        except (UserError, MemoryError):
+            raise
+        except Exception as error:  # readers raise nearly anything for damaged files
+            raise Unreadable(f"cannot be read as an image ({error})") from error
+
+    def check_kind(self) -> None:
+        """Look at the headers of some images. **Raises:** `UserError` for one of another kind than the model takes."""
+        if self.reader is None:
+            return
+        for sample in np.unique(np.linspace(0, len(self) - 1, LOOKED_AT).astype(int)).tolist():
+            path = Path(self.name(sample))
+            try:
+                unlike = self.reader.look(path)[1]
+            except UserError:
+                raise
+            except Exception:  # damaged: a bad sample when it comes
+                continue
+            if unlike:
+                raise UserError(f"image {path} has {unlike}; {KIND_REMEDY}")
 
     def truth(self, samples: Iterable[int]) -> dict[str, Any]:
         """What an AP is computed against, in COCO's form: image n is sample n, category k the label k."""

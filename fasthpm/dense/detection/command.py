@@ -27,7 +27,10 @@ from torch import Tensor
 
 from fasthpm import ranks
 from fasthpm.cli import Arguments
+from fasthpm.data.rasters.files import reader_of
+from fasthpm.data.shown import Shown
 from fasthpm.data.statistics import PixelStatistics
+from fasthpm.data.values import Values
 from fasthpm.dense import command
 from fasthpm.dense.detection import masks, pictures
 from fasthpm.dense.detection.ap import FREQUENCIES, NAMES, Found, average_precision, described, gathered
@@ -39,6 +42,7 @@ from fasthpm.dense.loader import Collate, DenseLoader, Transform
 from fasthpm.dense.results import DenseResult
 from fasthpm.dense.task import Task, Tested
 from fasthpm.dense.tuning import normalised
+from fasthpm.dense.values import ground, shown_once
 from fasthpm.errors import UserError
 from fasthpm.model import HPMViT
 
@@ -63,15 +67,14 @@ class Detection(Task):
             file = find_split(Path(given["data_path"]), "val" if given.get("evaluate") else "train")[0]
         return "maskrcnn_vit_base_lvis" if "lvis" in file.name else "maskrcnn_vit_base_coco_12e"
 
-    def open(self, settings: Detect, split: str, channels: int) -> CocoSet:
+    def open(self, settings: Detect, split: str, channels: int, values: Values) -> CocoSet:
         """The images and objects of a split."""
         masks.coco_library("mask")  # before the first step
-        if channels not in (1, 3):
-            raise UserError(f"the run's images have {channels} channels, and detection reads 3 or 1; give another run")
         file, folder = where(settings, split)
         train = split == "train"
         data = open_set(file, folder, train=train, keep_empty=settings.keep_empty)
-        data.channels = channels
+        data.channels, data.reader = channels, reader_of(values, channels)
+        data.check_kind()
         if train and settings.repeat_threshold:
             from fasthpm.dense.detection.lvis import labels_of, repeat_factors
 
@@ -82,11 +85,13 @@ class Detection(Task):
         """The file and its images."""
         return [data.source, *(data.name(sample) for sample in range(len(data)))]
 
-    def transform(self, settings: Detect, split: str) -> Transform:
+    def transform(self, settings: Detect, split: str, pixels: PixelStatistics) -> Transform:
         """Large-scale jitter, or the whole image."""
+        ways = ground(pixels, None), pixels.values.nodata
         if split == "val":
-            return Fit(settings.side)
-        return Jitter(settings.side, (settings.scale_min, settings.scale_max), settings.flip, settings.least_side)
+            return Fit(settings.side, *ways)
+        scales = settings.scale_min, settings.scale_max
+        return Jitter(settings.side, scales, settings.flip, settings.least_side, *ways)
 
     def collate(self, settings: Detect) -> Collate:
         """One for training and tests."""
@@ -124,12 +129,12 @@ class Detection(Task):
         return ranks.by_first(lambda: Tested(*average_precision(data, whole)))
 
     def draw(
-        self, forward: Any, loader: DenseLoader, pixels: PixelStatistics, launch: ranks.Launch, path: Path
+        self, forward: Any, loader: DenseLoader, pixels: PixelStatistics, launch: ranks.Launch, path: Path, show: str
     ) -> None:
         """Images with true and detected objects."""
-        examples, data = [], as_coco(loader)
+        examples, data, shown = [], as_coco(loader), shown_once(pixels, show)
         for predictions, batch in predicted(forward, loader, pixels, launch):
-            examples += [example(data, *each) for each in zip(predictions, batch.targets, strict=True)]
+            examples += [example(data, *each, shown) for each in zip(predictions, batch.targets, strict=True)]
         with ranks.in_agreement():
             if launch.rank == 0:
                 pictures.save(examples, data.classes, path)
@@ -162,15 +167,15 @@ def predicted(
     weights."""
     side = getattr(forward, "module", forward).side
     for batch in loader:
-        images = normalised(batch.images.to(launch.device), pixels)
-        if not len(images):
-            channels = as_coco(loader).channels
-            images = torch.zeros(1, channels, side, side, device=launch.device)
+        if len(batch.images):
+            images = normalised(batch.images.to(launch.device), pixels)
+        else:
+            images = torch.zeros(1, as_coco(loader).channels, side, side, device=launch.device)
         yield forward(images)[: len(batch.targets)], batch
 
 
-def example(data: CocoSet, prediction: dict[str, Tensor], target: dict[str, Tensor]) -> pictures.Example:
-    """What is drawn of an image."""
+def example(data: CocoSet, prediction: dict[str, Tensor], target: dict[str, Tensor], shown: Shown) -> pictures.Example:
+    """What is drawn of an image, as it is `shown`."""
     sample = int(target["sample"])
     image, things = data.image(sample), data.things(sample)
     truth = [
@@ -183,8 +188,7 @@ def example(data: CocoSet, prediction: dict[str, Tensor], target: dict[str, Tens
         pictures.Shown(row["category_id"], row["score"], corners(row["bbox"]), mask)
         for row, mask in zip(rows, decoded, strict=True)
     ]
-    pixels = data.read(sample).pixels
-    return pictures.Example(pixels if pixels.shape[2] == 3 else pixels.repeat(3, axis=2), truth, found)
+    return pictures.Example(shown.first(data.pixels(sample)), truth, found)
 
 
 def corners(box: Any) -> tuple[float, float, float, float]:

@@ -13,24 +13,27 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fasthpm.dense.pairs import IGNORED
+from fasthpm.dense.values import lacking, stored
 
-Array = NDArray[np.uint8]
+Array = NDArray[Any]
 Sample = tuple[Array, Array]
 LONG_BY_SHORT = 4  # [released code] (2048, 512): the longer side is at most this many times what the shorter one may be
 TRIES = 10  # [released code] crops that may be drawn again because one class has too much of them
 BRIGHTNESS, CONTRAST, SATURATION, HUE = 32.0, (0.5, 1.5), (0.5, 1.5), 18  # [released code] hue in 180ths of the circle
+FILL = (124, 116, 104)  # [released code] the mean colour of ImageNet
 HUES = 256 / 180  # Pillow's steps in one of these
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Callable: an image uint8 [H, W, C], its mask [H, W] and random numbers -> a crop: uint8 [C, h, w] and [h, w].
+    """Callable: an image [H, W, C], its mask [H, W] and random numbers -> a crop: [C, h, w], as stored, and [h, w].
 
     In this order: resize by a random factor with the aspect kept, crop at random (again while one class has more than
     `cat_max_ratio` of the labelled pixels, up to 10 times), pad, mirror, distort the colours.
 
     - `crop`: (h, w); `short_side`: of a resize by the factor 1; `factors`: lowest and highest
-    - `distort`: whether colours are distorted; `fill`: colour of what lies outside the image, whose mask is `IGNORED`
+    - `distort`: whether colours are distorted, those of photographs
+    - `fill`: of what lies outside the image, whose mask is `IGNORED`; `nodata`: what is not mixed with other values
     """
 
     crop: tuple[int, int]
@@ -39,7 +42,8 @@ class Augmentation:
     cat_max_ratio: float = 0.75
     flip: bool = True
     distort: bool = True
-    fill: tuple[int, ...] = (124, 116, 104)
+    fill: tuple[float, ...] = FILL
+    nodata: float | None = None
 
     def __call__(self, sample: Sample, random: np.random.Generator) -> Sample:
         """See the class."""
@@ -48,7 +52,8 @@ class Augmentation:
         size = fitted(mask.shape, int(self.short_side * LONG_BY_SHORT * factor), int(self.short_side * factor))
         corner = self._corner(mask, size, random)
         kept = (min(size[0] - corner[0], self.crop[0]), min(size[1] - corner[1], self.crop[1]))
-        image, mask = resized_image(image, size, corner, kept), resized_mask(mask, size, corner, kept)
+        image = resized_image(image, size, corner, kept, self.nodata)
+        mask = resized_mask(mask, size, corner, kept)
         if self.flip and random.random() < 0.5:
             image, mask = image[:, ::-1], mask[:, ::-1]
         if self.distort:
@@ -71,11 +76,11 @@ class Augmentation:
         return row, column
 
 
-def for_test(sample: Sample, short_side: int) -> Sample:
-    """An image resized as for training by the factor 1, uint8 [C, h, w], and its mask as it is, [H, W]."""
+def for_test(sample: Sample, short_side: int, nodata: float | None = None) -> Sample:
+    """An image resized as for training by the factor 1, [C, h, w], and its mask as it is, [H, W]."""
     image, mask = sample
     size = fitted(mask.shape, short_side * LONG_BY_SHORT, short_side)
-    return np.ascontiguousarray(resized_image(image, size, (0, 0), size).transpose(2, 0, 1)), mask
+    return np.ascontiguousarray(resized_image(image, size, (0, 0), size, nodata).transpose(2, 0, 1)), mask
 
 
 # -------------------------------------------------------------------------------------------------- sizes
@@ -86,21 +91,36 @@ def fitted(size: tuple[int, ...], long_side: int, short_side: int) -> tuple[int,
     return height, width
 
 
-def resized_image(image: Array, size: tuple[int, int], corner: tuple[int, int], kept: tuple[int, int]) -> Array:
+def resized_image(
+    image: Array, size: tuple[int, int], corner: tuple[int, int], kept: tuple[int, int], nodata: float | None = None
+) -> Array:
     """Bilinear, without antialiasing: the part of the image [H, W, C] in `size` that begins at `corner`.
 
     - `size`, `kept`: (height, width) of the whole resized image, and of the part that is computed
+    - `nodata`: in what has any part of it the result is nodata
     """
     if size == image.shape[:2]:
         return image[corner[0] : corner[0] + kept[0], corner[1] : corner[1] + kept[1]]
+    if image.dtype == np.uint8 and nodata is None:  # photographs: nothing is out of range
+        found = _bilinear(image, size, corner, kept)
+        found += 0.5
+        return found.astype(np.uint8)
+    out = lacking(image, nodata)
+    if out is None:
+        return stored(_bilinear(image, size, corner, kept), image, nodata, None)
+    found = _bilinear(np.where(out, image.dtype.type(0), image), size, corner, kept)
+    return stored(found, image, nodata, _bilinear(out, size, corner, kept) > 0)
+
+
+def _bilinear(
+    image: Array, size: tuple[int, int], corner: tuple[int, int], kept: tuple[int, int]
+) -> NDArray[np.float32]:
     upper, lower, down = _neighbours(image.shape[0], size[0], corner[0], kept[0])
     left, right, across = _neighbours(image.shape[1], size[1], corner[1], kept[1])
     first = left[0]
     part = image[:, first : right[-1] + 1]
     rows = _between(part.take(upper, 0), part.take(lower, 0), down[:, None, None])
-    columns = _between(rows.take(left - first, 1), rows.take(right - first, 1), across[:, None])
-    columns += 0.5
-    return columns.astype(np.uint8)
+    return _between(rows.take(left - first, 1), rows.take(right - first, 1), across[:, None])
 
 
 def resized_mask(mask: Array, size: tuple[int, int], corner: tuple[int, int], kept: tuple[int, int]) -> Array:
@@ -130,7 +150,7 @@ def _between(before: NDArray[Any], after: NDArray[Any], share: NDArray[np.float3
     return first
 
 
-def padded(pixels: Array, size: tuple[int, int], value: int | tuple[int, ...]) -> Array:
+def padded(pixels: Array, size: tuple[int, int], value: float | tuple[float, ...]) -> Array:
     """[h, w] or [h, w, C] filled up with `value` to `size` (height, width), right and below."""
     if pixels.shape[:2] == size:
         return np.ascontiguousarray(pixels)

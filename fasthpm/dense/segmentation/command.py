@@ -30,19 +30,22 @@ from torch import Tensor
 
 from fasthpm import ranks
 from fasthpm.cli import Arguments
+from fasthpm.data.shown import Shown
 from fasthpm.data.statistics import PixelStatistics
+from fasthpm.data.values import Values, are_photographs
 from fasthpm.dense import command
 from fasthpm.dense.loader import Collate, DenseLoader, DenseSet, Transform
 from fasthpm.dense.pairs import open_pairs
 from fasthpm.dense.results import DenseResult
 from fasthpm.dense.segmentation import pictures
-from fasthpm.dense.segmentation.augment import Augmentation, Sample, for_test, resized_mask
+from fasthpm.dense.segmentation.augment import FILL, Augmentation, Sample, for_test, resized_mask
 from fasthpm.dense.segmentation.network import Segmenter, build_segmenter
 from fasthpm.dense.segmentation.norms import world_size
 from fasthpm.dense.segmentation.settings import RECIPES, SMALL, SMALL_SIDE, Segment
 from fasthpm.dense.segmentation.testing import Windows, class_table, count_pixels, figures, predicted
 from fasthpm.dense.task import Task, Tested
 from fasthpm.dense.tuning import normalised
+from fasthpm.dense.values import ground, shown_once
 from fasthpm.errors import UserError, note_once
 from fasthpm.files import read_json
 from fasthpm.model import HPMViT
@@ -57,14 +60,15 @@ class TestImage:
     """Callable: an image and its mask as a test sees them; see `for_test`."""
 
     short_side: int
+    nodata: float | None = None
 
     def __call__(self, sample: Sample, random: np.random.Generator) -> Sample:
         """Without random numbers."""
-        return for_test(sample, self.short_side)
+        return for_test(sample, self.short_side, self.nodata)
 
 
 def collate(samples: list[Sample]) -> tuple[Any, Any]:
-    """Images uint8 [B, C, h, w] and masks uint8 [B, H, W]; lists of tensors where their sizes differ."""
+    """Images [B, C, h, w], as stored, and masks uint8 [B, H, W]; lists of tensors where their sizes differ."""
     images, masks = ([torch.from_numpy(np.ascontiguousarray(sample[k])) for sample in samples] for k in (0, 1))
     alike = len({(image.shape, mask.shape) for image, mask in zip(images, masks, strict=True)}) == 1
     return (torch.stack(images), torch.stack(masks)) if alike else (images, masks)
@@ -85,25 +89,30 @@ class Segmentation(Task):
             return SMALL
         return f"upernet_vit_{'large' if model.embed_dim >= 1024 else 'base'}_ade20k_160k"
 
-    def open(self, settings: Segment, split: str, channels: int) -> Any:
+    def open(self, settings: Segment, split: str, channels: int, values: Values) -> Any:
         """The pairs of a split."""
-        return open_pairs(settings, split, channels=channels)
+        return open_pairs(settings, split, channels=channels, values=values)
 
     def files(self, settings: Segment, data: Any) -> list[str]:
         """Images and masks."""
         return [str(path) for pair in data.pairs for path in (pair.image, pair.mask)]
 
-    def transform(self, settings: Segment, split: str) -> Transform:
+    def transform(self, settings: Segment, split: str, pixels: PixelStatistics) -> Transform:
         """mmseg's augmentation, or the size of tests."""
+        nodata, photographs = pixels.values.nodata, are_photographs(pixels.values.dtype, len(pixels.mean))
         if split == "val":
-            return TestImage(settings.test_side)
+            return TestImage(settings.test_side, nodata)
+        if settings.distort and not photographs:
+            note_once("colours are not distorted: that is for photographs, and the model takes other pixels")
         return Augmentation(
             settings.image_size,
             settings.test_side,
             (settings.resize_min, settings.resize_max),
             settings.cat_max_ratio,
             settings.flip,
-            settings.distort,
+            settings.distort and photographs,
+            ground(pixels, FILL),
+            nodata,
         )
 
     def collate(self, settings: Segment) -> Collate:
@@ -137,14 +146,14 @@ class Segmentation(Task):
         return Tested(figures(counts), class_table(counts, loader.data.classes))
 
     def draw(
-        self, forward: Any, loader: DenseLoader, pixels: PixelStatistics, launch: ranks.Launch, path: Path
+        self, forward: Any, loader: DenseLoader, pixels: PixelStatistics, launch: ranks.Launch, path: Path, show: str
     ) -> None:
         """Images, masks and predictions."""
-        windows, examples = windows_of(forward, loader, launch), []
+        windows, examples, shown = windows_of(forward, loader, launch), [], shown_once(pixels, show)
         for batch in loader:
             logits = windows([normalised(image.to(launch.device), pixels) for image in batch.images])
             for image, truth, found in zip(batch.images, batch.targets, logits, strict=True):
-                examples.append(example(image, truth, found))
+                examples.append(example(image, truth, found, shown))
         with ranks.in_agreement():
             if launch.rank == 0:
                 pictures.save(examples, loader.data.classes, path)
@@ -185,12 +194,13 @@ def windows_of(forward: Any, loader: DenseLoader, launch: ranks.Launch) -> Windo
     )
 
 
-def example(image: Tensor, truth: Tensor, logits: Tensor) -> pictures.Example:
-    """What is drawn of an image [C, h, w], its mask [H, W] and its logits [K, h, w], all at the image's size."""
+def example(image: Tensor, truth: Tensor, logits: Tensor, shown: Shown) -> pictures.Example:
+    """What is drawn, all at the image's size: an image [C, h, w] as it is `shown`, its mask [H, W], and what its logits
+    [K, h, w] say."""
     size = (image.shape[1], image.shape[2])
     mask = resized_mask(truth.numpy(), size, (0, 0), size)
     labels = predicted(logits, size).to(torch.uint8).cpu().numpy()
-    return pictures.Example(image.permute(1, 2, 0).numpy(), mask, labels)
+    return pictures.Example(shown.first(image.permute(1, 2, 0).numpy()), mask, labels)
 
 
 TASK = Segmentation()

@@ -173,8 +173,6 @@ def check(model: HPMViT, image_size: tuple[int, int], relative_positions: bool) 
     side, depth = model.patch_size, len(model.blocks)
     if model.video:
         raise UserError("segment reads images, and this run was trained on video; give a run of images")
-    if model.in_chans not in (1, 3):
-        raise UserError(f"segment reads RGB or grey images, and this run's have {model.in_chans} channels")
     if depth < LEVELS:
         raise UserError(f"UPerNet reads {LEVELS} levels, and this encoder has {depth} blocks; give a deeper one")
     if any(length % side or length < 2 * side for length in image_size):

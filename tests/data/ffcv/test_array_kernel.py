@@ -32,14 +32,20 @@ class Samples:
         )
 
     def decode(
-        self, crops: Any, size: tuple[int, int], how: str = "bicubic", nodata: float | None = None, gains: Any = None
+        self,
+        crops: Any,
+        size: tuple[int, int],
+        how: str = "bicubic",
+        nodata: float | None = None,
+        gains: Any = None,
+        means: Any = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         crops, channels = np.array(crops, np.int64).reshape(-1, 5), self.arrays[0].shape[2]
         images = np.full((len(crops), *size, channels), 7, self.dtype)
         status = np.full(len(crops), -1, np.int32)
         gains = np.ones((len(crops), channels), np.float32) if gains is None else np.asarray(gains, np.float32)
         settings = kernel.settings_of(self.dtype, nodata, INTERPOLATIONS.index(how))
-        means = np.arange(channels, dtype=np.float32) + 10
+        means = np.arange(channels, dtype=np.float32) + 10 if means is None else np.asarray(means, np.float32)
         kernel.decode(self.table, np.arange(len(crops)), crops, gains, means, images, status, settings)
         return images, status
 
@@ -172,3 +178,24 @@ def test_damaged_bands_are_reported_or_change_pixels_but_touch_nothing_else() ->
     assert (status[1:6] == kernel.DAMAGED).all()
     assert set(status.tolist()) == {0, kernel.DAMAGED}
     assert not images[status != 0].any()
+
+
+@pytest.mark.parametrize("how", ["area", "bicubic"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", [kernel.MANY, 20])
+def test_many_channels_are_resized_as_each_alone(how: str, dtype: str, channels: int) -> None:
+    """Bit for bit: the two ways to sum columns are one computation. With nodata, gains, turns, shrunk and enlarged."""
+    array = array_picture(5, (61, 90), channels, dtype)
+    array[10:14, 20:30, 1] = 7
+    array[0, :40, channels - 1] = 7
+    crops = [[3, 5, 50, 80, code] for code in range(8)] + [[20, 20, 9, 7, 1], [0, 0, 61, 90, 2]]
+    gains = np.linspace(0.5, 1.5, channels, dtype=np.float32)[None].repeat(len(crops), 0)
+    gains[::2] = 1
+    found, status = Samples([array] * len(crops)).decode(crops, (24, 24), how, 7, gains)
+    assert not status.any()
+    means = np.arange(channels) + 10  # as `decode` has them
+    for c in range(channels):
+        alone = Samples([np.ascontiguousarray(array[..., c : c + 1])] * len(crops))
+        own = np.ascontiguousarray(gains[:, c : c + 1])
+        want, _ = alone.decode(crops, (24, 24), how, 7, own, means[c : c + 1])
+        assert want.tobytes() == np.ascontiguousarray(found[..., c : c + 1]).tobytes()

@@ -1,14 +1,19 @@
 """Prepared sets: one file or many, and what is refused."""
 
 import json
+import tarfile
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
+from data_prep import verify
 from fasthpm.data import build_loader, read_info
 from fasthpm.data.ffcv.prepared import merged_ranges, open_set
+from fasthpm.data.values import Values
 from tests.helpers.data_fixtures import image_folder, list_sources, picture, prepare, prepare_shards
+from tests.helpers.golden import GOLDEN
 from tests.helpers.loaders import SIZE, joined, refused, same
 
 
@@ -119,3 +124,30 @@ def test_bad_sidecars_are_refused(beton: Path) -> None:
     refused(beton, "cannot be read")
     sidecar.unlink()
     refused(beton, "set.json cannot be read")
+
+
+# ------------------------------------------------------------------------------------------------------- older files
+@pytest.mark.parametrize("mode", ["raw", "jpg"])
+def test_files_that_were_prepared_before_arrays_were_known_are_read(tmp_path: Path, mode: str) -> None:
+    """Four images of `shade` each, written by the commit before (63f04fc)."""
+
+    def shade(k: int) -> np.ndarray:
+        y, x = np.mgrid[: 20 + k, : 30 - k]
+        return np.stack([(7 * x + 3 * y + 50 * k) % 256, (5 * y + 11 * k) % 256, (x * y) % 256], 2).astype(np.uint8)
+
+    with tarfile.open(GOLDEN / "before_arrays.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    path = tmp_path / f"old_{mode}.beton"
+    data = open_set(path)
+    assert not data.holds_arrays
+    assert data.info.classes == ("ant", "bee")
+    assert data.info.values == Values()
+    for sample, (height, width) in enumerate(zip(data.heights.tolist(), data.widths.tolist(), strict=True)):
+        loader = build_loader(path, batch_size=1, image_size=(height, width), channels=3, train=False, whole=True)
+        found = loader.take(0, np.array([sample])).images[0].numpy()
+        loader.close()
+        number = int(Path(data.name_of(sample).split(" (")[0]).stem)
+        assert data.labels[sample] == number % 2
+        difference = np.abs(found.astype(int) - shade(number))
+        assert difference.max() == 0 if mode == "raw" else difference.mean() < 25
+    verify.main([str(path)])

@@ -190,7 +190,6 @@ def test_it_computes_in_bfloat16_close_to_float32() -> None:
 
 
 REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
-    ({"in_chans": 2}, {}, "this run's have 2 channels"),
     ({"depth": 3}, {}, "this encoder has 3 blocks"),
     (
         {},

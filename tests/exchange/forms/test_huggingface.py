@@ -106,3 +106,16 @@ def test_relative_positions_leave_in_two_forms_only(tmp_path: Path, capsys: pyte
     with pytest.raises(UserError, match="a head of tokens, this model's is of pixels"):
         export(run_with(tmp_path / "mae", model="simmim_vit_nano_patch4_28", predict_loss="none", mask_policy="random",
                         norm_pix_loss=False)[0], "hf_beit_mim", tmp_path / "no", capsys)  # fmt: skip
+
+
+@torch.no_grad()
+def test_twelve_channels_by_the_printed_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The encoder's tokens; and reconstructions, for a mask that transformers' noise draws."""
+    run, model = run_with(tmp_path / "run", channels=12, data_path="")
+    images = pictures(model)
+    vit = export(run, "hf_vit", tmp_path / "vit", capsys).eval()
+    close(vit(images).last_hidden_state, model.encode(images))
+    mae = export(run, "hf_vitmae", tmp_path / "mae", capsys).eval()
+    found = mae(images, noise=torch.arange(9.0).expand(2, 9))
+    want = model(images, found.mask.bool()).reconstruction
+    close(found.logits[found.mask.bool()].reshape(want.shape), want)

@@ -5,9 +5,10 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageOps
 
-from data_prep.rasters.raster import Blob, Box, Raster, Reading, narrowed
 from fasthpm.data import png
 from fasthpm.data.decoding import Opened, open_picture, orientation_of, read
+from fasthpm.data.quiet import quietly
+from fasthpm.data.rasters.raster import Blob, Box, Raster, Reading, narrowed
 from fasthpm.data.sampling import Array
 
 PNG_DEPTH, PNG_KIND = 24, 25  # bytes of a PNG that say how many bits a channel has, and which channels there are
@@ -17,6 +18,7 @@ WIDE = {"F": "float32", "I": "float32", "I;16": "uint16", "I;16L": "uint16", "I;
 SCALED = ("PPM",)  # whose wide integers Pillow gives in 0..65535, as mode I
 
 
+@quietly()
 def open_photograph(blob: Blob, reading: Reading, alpha: str = "white") -> Raster:
     """A picture as 8-bit RGB, as `decoding.read` has it, read whole; with `alpha` "keep" as RGBA."""
     data = blob.all()
@@ -31,6 +33,7 @@ def open_photograph(blob: Blob, reading: Reading, alpha: str = "white") -> Raste
     return Raster(height, width, 4 if alpha == "keep" else 3, "uint8", _cutting(load), notes=opened.notes)
 
 
+@quietly()
 def with_alpha(data: bytes, reading: Reading, alpha: str) -> Array:
     """8-bit pixels with their opacity as a fourth channel (`alpha` "keep"), or laid over black."""
     checked = read(data, max_pixels=reading.max_pixels)  # finds damage
@@ -44,6 +47,7 @@ def with_alpha(data: bytes, reading: Reading, alpha: str) -> Array:
     return np.asarray(Image.alpha_composite(Image.new("RGBA", layer.size, "black"), layer).convert("RGB"))
 
 
+@quietly()
 def is_transparent(data: bytes) -> bool:
     """Whether a picture has transparency, as far as it can be opened."""
     try:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from data_prep.rasters.raster import Raster
+from fasthpm.data.rasters.raster import Raster
 
 
 @pytest.fixture(autouse=True)

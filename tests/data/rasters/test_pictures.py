@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.rasters.pictures import is_transparent, open_photograph, open_wide, with_alpha
-from data_prep.rasters.raster import Blob, Raster, Reading
+from fasthpm.data.rasters.pictures import is_transparent, open_photograph, open_wide, with_alpha
+from fasthpm.data.rasters.raster import Blob, Raster, Reading
 from tests.helpers.odd_files import hole, png, saved
 
 RNG = np.random.default_rng(0)

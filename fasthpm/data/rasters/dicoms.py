@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.rasters.raster import Blob, Raster, Reading, fitting, is_whole, library, settle_pages
+from fasthpm.data.rasters.raster import Blob, Raster, Reading, fitting, is_whole, library, settle_pages
 from fasthpm.data.sampling import Array
 
 PREAMBLE, MAGIC = 128, b"DICM"

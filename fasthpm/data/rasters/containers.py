@@ -4,9 +4,10 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from data_prep.rasters import dicoms, pictures, stores, tiffs
-from data_prep.rasters.raster import AmbiguousPages, Blob, Raster, Reading
 from fasthpm.data import png
+from fasthpm.data.quiet import quietly
+from fasthpm.data.rasters import dicoms, pictures, stores, tiffs
+from fasthpm.data.rasters.raster import AmbiguousPages, Blob, Raster, Reading
 from fasthpm.data.values import are_photographs
 
 KEY = "::"
@@ -61,6 +62,7 @@ def container_of(blob: Blob) -> Container:
     return next(container for container in CONTAINERS if container.accepts(name, start))
 
 
+@quietly()
 def open_raster(blob: Blob, reading: Reading) -> Raster:
     """A file with its own numbers.
 
@@ -70,6 +72,7 @@ def open_raster(blob: Blob, reading: Reading) -> Raster:
     return container_of(blob).open(blob, reading)
 
 
+@quietly()
 def kind_of(blob: Blob, reading: Reading) -> Kind:
     """What a file's pixels are. **Raises:** as `open_raster`."""
     container = container_of(blob)

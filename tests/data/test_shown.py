@@ -11,11 +11,11 @@ import torch
 from fasthpm import recipes
 from fasthpm.data import DatasetInfo
 from fasthpm.data.sampling import Array
+from fasthpm.data.shown import NOTHING, shown_of
 from fasthpm.data.values import Values
 from fasthpm.errors import UserError
 from fasthpm.patches import model_of
 from fasthpm.pictures import panels
-from fasthpm.pictures.shown import NOTHING, shown_of
 
 BANDS = ("blue", "green", "red", "nir")
 

@@ -9,13 +9,24 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.rasters.raster import MAX_BYTES, Blob, Raster, Reading, fitting, guess_axes, is_whole, library, raster_of
+from fasthpm.data.listing import STORE
+from fasthpm.data.quiet import quietly
+from fasthpm.data.rasters.raster import (
+    MAX_BYTES,
+    Blob,
+    Raster,
+    Reading,
+    fitting,
+    guess_axes,
+    is_whole,
+    library,
+    raster_of,
+)
 from fasthpm.data.sampling import Array
 
 NPY, ZIP, HDF5 = b"\x93NUMPY", b"PK\x03\x04", b"\x89HDF\r\n\x1a\n"
 GZIP = b"\x1f\x8b"
 NIFTI_MAGIC, NIFTI_MAGICS = 344, (b"n+1\0", b"n+2\0")
-ZARR = ".zarr"
 NIFTI_AXES = "XYZT"
 
 
@@ -87,6 +98,7 @@ def _plain(values: Any, reading: Reading, **facts: Any) -> Raster:
     return raster_of(values, reading.axes or guess_axes(values.shape, samples=reading.numbered), reading, **facts)
 
 
+@quietly()
 def read_array(blob: Blob, key: str) -> Array:
     """A whole array, of labels for instance, out of a file of several."""
     name, start = blob.path.lower(), blob.start()
@@ -121,7 +133,7 @@ def open_hdf5(blob: Blob, reading: Reading) -> Raster:
 
 def is_zarr(name: str, start: bytes) -> bool:
     """By its name: it is a folder."""
-    return name.rstrip("/").endswith(ZARR)
+    return name.rstrip("/").endswith(STORE)
 
 
 def open_zarr(blob: Blob, reading: Reading) -> Raster:

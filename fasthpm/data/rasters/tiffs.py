@@ -3,15 +3,15 @@
 import logging
 import math
 import re
-import warnings
 from typing import Any
 
 import numpy as np
 from PIL import TiffImagePlugin
 
-from data_prep.rasters.raster import CHANNEL, MAX_BYTES, Blob, Raster, Reading, library, raster_of
 from fasthpm.data import jpegs
 from fasthpm.data.decoding import FIRST, LARGEST
+from fasthpm.data.quiet import quietly
+from fasthpm.data.rasters.raster import CHANNEL, MAX_BYTES, Blob, Raster, Reading, library, raster_of
 from fasthpm.data.sampling import Array
 
 MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -41,8 +41,7 @@ def is_photograph(blob: Blob) -> bool:
         try:
             table = TiffImagePlugin.ImageFileDirectory_v2(start if big else start[:8])
             file.seek(int.from_bytes(start[8:16] if big else start[4:8], order))  # type: ignore[arg-type]
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Pillow's remarks on damage
+            with quietly():
                 table.load(file)
             if not {WIDTH, HEIGHT} <= set(table):
                 return False

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.rasters import stores
-from data_prep.rasters.raster import Blob, Raster, Reading
+from fasthpm.data.rasters import stores
+from fasthpm.data.rasters.raster import Blob, Raster, Reading
 
 VALUES = np.random.default_rng(0).integers(0, 60000, (20, 30, 5)).astype(np.uint16)
 

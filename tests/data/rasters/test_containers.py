@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.rasters.containers import Kind, blob_of, container_of, kind_of, open_raster
-from data_prep.rasters.raster import MAX_BYTES, AmbiguousPages, Blob, Reading, check_size
+from fasthpm.data.rasters.containers import Kind, blob_of, container_of, kind_of, open_raster
+from fasthpm.data.rasters.raster import MAX_BYTES, AmbiguousPages, Blob, Reading, check_size
 from tests.helpers.odd_files import png, saved
 from tests.helpers.rasters import dicom
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_prep.rasters.raster import AmbiguousPages, Blob, Raster, Reading
-from data_prep.rasters.tiffs import INVERTED, is_photograph, open_tiff
+from fasthpm.data.rasters.raster import AmbiguousPages, Blob, Raster, Reading
+from fasthpm.data.rasters.tiffs import INVERTED, is_photograph, open_tiff
 from tests.helpers.odd_files import Tiff
 
 tifffile = pytest.importorskip("tifffile")

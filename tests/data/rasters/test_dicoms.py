@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_prep.rasters.dicoms import is_dicom, open_dicom
-from data_prep.rasters.raster import AmbiguousPages, Blob, Reading
+from fasthpm.data.rasters.dicoms import is_dicom, open_dicom
+from fasthpm.data.rasters.raster import AmbiguousPages, Blob, Reading
 from tests.helpers.rasters import dicom, save_dicom
 
 pytest.importorskip("pydicom")
