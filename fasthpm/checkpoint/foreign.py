@@ -247,10 +247,8 @@ def ibot_centres(content: Mapping[str, Any]) -> Tensor | None:
     """The centres of iBOT's loss, of cls and of patches: float32 [2, K]; None where a file has none of one length."""
     kept = content.get("ibot_loss", {})
     found = [kept.get(name) for name in ("center", "center2")] if isinstance(kept, Mapping) else []
-    if len(found) < 2 or not all(isinstance(one, Tensor) and one.dtype in FLOATS for one in found):
-        return None
-    rows = [one.float().flatten() for one in found]
-    return torch.stack(rows) if len(rows[0]) == len(rows[1]) else None
+    rows = [one.float().flatten() for one in found if isinstance(one, Tensor) and one.dtype in FLOATS]
+    return torch.stack(rows) if len(rows) == 2 and len(rows[0]) == len(rows[1]) else None
 
 
 def infer_architecture(state: Mapping[str, Tensor], source: str = "") -> Architecture:

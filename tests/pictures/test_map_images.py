@@ -134,6 +134,7 @@ def test_the_loss_alone_of_a_run_that_nobody_can_ask(folder: Path, tmp_path: Pat
 
 IBOT: dict[str, Any] = {
     "input_size": "12",
+    "patch_size": 4,
     "prototypes": 6,
     "head_hidden": 8,
     "local_crops": 0,
