@@ -10,7 +10,7 @@ run. Differences are taken seed by seed, to random masks with the same model.
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,21 +119,23 @@ def run_one(arguments: argparse.Namespace, method: str, seed: int, out: Path) ->
     write_json(out / RESULT, result)
 
 
-def summarise(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def summarise(
+    runs: Sequence[dict[str, Any]], methods: Mapping[str, Method] = METHODS, probes: Sequence[str] = PROBES
+) -> dict[str, Any]:
     """{method: {"seeds", probe or truth: summary, "gain": {probe: summary of differences to its control}}}."""
     found: dict[str, dict[int, dict[str, Any]]] = {}
     for run in runs:
         found.setdefault(run["method"], {})[run["seed"]] = run
     rows: dict[str, Any] = {}
-    for method in (one for one in METHODS if one in found):
-        seeds, others = found[method], found.get(METHODS[method].control, {})
+    for method in (one for one in methods if one in found):
+        seeds, others = found[method], found.get(methods[method].control, {})
         row: dict[str, Any] = {"seeds": sorted(seeds)}
-        row |= {name: mean_and_spread([run["probes"][name] for run in seeds.values()]) for name in PROBES}
+        row |= {name: mean_and_spread([run["probes"][name] for run in seeds.values()]) for name in probes}
         for truth in TRUTH:
             values = [run["truth"][truth] for run in seeds.values() if truth in run["truth"]]
             row |= {truth: mean_and_spread(values)} if values else {}
         both = sorted(set(seeds) & set(others))
-        gains = {name: [seeds[s]["probes"][name] - others[s]["probes"][name] for s in both] for name in PROBES}
+        gains = {name: [seeds[s]["probes"][name] - others[s]["probes"][name] for s in both] for name in probes}
         row |= {"gain": {name: mean_and_spread(values) for name, values in gains.items()}} if both else {}
         rows[method] = row
     return rows

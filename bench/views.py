@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 from bench.baselines import EPS, EagerBlock
 from bench.common import machine, ratios, say, show, table, write_json
@@ -24,14 +25,17 @@ from bench.eager import average
 from bench.step import INFO, measure
 from fasthpm import ranks, recipes, schedule
 from fasthpm.cli import Parser, run_command
+from fasthpm.commands.dry_run import Meter
 from fasthpm.difficulty import HEAD
-from fasthpm.patches import model_of
-from fasthpm.projection import BOTTLENECK
+from fasthpm.mask_counts import CountPlan
+from fasthpm.patches import model_of, width_of
+from fasthpm.projection import BOTTLENECK, ProjectionHead, cross_entropy, mean_logits, sharpened, teacher_logits
 from fasthpm.recipe import Recipe
 from fasthpm.speed import graph
 from fasthpm.speed.flops import step_flops
+from fasthpm.speed.gpus import GPUS
 from fasthpm.teacher import EMATeacher
-from fasthpm.views import inputs_of, step_of
+from fasthpm.views import inputs_of, loss_across_views, step_of
 
 VARIANTS = ("ibot", "hpm_ibot", "eager")
 RATIOS = (("HPM-iBOT / iBOT", "hpm_ibot", "ibot"), ("eager iBOT / iBOT", "eager", "ibot"))
@@ -68,6 +72,37 @@ class EagerIBOT(nn.Module):
         return self.last(nn.functional.normalize(self.head(hidden), dim=-1))
 
 
+def eager_targets(logits: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
+    """The teacher's distributions of cls [B, K] and of all patches [B, L, K]; the centres [2, K] move."""
+    means = torch.stack([logits[:, 0].mean(0), logits[:, 1:].mean((0, 1))])
+    cls, patches = (((part - centre[k]) / 0.07).softmax(-1) for k, part in enumerate((logits[:, 0], logits[:, 1:])))
+    centre.lerp_(means, 0.1)
+    return cls, patches
+
+
+def eager_losses(
+    wanted: tuple[Tensor, Tensor], ours: Tensor, crops: Tensor, mask: Tensor, counts: tuple[int, int]
+) -> Tensor:
+    """iBOT's loss by loops over pairs of views.
+
+    - `wanted`: of `eager_targets`; `ours`: the student's logits of all tokens, [B, 1 + L, K]; `crops`: of the local
+      crops' cls, [R, K]; `mask`: bool [B, L]; `counts`: global and local crops of an image
+    """
+    views, small = counts
+    wanted_cls, wanted_patches = (part.chunk(views) for part in wanted)
+    seen = [*(ours[:, 0] / 0.1).chunk(views), *(crops / 0.1).chunk(small)]
+    patches, masks = (ours[:, 1:] / 0.1).chunk(views), mask.float().chunk(views)
+    cls, patch = [], []
+    for q in range(views):
+        for v in range(len(seen)):
+            if v == q:
+                each = -(wanted_patches[q] * patches[v].log_softmax(-1)).sum(-1)
+                patch.append(((each * masks[v]).sum(-1) / masks[v].sum(-1).clamp(min=1)).mean())
+            else:
+                cls.append(-(wanted_cls[q] * seen[v].log_softmax(-1)).sum(-1).mean())
+    return torch.stack(cls).mean() + torch.stack(patch).mean()
+
+
 def eager_update(recipe: Recipe, images: Tensor, local: Tensor) -> Callable[[int], None]:
     """One update on normalised crops [S V, C, H, W] and [S n, C, h, w], V at first."""
     student = EagerIBOT(model_of(recipe))
@@ -78,23 +113,8 @@ def eager_update(recipe: Recipe, images: Tensor, local: Tensor) -> Callable[[int
 
     def losses(mask: Tensor) -> Tensor:
         with torch.no_grad():
-            theirs = teacher(images)
-            means = torch.stack([theirs[:, 0].mean(0), theirs[:, 1:].mean((0, 1))])
-            wanted = ((theirs[:, 0] - centre[0]) / 0.07).softmax(-1).chunk(views)
-            wanted_patches = ((theirs[:, 1:] - centre[1]) / 0.07).softmax(-1).chunk(views)
-            centre.lerp_(means, 0.1)
-        ours, crops = student(images, mask), student(local)
-        seen = [*(ours[:, 0] / 0.1).chunk(views), *(crops[:, 0] / 0.1).chunk(small)]
-        patches, masks = (ours[:, 1:] / 0.1).chunk(views), mask.float().chunk(views)
-        cls, patch = [], []
-        for q in range(views):
-            for v in range(len(seen)):
-                if v == q:
-                    each = -(wanted_patches[q] * patches[v].log_softmax(-1)).sum(-1)
-                    patch.append(((each * masks[v]).sum(-1) / masks[v].sum(-1).clamp(min=1)).mean())
-                else:
-                    cls.append(-(wanted[q] * seen[v].log_softmax(-1)).sum(-1).mean())
-        return torch.stack(cls).mean() + torch.stack(patch).mean()
+            wanted = eager_targets(teacher(images), centre)
+        return eager_losses(wanted, student(images, mask), student(local)[:, 0], mask, (views, small))
 
     def update(number: int) -> None:
         shares = torch.where(torch.rand(len(images)) < 0.5, 0.0, 0.1 + 0.4 * torch.rand(len(images)))
@@ -149,13 +169,57 @@ def recipe_of(variant: str, size: str, batch_size: int, local_crops: int) -> Rec
     ).resolve(10**6, 1)
 
 
-def head_memory(recipe: Recipe, samples: int = 64) -> dict[str, float]:
-    """MiB of logits and distributions in float32 that a micro-step holds for the patches: of all (as published), and of
-    the masked ones alone, of which the most that there can be are kept."""
-    rows, most = samples * recipe.global_crops, int(recipe.num_patches * (recipe.mask_ratio + recipe.mask_ratio_spread))
-    unit = 4 * recipe.prototypes / 2**20
-    # The teacher's logits and their softmax, the student's and their log-softmax.
-    return {"published": 4 * rows * recipe.num_patches * unit, "ours": 4 * rows * most * unit}
+def head_memory(recipe: Recipe) -> dict[str, float]:
+    """MiB at the peak of a forward and backward pass of both heads and the losses, in float32, beside weights and the
+    tokens that enter: as published, which makes logits of all patches, and ours, which makes those that losses need.
+
+    Measured on tensors without values, allocated and freed as the real ones would be.
+    """
+    return {"published": _peak(recipe, _published_heads), "ours": _peak(recipe, _our_heads)}
+
+
+def _peak(recipe: Recipe, losses: Callable[[Recipe, ProjectionHead, ProjectionHead, Tensor, Tensor], Tensor]) -> float:
+    """Of `losses` of (recipe, student's head, teacher's head, tokens [B, 1 + L, D], cls tokens of local crops)."""
+    width, rows = width_of(recipe.model), recipe.batch_size * recipe.global_crops
+    with FakeTensorMode(allow_non_fake_inputs=True), Meter(next(iter(GPUS.values()))) as meter:
+        heads = [ProjectionHead(width, recipe.prototypes, recipe.head_hidden) for _ in range(2)]
+        tokens = torch.empty(rows, 1 + recipe.num_patches, width, requires_grad=True)
+        local = torch.empty(recipe.batch_size * recipe.local_crops, width, requires_grad=True)
+        for weight in (*heads[0].parameters(), *heads[1].parameters()):
+            weight.register_post_accumulate_grad_hook(lambda w: setattr(w, "grad", None))
+        meter.live = meter.peak = 0.0
+        losses(recipe, heads[0], heads[1].requires_grad_(False), tokens, local).backward()
+    return meter.peak / 2**20
+
+
+def _published_heads(
+    recipe: Recipe, student: ProjectionHead, teacher: ProjectionHead, tokens: Tensor, local: Tensor
+) -> Tensor:
+    mask = torch.empty(len(tokens), recipe.num_patches, dtype=torch.bool)
+    with torch.no_grad():
+        wanted = eager_targets(teacher(tokens), torch.empty(2, recipe.prototypes))
+    return eager_losses(wanted, student(tokens), student(local), mask, (recipe.global_crops, recipe.local_crops))
+
+
+def _our_heads(
+    recipe: Recipe, student: ProjectionHead, teacher: ProjectionHead, tokens: Tensor, local: Tensor
+) -> Tensor:
+    """As `ViewStep` does it."""
+    most = CountPlan(recipe.mask_ratio, recipe.mask_ratio_spread, recipe.unmasked_share, recipe.num_patches).most
+    places = torch.empty(len(tokens), most, dtype=torch.int64)[:, :, None].expand(-1, -1, tokens.shape[2])
+    with torch.no_grad():
+        entering = teacher.bottleneck(tokens)
+        mean_logits(teacher, entering)
+        masked = entering[:, 1:].gather(1, places[:, :, : entering.shape[2]])
+        logits = teacher_logits(teacher, torch.cat([entering[:, :1], masked], 1))
+        centre = torch.empty(2, recipe.prototypes)
+        cls, patches = (sharpened(part, centre[k], 0.07) for k, part in enumerate((logits[:, 0], logits[:, 1:])))
+        del logits
+    count = len(tokens) + len(local)
+    rows = torch.cat([tokens[:, 0], local, tokens[:, 1:].gather(1, places).flatten(0, 1)])
+    found = student(rows)
+    per_patch = cross_entropy(found[count:].unflatten(0, (len(tokens), most)), patches)
+    return loss_across_views(found[:count], cls, recipe.global_crops) + per_patch.mean()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -181,6 +245,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         seconds, processor = measure(made, arguments.rounds, 1, launch.device)
     found = {name: ratios(processor[one], processor[other]) for name, one, other in RATIOS}
     work = {name: step_flops(model_of(recipe_of(name, *shape)), recipe_of(name, *shape)) for name in VARIANTS[:2]}
+    memory = head_memory(recipe_of("ibot", "base", 64, 10))
     write_json(
         arguments.output,
         {
@@ -190,13 +255,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             "raw_processor_seconds": processor,
             "ratios": found,
             "gflop_per_sample": {name: one["total"] / 1e9 for name, one in work.items()},
-            "head_mib_at_64": head_memory(recipe_of("ibot", "base", 64, 10)),
+            "head_mib_at_64": memory,
         },
     )
-    memory = head_memory(recipe_of("ibot", "base", 64, 10))
     print(table(("ratio of processor seconds", "median (low to high)"), [(n, show(v)) for n, v in found.items()]))
     print(f"by arithmetic HPM-iBOT / iBOT {work['hpm_ibot']['total'] / work['ibot']['total']:.3f}")
-    print(f"patch logits of 64 samples: {memory['published']:.0f} MiB as published, {memory['ours']:.0f} here at most")
+    print(f"heads and losses of 64 samples: {memory['published']:.0f} MiB as published, {memory['ours']:.0f} here")
 
 
 if __name__ == "__main__":

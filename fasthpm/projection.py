@@ -6,6 +6,8 @@ of the mean of what enters it: the 8,192 logits of a patch are made for masked p
 Letters: D width, K prototypes, N tokens.
 """
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -118,6 +120,16 @@ def teacher_logits(head: ProjectionHead, entering: Tensor) -> Tensor:
 def sharpened(logits: Tensor, centre: Tensor, temperature: Tensor | float) -> Tensor:
     """A teacher's distribution: softmax((logits - centre) / temperature), float32 [..., K]."""
     return ((full_precision(logits) - centre) / temperature).softmax(dim=-1)
+
+
+def patch_distributions(teacher: Any, patches: Tensor, centre: Tensor, temperature: float) -> Tensor:
+    """A teacher's distributions of all patches, float32 [B, L, K].
+
+    - `teacher`: an `HPMViT` with this head; `patches`: as in its `encode_in_place`; `centre`: of patches, [K]
+    """
+    head = teacher.decoder_pred
+    entering = head.bottleneck(teacher.encode_in_place(patches)[:, 1:])
+    return sharpened(teacher_logits(head, entering), centre, temperature)
 
 
 def cross_entropy(logits: Tensor, probabilities: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from fasthpm.projection import (
     cross_entropy,
     entropy,
     mean_logits,
+    patch_distributions,
     sharpened,
     teacher_logits,
 )
@@ -232,9 +233,8 @@ class ViewStep(Step):
     @torch.no_grad()
     def target_of(self, images: Tensor, patches: Tensor) -> Tensor:
         """The teacher's distribution of every patch of some images, [B, L, K], at the last temperature."""
-        entering = self._head.bottleneck(self._teacher[0].encode_in_place(patches)[:, 1:])
         self.centres.move(images.device)
-        return sharpened(teacher_logits(self._head, entering), self.centres.values[1], self.recipe.temperature)
+        return patch_distributions(self._teacher[0], patches, self.centres.values[1], self.recipe.temperature)
 
 
 def loss_across_views(logits: Tensor, wanted: Tensor, views: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 from typing import Any
 
 import pytest
@@ -10,18 +11,22 @@ from torch import Tensor
 
 from fasthpm import schedule
 from fasthpm.data import DatasetInfo, build_loader
-from fasthpm.difficulty import HEAD
+from fasthpm.difficulty import DIFFICULTIES, HEAD
 from fasthpm.errors import UserError
+from fasthpm.mask import POLICIES as MASK_POLICIES
+from fasthpm.mask_counts import COUNTED_POLICIES
 from fasthpm.model import Crops
 from fasthpm.patches import model_of
 from fasthpm.recipe import Recipe
 from fasthpm.run.state import endless
 from fasthpm.step import Step, StepOutput
+from fasthpm.view_fields import ViewFields
 from fasthpm.views import VIEW_METRICS, ViewStep, loss_across_views, step_of
 from tests.helpers import reference_views as reference
 
 INFO = DatasetInfo(64, 3, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), ("a",))
 S, V, LOCAL = 3, 2, 2
+ELSEWHERE = ("uniform", "tube", "hpm_tube")  # masks that do not fit the recipe below anyway
 
 
 def tiny(**changes: Any) -> Recipe:
@@ -263,6 +268,67 @@ def test_recipes_of_one_view_have_the_other_step() -> None:
 def test_what_cannot_go_together_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         tiny(**changes)
+
+
+def table() -> list[dict[str, Any]]:
+    """Models, masks, units, ways to ask, loss predictors and targets, whether or not they make sense together: all that
+    have iBOT's model, or its target."""
+    methods = [f"{name}_vit_nano_patch4_28" for name in ("ibot", "hpm", "mae", "simmim", "beit")]
+    choices: dict[str, Any] = {
+        "model": methods,
+        "mask_policy": MASK_POLICIES,
+        "mask_unit": (0, 8),
+        "difficulty": DIFFICULTIES,
+        "predict_loss": ("none", "relative"),
+        "target": ("distributions", "pixels"),
+    }
+    rows = [dict(zip(choices, row, strict=True)) for row in itertools.product(*choices.values())]
+    return [row for row in rows if row["target"] == "distributions" or row["model"].startswith("ibot")]
+
+
+def complete(changes: dict[str, Any]) -> dict[str, Any]:
+    """With no more fields of views than a target knows."""
+    bare = {field.name: field.default for field in dataclasses.fields(ViewFields)}
+    return changes if changes["target"] == "distributions" else {**bare, **changes}
+
+
+def why_not(changes: dict[str, Any]) -> list[str]:
+    """With what a row of the table may be refused, in part; [] if it makes sense as a recipe of several views."""
+    ibot, views = changes["model"].startswith("ibot"), changes["target"] == "distributions"
+    policy, asked = changes["mask_policy"], changes["difficulty"]
+    in_encoder = not changes["model"].startswith(("hpm", "mae"))
+    reasons = {
+        "needs a projection head, which model": views and not ibot,
+        "projects onto prototypes, but target is pixels": ibot and not views,
+        "says what is hard; use --predict_loss none --difficulty in_place": changes["predict_loss"] != "none",
+        "mask_policy": policy in ELSEWHERE,
+        "masks one number of patches, and with several views": policy not in (*COUNTED_POLICIES, *ELSEWHERE),
+        "use --mask_unit 0": changes["mask_unit"] == 8,
+        "--difficulty in_place": policy.startswith("hpm") and asked != "in_place",
+        "asks no teacher": asked == "in_place" and not policy.startswith("hpm"),
+        "asks with mask tokens in the decoder": asked == "masked_query" and in_encoder,
+    }
+    return [reason for reason, holds in reasons.items() if holds]
+
+
+def test_sensible_combinations_learn_and_the_others_are_refused() -> None:
+    """One reason gives its message; where several hold, any, in one line. Of one view: see tests/test_step.py."""
+    ran: list[dict[str, Any]] = []
+    for changes in table():
+        reasons = why_not(changes)
+        if not reasons:
+            found = run(made(tiny(**changes)))
+            found.loss.backward()
+            assert 0 < float(found.loss.detach()) < 100, changes
+            ran.append(changes)
+        else:
+            with pytest.raises(UserError) as caught:
+                tiny(**complete(changes))
+            assert "\n" not in str(caught.value)
+            assert len(reasons) > 1 or reasons[0] in str(caught.value), changes
+    assert {one["mask_policy"] for one in ran} == set(COUNTED_POLICIES)
+    assert {one["difficulty"] for one in ran} == {"paper", "measured", "in_place"}
+    assert len(ran) == 6
 
 
 def test_what_only_views_know_is_refused_without_them() -> None:

@@ -1,6 +1,7 @@
 """Checkpoints: atomic save, verify, resume on any ranks; other people's files, read without running them."""
 
 from fasthpm.checkpoint.folder import (
+    BUFFERS,
     FINETUNE_NOTES,
     MANIFEST,
     RECIPE,
@@ -30,6 +31,7 @@ from fasthpm.checkpoint.pixels import pixels_note, pixels_of
 from fasthpm.checkpoint.weights import checkpoint_of, has_teacher, initial_model, load_weights
 
 __all__ = [
+    "BUFFERS",
     "FINETUNE_NOTES",
     "MANIFEST",
     "RECIPE",

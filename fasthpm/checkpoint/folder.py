@@ -25,6 +25,7 @@ from fasthpm.files import ASIDE, LISTED, aside_of, file_hash, fsync, read_json, 
 from fasthpm.recipe import Recipe, load_recipe, save_recipe
 
 MANIFEST, STATE, RECIPE = "manifest.json", "state.json", "recipe.json"
+BUFFERS = "buffers.safetensors"  # where training changes any: iBOT's centres, statistics of a network's batches
 FINETUNE_NOTES = "finetune.json"  # in checkpoints of fine-tuning, which hold a classifier and no decoder
 TUNED = {FINETUNE_NOTES: "a fine-tuned classifier", "segment.json": "a segmenter", "detect.json": "a detector"}
 COUNTED = ("global_batch_size", "steps_per_epoch")  # what an update is, and where in the schedule

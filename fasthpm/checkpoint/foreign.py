@@ -2,8 +2,8 @@
 
 Published key names: MAE's (`patch_embed.proj.*`, `blocks.i.*`, `norm.*`, `decoder_embed.*`, `mask_token`,
 `decoder_blocks.i.*`, `decoder_norm.*`, `decoder_pred.*`), which AMT keeps, and HPM's, which adds `*_losspred.*`.
-VideoMAE's (`encoder.*`, `decoder.*`, `encoder_to_decoder.weight`) and BEiT's (`attn.q_bias`, `lm_head.*`) are
-translated: `our_names`.
+VideoMAE's (`encoder.*`, `decoder.*`, `encoder_to_decoder.weight`), BEiT's (`attn.q_bias`, `lm_head.*`) and iBOT's
+(`backbone.*`, `head.*`) are translated: `our_names`.
 """
 
 import argparse
@@ -21,8 +21,8 @@ from fasthpm.difficulty import HEAD
 from fasthpm.errors import UserError, nearest
 from fasthpm.model import LOSS_HEAD, HPMViT
 
-SOURCES = ("hpm", "mae", "amt", "videomae", "beit")
-WITHOUT_PREDICTOR = ("mae", "amt", "videomae", "beit")
+SOURCES = ("hpm", "mae", "amt", "videomae", "beit", "ibot")
+WITHOUT_PREDICTOR = ("mae", "amt", "videomae", "beit", "ibot")
 WITHOUT_KEY_BIASES = ("videomae", "beit")
 # Where trainers keep a state dict, the likeliest first.
 STUDENT_KEYS = ("state_dict", "model", "module", "model_state_dict", "student", "net")
@@ -44,6 +44,8 @@ VIDEO_NAMES = (  # VideoMAE's beginnings of names and ours
 )
 BEIT_HEAD, BEIT_TABLE = "lm_head.weight", "rel_pos_bias.relative_position_bias_table"
 BEIT_INDEX = "rel_pos_bias.relative_position_index"  # computed from the grid
+IBOT_HEAD, IBOT_MASK = "head.last_layer.weight_v", "backbone.masked_embed"
+PROTOTYPES, PATCHES_OWN = "decoder_pred.last_layer.", "decoder_pred.last_layer2."  # iBOT's last layers by our names
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 LISTED = 6  # names that an error message spells out
 
@@ -166,10 +168,15 @@ class Architecture:
     tokens: int = 0  # that BEiT's head predicts; 0 = no such head
     relative: bool = False  # BEiT's relative positions
     layer_scale: float = 0.0  # mean of the first block's weights; 0 = there are none
+    prototypes: int = 0  # of iBOT's projection head; 0 = no such head
+    head_hidden: int = 0  # width of its layers
+    free_norm: bool = False  # whether the prototypes have lengths other than 1
 
 
 def detect_source(state: Mapping[str, Tensor]) -> str:
-    """Whose key names these are: "beit", "videomae", "hpm" or "mae" (AMT's are MAE's)."""
+    """Whose key names these are: "ibot", "beit", "videomae", "hpm" or "mae" (AMT's are MAE's)."""
+    if IBOT_HEAD in state or IBOT_MASK in state:
+        return "ibot"
     biases = any(key.endswith("attn.q_bias") for key in state)
     if BEIT_HEAD in state or BEIT_TABLE in state or (biases and ANCHOR in state and state[ANCHOR].dim() == 4):
         return "beit"
@@ -194,7 +201,10 @@ def _check_video(kernel: Tensor, source: str) -> None:
 
 
 def our_names(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """VideoMAE's and BEiT's tensors under our names, the key biases that they lack set to zero; others' as they are."""
+    """VideoMAE's and BEiT's tensors under our names, the key biases that they lack set to zero; iBOT's under our names;
+    others' as they are."""
+    if source == "ibot":
+        return _ibot_names(state)
     if source not in WITHOUT_KEY_BIASES:
         return dict(state)
     if source == "videomae":
@@ -209,12 +219,36 @@ def our_names(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
     return names
 
 
+def _ibot_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """iBOT's tensors under our names. Its head lists a layer that cls and patches share twice, as `last_layer2` too:
+    that is left out, and so are lengths of prototypes that are all 1, as they stay unless they are learnt."""
+    names = {key.removeprefix("backbone."): value for key, value in state.items() if key != IBOT_MASK}
+    names = {re.sub(r"^head\.", "decoder_pred.", key): value for key, value in names.items()}
+    for key in [key for key in names if key.startswith(PATCHES_OWN)]:
+        shared = names.get(key.replace(PATCHES_OWN, PROTOTYPES))
+        if shared is not None and torch.equal(shared, names[key]):
+            del names[key]
+    if (lengths := names.get(f"{PROTOTYPES}weight_g")) is not None and bool((lengths == 1).all()):
+        del names[f"{PROTOTYPES}weight_g"]
+    if IBOT_MASK in state:
+        names["mask_token"] = state[IBOT_MASK].reshape(1, 1, -1)
+    return names
+
+
 def video_name(key: str) -> str:
     """Our name of one of VideoMAE's tensors."""
     for theirs, ours in VIDEO_NAMES:
         if key.startswith(theirs):
             return ours + key.removeprefix(theirs)
     return key
+
+
+def ibot_centres(content: Mapping[str, Any]) -> Tensor | None:
+    """The centres of iBOT's loss, of cls and of patches: float32 [2, K]; None where a file has none of one length."""
+    kept = content.get("ibot_loss", {})
+    found = [kept.get(name) for name in ("center", "center2")] if isinstance(kept, Mapping) else []
+    rows = [one.float().flatten() for one in found if isinstance(one, Tensor) and one.dtype in FLOATS]
+    return torch.stack(rows) if len(rows) == 2 and len(rows[0]) == len(rows[1]) else None
 
 
 def infer_architecture(state: Mapping[str, Tensor], source: str = "") -> Architecture:
@@ -254,6 +288,9 @@ def infer_architecture(state: Mapping[str, Tensor], source: str = "") -> Archite
         tokens=len(state["decoder_pred.weight"]) if source == "beit" and "decoder_pred.weight" in state else 0,
         relative=table is not None,
         layer_scale=float(state["blocks.0.gamma_1"].float().mean()) if "blocks.0.gamma_1" in state else 0.0,
+        prototypes=len(state.get(f"{PROTOTYPES}weight_v", ())),
+        head_hidden=len(state.get("decoder_pred.mlp.0.weight", ())),
+        free_norm=f"{PROTOTYPES}weight_g" in state,
     )
 
 
@@ -319,9 +356,9 @@ def load_reference(
 
     - `source`: "hpm" (its P*P*C-wide loss head becomes the average of its rows, the same function), "mae" or "amt" (a
       model with a loss predictor keeps its own for the keys that they lack), "videomae" (the same; the biases of the
-      keys, which it lacks, become zeros, and positions are computed) or "beit" (the same, but positions are its own;
-      its head of tokens is the reconstructor). A difficulty head (difficulty in_place) is
-      taken where both have one, and stays as it is where the weights have none
+      keys, which it lacks, become zeros, and positions are computed), "beit" (the same, but positions are its own;
+      its head of tokens is the reconstructor) or "ibot" (its projection head is the reconstructor). A difficulty head
+      (difficulty in_place) is taken where both have one, and stays as it is where the weights have none
     - `encoder_only`: leave out decoders and a classifier's head
     - `ignore`: prefixes of further keys to leave out
 

@@ -283,7 +283,7 @@ def parameter_groups(network: Any, depth: int, layer_decay: float, weight_decay:
 def saved_state(folder: Path) -> dict[str, Tensor]:
     """Weights and buffers of a checkpoint of a dense task, by name."""
     saved = shards.SavedState(folder)
-    kept = folder / state.BUFFERS
+    kept = folder / checkpoint.BUFFERS
     return {name: saved.whole("master", name) for name in saved.names} | (load_file(kept) if kept.is_file() else {})
 
 

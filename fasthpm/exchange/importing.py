@@ -1,6 +1,7 @@
-"""Make a FastHPM run of somebody else's checkpoint: HPM's, MAE's, AMT's, VideoMAE's, BEiT's, or of an encoder in one.
+"""Make a FastHPM run of somebody else's checkpoint: HPM's, MAE's, AMT's, VideoMAE's, BEiT's, iBOT's, or of an encoder
+in one.
 
-    fasthpm import CKPT -o OUT_DIR [--source hpm|mae|amt|videomae|beit] [--weights student|teacher] [--recipe NAME] …
+    fasthpm import CKPT -o OUT_DIR [--source hpm|mae|amt|videomae|beit|ibot] [--weights student|teacher] [--recipe NAME]
 
 Then OUT_DIR is what a run is: `fasthpm knn|visualize|export OUT_DIR`, and `fasthpm pretrain --init_from OUT_DIR …`.
 The file is never trusted with code: safetensors, or torch files that load with `weights_only`. Every weight of the
@@ -28,6 +29,7 @@ from fasthpm.checkpoint.foreign import (
     COUNTER,
     EMBEDDED_RECIPE,
     IMPORT_NOTE,
+    PATCHES_OWN,
     SOURCES,
     Architecture,
     KeyReport,
@@ -36,6 +38,7 @@ from fasthpm.checkpoint.foreign import (
     detect_source,
     find_weights,
     foreign_layout,
+    ibot_centres,
     infer_architecture,
     load_reference,
     our_names,
@@ -53,6 +56,7 @@ PUBLISHED_DECODER_HEADS = {512: 16}  # by width: MAE's and HPM's at every size
 VIDEO_DECODER_HEADS = {192: 3, 384: 6, 512: 8, 640: 8}  # VideoMAE's
 VIDEO_SIDE, VIDEO_MASK_RATIO = 224, 0.9
 BEIT_MASK_RATIO = 0.38
+IBOT_MASKS: dict[str, Any] = {"mask_ratio": 0.3, "mask_ratio_spread": 0.2, "unmasked_share": 0.5, "global_crops": 2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +71,7 @@ class Imported:
     assumed: list[str]  # what the shapes do not tell and nobody said
     told: list[str] = dataclasses.field(default_factory=list)  # what the file's own arguments say
     pixels: PixelStatistics | None = None  # by what its pixels were normalised; None: nothing tells
+    centres: Tensor | None = None  # of iBOT's teacher, float32 [2, prototypes]; None: not in the file
 
 
 def import_weights(
@@ -120,7 +125,9 @@ def import_weights(
         if pixels is None:
             pixels = pixels_for(metadata, recipe, source)
         pixels = pixels and pixels.in_channels(recipe.channels)
-    return Imported(recipe, states, reports, source, encoder_only, assumed, told, pixels)
+    centres = ibot_centres(content) if recipe.uses_views else None
+    centres = centres if centres is None or centres.shape[1] == recipe.prototypes else None
+    return Imported(recipe, states, reports, source, encoder_only, assumed, told, pixels, centres)
 
 
 def told_by(stored: dict[str, Any], video: bool) -> dict[str, Any]:
@@ -191,8 +198,13 @@ def measured(state: dict[str, Tensor], encoder_only: bool, source: str, features
     state = our_names(state, source)
     shape = infer_architecture(state, source)
     if encoder_only:
-        return dataclasses.replace(shape, decoder_dim=0, decoder_depth=0, predictor_depth=0, tokens=0)
-    if shape.tokens:
+        return dataclasses.replace(shape, decoder_dim=0, decoder_depth=0, predictor_depth=0, tokens=0, prototypes=0)
+    if any(key.startswith(PATCHES_OWN) for key in state):
+        raise UserError(
+            "has one last layer for cls and another for patches, and here they share one (iBOT's --shared_head); take "
+            "its encoder with --encoder_only"
+        )
+    if shape.tokens or shape.prototypes:
         return shape
     if not shape.decoder_dim:
         kind = "a classifier" if any(key.startswith("head.") for key in state) else "an encoder alone"
@@ -227,6 +239,9 @@ def recipe_for(
         known["input_size"] = fields.get("input_size") or _square(shape, 1)
     if shape.tokens:
         known |= {"target": "tokens", "target_dim": shape.tokens, "mask_ratio": BEIT_MASK_RATIO}
+    if shape.prototypes:
+        head = {"prototypes": shape.prototypes, "head_hidden": shape.head_hidden, "head_free_norm": shape.free_norm}
+        known |= {"target": "distributions", "positions": "learned", **head, **IBOT_MASKS}
     if source == "beit":
         known |= {"positions": "relative" if shape.relative else "learned", "layer_scale": shape.layer_scale}
     if shape.decoder_dim:
@@ -244,7 +259,8 @@ def recipe_for(
             f"its decoders are {shape.decoder_dim} wide, and shapes do not tell their number of heads; give "
             f"--decoder_heads"
         )
-    name = f"imported_{source}" if shape.decoder_dim or shape.tokens else "imported_encoder"
+    whole = shape.decoder_dim or shape.tokens or shape.prototypes
+    name = f"imported_{source}" if whole else "imported_encoder"
     recipe = Recipe(**{"recipe": name, **known, **assumed, **fields})
     check_recipe(recipe, shape)
     heads = SIZES[_size(shape)]["num_heads"]
@@ -282,7 +298,7 @@ def _size(shape: Architecture) -> str:
 def _model_name(shape: Architecture) -> str:
     """The registered name of this size; patch and image size are the recipe's to change."""
     method = "hpm" if shape.predictor_depth else "videomae" if shape.tubelet_size else "mae"
-    method = "beit" if shape.tokens or shape.relative else method
+    method = "beit" if shape.tokens or shape.relative else "ibot" if shape.prototypes else method
     stem = f"{method}_vit_{_size(shape)}_patch"
     names = [n for n in model_names() if n.startswith(stem) and is_video(n) == bool(shape.tubelet_size)]
     if not names:
@@ -341,6 +357,8 @@ def write_run(output_dir: Path, imported: Imported, made_of: dict[str, Any]) -> 
         try:
             for name, state in imported.states.items():
                 files.save_tensors(state, aside / f"{name}.safetensors")
+            if imported.centres is not None:
+                files.save_tensors({"centres": imported.centres}, aside / checkpoint.BUFFERS)
             files.write_json(aside / IMPORT_NOTE, _note(imported, made_of))
             return checkpoint.commit(aside, imported.recipe, checkpoint.RunState(0, {}, 0, 1))
         finally:
@@ -363,9 +381,14 @@ def summary(imported: Imported) -> list[str]:
     recipe = imported.recipe
     height, width = recipe.image_size
     what = f"{imported.source} checkpoint: {recipe.model.split('_')[2]}, patches of {recipe.patch_size}"
-    decoder = "" if imported.encoder_only else f", decoder {recipe.decoder_dim} x {recipe.decoder_depth}"
+    decoder = f", decoder {recipe.decoder_dim} x {recipe.decoder_depth}"
+    if recipe.uses_views:
+        decoder = f", {recipe.prototypes} prototypes behind layers of {recipe.head_hidden}"
+    decoder = "" if imported.encoder_only else decoder
     frames = f"{recipe.num_frames} frames of " if is_video(recipe.model) else ""
     lines = [f"{what}, {frames or 'images '}{height}x{width}x{recipe.channels}{decoder}"]
+    if recipe.uses_views:
+        lines.append(f"  centres    {'kept' if imported.centres is not None else 'not in the file: zeros'}")
     if imported.assumed:
         lines.append(f"  assumed    {', '.join(imported.assumed)}: not told by the shapes")
     if imported.told:

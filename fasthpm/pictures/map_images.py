@@ -133,7 +133,11 @@ def map_batches(
     """The maps of every image of `loader`, batch by batch, with a progress bar."""
     pixels_by = statistics_for(model, loader.info, loader.source)
     grid, device = recipe.grid_size, model.mask_token.device
-    features: Features = target_features(model, recipe) if arguments.true_loss else lambda images, patches: None
+    features: Features = (
+        target_features(model, recipe, checkpoint_of(arguments.run))
+        if arguments.true_loss
+        else lambda images, patches: None
+    )
     for batch in tqdm(loader, desc="maps", unit="batch"):
         keep = ~batch.replaced  # others stand in for what does not decode
         images = batch.images[keep]

@@ -118,7 +118,8 @@ def _nobody(folder: Path, model: HPMViT, recipe: Recipe, own: str) -> str:
     if difficulty_head.lacks_decoder(folder):
         return difficulty_head.NO_DECODER
     if all(refusal(model, name) for name in (own, *BEST_AFTER_OWN)):
-        return f"has no loss predictor, and its losses are of {recipe.target} features; fit a head: {HOW}"
+        what = recipe.target if recipe.uses_views else f"{recipe.target} features"
+        return f"has no loss predictor, and its losses are of {what}; fit a head: {HOW}"
     return ""
 
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -32,6 +33,7 @@ from fasthpm.layers import DifficultyHead, init_linear
 from fasthpm.mask import draw_mask, sample_noise, split_ids
 from fasthpm.model import HPMViT
 from fasthpm.patches import NormalizedPatches, Statistics, statistics_for
+from fasthpm.projection import patch_distributions
 from fasthpm.recipe import Recipe
 from fasthpm.run.difficulty_check import CHUNK, mean_losses, random_plan
 
@@ -149,7 +151,8 @@ class Fitting:
     """A frozen model, and the samples on which a head of it learns and is measured.
 
     - `model`: in eval mode; it encodes, and its losses are those that the head ranks
-    - `source`: the set; its last `HELD_OUT` samples are not trained on
+    - `source`: the set; its last `HELD_OUT` samples are not trained on; `folder`: the checkpoint,
+      which losses of distributions need
 
     **Raises:** `UserError` for a set that is too small, or has no such samples.
     """
@@ -160,6 +163,7 @@ class Fitting:
     source: str
     batch_size: int = 64
     num_workers: int = 0
+    folder: Path = Path()
 
     def __post_init__(self) -> None:
         self.samples = read_info(self.source).num_samples
@@ -170,7 +174,7 @@ class Fitting:
             )
         self.device, self.plan = self.model.mask_token.device, random_plan(self.recipe)
         self.patches_of = NormalizedPatches(self.recipe, self.info)
-        self.features = target_features(self.model, self.recipe)
+        self.features = target_features(self.model, self.recipe, self.folder)
 
     def fresh(self) -> DifficultyHead:
         """A head that has learnt nothing."""
@@ -270,7 +274,7 @@ def fit_beside(
         raise UserError(f"{source} {NO_DECODER}")
     model.requires_grad_(False).to("cuda" if torch.cuda.is_available() else "cpu")
     statistics = statistics_for(model, read_info(data_path, recipe.channels), data_path)
-    fitting = Fitting(model, recipe, statistics, data_path, batch_size, num_workers)
+    fitting = Fitting(model, recipe, statistics, data_path, batch_size, num_workers, folder)
     head = fitting.fresh()
     before = fitting.measure(head)[HEAD]
     fitting.train(head, updates)
@@ -292,16 +296,36 @@ def fit_beside(
     return HeadResult(path, updates, *after, before.difficulty_spearman, others)
 
 
+def teacher_distributions(recipe: Recipe, folder: Path, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+    """(uint8 images, patches) -> what iBOT's teacher in a checkpoint says of every patch, [B, L, prototypes]."""
+    kept = folder / checkpoint.BUFFERS
+    if not checkpoint.has_teacher(folder) or not kept.is_file():
+        raise UserError(
+            f"{folder} holds no teacher with its centres, without which there are no losses of distributions; leave "
+            f"out what measures them, or take a checkpoint of training"
+        )
+    teacher, centre = checkpoint.load_weights(folder, "teacher")[0].to(device), load_file(kept)["centres"][1].to(device)
+
+    @torch.no_grad()
+    def targets(images: Tensor, patches: Tensor) -> Tensor:
+        return patch_distributions(teacher, patches, centre, recipe.temperature)
+
+    return targets
+
+
 def lacks_decoder(folder: Path) -> bool:
     """Whether a checkpoint is an import of an encoder alone, whose decoder is untrained."""
     return bool(files.read_json(folder / IMPORT_NOTE).get("encoder_only"))
 
 
-def target_features(model: HPMViT, recipe: Recipe) -> Callable[[Tensor, Tensor], Tensor | None]:
+def target_features(model: HPMViT, recipe: Recipe, folder: Path) -> Callable[[Tensor, Tensor], Tensor | None]:
     """(uint8 images, patches) -> the features that the recipe's student reconstructs, [B, L, D']; None: pixels.
 
-    With target ema they are the model's own.
+    With target ema they are the model's own; distributions are those of the teacher in the checkpoint `folder`.
+    **Raises:** `UserError` if they need what the checkpoint lacks.
     """
+    if recipe.uses_views:
+        return teacher_distributions(recipe, folder, model.mask_token.device)
     frozen = build_frozen(recipe, model.mask_token.device, torch.float32)
     if frozen is not None:
         return lambda images, patches: frozen(images)

@@ -100,19 +100,24 @@ def hpm_ibot_vit_base_in1k_50e() -> Recipe:
 
 @recipe
 def ibot_demo() -> Recipe:
-    """iBOT on Fashion-MNIST, a nano ViT with 4-pixel patches: minutes on two CPU cores. Ours: not yet run.
+    """iBOT on Fashion-MNIST, a nano ViT with 7-pixel patches: minutes on two CPU cores. Ours: not yet run whole.
 
     deepspeed --module fasthpm.pretrain --recipe ibot_demo --data_path data/train.beton --output_dir runs/ibot_demo
 
-    [ours] 2 crops of 28 px and 4 of 12; 512 prototypes behind layers of 256; random masks; no colours but brightness
-    and contrast; a constant temperature and a teacher with a shorter memory, for a run a thousand times shorter: with
-    iBOT's own the teacher's distribution is nearly uniform after 150 updates.
+    Of one seed, after 200 of 300 updates of 32 images: k-NN (4,000 voters, 1,000 queries) on the mean of the patches
+    64.7, untrained 61.9; on cls 56.0 after 52.3 at 100 updates, untrained 62.9. The cls tokens first use fewer
+    directions (RankMe of centred features 28.7, 6.2, 8.0), then more: short runs are better by the patches.
+
+    [ours] 2 crops of 28 px of half the area or more; 512 prototypes behind layers of 256; random masks; no colours but
+    brightness and contrast; a constant temperature of 0.03: at 0.04 the teacher's distribution stays nearly uniform
+    for a hundred updates, at 0.01 it falls to three prototypes; a teacher with a shorter memory than iBOT's, for a run
+    a thousand times shorter, but not as short as 0.9, with which cls stays at five directions.
     """
     return Recipe(
         recipe="ibot_demo",
         model="ibot_vit_nano_patch4_28",
         input_size="28",
-        patch_size=4,
+        patch_size=7,
         channels=1,
         decoder_dim=64,  # of nothing here, but of the MAE that costs are compared with
         decoder_depth=2,
@@ -124,15 +129,13 @@ def ibot_demo() -> Recipe:
         mask_ratio_spread=0.2,
         unmasked_share=0.5,
         global_crops=2,
-        local_crops=4,
-        local_size=12,
-        crop_min=0.4,
-        local_crop_min=0.1,
-        local_crop_max=0.4,
-        color_jitter=0.4,
+        local_crops=0,
+        crop_min=0.5,
+        color_jitter=0.2,
         prototypes=512,
         head_hidden=256,
-        temperature=0.04,
+        temperature_start=0.03,
+        temperature=0.03,
         batch_size=32,
         global_batch_size=64,
         epochs=4,
@@ -145,7 +148,7 @@ def ibot_demo() -> Recipe:
         beta2=0.999,
         clip_grad=3.0,
         clip_per_tensor=True,
-        ema_momentum=0.9,
+        ema_momentum=0.98,
         ema_momentum_end=1.0,
         ema_schedule="cosine",
         log_every=50,
@@ -156,7 +159,7 @@ def ibot_demo() -> Recipe:
 
 @recipe
 def hpm_ibot_demo() -> Recipe:
-    """HPM on iBOT on Fashion-MNIST, a nano ViT with 4-pixel patches: minutes on two CPU cores. Ours: not yet run.
+    """HPM on iBOT on Fashion-MNIST, a nano ViT with 7-pixel patches: minutes on two CPU cores. Ours: not yet run.
 
     deepspeed --module fasthpm.pretrain --recipe hpm_ibot_demo --data_path data/train.beton --output_dir runs/hpm_ibot
 

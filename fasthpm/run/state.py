@@ -30,7 +30,6 @@ from fasthpm.teacher import EMATeacher
 
 DISK_MINUTES, DEFAULT_DISK_MINUTES = "FASTHPM_DISK_MINUTES", 3.0  # how long the last checkpoint waits for a disk
 RETRY_SECONDS = 5.0
-BUFFERS = "buffers.safetensors"  # of a checkpoint, where training changes any
 Wrapped = TypeVar("Wrapped", bound=torch.nn.Module)
 
 
@@ -173,14 +172,14 @@ def begin(run: Run[Any], output_dir: Path) -> Path:
     """The folder that a checkpoint is written into, with notes and buffers in it. **Raises:** `OSError` for a disk."""
     aside = checkpoint.begin(output_dir, run.done, run.notes)
     if found := run.buffers():
-        save_tensors({name: value.detach().cpu() for name, value in found.items()}, aside / BUFFERS)
+        save_tensors({name: value.detach().cpu() for name, value in found.items()}, aside / checkpoint.BUFFERS)
     return aside
 
 
 def load_buffers(run: Run[Any], folder: Path) -> None:
     """Take up the buffers of a checkpoint. **Raises:** `UserError` if they are not those of this run."""
     ours = run.buffers()
-    path = folder / BUFFERS
+    path = folder / checkpoint.BUFFERS
     if not ours:
         return
     theirs = load_file(path) if path.is_file() else {}

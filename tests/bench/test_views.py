@@ -17,7 +17,7 @@ def test_all_variants_take_turns(tmp_path: Path, capsys: pytest.CaptureFixture[s
     found = json.loads(output.read_text())
     assert set(found["raw_seconds"]) == set(views.VARIANTS)
     assert set(found["ratios"]) == {name for name, *_ in views.RATIOS}
-    assert found["head_mib_at_64"]["published"] > 1.9 * found["head_mib_at_64"]["ours"]
+    assert found["head_mib_at_64"]["published"] > 1.5 * found["head_mib_at_64"]["ours"]
     assert "HPM-iBOT / iBOT" in capsys.readouterr().out
 
 

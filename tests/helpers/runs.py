@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from fasthpm import recipes
 from fasthpm.checkpoint import folder as checkpoint_folder
@@ -38,8 +39,10 @@ def away(recipe: Recipe, seed: int = 5) -> HPMViT:
     return model
 
 
-def run_of(folder: Path, recipe: Recipe, teacher: HPMViT | None = None) -> tuple[Path, HPMViT]:
-    """A run of update 3 with the weights of `away`, and its model; with the weights of `teacher`, too."""
+def run_of(
+    folder: Path, recipe: Recipe, teacher: HPMViT | None = None, buffers: dict[str, Tensor] | None = None
+) -> tuple[Path, HPMViT]:
+    """A run of update 3 with the weights of `away`, and its model; with the weights of `teacher` and `buffers`, too."""
     model = away(recipe)
     aside = checkpoint_folder.begin(folder, 3)
     for name, each in {"student": model, "teacher": teacher}.items():
@@ -47,6 +50,8 @@ def run_of(folder: Path, recipe: Recipe, teacher: HPMViT | None = None) -> tuple
             save_file(
                 {key: value.contiguous() for key, value in each.state_dict().items()}, aside / f"{name}.safetensors"
             )
+    if buffers:
+        save_file(buffers, aside / checkpoint_folder.BUFFERS)
     checkpoint_folder.commit(aside, recipe, checkpoint_folder.RunState(3, {}, 1, 1))
     return folder, model
 

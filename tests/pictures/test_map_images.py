@@ -11,19 +11,25 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 import fasthpm
 from fasthpm import recipes
+from fasthpm.checkpoint.weights import load_weights
 from fasthpm.data import build_loader, read_info
 from fasthpm.difficulty import ask_by, fixed_noise
 from fasthpm.errors import UserError
+from fasthpm.model import HPMViT
 from fasthpm.patches import NormalizedPatches
 from fasthpm.pictures import map_images
+from fasthpm.pictures.panels import random_masks
 from fasthpm.probes import difficulty_head
 from fasthpm.probes.answers import load_asked
+from fasthpm.recipe import Recipe
 from tests.helpers import reference
 from tests.helpers.data_fixtures import picture, prepare
-from tests.helpers.runs import run_of
+from tests.helpers.reference_views import cross_entropy
+from tests.helpers.runs import away, run_of
 from tests.helpers.videos import video_run
 
 
@@ -42,7 +48,7 @@ def test_a_folder_becomes_maps_ranking_and_overlays(run: Path, folder: Path, tmp
     batch = next(iter(loader))
     loader.close()
     images = batch.images[~batch.replaced]
-    features = difficulty_head.target_features(model, recipe)
+    features = difficulty_head.target_features(model, recipe, run)
     want = map_images.difficulty(model, recipe, read_info("synthetic:128"), images, 2, features)
     for kind, values in zip(("predicted", "true_loss"), want, strict=True):
         if kind == "predicted":  # the true loss draws its masks per batch
@@ -124,6 +130,61 @@ def test_the_loss_alone_of_a_run_that_nobody_can_ask(folder: Path, tmp_path: Pat
     result = fasthpm.maps(run, true_loss=2, **flags)
     assert (result.difficulty, result.difficulty_spearman) == ("", None)
     assert list(np.load(tmp_path / "out" / "maps.npz")) == ["names", "ids", "true_loss"]
+
+
+IBOT: dict[str, Any] = {
+    "input_size": "12",
+    "patch_size": 4,
+    "prototypes": 6,
+    "head_hidden": 8,
+    "local_crops": 0,
+    "mask_ratio": 0.4,
+    "mask_ratio_spread": 0.0,
+}
+
+
+def ibot_run(folder: Path, name: str, centres: bool = True) -> tuple[Path, Recipe, HPMViT, Tensor]:
+    """A run of iBOT that learnt nothing, with another teacher, and its centres of patches."""
+    recipe = dataclasses.replace(recipes.from_name(name), **IBOT)
+    teacher = away(recipe, seed=9)
+    values = torch.randn(2, 6, generator=torch.Generator().manual_seed(3)) / 10
+    run, _ = run_of(folder, recipe, teacher, {"centres": values} if centres else None)
+    return run, recipe, teacher, values[1]
+
+
+@pytest.mark.parametrize("name", ["ibot_demo", "hpm_ibot_demo"])
+def test_maps_of_ibot_are_its_heads_and_its_losses_the_teachers(name: str, folder: Path, tmp_path: Path) -> None:
+    """Of the student: cross-entropy to the teacher's distributions, by plain code; without HPM, the loss alone."""
+    run, recipe, teacher, centre = ibot_run(tmp_path / "run", name)
+    result = fasthpm.maps(run, data_path=folder, output=tmp_path / "out", true_loss=3, overlays=0, batch_size=8)
+    found = np.load(tmp_path / "out" / "maps.npz")
+    assert result.difficulty == ("in_place" if name == "hpm_ibot_demo" else "")
+    assert ("predicted" in found) == (name == "hpm_ibot_demo")
+    model, _ = load_weights(run)
+    options = recipe.loader_options(batch_size=6, train=False, whole=True, num_workers=1, max_bad_samples=1.0)
+    loader = build_loader(str(folder), options)
+    batch = next(iter(loader))
+    loader.close()
+    patches = NormalizedPatches(recipe, loader.info)(batch.images[~batch.replaced])
+    with torch.no_grad():
+        wanted = ((teacher.decoder_pred(teacher.encode(patches))[:, 1:] - centre) / recipe.temperature).softmax(-1)
+        total, count = torch.zeros(5, recipe.num_patches), torch.zeros(5, recipe.num_patches)
+        for mask in random_masks(recipe, 5, 3):
+            logits = model.decoder_pred(model.encode_in_place(patches, mask))[:, 1:]
+            pairs = zip(logits.flatten(0, 1), wanted.flatten(0, 1), strict=True)
+            losses = torch.stack([cross_entropy(*pair) for pair in pairs]).view(mask.shape)
+            total, count = total + losses * mask, count + mask
+    np.testing.assert_allclose(found["true_loss"].reshape(5, -1), total / count.clamp_min(1), rtol=1e-4, atol=1e-5)
+
+
+def test_without_hpm_or_centres_ibot_has_no_maps_and_says_so(folder: Path, tmp_path: Path) -> None:
+    run, *_ = ibot_run(tmp_path / "run", "ibot_demo", centres=False)
+    flags: dict[str, Any] = {"data_path": folder, "output": tmp_path / "out"}
+    with pytest.raises(UserError, match="has no loss predictor, and its losses are of distributions; fit a head"):
+        fasthpm.maps(run, **flags)
+    with pytest.raises(UserError, match="holds no teacher with its centres, without which there are no losses"):
+        fasthpm.maps(run, true_loss=2, **flags)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_head_is_fitted_and_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
