@@ -76,7 +76,7 @@ def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_code_is_drawn_with_the_patchs_own_contrast() -> None:
     """The code of a patch that is a code gives that patch back."""
     book = codebook(tokens=16)
-    patches = book.normalised(images(1))
+    patches = book.normalised(book.cut(images(1)))
     book.codes = patches[0]
     raw = torch.randn(1, 16, 1) + torch.rand(1, 16, 1) * patches
     again = (raw - raw.mean(2, keepdim=True)) * (raw.var(2, keepdim=True) + SOFTENING).rsqrt()
