@@ -150,12 +150,14 @@ def load_codebook(path: Path) -> Codebook:
 def kmeans(recipe: Recipe, path: Path, dtype: torch.dtype) -> Codebook:
     """The codebook of a file, in float32 whatever `dtype`: distances tell near codes apart. **Raises:** as
     `build_tokenizer`."""
+    if not path.is_file():
+        raise UserError("there is no such file; python -m data_prep.codebook makes one of your own images")
     book = load_codebook(path)
     if (book.patch_size, len(book.mean)) != (recipe.patch_size, recipe.channels):
         raise UserError(
             f"its codes are of {book.patch_size} x {book.patch_size} pixels in {len(book.mean)} channels, and the "
             f"recipe's patches of {recipe.patch_size} x {recipe.patch_size} in {recipe.channels}; make one with "
-            f"python -m data_prep.codebook … --patch_size {recipe.patch_size}"
+            f"python -m data_prep.codebook … --patch_size {recipe.patch_size} --channels {recipe.channels}"
         )
     tokens_fit(len(book.codes), recipe)
     return book
@@ -205,9 +207,11 @@ def dvae(recipe: Recipe, folder: Path, dtype: torch.dtype) -> DVAE:
     weights = next((folder / n for n in ("model.safetensors", "pytorch_model.bin") if (folder / n).is_file()), None)
     config = read_json(folder / "config.json")
     if weights is None or not config:
+        lacking = "weights in it" if config else "config.json in it that says its sizes"
         raise UserError(
-            "is no folder with config.json and model.safetensors or pytorch_model.bin, as save_pretrained of "
-            "transformers' FlavaImageCodebook writes (OpenAI's own encoder.pkl is a program, which is never run)"
+            f"there is no folder with {lacking}; expected config.json and model.safetensors or pytorch_model.bin, as "
+            f"save_pretrained of transformers' FlavaImageCodebook writes (OpenAI's own encoder.pkl is a program, which "
+            f"is never run)"
         )
     transformers = import_module("transformers")
     try:
