@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fasthpm.data import Batch
+from fasthpm.ranks import zero
 from fasthpm.run.state import Run
 from fasthpm.step import Step
 
@@ -44,7 +45,8 @@ class FeatureRank:
         images, self._images = self._images, None
         if images is None or not self.due(done):
             return {}
-        rows = torch.cat([self.features(part) for part in images.split(CHUNK)])
+        with zero.own_parameters(self.run.step.student):
+            rows = torch.cat([self.features(part) for part in images.split(CHUNK)])
         gathered = [rows]
         if self.run.launch.world_size > 1:
             gathered = [torch.empty_like(rows) for _ in range(self.run.launch.world_size)]
