@@ -1,16 +1,22 @@
 """Steps of BEiT, interleaved: plain, with HPM by each way to ask, and as published code is built.
 
-    python -m bench.beit [--size small] [--batch_size 8] [--precision bf16] [--rounds 5] [-o beit.json]
+    python -m bench.beit [--size small] [--batch_size 8] [--precision bf16] [--rounds 5] [--products 2] [-o beit.json]
 
-All predict tokens of a k-means codebook with random codes, which costs next to nothing: DALL-E's would add as much to
-every variant. `eager_beit` computes the same function as `beit` step by step: explicit attention, all places through
-all blocks, boolean gathers, autocast, AdamW without fusing; masks are ready, tokens are made by the same codebook. The
-variants take turns within a round, and a ratio is the median of the rounds' ratios.
+All predict tokens of a k-means codebook with random codes; DALL-E's would add as much to every variant. `eager_beit`
+computes the same function as `beit` step by step: explicit attention, all places through all blocks, boolean gathers,
+autocast, AdamW without fusing, tokens of the whole image (published code has a tokenizer that sees it whole, ours
+looks up the masked patches); masks are ready. The variants take turns within a round, and a ratio is the median of the
+rounds' ratios.
+
+--products N measures, in N further updates on a CPU, how much processor time goes into products of matrices and
+attention. Nothing but less arithmetic, or a faster library, makes that shorter: the eager step's time over it bounds
+what can be won.
 """
 
 import argparse
 import dataclasses
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.baselines import EPS, EagerBlock
 from bench.common import ratios, show, table, write_json
@@ -27,6 +34,7 @@ from fasthpm.cli import Parser, run_command
 from fasthpm.difficulty import HEAD
 from fasthpm.errors import UserError
 from fasthpm.mask import draw_mask, sample_noise
+from fasthpm.model import HPMViT
 from fasthpm.patches import model_of
 from fasthpm.recipe import Recipe
 from fasthpm.speed import flops
@@ -46,6 +54,42 @@ RATIOS = (  # over, and the goal for HPM in place and for plain BEiT
     *((name, "beit") for name in VARIANTS if name != "beit"),
     *(("eager_beit", name) for name in VARIANTS),
 )
+
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")
+
+
+class Products(TorchDispatchMode):
+    """Processor seconds of the operations that run while it is entered: products, attention included, and others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products = self.others = 0.0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        begin = time.thread_time()
+        found = function(*args, **(kwargs or {}))
+        taken, name = time.thread_time() - begin, function._schema.name.split("::")[1]
+        if name in PRODUCTS or name.startswith("_scaled_dot_product"):
+            self.products += taken
+        else:
+            self.others += taken
+        return found
+
+
+def product_seconds(updates: dict[str, Update], count: int) -> dict[str, dict[str, float]]:
+    """{variant: {"products", "others"}}: processor seconds per update, over `count` updates of each in turns."""
+    sums = {name: Products() for name in updates}
+    for number in range(count):
+        for name, update in updates.items():
+            with sums[name]:
+                update(number)
+    return {name: {"products": mode.products / count, "others": mode.others / count} for name, mode in sums.items()}
+
+
+def eager_flops(student: HPMViT, recipe: Recipe, book: Codebook) -> float:
+    """FLOPs per image of `EagerBEiT`'s step, by the rule of `speed.flops`."""
+    head = flops.linear_flops(recipe.num_masked, student.embed_dim, recipe.frozen_dim)
+    return 3 * (flops.encoder_flops(student, recipe.num_patches) + head) + book.flops(recipe.num_patches)
 
 
 def recipe_of(variant: str, arguments: argparse.Namespace, config: str) -> Recipe:
@@ -111,9 +155,10 @@ class EagerBEiT(nn.Module):
         return self.head(self.norm(tokens)[:, 1:][mask])
 
 
-def eager(recipe: Recipe, device: torch.device, half: bool) -> Update:
-    """A whole update of `EagerBEiT`."""
-    model, book = EagerBEiT(model_of(recipe), recipe.frozen_dim).to(device), codebook(recipe).to(device)
+def eager(recipe: Recipe, device: torch.device, half: bool) -> tuple[Update, float]:
+    """A whole update of `EagerBEiT`, and its FLOPs per image."""
+    student, book = model_of(recipe), codebook(recipe).to(device)
+    model, work = EagerBEiT(student, recipe.frozen_dim).to(device), eager_flops(student, recipe, book)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(recipe.beta1, recipe.beta2), weight_decay=0.05)
     images = pixels(recipe, device)
     floats = images.movedim(-1, 1).float().div(127.5).sub(1).contiguous()
@@ -135,7 +180,7 @@ def eager(recipe: Recipe, device: torch.device, half: bool) -> Update:
         scaler.update()
         optimizer.zero_grad()
 
-    return update
+    return update, work
 
 
 def run(arguments: argparse.Namespace, launch: ranks.Launch) -> dict[str, Any]:
@@ -145,12 +190,13 @@ def run(arguments: argparse.Namespace, launch: ranks.Launch) -> dict[str, Any]:
     work: dict[str, float] = {}
     for name in arguments.variants:
         if name == "eager_beit":
-            updates[name] = eager(recipe_of("beit", arguments, config), launch.device, half)
+            updates[name], work[name] = eager(recipe_of("beit", arguments, config), launch.device, half)
         else:
             updates[name], work[name] = ours(recipe_of(name, arguments, config), launch)
     seconds, cpu_seconds = measure(updates, arguments.rounds, arguments.repeats, launch.device)
     pairs = [(a, b) for a, b in RATIOS if a in seconds and b in seconds]
     return {
+        "product_seconds": product_seconds(updates, arguments.products) if arguments.products else {},
         "bench": "beit",
         **{name: getattr(arguments, name) for name in ("size", "batch_size", "precision", "rounds", "tokens")},
         "threads": torch.get_num_threads(),
@@ -172,8 +218,18 @@ def report(result: dict[str, Any]) -> str:
         [name, show(value), show(result["cpu_ratios"][name]), f"{result['flop_ratios'].get(name, 0):.2f}"]
         for name, value in result["ratios"].items()
     ]
-    header = ("ratio", "of time, median (range)", "of processor time", "of FLOPs (0 = not counted)")
-    return "\n\n".join([table(("step", "s", "GFLOP per image"), rows), table(header, found)])
+    header = ("ratio", "of time, median (range)", "of processor time", "of FLOPs")
+    tables = [table(("step", "s", "GFLOP per image"), rows), table(header, found)]
+    if parts := result["product_seconds"]:
+        total = {name: sum(part.values()) for name, part in parts.items()}
+        shares = [
+            [name, f"{part['products']:.2f}", f"{part['others']:.2f}", f"{100 * part['products'] / total[name]:.0f}"]
+            + ([f"{total['eager_beit'] / part['products']:.2f}"] if "eager_beit" in total else [""])
+            for name, part in parts.items()
+        ]
+        heads = ("step", "products, s", "others, s", "products, percent", "eager over it, were its others free")
+        tables.append(table(heads, shares))
+    return "\n\n".join(tables)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -186,11 +242,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--variants", nargs="+", choices=(*VARIANTS, "eager_beit"), default=[*VARIANTS, "eager_beit"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=1, help="updates per round and variant")
+    parser.add_argument("--products", type=int, default=0, help="updates in which products are timed by themselves")
     parser.add_argument("-o", "--output", type=Path, default=None, help="write the raw figures here as JSON")
     arguments = parser.parse_args(argv)
     if min(arguments.batch_size, arguments.rounds, arguments.repeats) < 1:
         raise UserError("batch_size, rounds and repeats must be 1 or more")
     with ranks.session() as launch:
+        if arguments.products and launch.device.type != "cpu":
+            raise UserError("products are timed on CPUs, where an operation ends before the next begins; leave it out")
         result = run(arguments, launch)
     print(report(result))
     if arguments.output:

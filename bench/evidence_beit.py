@@ -5,7 +5,7 @@
 
 The codebook (256 codes of 4 x 4 pixels) is made once, in --work, from the training images. Runs, lengths and probes are
 those of `bench.evidence_difficulty`: one process per run, finished ones are kept, the tables are rewritten after every
-run. Differences are taken seed by seed, to random masks with the same model.
+run. Differences are taken seed by seed, to random masks with the same model, whose encoder is probed untrained, too.
 """
 
 import argparse
@@ -27,6 +27,7 @@ PROBES = ("knn", "linear")
 SETTINGS = ("length", "bank", "extra")
 BOOK = "codebook.safetensors"
 ALONE: dict[str, Any] = {"predict_loss": "none"}
+BASELINE, UNTRAINED = "random", "untrained"
 
 
 @dataclass(frozen=True)
@@ -107,28 +108,34 @@ def train_flags(arguments: argparse.Namespace, method: str, seed: int, out: Path
 def run_one(arguments: argparse.Namespace, method: str, seed: int, out: Path) -> None:
     """Train and probe one cell in this process, and write its figures to OUT/evidence.json last of all."""
     taken, last = train(train_flags(arguments, method, seed, out), fields_of(arguments, method), out)
+    of_set = argparse.Namespace(**{**vars(arguments), "set": "fashion"})
     result = {
         "method": method,
         "seed": seed,
         "settings": settings_of(arguments),
-        "probes": probe(argparse.Namespace(**{**vars(arguments), "set": "fashion"}), out),
+        "probes": probe(of_set, out),
         "truth": {name: last[name] for name in TRUTH if name in last},
         **taken,
         "last": {name: last[name] for name in ("step", "reconstruction_loss") if name in last},
     }
+    if method == BASELINE:
+        result[UNTRAINED] = probe(of_set, out, UNTRAINED)
     write_json(out / RESULT, result)
 
 
 def summarise(
     runs: Sequence[dict[str, Any]], methods: Mapping[str, Method] = METHODS, probes: Sequence[str] = PROBES
 ) -> dict[str, Any]:
-    """{method: {"seeds", probe or truth: summary, "gain": {probe: summary of differences to its control}}}."""
+    """{method: {"seeds", probe or truth: summary, "gain": {probe: summary of differences to its control}}}, the
+    untrained encoder first."""
     found: dict[str, dict[int, dict[str, Any]]] = {}
     for run in runs:
         found.setdefault(run["method"], {})[run["seed"]] = run
+        if UNTRAINED in run:
+            found.setdefault(UNTRAINED, {})[run["seed"]] = {"probes": run[UNTRAINED], "truth": {}}
     rows: dict[str, Any] = {}
-    for method in (one for one in methods if one in found):
-        seeds, others = found[method], found.get(methods[method].control, {})
+    for method in (one for one in (UNTRAINED, *methods) if one in found):
+        seeds, others = found[method], found.get(methods[method].control, {}) if method in methods else {}
         row: dict[str, Any] = {"seeds": sorted(seeds)}
         row |= {name: mean_and_spread([run["probes"][name] for run in seeds.values()]) for name in probes}
         for truth in TRUTH:
@@ -149,7 +156,8 @@ def markdown(result: dict[str, Any]) -> str:
         figures = [f"{row[name]['mean']:.2f} ± {row[name]['std']:.2f}" for name in PROBES]
         truth = f"{row[TRUTH[0]]['mean']:.2f} ({row[TRUTH[0]]['low']:.2f})" if TRUTH[0] in row else ""
         gain = [f"{g['mean']:+.2f} ± {g['std']:.2f} ({g['won']})" for g in row.get("gain", {}).values()] or ["", ""]
-        rows.append([METHODS[method].title, str(len(row["seeds"])), truth, *figures, *gain])
+        title = METHODS[method].title if method in METHODS else "untrained encoder"
+        rows.append([title, str(len(row["seeds"])), truth, *figures, *gain])
     heads = ("masks", "seeds", "difficulty_spearman (lowest)", "k-NN", "linear", "k-NN, less control", "linear, less")
     about = (
         f"Fashion-MNIST, {epochs * steps:,} updates of {batch}, nano ViT with 4-pixel patches, {DEMO_TOKENS} k-means "

@@ -142,15 +142,18 @@ def run_one(arguments: argparse.Namespace, method: str, seed: int, out: Path) ->
     write_json(out / RESULT, result)
 
 
-def probe(arguments: argparse.Namespace, out: Path) -> dict[str, float]:
-    """Every accuracy of `PROBES`, in percent: the first --bank training samples, or patches, vote or train."""
+def probe(arguments: argparse.Namespace, out: Path, weights: str = "student") -> dict[str, float]:
+    """Every accuracy of `PROBES`, in percent: the first --bank training samples, or patches, vote or train.
+
+    - `weights`: whose, of sets without object masks
+    """
     train, val = (arguments.data / path for path in SETS[arguments.set].paths)
     if SETS[arguments.set].masks:
         bank, bank_labels = balanced(*encode_patches(arguments, out, "train", arguments.bank))
         queries, labels = balanced(*encode_patches(arguments, out, "val", arguments.bank))
     else:
-        bank, bank_labels = encode(out, train, arguments.bank)
-        queries, labels = encode(out, val, 0)
+        bank, bank_labels = encode(out, train, arguments.bank, weights)
+        queries, labels = encode(out, val, 0, weights)
     classes = int(bank_labels.max()) + 1
     rows = [F.normalize(side, dim=1) for side in (bank, queries)]
     votes = knn.knn_accuracy(rows[0], bank_labels, rows[1], labels, classes)
@@ -195,9 +198,9 @@ def covered(mask: Array, side: int) -> Tensor:
 
 
 @torch.no_grad()
-def encode(out: Path, path: Path, limit: int) -> tuple[Tensor, Tensor]:
-    """Mean of the student's patch tokens, float32 [N, D], of the first `limit` (0 = all) samples, and labels [N]."""
-    model, recipe = load_weights(out, "student")
+def encode(out: Path, path: Path, limit: int, weights: str = "student") -> tuple[Tensor, Tensor]:
+    """Mean of the patch tokens, float32 [N, D], of the first `limit` (0 = all) samples, and labels [N]."""
+    model, recipe = load_weights(out, weights)
     loader = build_loader(path, recipe.loader_options(batch_size=ENCODE_BATCH, train=False, num_workers=1))
     patches_of = patches_for(model, recipe, loader)
     rows: list[Tensor] = []

@@ -63,7 +63,7 @@ def take_patches(arguments: argparse.Namespace) -> tuple[Tensor, Codebook]:
             while taken < arguments.patches:
                 loader.set_epoch(epoch)
                 for images in loader:
-                    found = empty.normalised(images.images)
+                    found = empty.normalised(empty.cut(images.images))
                     chosen = torch.rand(found.shape[:2], generator=generator).argsort(dim=1)[:, :each]
                     rows.append(found.gather(1, chosen[:, :, None].expand(-1, -1, found.shape[2])).flatten(0, 1))
                     bar.update(min(len(rows[-1]), arguments.patches - taken))

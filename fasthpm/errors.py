@@ -50,8 +50,10 @@ def warn(line: str) -> None:
 
 @contextlib.contextmanager
 def about(path: Path) -> Iterator[None]:
-    """Begin the message of a `UserError` with the file that it is about."""
+    """Begin the message of a `UserError` with the file that it is about, once."""
     try:
         yield
     except UserError as error:
+        if str(error).startswith(str(path)):
+            raise
         raise UserError(f"{path}: {error}") from error

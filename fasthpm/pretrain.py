@@ -181,7 +181,7 @@ def observers(run: Run[Step]) -> list[Observer]:
     recipe, found = run.recipe, list[Observer]()
     if recipe.difficulty_every and recipe.answers_difficulty:
         found.append(DifficultyCheck(run))
-    if recipe.uses_views:
+    if recipe.rankme_every:
         found.append(FeatureRank(run))
     if recipe.online_probe_every or recipe.online_knn_every:
         with ranks.in_agreement():

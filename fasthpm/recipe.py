@@ -98,6 +98,12 @@ class Recipe(Sizes, ViewFields, RecipeFields):
         return self.target_dim or TARGETS[self.target].width
 
     @property
+    def asks_all_targets(self) -> bool:
+        """Whether a step needs the targets of all patches, not of the masked ones alone: the teacher's losses of all
+        are measured."""
+        return self.masks_by_difficulty and not self.teacher_maps and self.question.look is not None
+
+    @property
     def approximates_teacher(self) -> bool:
         """Whether the masks follow a map that is not the exact teacher's of this crop and update."""
         return self.teacher_maps or self.teacher_scale > 1

@@ -285,6 +285,12 @@ class RecipeFields:
         "3,2,1/8,4,3; empty = grey, or red, green and blue",
         run_only=True,
     )
+    rankme_every: int = option(
+        100,
+        "updates between two measurements of rankme, how many directions the features use; 0 = never",
+        low=0,
+        run_only=True,
+    )
     difficulty_every: int = option(
         500,
         "updates between two measurements of difficulty_spearman, the agreement of the difficulty with the mean loss "

@@ -16,7 +16,7 @@ from fasthpm.data import DatasetInfo
 from fasthpm.difficulty import HEAD, HEAD_SHARE, view_noise
 from fasthpm.errors import UserError
 from fasthpm.layers import path_factors, regions_of
-from fasthpm.mask import MaskPlan, Sets, draw_sets, sample_noise
+from fasthpm.mask import MaskPlan, Sets, draw_sets, sample_noise, split_ids
 from fasthpm.model import HPMViT, Output
 from fasthpm.patches import NormalizedPatches
 from fasthpm.recipe import Recipe
@@ -50,7 +50,7 @@ class TeacherOutput(NamedTuple):
     """What the teachers say of a batch."""
 
     difficulty: Tensor | None  # float32 [B, L], if the masks follow it
-    features: Tensor | None  # [B, L, D'], or ids [B, L], if they are the target
+    features: Tensor | None  # [B, L, D'], or ids [B, L], if they are the target; or patches: ids come later
     tokens: Tensor | None = None  # [B or fewer, L, D], if a difficulty head learns on them
 
 
@@ -145,8 +145,9 @@ class Step(nn.Module):
             given = None
             if self._frozen:
                 with self.stopwatch.measure(images.device):
-                    given = self._frozen[0](images)
-                self._check_ids(given)
+                    given = self.frozen.cut(images) if self._asks_late else self.frozen(images)
+                if not self._asks_late:
+                    self._check_ids(given)
             if recipe.uses_teacher and not recipe.teacher_maps:
                 noise = view_noise(step, ids, recipe.num_patches, recipe.seed) if recipe.question.look else None
                 with self.stopwatch.measure(images.device):
@@ -155,6 +156,20 @@ class Step(nn.Module):
                 with self.stopwatch.measure(images.device):
                     answer = self.run_teacher(patches[: -(-len(patches) // HEAD_SHARE)])
         return answer if given is None else answer._replace(features=given)
+
+    @property
+    def _asks_late(self) -> bool:
+        """Whether the tokenizer is asked when the mask is drawn, about the masked patches."""
+        return getattr(self.frozen, "by_patch", False) and not self.recipe.asks_all_targets
+
+    @torch.no_grad()
+    def _ids_of_masked(self, patches: Tensor, mask: Tensor, plan: MaskPlan) -> Tensor:
+        """Ids of the masked patches in their places, int64 [B, L], 0 elsewhere; `patches`: as stored, [B, L, P*P*C]."""
+        places = split_ids(mask, plan.num_masked)[1]
+        with self.stopwatch.measure(patches.device):
+            found: Tensor = self.frozen.ids(patches.gather(1, places[:, :, None].expand(-1, -1, patches.shape[2])))
+        self._check_ids(found)
+        return torch.zeros_like(mask, dtype=torch.int64).scatter(1, places, found)
 
     def _check_ids(self, given: Tensor) -> None:
         """**Raises:** `UserError` for ids of tokens that the student does not know; looks at the first batch alone,
@@ -233,11 +248,14 @@ class Step(nn.Module):
 
         - `patches`: normalised, [B, L, t*P*P*C]
         - `scores`: [B, L], what the mask follows
-        - `features`: what is reconstructed, [B, L, D'] or ids [B, L]; None = pixels
+        - `features`: what is reconstructed, [B, L, D'] or ids [B, L], or patches as stored, whose ids are asked for
+          here; None = pixels
         - `tokens`: [B or fewer, L, D], features of the teacher on which a difficulty head learns
         - `valid`: bool [B, L], the patches without nodata: the others are in no loss. None: all
         """
         mask, thrown = self._sets(plan, ids, step, alpha, scores, valid)
+        if features is not None and self._asks_late:
+            features = self._ids_of_masked(features, mask, plan)
         output = self.student(
             patches,
             mask,

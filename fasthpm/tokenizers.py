@@ -4,8 +4,9 @@
 - `dvae:FOLDER`: DALL-E's, as transformers' FlavaImageCodebook stores it
 - `vqkd:FILE`: BEiT v2's VQ-KD, a ViT with a small head and a codebook
 
-Each reads the same crop as the student, once per step, without gradients. Weights are read without running what is in
-the files, and every key has to fit.
+Each reads the same crop as the student, once per step, without gradients. One that reads every patch by itself
+(`by_patch`: k-means) is asked about the masked ones alone, unless the masks depend on all of them. Weights are read
+without running what is in the files, and every key has to fit.
 
 Letters: B batch, L patches, P patch side, C channels, K tokens, D width of a code.
 """
@@ -72,7 +73,7 @@ def nearest(rows: Tensor, codes: Tensor) -> Tensor:
     """Number of the code nearest to each row, the first of several: int64 [N] from [N, D] and [K, D]."""
     half = codes.square().sum(dim=1) / 2
     size = max(1, BLOCK_ELEMENTS // len(codes))
-    return torch.cat([(block @ codes.T - half).argmax(dim=1) for block in rows.split(size)])
+    return torch.cat([torch.addmm(-half, block, codes.T).argmax(dim=1) for block in rows.split(size)])
 
 
 # -------------------------------------------------------------------------------------------------- k-means
@@ -83,6 +84,7 @@ class Codebook(nn.Module):
     """
 
     codes: Tensor
+    by_patch = True  # `ids` of some patches are those that `forward` gives of them
 
     def __init__(self, codes: Tensor, patch_size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
@@ -93,16 +95,25 @@ class Codebook(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """uint8 [B, H, W, C] -> ids, int64 [B, L]."""
-        patches = self.normalised(images)
-        return nearest(patches.flatten(0, 1), self.codes).unflatten(0, patches.shape[:2])
+        return self.ids(self.cut(images))
 
-    def normalised(self, images: Tensor) -> Tensor:
-        """uint8 [B, H, W, C] -> patches [B, L, P*P*C], each of zero mean and a variance of at most 1."""
+    def cut(self, images: Tensor) -> Tensor:
+        """[B, H, W, C] -> patches as they are stored, [B, L, P*P*C]."""
         batch, height, width, channels = images.shape
         side = self.patch_size
         cut = images.reshape(batch, height // side, side, width // side, side, channels).permute(0, 1, 3, 2, 4, 5)
-        scale = [torch.tensor(values, device=images.device) * 255 for values in (self.mean, self.std)]
-        patches = ((cut.float() - scale[0]) / scale[1]).reshape(batch, -1, side * side * channels)
+        return cut.reshape(batch, -1, side * side * channels)
+
+    @torch.no_grad()
+    def ids(self, patches: Tensor) -> Tensor:
+        """uint8 [B, N, P*P*C], any patches of images -> int64 [B, N]."""
+        rows = self.normalised(patches)
+        return nearest(rows.flatten(0, 1), self.codes).unflatten(0, rows.shape[:2])
+
+    def normalised(self, patches: Tensor) -> Tensor:
+        """uint8 [B, N, P*P*C] -> float32 of the same shape, each patch of zero mean and a variance of at most 1."""
+        scale = [torch.tensor(values, device=patches.device) * 255 for values in (self.mean, self.std)]
+        patches = ((patches.unflatten(-1, (-1, len(self.mean))).float() - scale[0]) / scale[1]).flatten(-2)
         variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
         return (patches - mean) * (variance + SOFTENING).rsqrt()
 
@@ -139,12 +150,14 @@ def load_codebook(path: Path) -> Codebook:
 def kmeans(recipe: Recipe, path: Path, dtype: torch.dtype) -> Codebook:
     """The codebook of a file, in float32 whatever `dtype`: distances tell near codes apart. **Raises:** as
     `build_tokenizer`."""
+    if not path.is_file():
+        raise UserError("there is no such file; python -m data_prep.codebook makes one of your own images")
     book = load_codebook(path)
     if (book.patch_size, len(book.mean)) != (recipe.patch_size, recipe.channels):
         raise UserError(
             f"its codes are of {book.patch_size} x {book.patch_size} pixels in {len(book.mean)} channels, and the "
             f"recipe's patches of {recipe.patch_size} x {recipe.patch_size} in {recipe.channels}; make one with "
-            f"python -m data_prep.codebook … --patch_size {recipe.patch_size}"
+            f"python -m data_prep.codebook … --patch_size {recipe.patch_size} --channels {recipe.channels}"
         )
     tokens_fit(len(book.codes), recipe)
     return book
@@ -194,9 +207,11 @@ def dvae(recipe: Recipe, folder: Path, dtype: torch.dtype) -> DVAE:
     weights = next((folder / n for n in ("model.safetensors", "pytorch_model.bin") if (folder / n).is_file()), None)
     config = read_json(folder / "config.json")
     if weights is None or not config:
+        lacking = "weights in it" if config else "config.json in it that says its sizes"
         raise UserError(
-            "is no folder with config.json and model.safetensors or pytorch_model.bin, as save_pretrained of "
-            "transformers' FlavaImageCodebook writes (OpenAI's own encoder.pkl is a program, which is never run)"
+            f"there is no folder with {lacking}; expected config.json and model.safetensors or pytorch_model.bin, as "
+            f"save_pretrained of transformers' FlavaImageCodebook writes (OpenAI's own encoder.pkl is a program, which "
+            f"is never run)"
         )
     transformers = import_module("transformers")
     try:

@@ -13,6 +13,8 @@ from fasthpm.errors import UserError
 from fasthpm.mask import split_ids
 from fasthpm.model import HPMViT
 from fasthpm.objectives import DISTRIBUTIONS, FEATURES, PIXELS, TOKENS, Objective
+from fasthpm.speed import flops
+from fasthpm.tokenizers import Codebook
 from tests.helpers import reference
 from tests.helpers.steps import ALPHA, batch, step_of
 from tests.helpers.tokens import Brightness
@@ -173,3 +175,44 @@ def test_the_tokenizer_runs_once_and_is_timed() -> None:
     assert book.calls == 1
     assert step.stopwatch.read() > 0
     assert dataclasses.replace(step.recipe, seed=1).frozen_dim == 4
+
+
+@pytest.mark.parametrize("policy", ["random", "blockwise", "hpm"])
+def test_a_tokenizer_that_reads_patches_alone_is_asked_about_the_masked_ones(policy: str) -> None:
+    """The same loss and gradients as of the ids of all patches; where losses of all are measured, all are asked for."""
+    asked: list[int] = []
+
+    class Counted(Codebook):
+        def ids(self, patches: Tensor) -> Tensor:
+            asked.append(patches.shape[1])
+            return super().ids(patches)
+
+    class Whole(Codebook):
+        by_patch = False
+
+    for way in ("in_place", "measured") if policy == "hpm" else ("paper",):
+        fields: dict[str, Any] = {
+            "model": "beit_vit_nano_patch4_28",
+            "mask_policy": policy,
+            "difficulty": way,
+            "predict_loss": "none",
+        }
+        step = step_of(**fields, target="tokens", target_weights="kmeans:x", target_dim=8, mask_ratio=0.38)
+        codes = torch.randn(8, 16, generator=torch.Generator().manual_seed(1))
+        found = []
+        for kind in (Counted, Whole):
+            step.attach_frozen(kind(codes, 4, (0.3,), (0.2,)))
+            step.zero_grad()
+            output = step(*batch(), torch.tensor(3), ALPHA)
+            output.loss.backward()
+            grads = [p.grad for p in step.parameters() if p.grad is not None]
+            found.append((output.metrics[:3], output.mask, torch.cat([grad.flatten() for grad in grads])))
+        assert torch.equal(found[0][1], found[1][1])
+        torch.testing.assert_close(found[0], found[1])
+        assert asked == [49 if way == "measured" else step.recipe.num_masked]
+        asked.clear()
+        costs = [
+            flops.step_flops(step.student, step.recipe, kind(codes, 4, (0.3,), (0.2,))) for kind in (Counted, Whole)
+        ]
+        saved = 0 if way == "measured" else 2 * 8 * 16 * (49 - step.recipe.num_masked)
+        assert costs[1]["teacher"] - costs[0]["teacher"] == saved

@@ -62,6 +62,8 @@ def test_two_deepspeed_ranks_run_every_preset(name: str, tmp_path: Path) -> None
     assert all(0 < record["loss"] < 10 for record in records)
     assert records[0]["images_per_second"] > 0
     assert 0 < records[0]["teacher_percent"] < 100
+    assert 1 < records[1]["rankme"] <= 16  # of the last batch, over both ranks
+    assert "| rankme |" in (tmp_path / "report.md").read_text()
     for name_of_file in (
         "report.md",
         "curves.png",
@@ -78,7 +80,7 @@ def test_two_deepspeed_ranks_run_every_preset(name: str, tmp_path: Path) -> None
     assert shown == told
     assert {"bad_samples", "skipped_updates"} <= set(records[-1]) - shown  # nothing but zeros
     assert sorted(tags)[:2] == [overview_tag("loss"), overview_tag("difficulty_spearman")]
-    assert set(records[-1]) - set(records[0]) == {"difficulty_spearman", "difficulty_auc"}  # at the end, at least
+    assert set(records[-1]) - set(records[0]) == {"difficulty_spearman", "difficulty_auc", "rankme"}  # at the end
     assert -1 < records[-1]["difficulty_spearman"] < 1
     assert set(board.Tags()["images"]) == {overview_tag("panel"), "panel"}
     folder = newest_valid(tmp_path, pytest.fail)

@@ -76,7 +76,7 @@ def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_code_is_drawn_with_the_patchs_own_contrast() -> None:
     """The code of a patch that is a code gives that patch back."""
     book = codebook(tokens=16)
-    patches = book.normalised(images(1))
+    patches = book.normalised(book.cut(images(1)))
     book.codes = patches[0]
     raw = torch.randn(1, 16, 1) + torch.rand(1, 16, 1) * patches
     again = (raw - raw.mean(2, keepdim=True)) * (raw.var(2, keepdim=True) + SOFTENING).rsqrt()
@@ -89,7 +89,7 @@ def test_a_code_is_drawn_with_the_patchs_own_contrast() -> None:
     [
         (5, 4, 3, "the tokenizer has 5 tokens, and the model predicts 6; use --target_dim 5"),
         (6, 8, 3, "its codes are of 8 x 8 pixels in 3 channels, and the recipe's patches of 4 x 4 in 3"),
-        (6, 4, 1, "its codes are of 4 x 4 pixels in 1 channels, and the recipe's patches of 4 x 4 in 3"),
+        (6, 4, 1, "in 1 channels, and the recipe's patches of 4 x 4 in 3; make one .* --patch_size 4 --channels 3"),
     ],
 )
 def test_a_codebook_of_something_else_is_refused(
@@ -115,7 +115,8 @@ def test_files_that_are_no_tokenizers_are_refused_and_not_run(tmp_path: Path) ->
     save_file({"codes": torch.zeros(6, 48)}, tmp_path / "plain.safetensors")
     problems = {
         "": "target tokens needs a tokenizer, and target_weights names none; expected kmeans:FILE",
-        f"kmeans:{tmp_path / 'no.safetensors'}": "cannot be read",
+        f"kmeans:{tmp_path / 'no.safetensors'}": "there is no such file; python -m data_prep.codebook makes one",
+        f"vqkd:{tmp_path / 'no.pth'}": rf"^{tmp_path / 'no.pth'} cannot be read \(No such file",
         f"kmeans:{tmp_path / 'plain.safetensors'}": "is no codebook; expected what python -m data_prep.codebook",
         f"kmeans:{evil}": "is damaged, or not a file of torch.save|needs Python code",
         f"vqkd:{evil}": "is damaged, or not a file of torch.save|needs Python code",

@@ -5,8 +5,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fasthpm.errors import UserError
-
 ROUNDING = 32  # units in the last place within which two sums of the same values may differ
 
 
@@ -16,11 +14,9 @@ def cls_attention(model: nn.Module, images: Tensor) -> Tensor:
 
     - `model`: an `HPMViT`; `images`: as in its `encode`
 
-    **Returns:** float32 [B, heads, L]; with the attention to itself each row would sum to 1.
-    **Raises:** `UserError` for relative positions, which are part of it.
+    **Returns:** float32 [B, heads, L], relative positions included; with the attention to itself each row would sum to
+    1.
     """
-    if getattr(model, "positions", "") == "relative":
-        raise UserError("attention of a model with relative positions is not drawn; use --positions learned")
     attention: Any = model.blocks[-1].attn  # type: ignore[index, union-attr]
     seen: list[Tensor] = []
     hook = attention.qkv.register_forward_hook(lambda module, inputs, output: seen.append(output))
@@ -32,6 +28,8 @@ def cls_attention(model: nn.Module, images: Tensor) -> Tensor:
     qkv = seen[0].float().reshape(batch, length, 3, attention.num_heads, width // 3 // attention.num_heads)
     query, key = qkv[:, 0, 0], qkv[:, :, 1]
     scores = torch.einsum("bhd,bnhd->bhn", query * query.shape[-1] ** -0.5, key)
+    if getattr(model, "positions", "") == "relative":
+        scores = scores + model.rel_pos_bias()[0, :, 0].float()  # type: ignore[operator]
     return scores.softmax(dim=-1)[:, :, 1:]
 
 

@@ -19,6 +19,7 @@ from fasthpm.run.records import latest, read_metrics
 CURVES = (
     ("loss", ("reconstruction_loss", "cls_loss", "patch_loss", "difficulty_loss")),
     ("collapse", ("teacher_entropy", "mean_entropy", "teacher_kl")),
+    ("rankme", ("rankme",)),
     ("predictor health", ("spearman", "pair_accuracy", "teacher_spearman", "difficulty_spearman")),
     ("images per second", ("images_per_second",)),
     ("learning rate", ("lr",)),
@@ -51,7 +52,7 @@ EXPLAINED = {
     "teacher_entropy": "teacher_entropy is of the teacher's distribution of a view, mean_entropy of their mean, in "
     "nats: both near 0, or both near the logarithm of the prototypes, is a collapse",
     "teacher_kl": "teacher_kl is what the student's distribution lacks of it",
-    "rankme": "rankme is how many directions the teacher's cls tokens use",
+    "rankme": "rankme is how many directions the features of a batch use: 1 is a collapse",
     "spearman": "spearman and pair_accuracy compare the student's predicted with its real loss of the masked patches",
     "teacher_spearman": "teacher_spearman compares the difficulty that makes the masks with the same real loss",
     "difficulty_spearman": "difficulty_spearman compares it with the mean loss over random masks of held-out samples",

@@ -10,6 +10,7 @@ Optimizer state (moments, EMA) has its master's shape, so whoever knows where th
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import version
@@ -441,3 +442,19 @@ def add_gradients_at_once(engine: Any) -> None:
     for hook in wrapper._grad_acc_hooks:
         hook.remove()
     wrapper.immediate_grad_update, wrapper.update_hp_grads = False, add
+
+
+@contextmanager
+def own_parameters(module: torch.nn.Module) -> Iterator[None]:
+    """Let `module` be used otherwise than by its forward: its own parameters, not those of its parts, are whole.
+
+    Collective. Under ZeRO 3 a forward gathers what belongs to the module that is called, and to no other.
+    """
+    split = [weight for weight in module.parameters(recurse=False) if hasattr(weight, "ds_id")]
+    if not split:
+        yield
+        return
+    import deepspeed  # late: it takes seconds
+
+    with deepspeed.zero.GatheredParameters(split):
+        yield

@@ -18,6 +18,7 @@ from fasthpm import ranks
 from fasthpm.data import Batch, build_loader
 from fasthpm.mask import MaskPlan, draw_mask, sample_noise, split_ids
 from fasthpm.model import HPMViT
+from fasthpm.ranks import zero
 from fasthpm.recipe import Recipe
 from fasthpm.run.state import Run
 from fasthpm.step import Step
@@ -57,7 +58,9 @@ class DifficultyCheck:
                 patches = step.normalized_patches(images)
                 target = step.target_of(images, patches)
                 true = mean_losses(step.student, patches, ids, random_plan(run.recipe), target)
-                answers, valid = model.predict_loss(patches, target=target), step.normalized_patches.valid(images)
+                with zero.own_parameters(model):
+                    answers = model.predict_loss(patches, target=target)
+                valid = step.normalized_patches.valid(images)
                 auc = losses.hardest_auc(answers, true, valid=valid)
                 figures = torch.stack([losses.spearman(answers, true, valid), auc])
                 sums += torch.cat([figures.double() * len(ids), sums.new_tensor([len(ids)])])

@@ -82,7 +82,8 @@ def step_flops(model: HPMViT, recipe: Recipe, frozen: nn.Module | None = None) -
     "teacher" is all that runs without gradients: the EMA, and the `frozen` one of the target.
     """
     found = step_cost(model, recipe, FLOPS)
-    extra = frozen_flops(frozen, recipe.num_patches) if frozen else 0.0
+    late = getattr(frozen, "by_patch", False) and not recipe.asks_all_targets
+    extra = frozen_flops(frozen, recipe.num_masked if late else recipe.num_patches) if frozen else 0.0
     return {**found, "teacher": found["teacher"] + extra, "total": found["total"] + extra}
 
 

@@ -34,7 +34,12 @@ def run(method: str, seed: int, knn: float) -> dict[str, Any]:
 
 
 def test_differences_are_taken_seed_by_seed() -> None:
-    runs = [run("random", 0, 50.0), run("random", 1, 60.0), run("measured", 0, 51.0), run("measured", 2, 10.0)]
+    runs = [
+        {**run("random", 0, 50.0), "untrained": {"knn": 40.0, "linear": 45.0}},
+        run("random", 1, 60.0),
+        run("measured", 0, 51.0),
+        run("measured", 2, 10.0),
+    ]
     rows = evidence_beit.summarise(runs)
     assert rows["measured"]["gain"]["knn"] == {"mean": 1.0, "std": 0.0, "low": 1.0, "high": 1.0, "won": 1}
     assert rows["measured"]["gain"]["linear"]["mean"] == 2.0
@@ -42,3 +47,5 @@ def test_differences_are_taken_seed_by_seed() -> None:
     text = evidence_beit.markdown({"settings": {"length": "short"}, "summary": rows})
     assert "| HPM, measured | 2 |" in text
     assert "+1.00 ± 0.00 (1)" in text
+    assert list(rows) == ["untrained", "random", "measured"]
+    assert "| untrained encoder | 1 |  | 40.00 ± 0.00 | 45.00 ± 0.00 |  |  |" in text

@@ -31,6 +31,23 @@ def test_attention_is_the_last_blocks_of_the_cls_token() -> None:
     assert not last.attn.qkv._forward_hooks
 
 
+def test_relative_positions_are_part_of_the_attention() -> None:
+    model = create_model("beit_vit_nano_patch4_28", in_chans=1, positions="relative", layer_scale=0.1).eval()
+    images = torch.randn(2, 1, 28, 28)
+    with torch.no_grad():
+        model.rel_pos_bias.relative_position_bias_table.normal_(std=2)
+        got = maps_attention.cls_attention(model, images)
+        tokens = model.patch_embed(model.patchify(images))
+        tokens = torch.cat([model.cls_token.expand(2, -1, -1), tokens], 1)
+        bias = model.rel_pos_bias()
+        for block in model.blocks[:-1]:
+            tokens = block(tokens, bias=bias)
+        last: Any = model.blocks[-1]
+        qkv = last.attn.qkv(last.norm1(tokens)).reshape(2, 50, 3, 4, 32).permute(2, 0, 3, 1, 4)
+        want = attend_plain(qkv[0], qkv[1], torch.eye(50).expand(2, 4, 50, 50), bias)[:, :, 0, 1:]
+    torch.testing.assert_close(got, want)
+
+
 def test_weights_are_scaled_after_the_mean_or_before_it() -> None:
     attention = torch.tensor([[[0.1, 0.2, 0.5], [0.3, 0.1, 0.1]]])
     torch.testing.assert_close(maps_attention.attention_weights(attention), torch.tensor([[0.05 / 0.15, 0.0, 1.0]]))
