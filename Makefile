@@ -7,6 +7,8 @@ SHELL := /bin/bash
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/.venv
 unexport PYTHONPATH PYTHONHOME
+# Hundreds of processes of a test run would compile the package anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z_]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile

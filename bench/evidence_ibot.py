@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.common import machine, table, write_json
+from bench.common import fast_config, machine, table, write_json
 from bench.evidence import RESULT, fill_table, flag, probe, ran_one, require_positive, start, train, write_both
 from bench.evidence_beit import Method, summarise
 from bench.evidence_difficulty import TRUTH, mean_and_spread
@@ -136,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--bank", type=int, default=10000, help="labelled training images of the probes")
     parser.add_argument("--extra", default="", help="further flags of every run, as one string")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch in a run")
-    parser.add_argument("--deepspeed_config", default="zero1_fp32")
+    parser.add_argument("--deepspeed_config", default=fast_config())
     parser.add_argument("--one", default="", help=argparse.SUPPRESS)  # METHOD:SEED, in the process started for it
     parser.add_argument("-o", "--output", type=Path, default=None, help="default: bench/results/ibot_fashion_….json")
     arguments = parser.parse_args(given)
