@@ -39,7 +39,7 @@ def stored(values: Array, like: Array, nodata: float | None, out: Array | None) 
     chance = made == mark
     if chance.any():
         made[chance] = (
-            mark + kind.type(-1 if mark > 0 else 1) if kind.kind in "ui" else np.nextafter(mark, kind.type(1))
+            kind.type(int(mark) + (-1 if mark > 0 else 1)) if kind.kind in "ui" else np.nextafter(mark, kind.type(1))
         )
     if out is not None:
         made[out] = mark
