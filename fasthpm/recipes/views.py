@@ -109,9 +109,9 @@ def ibot_demo() -> Recipe:
     directions (RankMe of centred features 28.7, 6.2, 8.0), then more: short runs are better by the patches.
 
     [ours] 2 crops of 28 px of half the area or more; 512 prototypes behind layers of 256; random masks; no colours but
-    brightness and contrast; a constant temperature of 0.03: at 0.04 the teacher's distribution stays nearly uniform
-    for a hundred updates, at 0.01 it falls to three prototypes; a teacher with a shorter memory than iBOT's, for a run
-    a thousand times shorter, but not as short as 0.9, with which cls stays at five directions.
+    brightness and contrast; a constant temperature of 0.03 and a teacher with a shorter memory than iBOT's, for a run a
+    thousand times shorter. One run each of neighbouring settings: temperature 0.04 with momentum 0.99 left the
+    teacher's distribution nearly uniform, 0.01 let it fall to three prototypes, momentum 0.9 left cls five directions.
     """
     return Recipe(
         recipe="ibot_demo",
