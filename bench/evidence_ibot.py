@@ -17,7 +17,7 @@ from typing import Any
 
 from bench.common import fast_config, machine, table, write_json
 from bench.evidence import RESULT, fill_table, flag, probe, ran_one, require_positive, start, train, write_both
-from bench.evidence_beit import Method, summarise
+from bench.evidence_beit import BASELINE, UNTRAINED, Method, summarise
 from bench.evidence_difficulty import TRUTH, mean_and_spread
 from fasthpm.cli import Parser, run_command
 from fasthpm.errors import UserError
@@ -31,7 +31,6 @@ METHODS = {
     "ibot": Method("iBOT, blocks", {"mask_policy": "blockwise"}, "random"),
     "hpm": Method("HPM on iBOT, in place", {"mask_policy": "hpm", "difficulty": "in_place"}, "random"),
 }
-UNTRAINED = Method("untrained", {})
 
 
 def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -79,17 +78,17 @@ def run_one(arguments: argparse.Namespace, method: str, seed: int, out: Path) ->
         "settings": settings_of(arguments),
         "probes": probe(arguments, out, "student"),
         "truth": {name: last[name] for name in TRUTH if name in last},
-        "untrained": probe(arguments, out, "untrained") if method == "random" else {},  # the same for every row
         **taken,
         "last": {name: last[name] for name in ("step", "cls_loss", "patch_loss", *SHOWN) if name in last},
     }
+    if method == BASELINE:
+        result[UNTRAINED] = probe(arguments, out, UNTRAINED)
     write_json(out / RESULT, result)
 
 
 def summary_of(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """`evidence_beit.summarise` of these rows, of the untrained networks, and the last of `SHOWN`."""
-    begun = [{**run, "method": "untrained", "probes": run["untrained"]} for run in runs if run.get("untrained")]
-    rows = summarise([*begun, *runs], {"untrained": UNTRAINED, **METHODS}, PROBES)
+    rows = summarise(runs, METHODS, PROBES)
     for method in (name for name in METHODS if name in rows):
         last = [run["last"] for run in runs if run["method"] == method]
         for name in SHOWN:
@@ -106,7 +105,7 @@ def markdown(result: dict[str, Any]) -> str:
         figures = [f"{row[name]['mean']:.2f} ± {row[name]['std']:.2f}" for name in PROBES]
         shown = [f"{row[name]['mean']:.2f}" if name in row else "" for name in (*SHOWN, TRUTH[0])]
         gain = [f"{g['mean']:+.2f} ± {g['std']:.2f} ({g['won']})" for g in row.get("gain", {}).values()] or [""] * 4
-        title = {**METHODS, "untrained": UNTRAINED}[method].title
+        title = METHODS[method].title if method in METHODS else method
         rows.append([title, str(len(row["seeds"])), *figures, *gain, *shown])
     probes = ("k-NN cls", "linear cls", "k-NN mean", "linear mean")
     heads = ("masks", "seeds", *probes, *(f"{name}, less random" for name in probes), *SHOWN, TRUTH[0])

@@ -84,9 +84,7 @@ class Side:
 
     def close(self) -> None:
         """End it."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
+        self.process.communicate()
 
 
 def bench(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:

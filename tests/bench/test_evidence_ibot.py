@@ -34,9 +34,9 @@ def test_every_row_is_a_recipe_that_differs_in_its_masks_alone(method: str) -> N
 
 def run(method: str, seed: int, knn: float, untrained: float = 0.0) -> dict[str, Any]:
     probes = dict.fromkeys(evidence_ibot.PROBES, knn)
-    begun = dict.fromkeys(evidence_ibot.PROBES, untrained) if untrained else {}
+    begun = {"untrained": dict.fromkeys(evidence_ibot.PROBES, untrained)} if untrained else {}
     last = {"teacher_entropy": knn / 10, "rankme": 3.0}
-    return {"method": method, "seed": seed, "probes": probes, "untrained": begun, "truth": {}, "last": last}
+    return {"method": method, "seed": seed, "probes": probes, **begun, "truth": {}, "last": last}
 
 
 def test_differences_are_taken_seed_by_seed() -> None:
