@@ -34,13 +34,36 @@ tasks=1
 [ "$gpus" -eq 0 ] || tasks=$ranks
 readonly tasks
 
-# A task on the encoder: its command, its module, further flags.
+# A task on the encoder: its command, its module, the launcher's port, further flags.
 train() {
     [ -f "$out/$1/result.json" ] ||
-        "$PWD/.venv/bin/deepspeed" --num_gpus "$tasks" --module "fasthpm.dense.$2" "$out" --data_path "$data" "${@:3}"
+        "$PWD/.venv/bin/deepspeed" --num_gpus "$tasks" --master_port "$3" --module "fasthpm.dense.$2" "$out" \
+            --data_path "$data" "${@:4}"
 }
 
-step "1/4 garments on photographs, with masks and boxes"
+# Fewer updates than detection's recipe has: ten minutes are for everything.
+detect() { train detect detection 29602 --steps 240; }
+
+# On a CPU one core is used well by a task, and two badly: both at once, each on its half of the cores. What detection
+# says goes into a file.
+both() {
+    local log=$out/detection.log share=$(($(nproc) / 2))
+    export OMP_NUM_THREADS=$((share > 0 ? share : 1))
+    echo "detection beside it, in $log"
+    set -m  # a process group of its own, so that it ends as a whole
+    detect >>"$log" 2>&1 &
+    set +m
+    readonly other=$!
+    trap 'kill -TERM -- "-$other" 2>/dev/null; wait "$other"' EXIT
+    trap 'exit 130' INT
+    trap 'exit 143' TERM
+    train segment segmentation 29601
+    echo "detection goes on"
+    wait "$other" || { tail -n 20 "$log" >&2 && exit 1; }
+    trap - EXIT INT TERM
+}
+
+step "1/3 garments on photographs, with masks and boxes"
 if [ ! -f "$data/classes.txt" ]; then
     photographs
     "$python" -m data_prep.scenes "$data" --number 8000 --val_number 300 --size 96 --objects 2 5
@@ -48,17 +71,14 @@ fi
 [ -f "$data/train_set.beton" ] ||
     "$python" -m data_prep.images "$data/train.txt" "$data/train_set.beton" --write_mode raw --classes "$data/classes.txt"
 
-step "2/4 HPM pretraining on $ranks DeepSpeed ranks"
+step "2/3 HPM pretraining on $ranks DeepSpeed ranks"
 if [ ! -f "$out/report.md" ]; then
     "$PWD/.venv/bin/deepspeed" --num_gpus "$ranks" --module fasthpm.pretrain --recipe hpm_dense_demo \
         --data_path "$data/train_set.beton" --output_dir "$out" --deepspeed_config "$preset"
 fi
 
-step "3/4 segmentation: UPerNet"
-train segment segmentation
-
-step "4/4 detection: Mask R-CNN"
-train detect detection
+step "3/3 segmentation: UPerNet, and detection: Mask R-CNN"
+if [ "$gpus" -eq 0 ]; then both; else train segment segmentation 29601 && detect; fi
 
 figure() { "$python" -c "import json, sys; print(f'{json.load(open(sys.argv[1]))[sys.argv[2]]:.1f} %')" "$@"; }
 cat <<END
