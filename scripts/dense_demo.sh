@@ -54,7 +54,7 @@ both() {
     detect >>"$log" 2>&1 &
     set +m
     readonly other=$!
-    trap 'kill -TERM -- "-$other" 2>/dev/null; wait "$other"' EXIT
+    trap 'kill -INT -- "-$other" 2>/dev/null; wait "$other" || true' EXIT
     trap 'exit 130' INT
     trap 'exit 143' TERM
     train segment segmentation 29601
