@@ -120,8 +120,8 @@ def beit_demo() -> Recipe:
 def hpm_beit_demo() -> Recipe:
     """HPM on BEiT on Fashion-MNIST.
 
-    Ours (640 updates of 32, 3 seeds, `bench.evidence_beit`): k-NN 73.8 ± 0.5, +0.9 ± 1.8 over random masks (ahead in 2);
-    difficulty_spearman 0.94.
+    Ours (640 updates of 32, 3 seeds, `bench.evidence_beit`): k-NN 73.8 ± 0.5, +0.9 ± 1.8 over random masks (ahead in
+    2); difficulty_spearman 0.94.
 
     Command as of beit_demo, with --recipe hpm_beit_demo. [ours] difficulty measured, without a loss predictor, as in
     hpm_demo. The rest as in beit_demo.
