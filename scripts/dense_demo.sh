@@ -59,7 +59,7 @@ both() {
     trap 'exit 143' TERM
     train segment segmentation 29601
     echo "detection goes on"
-    wait "$other" || { tail -n 20 "$log" >&2 && exit 1; }
+    wait "$other" || { tail -n 20 "$log" >&2; exit 1; }
     trap - EXIT INT TERM
 }
 
@@ -78,7 +78,12 @@ if [ ! -f "$out/report.md" ]; then
 fi
 
 step "3/3 segmentation: UPerNet, and detection: Mask R-CNN"
-if [ "$gpus" -eq 0 ]; then both; else train segment segmentation 29601 && detect; fi
+if [ "$gpus" -eq 0 ]; then
+    both
+else
+    train segment segmentation 29601
+    detect
+fi
 
 figure() { "$python" -c "import json, sys; print(f'{json.load(open(sys.argv[1]))[sys.argv[2]]:.1f} %')" "$@"; }
 cat <<END
