@@ -173,29 +173,40 @@ def write_tables(arguments: argparse.Namespace, runs: Sequence[dict[str, Any]]) 
     write_both(arguments.output, result, markdown(result))
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """`python -m bench.evidence_beit`."""
-    given = list(sys.argv[1:] if argv is None else argv)
-    parser = Parser(prog="bench.evidence_beit", description=__doc__)
+def build_parser(name: str, about: str | None, methods: Mapping[str, Method]) -> Parser:
+    """The command line of `bench.evidence_NAME`, a table of `methods` on Fashion-MNIST."""
+    parser = Parser(prog=f"bench.evidence_{name}", description=about)
     parser.add_argument("--data", type=Path, default=Path("data/fashion_mnist"), help="where train.beton is")
-    parser.add_argument("--work", type=Path, default=Path("runs/beit"), help="where codebook and runs are kept")
+    parser.add_argument("--work", type=Path, default=Path(f"runs/{name}"), help="where everything is kept")
     parser.add_argument("--length", choices=list(LENGTHS), default="short")
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=list(methods), default=list(methods))
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method")
-    parser.add_argument("--bank", type=int, default=10000, help="labelled training samples of the probes")
+    parser.add_argument("--bank", type=int, default=10000, help="labelled training images of the probes")
     parser.add_argument("--extra", default="", help="further flags of every run, as one string")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch in a run")
     parser.add_argument("--deepspeed_config", default=fast_config())
     parser.add_argument("--one", default="", help=argparse.SUPPRESS)  # METHOD:SEED, in the process started for it
-    parser.add_argument("-o", "--output", type=Path, default=None, help="default: bench/results/beit_fashion_….json")
-    arguments = parser.parse_args(given)
-    if ran_one(arguments, run_one):
-        return
+    default = f"default: bench/results/{name}_fashion_….json"
+    parser.add_argument("-o", "--output", type=Path, default=None, help=default)
+    return parser
+
+
+def complete(arguments: argparse.Namespace, name: str) -> None:
+    """Check the arguments of `build_parser`, and say where the table goes. **Raises:** `UserError`."""
     require_positive(arguments, ("seeds", "bank", "threads"))
     for path in SETS["fashion"].paths:
         if not (arguments.data / path).exists():
             raise UserError(f"{arguments.data} has no {path}; make it with python -m data_prep.fashion_mnist")
-    arguments.output = arguments.output or Path(f"bench/results/beit_fashion_{arguments.length}.json")
+    arguments.output = arguments.output or Path(f"bench/results/{name}_fashion_{arguments.length}.json")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`python -m bench.evidence_beit`."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    arguments = build_parser("beit", __doc__, METHODS).parse_args(given)
+    if ran_one(arguments, run_one):
+        return
+    complete(arguments, "beit")
     make_codebook(arguments)
     fill_table(
         arguments,

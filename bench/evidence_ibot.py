@@ -15,12 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.common import fast_config, machine, table, write_json
-from bench.evidence import RESULT, fill_table, flag, probe, ran_one, require_positive, start, train, write_both
-from bench.evidence_beit import BASELINE, UNTRAINED, Method, summarise
+from bench.common import machine, table, write_json
+from bench.evidence import RESULT, fill_table, flag, probe, ran_one, start, train, write_both
+from bench.evidence_beit import BASELINE, UNTRAINED, Method, build_parser, complete, summarise
 from bench.evidence_difficulty import TRUTH, mean_and_spread
-from fasthpm.cli import Parser, run_command
-from fasthpm.errors import UserError
+from fasthpm.cli import run_command
 
 PROBES = ("knn_cls", "linear_cls", "knn_mean", "linear_mean")
 SHOWN = ("teacher_entropy", "mean_entropy", "rankme", "teacher_spearman")
@@ -126,26 +125,10 @@ def write_tables(arguments: argparse.Namespace, runs: Sequence[dict[str, Any]]) 
 def main(argv: Sequence[str] | None = None) -> None:
     """`python -m bench.evidence_ibot`."""
     given = list(sys.argv[1:] if argv is None else argv)
-    parser = Parser(prog="bench.evidence_ibot", description=__doc__)
-    parser.add_argument("--data", type=Path, default=Path("data/fashion_mnist"), help="where train.beton is")
-    parser.add_argument("--work", type=Path, default=Path("runs/ibot"), help="where runs are kept")
-    parser.add_argument("--length", choices=list(LENGTHS), default="short")
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each method")
-    parser.add_argument("--bank", type=int, default=10000, help="labelled training images of the probes")
-    parser.add_argument("--extra", default="", help="further flags of every run, as one string")
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch in a run")
-    parser.add_argument("--deepspeed_config", default=fast_config())
-    parser.add_argument("--one", default="", help=argparse.SUPPRESS)  # METHOD:SEED, in the process started for it
-    parser.add_argument("-o", "--output", type=Path, default=None, help="default: bench/results/ibot_fashion_….json")
-    arguments = parser.parse_args(given)
+    arguments = build_parser("ibot", __doc__, METHODS).parse_args(given)
     if ran_one(arguments, run_one):
         return
-    require_positive(arguments, ("seeds", "bank", "threads"))
-    for name in ("train.beton", "val.beton"):
-        if not (arguments.data / name).exists():
-            raise UserError(f"{arguments.data} has no {name}; make it with python -m data_prep.fashion_mnist")
-    arguments.output = arguments.output or Path(f"bench/results/ibot_fashion_{arguments.length}.json")
+    complete(arguments, "ibot")
     fill_table(
         arguments,
         settings_of(arguments),
