@@ -3,10 +3,10 @@
     python -m bench.evidence_ibot --data data/fashion_mnist --work runs/ibot [--length short] [--seeds 3] [--methods …]
         [-o bench/results/ibot_fashion_short.json]
 
-Rows are changes to `ibot_demo`, in bench.evidence's runs: one process per run, finished ones are kept, the tables are
-rewritten after every run. k-NN and logistic regression on the cls token, which iBOT is made for, and on the mean of the
-patch tokens; the untrained network beside them, and the two figures in which a collapse shows. Differences are taken
-seed by seed, to random masks.
+Rows are changes to `ibot_demo`, whose length is the short one, in bench.evidence's runs: one process per run, finished
+ones are kept, the tables are rewritten after every run. k-NN and logistic regression on the cls token, which iBOT is
+made for, and on the mean of the patch tokens; the untrained network beside them, and the two figures in which a
+collapse shows. Differences are taken seed by seed, to random masks.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from fasthpm.cli import run_command
 PROBES = ("knn_cls", "linear_cls", "knn_mean", "linear_mean")
 SHOWN = ("teacher_entropy", "mean_entropy", "rankme", "teacher_spearman")
 SETTINGS = ("length", "bank", "extra")
-LENGTHS = {"short": (10, 30, 32), "long": (20, 50, 64)}  # epochs, updates per epoch, samples per update
+LENGTHS = {"short": (4, 250, 64), "long": (20, 250, 64)}  # epochs, updates per epoch, samples per update
 METHODS = {
     "random": Method("iBOT, random masks", {"mask_policy": "random"}),
     "ibot": Method("iBOT, blocks", {"mask_policy": "blockwise"}, "random"),

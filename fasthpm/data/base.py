@@ -18,6 +18,7 @@ from torch import Tensor
 from fasthpm.data import views
 from fasthpm.data.background import Background
 from fasthpm.data.bad import BadSample, Quarantine
+from fasthpm.data.memory import Recycled
 from fasthpm.data.options import OF_CHANNELS, LoaderOptions, count_workers
 from fasthpm.data.sampling import (
     Array,
@@ -55,6 +56,7 @@ class PrefetchLoader(ABC):
         self._epoch = self._batch = 0
         self._order: tuple[int, Array] = (-1, np.empty(0, np.int64))
         self._announced = (0, 0)  # the first epoch and batch of which the storage has not heard
+        self._memory = Recycled(AHEAD + 2)  # those ahead, the one in the making, and the consumer's
         self._pool: ThreadPoolExecutor | None = None
         self._current: weakref.ref[Prefetcher] | None = None
         self._closed = False
@@ -121,6 +123,7 @@ class PrefetchLoader(ABC):
     def close(self) -> None:
         self._closed = True
         self._stop_current()
+        self._memory.clear()
         if self._pool is not None:
             self._pool.shutdown()
             self._pool = None
@@ -263,7 +266,7 @@ class PrefetchLoader(ABC):
         return self.take(epoch, np.repeat(self.ids_of(epoch, batch), self.options.num_views))
 
     def take(self, epoch: int, asked: Array) -> Batch:
-        """Decode the samples `asked` [B] as `epoch` crops them, into fresh memory (pinned if there is CUDA).
+        """Decode the samples `asked` [B] as `epoch` crops them, into memory of its own (pinned if there is CUDA).
 
         Of images in several views each sample stands in `asked` once per view, one after the other.
         """
@@ -288,7 +291,8 @@ class PrefetchLoader(ABC):
     def _empty(self, count: int, pin: bool = False) -> Tensor:
         """Memory for the pixels of `count` samples, where they are decoded to."""
         dtype = getattr(torch, self.dtype.name)
-        return torch.empty((count, *self.options.sample_shape), dtype=dtype, pin_memory=pin)
+        shape = (count, *self.options.sample_shape)
+        return torch.empty(shape, dtype=dtype, pin_memory=True) if pin else self._memory.empty(shape, dtype)
 
     def _read(self, images: Tensor, epoch: int, asked: Array) -> tuple[Array, Array, Array]:
         """Fill `images` [B, H, W, C] with `asked` [B] or what replaces them; which samples, crops and sizes these are.

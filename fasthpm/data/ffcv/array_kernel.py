@@ -631,9 +631,7 @@ def _resize_as_it_lies(
         _sum_across(total, channels, columns, sums)
         if varied:
             _vary_pixels(sums, channels, gains, means)
-        at = lane * width
-        for x in range(width):
-            buffers.lines[at + x] = f32(sums[x])
+        _spread(sums, buffers.lines[lane * width : (lane + 1) * width])
 
 
 @numba.njit
