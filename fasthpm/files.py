@@ -15,6 +15,7 @@ import re
 import shutil
 import tarfile
 import types
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -284,7 +285,8 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 def _read_pickle(path: Path) -> dict[str, Any]:
     try:
-        with torch.serialization.safe_globals(HARMLESS):
+        with torch.serialization.safe_globals(HARMLESS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what a plain pickle is told below, in one line
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files raise almost anything
         raise UserError(f"{path} {_reason(str(error))}") from error

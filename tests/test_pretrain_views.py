@@ -82,6 +82,17 @@ def test_ranks_and_accumulation_share_one_trajectory(tmp_path: Path) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
+def test_a_run_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
+    """Centres are of the run: what two ranks began, one ends as if it had begun it, but for rounding."""
+    common = ("--deepspeed_config", "zero1_fp32")
+    run(tmp_path / "straight", *common, "--batch_size", 16)
+    run(tmp_path / "moved", *common, "--batch_size", 8, "--stop_after", 2, ranks=2)
+    early = centres(tmp_path / "moved")
+    assert "at update 2 of 4" in run(tmp_path / "moved", *common, "--batch_size", 16)
+    assert torch.allclose(centres(tmp_path / "straight"), centres(tmp_path / "moved"), atol=1e-5)
+    assert not torch.allclose(early, centres(tmp_path / "moved"), atol=1e-5)
+
+
 def test_what_a_run_shows(tmp_path: Path) -> None:
     extra = ("--difficulty_every", 4, "--panel_every", 1, "--deepspeed_config", "zero1_fp32", "--view_augment", "dino")
     run(tmp_path, *extra, "--batch_size", 8, "--freeze_last_layer_epochs", 1, recipe="hpm_ibot_demo")

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import pickle
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -259,8 +260,11 @@ def test_code_in_a_file_never_runs(tmp_path: Path, form: str) -> None:
     else:
         torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
     expected = "plain pickles are never loaded" if form == "pickle" else r"needs Python code to load \(\w+\.system\)"
-    with pytest.raises(UserError, match=expected) as caught:
-        run_import(path, tmp_path / "run", *FLAGS)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")  # as users have it, not as errors that are caught
+        with pytest.raises(UserError, match=expected) as caught:
+            run_import(path, tmp_path / "run", *FLAGS)
+    assert [str(warning.message) for warning in warned] == []
     assert "\n" not in str(caught.value)
     assert not trace.exists()
     pickle.loads(pickle.dumps(content["extra"]))
