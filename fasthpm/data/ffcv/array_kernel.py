@@ -164,6 +164,36 @@ def _sum_groups(_context: Any, like: Any, target: Any, source: Any, stride: Any,
     return types.void(like, types.intp, types.intp, types.intp, types.intp, types.intp), build
 
 
+@intrinsic
+def _transpose(_context: Any, like: Any, target: Any, out: Any, source: Any, step: Any) -> Any:
+    """LANES rows of LANES numbers, `step` bytes apart at `source`, as float32 or as they are, columns `out` apart.
+
+    `like`: a pair of arrays of the source's type and of the target's.
+    """
+    sizes = [array.dtype.bitwidth // 8 for array in like]
+
+    def build(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        _, target, out, source, step = arguments
+        kinds = [ir.VectorType(ir.FloatType() if size == 4 else ir.DoubleType(), LANES) for size in sizes]
+
+        def place(base: Any, number: int, stride: Any, kind: Any) -> Any:
+            at = builder.add(base, builder.mul(stride, ir.Constant(stride.type, number)))
+            return builder.inttoptr(at, kind.as_pointer())
+
+        half = LANES // 2
+        merged = [[first + k // 2 + (k % 2) * LANES for k in range(LANES)] for first in (0, half)]
+        masks = [ir.Constant(ir.VectorType(ir.IntType(32), LANES), mask) for mask in merged]
+        rows = [builder.load(place(source, k, step, kinds[0]), align=sizes[0]) for k in range(LANES)]
+        for _ in range(LANES.bit_length() - 1):  # each time every row takes in the one that is half of them below
+            rows = [builder.shuffle_vector(rows[k // 2], rows[k // 2 + half], masks[k % 2]) for k in range(LANES)]
+        for k, row in enumerate(rows):
+            value = row if kinds[0] == kinds[1] else builder.fptrunc(row, kinds[1])
+            builder.store(value, place(target, k, out, kinds[1]), align=sizes[1])
+        return context.get_dummy_value()
+
+    return types.void(like, types.intp, types.intp, types.intp, types.intp), build
+
+
 # ----------------------------------------------------------------------------------------------------------- records
 class Settings(NamedTuple):
     """What is the same for all samples of a call."""
@@ -469,11 +499,11 @@ def _sum_rows(crop: Any, width: Any, limit: Any, first: Any, line: Any, total: A
 
 @numba.njit
 def _turn(totals: Any, width: Any, turned: Any) -> None:
-    """totals [LANES, width] -> turned [width, LANES], a block of cache lines at a time."""
-    for start in range(0, width, LANES):
-        for lane in range(LANES):
-            for x in range(start, min(start + LANES, width)):
-                turned[x * LANES + lane] = totals[lane * width + x]
+    """totals [LANES, width] -> turned [width, LANES]. Up to LANES columns beyond both ends are read and written."""
+    size = np.intp(totals.itemsize)
+    source, target = np.intp(totals.ctypes.data), np.intp(turned.ctypes.data)
+    for x in range(0, width, LANES):
+        _transpose((totals, turned), target + x * LANES * size, LANES * size, source + x * size, width * size)
 
 
 @numba.njit
@@ -524,11 +554,15 @@ def _vary(sums: Any, channels: Any, gains: Any, means: Any) -> None:
 
 @numba.njit
 def _turn_back(sums: Any, rows: Any, count: Any, lines: Any) -> None:
-    """sums [count, LANES] -> lines [rows, count]."""
-    for p in range(0, count, LANES):
-        for lane in range(rows):
-            for q in range(p, min(p + LANES, count)):
-                lines[lane * count + q] = f32(sums[q * LANES + lane])
+    """sums [count, LANES] -> lines [LANES, count], of which `rows` mean something."""
+    size, step, whole = np.intp(lines.itemsize), np.intp(sums.itemsize) * LANES, count // LANES * LANES
+    source, target = np.intp(sums.ctypes.data), np.intp(lines.ctypes.data)
+    for p in range(0, whole, LANES):
+        _transpose((sums, lines), target + p * size, count * size, source + p * step, step)
+    for lane in range(rows):
+        line = lines[lane * count : (lane + 1) * count]
+        for q in range(whole, count):
+            line[q] = f32(sums[q * LANES + lane])
 
 
 @numba.njit
@@ -780,8 +814,8 @@ def _buffers(largest: tuple[int, int], shape: tuple[int, ...], size: int, number
         _memory("flags", np.uint8, count),
         _memory("row", np.uint8, count * size),
         _memory("packed", np.uint8, packed),
-        _memory("totals", number, max(LANES * count, count + beyond)),
-        _memory("turned", number, LANES * count),
+        _memory("totals", number, max(LANES * count + LANES, count + beyond)),
+        _memory("turned", number, LANES * (count + LANES)),
         _memory("sums", number, LANES * (width * channels + 1)),
         _memory("lines", np.float32, LANES * width * channels),
         _memory("firsts", np.int32, height + width),
