@@ -2,13 +2,14 @@
 
 from typing import Any
 
-import numba
 import numpy as np
+
+from fasthpm.data.compiling import compiled
 
 Array = Any  # numba reads these functions, mypy their callers
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def count(bins, flip, shift, counts):  # type: ignore[no-untyped-def]
     """Add 1 to `counts` [C, bins] for every entry of uint [h, w, C], its bits changed by `flip`, then shifted."""
     height, width, channels = bins.shape
@@ -18,7 +19,7 @@ def count(bins, flip, shift, counts):  # type: ignore[no-untyped-def]
                 counts[channel, (bins[y, x, channel] ^ flip) >> shift] += 1
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def count_floats(bits, sign, shift, counts):  # type: ignore[no-untyped-def]
     """The same of floats [h, w, C] given by their bits, in rising order of the numbers; -0 counts as 0."""
     height, width, channels = bits.shape
@@ -32,7 +33,7 @@ def count_floats(bits, sign, shift, counts):  # type: ignore[no-untyped-def]
                 counts[channel, key >> shift] += 1
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def moments(values, nodata, has_nodata, found, span):  # type: ignore[no-untyped-def]
     """Of floats [h, w, C], per channel: count, mean and squared differences go into `found` [C, 3], lowest and highest
     into `span` [C, 2]; returns how many are nodata, int64 [C]. Sums run in raster order."""

@@ -23,6 +23,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
+from fasthpm.data.compiling import compiled
 from fasthpm.data.ffcv.beton import LZ4
 from fasthpm.data.ffcv.codec import BAND_BYTES
 
@@ -776,12 +777,7 @@ def _compiled(exact: bool) -> Any:
     signature = types.void(
         table, i64[::1], i64[:, ::1], f32[:, ::1], f32[::1], images, shape, i32[::1], settings, buffers
     )
-    try:
-        return numba.njit(signature, nogil=True, cache=True)(_decode)
-    except RuntimeError as error:
-        if "cache" not in str(error):
-            raise
-        return numba.njit(signature, nogil=True)(_decode)  # no folder to cache in
+    return compiled(_decode, signature)
 
 
 _own = threading.local()  # scratch memory: fresh pages for every call would cost more than the resize

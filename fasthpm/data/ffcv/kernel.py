@@ -24,6 +24,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
+from fasthpm.data.compiling import compiled
 from fasthpm.data.ffcv.beton import JPEG
 from fasthpm.data.ffcv.turbojpeg import export_functions
 
@@ -670,17 +671,8 @@ _SIGNATURE = types.void(
 )
 
 
-def _compile() -> Any:
-    _BYTES.mutable = True
-    try:
-        return numba.njit(_SIGNATURE, nogil=True, cache=True)(_decode)
-    except RuntimeError as error:
-        if "cache" not in str(error):
-            raise
-        return numba.njit(_SIGNATURE, nogil=True)(_decode)  # no folder to cache in
-
-
-_compiled = _compile()
+_BYTES.mutable = True
+_compiled = compiled(_decode, _SIGNATURE)
 _own = threading.local()  # scratch memory: fresh pages for every call would cost more than the resize
 
 
