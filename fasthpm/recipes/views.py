@@ -100,13 +100,15 @@ def hpm_ibot_vit_base_in1k_50e() -> Recipe:
 
 @recipe
 def ibot_demo() -> Recipe:
-    """iBOT on Fashion-MNIST, a nano ViT with 7-pixel patches: minutes on two CPU cores. Ours: not yet run whole.
+    """iBOT on Fashion-MNIST, a nano ViT with 7-pixel patches: minutes on two CPU cores.
+
+    Ours (1,000 updates of 64, 3 seeds, `bench.evidence_ibot`): k-NN by cls 73.8 ± 0.3, untrained 65.9; by the mean of
+    the patches 74.3 ± 0.3, untrained 65.3.
 
     deepspeed --module fasthpm.pretrain --recipe ibot_demo --data_path data/train.beton --output_dir runs/ibot_demo
 
-    Of one seed, after 200 of 300 updates of 32 images: k-NN (4,000 voters, 1,000 queries) on the mean of the patches
-    64.7, untrained 61.9; on cls 56.0 after 52.3 at 100 updates, untrained 62.9. The cls tokens first use fewer
-    directions (RankMe of centred features 28.7, 6.2, 8.0), then more: short runs are better by the patches.
+    The cls tokens first use fewer directions than the untrained ones, then more (RankMe 6.6 at update 50, 13.2 at the
+    end): after 200 updates of 32 images k-NN by cls was still below that of the untrained encoder.
 
     [ours] 2 crops of 28 px of half the area or more; 512 prototypes behind layers of 256; random masks; no colours but
     brightness and contrast; a constant temperature of 0.03 and a teacher with a shorter memory than iBOT's, for a run a
@@ -159,7 +161,10 @@ def ibot_demo() -> Recipe:
 
 @recipe
 def hpm_ibot_demo() -> Recipe:
-    """HPM on iBOT on Fashion-MNIST, a nano ViT with 7-pixel patches: minutes on two CPU cores. Ours: not yet run.
+    """HPM on iBOT on Fashion-MNIST, a nano ViT with 7-pixel patches: minutes on two CPU cores.
+
+    Ours (1,000 updates of 64, 3 seeds, `bench.evidence_ibot`): k-NN by cls 73.5 ± 0.2, -0.3 ± 0.5 over random masks
+    (ahead in 1: no difference); difficulty_spearman 0.47 at the end.
 
     deepspeed --module fasthpm.pretrain --recipe hpm_ibot_demo --data_path data/train.beton --output_dir runs/hpm_ibot
 
