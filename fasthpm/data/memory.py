@@ -13,8 +13,9 @@ from fasthpm.data.sampling import Array
 class Recycled:
     """Uninitialised tensors on the CPU, of memory that the system has mapped before wherever some is free.
 
-    Pages that a process touches for the first time are cleared one by one: of 12 channels that took as long as
-    decoding them (bench/LOG.md). Memory is free again when the tensor and all its views are gone, and not before.
+    Pages that a process touches for the first time are cleared one by one: of 12 channels that took two thirds of the
+    time of decoding them (bench/LOG.md). Memory is free again when the tensor and all its views are gone, and not
+    before.
 
     - `keep`: how many pieces are remembered; more can be handed out, and are the system's when they are dropped
     """

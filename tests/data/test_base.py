@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from fasthpm.data import base
 from fasthpm.data.ffcv import images as ffcv_images
@@ -18,6 +19,23 @@ def keep_videos_together(make: Callable[..., Any], monkeypatch: pytest.MonkeyPat
     loader = innermost(make())
     if isinstance(loader, clips.ClipLoader):
         monkeypatch.setattr(clips, "BLOCK_BYTES", -(-count * len(loader.data.frames) // N))
+
+
+def test_batches_lie_in_memory_that_is_used_again(make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[int] = []
+
+    def empty(*asked: Any) -> torch.Tensor:
+        tensor = real(*asked)
+        given.append(tensor.data_ptr())
+        return tensor
+
+    real = base.Recycled.empty
+    monkeypatch.setattr(base.Recycled, "empty", empty)
+    kept = list(make(batch_size=2))
+    places = [batch.images.data_ptr() for batch in kept]
+    assert len(set(places)) == len(kept) > base.AHEAD + 2  # of what is held nothing is used again
+    if not torch.cuda.is_available():  # pinned memory is torch's, which keeps it too
+        assert set(places) <= set(given)
 
 
 def test_blocks_are_cut_by_global_batch_and_resume(make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
