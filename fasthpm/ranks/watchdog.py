@@ -1,8 +1,9 @@
 """A rank that is stuck ends the job, named, instead of holding it for ever.
 
 A collective waits for its slowest rank, so one rank that hangs stops them all without an error. Each rank therefore
-notes its update and what it is doing in a file beside the run, from a thread of its own; one that has made no progress
-for the timeout reads the others' notes, says who is to blame, and ends its process. Its launcher then ends the others.
+notes its update, what it is doing and whether it waits for others in a file beside the run, from a thread of its own;
+one that has made no progress for the timeout reads the others' notes, says who is to blame, and ends its process. Its
+launcher then ends the others.
 One that dies of a signal is named by its witness, a process of its own.
 """
 
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +25,8 @@ from fasthpm.ranks import witness
 
 EXIT_STUCK = 3
 FOLDER = ".heartbeats"
-WAITING = "step"  # the phase in which a rank waits for others
+STEPPING = "step"  # the phase of a rank that does nothing of its own
+COLLECTIVES = "torch.distributed.distributed_c10d"
 
 
 class Watchdog:
@@ -35,7 +38,7 @@ class Watchdog:
     def __init__(self, output_dir: Path, rank: int, world_size: int, *, timeout: float) -> None:
         self.folder, self.rank, self.world_size, self.timeout = output_dir / FOLDER, rank, world_size, timeout
         self._interval = min(timeout / 5, 10.0)
-        self._note: dict[str, Any] = {"update": 0, "phase": WAITING}
+        self._note: dict[str, Any] = {"update": 0, "phase": STEPPING}
         self._longer = 0.0  # seconds, while this rank does what takes longer than the timeout
         self._progress = time.monotonic()
         self._end = threading.Event()
@@ -60,7 +63,7 @@ class Watchdog:
     def progressed(self, update: int) -> None:
         """This rank has done `update` updates."""
         self._progress = time.monotonic()
-        self._note = {"update": update, "phase": WAITING}
+        self._note = {"update": update, "phase": STEPPING}
 
     @contextmanager
     def doing(self, phase: str, timeout: float = 0.0) -> Iterator[None]:
@@ -83,7 +86,7 @@ class Watchdog:
     def _write(self) -> None:
         with contextlib.suppress(OSError):  # a full disk must not end the run
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_text(self._path(self.rank), json.dumps({**self._note, "time": time.time()}))
+            write_text(self._path(self.rank), json.dumps({**self._note, "waits": in_collective(), "time": time.time()}))
 
     def _path(self, rank: int) -> Path:
         return self.folder / f"rank-{rank:05d}.json"
@@ -115,23 +118,36 @@ class Watchdog:
         os._exit(EXIT_STUCK)  # the main thread hangs in a call that no exception can reach
 
 
-def blame(notes: dict[int, dict[str, Any]], now: float, silent_after: float) -> str:
-    """Which ranks hold the others up: the silent ones, else those that are not waiting, else those that are behind.
+def in_collective() -> bool:
+    """Whether this process is in a call that waits for the other ranks; NCCL's wait on the device and don't show."""
+    return any(
+        frame.f_globals.get("__name__") == COLLECTIVES
+        for top in sys._current_frames().values()
+        for frame, _ in traceback.walk_stack(top)
+    )
 
-    - `notes`: {rank: {"update", "phase", "time"}, or {} for a rank that left none}
+
+def blame(notes: dict[int, dict[str, Any]], now: float, silent_after: float) -> str:
+    """Which ranks hold the others up: the silent ones, else of those that do not wait the busy or those behind.
+
+    - `notes`: {rank: {"update", "phase", "waits", "time"}, or {} for a rank that left none}
     - `silent_after`: seconds after which a rank that notes nothing counts as dead or stopped
     """
+    nobody = "all ranks wait for each other in the same step; is the network between them down?"
     silent = {rank: note for rank, note in notes.items() if not note or now - note["time"] > silent_after}
     if silent:
         return _name(silent, "gave no sign of life")
-    busy = {rank: note for rank, note in notes.items() if note["phase"] != WAITING}
+    at_work = {rank: note for rank, note in notes.items() if not note["waits"]}
+    if not at_work:
+        return nobody
+    busy = {rank: note for rank, note in at_work.items() if note["phase"] != STEPPING}
     if busy:
         return _name(busy, f"still busy with {', '.join(sorted({note['phase'] for note in busy.values()}))}")
     last = min(note["update"] for note in notes.values())
-    behind = {rank: note for rank, note in notes.items() if note["update"] == last}
-    if len(behind) < len(notes):
+    behind = {rank: note for rank, note in at_work.items() if note["update"] == last}
+    if behind and len(behind) < len(notes):
         return _name(behind, "behind the others")
-    return "all ranks wait for each other in the same step; is the network between them down?"
+    return nobody
 
 
 def _name(ranks: dict[int, dict[str, Any]], what: str) -> str:

@@ -12,8 +12,11 @@ from fasthpm.ranks.watchdog import EXIT_STUCK, FOLDER, Watchdog, blame
 from tests.helpers.launch import ROOT
 
 
-def note(update: int, phase: str = "step", time: float = 100.0) -> dict[str, object]:
-    return {"update": update, "phase": phase, "time": time}
+def note(update: int, phase: str = "step", time: float = 100.0, *, waits: bool = True) -> dict[str, object]:
+    return {"update": update, "phase": phase, "waits": waits, "time": time}
+
+
+NOBODY = "all ranks wait for each other in the same step; is the network between them down?"
 
 
 @pytest.mark.parametrize(
@@ -21,9 +24,20 @@ def note(update: int, phase: str = "step", time: float = 100.0) -> dict[str, obj
     [
         ({0: note(5), 1: note(5, time=10.0), 2: note(5)}, "rank 1 (update 5) gave no sign of life"),
         ({0: note(5), 1: {}}, "rank 1 (update ?) gave no sign of life"),
-        ({0: note(5), 1: note(5, "loading data")}, "rank 1 (update 5) still busy with loading data"),
-        ({0: note(5), 1: note(4), 2: note(4)}, "ranks 1 (update 4), 2 (update 4) behind the others"),
-        ({0: note(5), 1: note(5)}, "all ranks wait for each other in the same step; is the network between them down?"),
+        ({0: note(5), 1: note(5, "loading data", waits=False)}, "rank 1 (update 5) still busy with loading data"),
+        (
+            {0: note(5), 1: note(4, waits=False), 2: note(4, waits=False)},
+            "ranks 1 (update 4), 2 (update 4) behind the others",
+        ),
+        ({0: note(5), 1: note(5, waits=False)}, "rank 1 (update 5) behind the others"),
+        ({0: note(5), 1: note(5)}, NOBODY),
+        ({0: note(5, waits=False), 1: note(5, waits=False)}, NOBODY),  # NCCL's waiting does not show
+        ({0: note(5, "saving"), 1: note(5, "saving")}, NOBODY),  # the network went down while they agreed on a save
+        ({0: note(5, "saving"), 1: note(6)}, NOBODY),  # one of them had heard of the other
+        (
+            {0: note(5, "saving"), 1: note(5, "loading data", waits=False)},
+            "rank 1 (update 5) still busy with loading data",
+        ),
         ({0: note(5, "a"), 1: note(5, "b", 10.0)}, "rank 1 (update 5) gave no sign of life"),
     ],
 )
@@ -62,3 +76,36 @@ def test_a_rank_that_hangs_ends(tmp_path: Path) -> None:
     )
     assert finished.returncode == EXIT_STUCK
     assert "no update for 0.5 s after update 7: rank 0 (update 7) still busy with loading data" in finished.stderr
+
+
+PAIR = """
+import sys, time
+from pathlib import Path
+import torch, torch.distributed as dist
+from fasthpm.ranks.watchdog import Watchdog
+folder, rank = Path(sys.argv[1]), int(sys.argv[2])
+dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), 2), rank=rank, world_size=2)
+with Watchdog(folder, rank, 2, timeout=2.0 + 3 * rank) as watchdog:
+    watchdog.progressed(7)
+    with watchdog.doing("drawing" if rank else "saving"):
+        if rank:
+            time.sleep(60)
+        dist.all_reduce(torch.zeros(1))
+"""
+
+
+def test_a_rank_that_only_waits_is_not_blamed_for_what_it_was_about_to_do(tmp_path: Path) -> None:
+    pair = [
+        subprocess.Popen(
+            [sys.executable, "-c", PAIR, str(tmp_path), str(rank)], cwd=ROOT, stderr=subprocess.PIPE, text=True
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        _, errors = pair[0].communicate(timeout=60)
+    finally:
+        for process in pair:
+            process.kill()
+    pair[1].communicate(timeout=60)
+    assert pair[0].returncode == EXIT_STUCK
+    assert "no update for 2 s after update 7: rank 1 (update 7) still busy with drawing;" in errors
