@@ -33,7 +33,7 @@ SIZES = {"base": "vit_base_patch16_224", "large": "vit_large_patch16_224", "nano
 
 def bench_recipe(arguments: argparse.Namespace, output_dir: Path) -> Recipe:
     """HPM at the bench's size, on drawn images."""
-    small: dict[str, Any] = {"input_size": "28", "patch_size": 4} if arguments.size == "nano" else {}
+    nano: dict[str, Any] = {"input_size": "28", "patch_size": 4, "decoder_dim": 64, "decoder_depth": 2}
     return dataclasses.replace(
         recipes.from_name("hpm_vit_base_in1k_200e"),
         model=f"hpm_{SIZES[arguments.size]}",
@@ -48,7 +48,7 @@ def bench_recipe(arguments: argparse.Namespace, output_dir: Path) -> Recipe:
         save_every=1,
         keep_checkpoints=1,
         num_workers=1,
-        **small,
+        **(nano if arguments.size == "nano" else {}),
     )
 
 

@@ -24,16 +24,16 @@ from tests.helpers.launch import run_ranks
 def main(_: object = None) -> None:
     """Rank 1 ends in the way that is asked for, while rank 0 waits for it, and then for its witness."""
     folder, way = Path(sys.argv[-2]), sys.argv[-1]
-    with launch.session() as here, Watchdog(folder, here.rank, 2, timeout=1.0) as watchdog:
+    if os.environ["RANK"] == "0":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # by which the launcher ends this one when the other has ended
+    with launch.session() as here, Watchdog(folder, here.rank, 2, timeout=1.0 if here.rank else 60.0) as watchdog:
         watchdog.progressed(12)
-        time.sleep(0.5)  # a note is written
+        time.sleep(0.5)  # a note of rank 1 is written
         if here.rank == 1:
             if way.isdecimal():
                 os.kill(os.getpid(), int(way))
             if way == "raise":
                 raise ValueError("odd")
-        else:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # by which the launcher ends this one
         try:
             with agreement.naming_lost_ranks(lambda: "after update 12"):
                 dist.barrier()
