@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 
 from fasthpm.files import read_json, write_text
 from fasthpm.ranks import witness
+from fasthpm.ranks.launch import TIMEOUT
 
 EXIT_STUCK = 3
 FOLDER = ".heartbeats"
@@ -77,7 +78,12 @@ class Watchdog:
         self._note, self._longer, self._progress = note, 0.0, max(self._progress, time.monotonic() if timeout else 0.0)
 
     def _watch(self) -> None:
+        looked = time.monotonic()
         while not self._end.wait(self._interval):
+            now = time.monotonic()
+            stopped, looked = now - looked - self._interval, now
+            if stopped > self._interval:  # by Ctrl-Z, a scheduler or a paused machine: nothing could go on
+                self._progress += stopped
             self._write()
             limit = max(self.timeout, self._longer)
             if time.monotonic() - self._progress > limit:
@@ -143,6 +149,8 @@ def blame(notes: dict[int, dict[str, Any]], now: float, silent_after: float) -> 
     busy = {rank: note for rank, note in at_work.items() if note["phase"] != STEPPING}
     if busy:
         return _name(busy, f"still busy with {', '.join(sorted({note['phase'] for note in busy.values()}))}")
+    if len(notes) == 1:
+        return f"the step does not end; if it needs longer, set {TIMEOUT}"
     last = min(note["update"] for note in notes.values())
     behind = {rank: note for rank, note in at_work.items() if note["update"] == last}
     if behind and len(behind) < len(notes):

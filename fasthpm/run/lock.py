@@ -2,7 +2,8 @@
 
 OUT/.lock is held twice over. The system's lock on the file (fcntl) ends with the process, however it dies. Where file
 systems have no such locks between machines, the file tells who holds it (host, process, when that began), and its time
-is renewed every `BEAT` seconds: who finds the note of another machine waits whether that still happens.
+is renewed every `BEAT` seconds: who finds the note of another machine waits whether that still happens. A run that was
+stopped meanwhile and finds another's note when it wakes ends before it writes anything.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ import fcntl
 import json
 import os
 import socket
+import sys
 import threading
 import time
 from pathlib import Path
@@ -19,6 +21,7 @@ from typing import Any
 import psutil
 
 from fasthpm import ranks
+from fasthpm.cli import EXIT_USER_ERROR
 from fasthpm.errors import UserError, warn
 from fasthpm.files import writing
 
@@ -39,6 +42,7 @@ class FolderLock:
         self.rank, self.beat, self.silence = rank, beat, silence
         self._folder = Path()
         self._file: int | None = None
+        self._note: dict[str, Any] = {}
         self._made = False
         self._end = threading.Event()
         self._thread: threading.Thread | None = None
@@ -66,7 +70,8 @@ class FolderLock:
         if self._thread:
             self._thread.join()
         with contextlib.suppress(OSError):
-            (self._folder / FILE).unlink()  # before the lock ends: afterwards it may be another's
+            if not self._taker():
+                (self._folder / FILE).unlink()  # before the lock ends: afterwards it may be another's
         os.close(self._file)
         self._file = None
         _held.discard(os.path.realpath(self._folder))
@@ -85,9 +90,9 @@ class FolderLock:
         try:
             self._refuse_living(folder, file, system)
             with writing(folder / FILE, "make room, or choose another --output_dir"):
-                note = json.dumps(_note()).encode()
+                self._note = _note()
                 os.truncate(file, 0)
-                os.pwrite(file, note, 0)
+                os.pwrite(file, json.dumps(self._note).encode(), 0)
         except BaseException:
             os.close(file)
             raise
@@ -132,8 +137,17 @@ class FolderLock:
 
     def _beat(self) -> None:
         while not self._end.wait(self.beat):
+            if taker := self._taker():
+                taken = f"{in_use(self._folder, _name(taker))}; it saw no sign of life of this run, which ends here"
+                print(f"fasthpm: error: {taken}", file=sys.stderr, flush=True)
+                os._exit(EXIT_USER_ERROR)  # nothing may be written any more
             with contextlib.suppress(OSError):  # a disk that is full or away must not end the run
                 os.utime(self._folder / FILE)
+
+    def _taker(self) -> dict[str, Any]:
+        """The note of another run that has taken the folder over; empty if it is still ours."""
+        note = _read(self._file) if self._file is not None else {}
+        return {} if note == self._note else note
 
 
 def in_use(folder: Path, holder: str) -> UserError:

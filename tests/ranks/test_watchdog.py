@@ -1,6 +1,7 @@
 """Who is to blame when no rank goes on."""
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -30,6 +31,7 @@ NOBODY = "all ranks wait for each other in the same step; is the network between
             "ranks 1 (update 4), 2 (update 4) behind the others",
         ),
         ({0: note(5), 1: note(5, waits=False)}, "rank 1 (update 5) behind the others"),
+        ({0: note(5, waits=False)}, "the step does not end; if it needs longer, set FASTHPM_TIMEOUT_MINUTES"),
         ({0: note(5), 1: note(5)}, NOBODY),
         ({0: note(5, waits=False), 1: note(5, waits=False)}, NOBODY),  # NCCL's waiting does not show
         ({0: note(5, "saving"), 1: note(5, "saving")}, NOBODY),  # the network went down while they agreed on a save
@@ -76,6 +78,30 @@ def test_a_rank_that_hangs_ends(tmp_path: Path) -> None:
     )
     assert finished.returncode == EXIT_STUCK
     assert "no update for 0.5 s after update 7: rank 0 (update 7) still busy with loading data" in finished.stderr
+
+
+def test_the_time_in_which_a_run_is_stopped_does_not_count(tmp_path: Path) -> None:
+    program = (
+        "import time; from pathlib import Path; from fasthpm.ranks.watchdog import Watchdog\n"
+        f"with Watchdog(Path({str(tmp_path)!r}), 0, 1, timeout=2.0) as w:\n"
+        "    print('begun', flush=True)\n"
+        "    for _ in range(12):\n"
+        "        time.sleep(0.1)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begun\n"
+        time.sleep(0.3)
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(3)
+        process.send_signal(signal.SIGCONT)
+        _, errors = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 0, errors
 
 
 PAIR = """

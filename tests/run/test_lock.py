@@ -135,6 +135,32 @@ def test_a_holder_gives_signs_of_life(tmp_path: Path) -> None:
         assert (tmp_path / FILE).stat().st_mtime > 2
 
 
+def test_a_run_that_was_taken_for_dead_writes_no_more(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    pid = os.fork()
+    if pid == 0:
+        try:
+            lock._held.clear()
+            with FolderLock(0, beat=0.02) as ours:
+                ours.take(tmp_path)
+                note(tmp_path, host="node17", pid=7)
+                time.sleep(30)
+        finally:
+            os._exit(9)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "is in use by another run (process 7 on node17" in line
+    assert "ends here" in line
+    assert json.loads((tmp_path / FILE).read_text())["pid"] == 7
+
+
+def test_a_folder_that_another_run_has_taken_stays_its_own(tmp_path: Path) -> None:
+    with FolderLock(0) as ours:
+        ours.take(tmp_path)
+        note(tmp_path, host="node17", pid=7)
+    assert json.loads((tmp_path / FILE).read_text())["pid"] == 7
+
+
 def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert "cannot be written (Not a directory); choose another --output_dir" in refused(tmp_path / "file" / "run")
