@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from bench import evidence_finetune
 from bench.common import fast_config, machine, table, write_json
 from bench.difficulty_rows import CONTROLS, KEPT, LENGTHS, METHODS, PAPER, SETS, SLOTS
 from bench.evidence import (
@@ -301,6 +302,8 @@ def markdown(result: dict[str, Any]) -> str:
         f"is said. Accuracies in percent, mean ± standard deviation over seeds; differences seed by seed, in brackets "
         f"how many seeds are ahead. Controls have random masks and the same architecture."
     )
+    if tuned and settings.get(FINETUNE):
+        about += f" Fine-tune: {settings[FINETUNE]} epochs of {settings['bank']:,} labelled images."
     return "\n\n".join(["# Ways to ask what is hard", about, table((*heads, *gains), rows)]) + "\n"
 
 
@@ -334,8 +337,9 @@ def _cells(row: dict[str, Any], tuned: bool) -> list[str]:
 def finished_runs(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """The runs of the table that are there. **Raises:** `UserError` if there are none, or some have other settings."""
     cells = [(method, seed) for seed in range(arguments.seeds) for method in arguments.methods]
-    found = [finished(settings_of(arguments), folder_of(arguments, method, seed)) for method, seed in cells]
-    runs = [run for run in found if run is not None]
+    folders = [folder_of(arguments, method, seed) for method, seed in cells]
+    found = [(out, finished(settings_of(arguments), out)) for out in folders]
+    runs = [with_kept_finetune(arguments, out, run) for out, run in found if run is not None]
     if not runs:
         raise UserError(f"{arguments.work} has no finished run of these methods; leave out --finished to make them")
     return runs
@@ -343,7 +347,7 @@ def finished_runs(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 def write_tables(arguments: argparse.Namespace, runs: Sequence[dict[str, Any]]) -> None:
     """JSON and Markdown of the runs that are there, each replaced as a whole."""
-    settings, summary = settings_of(arguments), summarise(runs, arguments.set)
+    settings, summary = {**settings_of(arguments), FINETUNE: arguments.finetune}, summarise(runs, arguments.set)
     result = {"settings": settings, "machine": machine(), "summary": summary, "runs": list(runs)}
     write_both(arguments.output, result, markdown(result))
 
@@ -361,6 +365,13 @@ def tuned_where_kept(arguments: argparse.Namespace, out: Path, result: dict[str,
     if not arguments.finetune or not (out / "report.md").is_file():
         return result
     return with_finetune(arguments, out, result, SETS[arguments.set].paths)
+
+
+def with_kept_finetune(arguments: argparse.Namespace, out: Path, result: dict[str, Any]) -> dict[str, Any]:
+    """`result` with the accuracy of fine-tuning, where that is asked for and has been done."""
+    subset = evidence_finetune.subset_path(arguments.work, arguments.bank)
+    accuracy = evidence_finetune.done(evidence_finetune.place(out, subset, arguments.finetune))
+    return result if accuracy is None else {**result, "probes": {**result["probes"], FINETUNE: accuracy}}
 
 
 def build_parser() -> Parser:

@@ -20,9 +20,14 @@ from fasthpm.errors import UserError
 BATCH, LR = 64, 2e-3  # [ours] a short schedule needs larger steps than the preset's
 
 
+def subset_path(folder: Path, count: int) -> Path:
+    """Where `labelled_subset` keeps its set."""
+    return folder / f"labelled-{count}.beton"
+
+
 def labelled_subset(train: Path, count: int, folder: Path) -> Path:
     """A set of the first `count` stored images of `train`, which the probes learn from; made unless it is there."""
-    out = folder / f"labelled-{count}.beton"
+    out = subset_path(folder, count)
     if out.is_file():
         return out
     info = read_sidecar(train)
@@ -71,6 +76,17 @@ def command(run: Path, train: Path, val: Path, out: Path, *, epochs: int, seed: 
     return [sys.executable, "-m", "fasthpm", "finetune", str(run), *words, *["--from_scratch"] * from_scratch]
 
 
+def place(run: Path, train: Path, epochs: int, *, from_scratch: bool = False) -> Path:
+    """Where a fine-tuning is kept."""
+    return run / f"{'scratch' if from_scratch else 'finetune'}-{train.stem}-{epochs}"
+
+
+def done(out: Path) -> float | None:
+    """Top-1 in percent of the fine-tuning in `out`; None if it has not ended."""
+    path = out / "result.json"
+    return float(json.loads(path.read_text())["accuracy"]) if path.is_file() else None
+
+
 def finetuned(
     run: Path, train: Path, val: Path, *, epochs: int, seed: int, threads: int, from_scratch: bool = False
 ) -> float:
@@ -78,8 +94,8 @@ def finetuned(
 
     **Raises:** `UserError` if the fine-tuning fails.
     """
-    out = run / f"{'scratch' if from_scratch else 'finetune'}-{train.stem}-{epochs}"
-    if not (out / "result.json").is_file():
+    out = place(run, train, epochs, from_scratch=from_scratch)
+    if done(out) is None:
         say(f"fine-tuning {run.name}{', from scratch' if from_scratch else ''}")
         count = str(threads)
         environment = {**os.environ, "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "PYTHONWARNINGS": "ignore"}
@@ -88,4 +104,6 @@ def finetuned(
             status = subprocess.run(words, env=environment, stdout=log, stderr=log, check=False).returncode
         if status:
             raise UserError(f"fine-tuning {run} failed with status {status}; see {run / 'finetune.txt'}")
-    return float(json.loads((out / "result.json").read_text())["accuracy"])
+    accuracy = done(out)
+    assert accuracy is not None
+    return accuracy

@@ -132,6 +132,15 @@ def test_a_table_of_what_is_there(tmp_path: Path) -> None:
     evidence.main(common)
     summary = json.loads((tmp_path / "table.json").read_text())["summary"]
     assert {name: row["seeds"] for name, row in summary.items()} == {"mae": [0, 3], "measured": [3]}
+    tuned = tmp_path / "mae-seed3" / "finetune-labelled-10000-2"
+    tuned.mkdir()
+    (tuned / "result.json").write_text('{"accuracy": 80.5}')
+    evidence.main([*common, "--finetune", "2"])
+    text = (tmp_path / "table.md").read_text()
+    assert "Fine-tune: 2 epochs of 10,000 labelled images." in text
+    assert "| 80.50 ± 0.00 |" in text
+    evidence.main(common)
+    assert "fine-tune" not in (tmp_path / "table.md").read_text()
     with pytest.raises(UserError, match="was made with"):
         evidence.main([*common, "--bank", "5"])
 
