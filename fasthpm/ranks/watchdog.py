@@ -3,8 +3,7 @@
 A collective waits for its slowest rank, so one rank that hangs stops them all without an error. Each rank therefore
 notes its update, what it is doing and whether it waits for others in a file beside the run, from a thread of its own;
 one that has made no progress for the timeout reads the others' notes, says who is to blame, and ends its process. Its
-launcher then ends the others.
-One that dies of a signal is named by its witness, a process of its own.
+launcher then ends the others. One that dies of a signal is named by its witness, a process of its own.
 """
 
 import contextlib
