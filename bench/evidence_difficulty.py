@@ -339,7 +339,7 @@ def finished_runs(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     cells = [(method, seed) for seed in range(arguments.seeds) for method in arguments.methods]
     folders = [folder_of(arguments, method, seed) for method, seed in cells]
     found = [(out, finished(settings_of(arguments), out)) for out in folders]
-    runs = [with_kept_finetune(arguments, out, run) for out, run in found if run is not None]
+    runs = [tuned_where_done(arguments, out, run) for out, run in found if run is not None]
     if not runs:
         raise UserError(f"{arguments.work} has no finished run of these methods; leave out --finished to make them")
     return runs
@@ -367,7 +367,7 @@ def tuned_where_kept(arguments: argparse.Namespace, out: Path, result: dict[str,
     return with_finetune(arguments, out, result, SETS[arguments.set].paths)
 
 
-def with_kept_finetune(arguments: argparse.Namespace, out: Path, result: dict[str, Any]) -> dict[str, Any]:
+def tuned_where_done(arguments: argparse.Namespace, out: Path, result: dict[str, Any]) -> dict[str, Any]:
     """`result` with the accuracy of fine-tuning, where that is asked for and has been done."""
     subset = evidence_finetune.subset_path(arguments.work, arguments.bank)
     accuracy = evidence_finetune.done(evidence_finetune.place(out, subset, arguments.finetune))

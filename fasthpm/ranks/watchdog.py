@@ -124,7 +124,7 @@ class Watchdog:
 
 
 def in_collective() -> bool:
-    """Whether this process is in a call that waits for the other ranks; NCCL's wait on the device and don't show."""
+    """Whether this process is in a call that waits for the other ranks; NCCL's calls wait on the device, unseen."""
     return any(
         frame.f_globals.get("__name__") == COLLECTIVES
         for top in sys._current_frames().values()

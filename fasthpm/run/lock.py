@@ -3,7 +3,7 @@
 OUT/.lock is held twice over. The system's lock on the file (fcntl) ends with the process, however it dies. Where file
 systems have no such locks between machines, the file tells who holds it (host, process, when that began), and its time
 is renewed every `BEAT` seconds: who finds the note of another machine waits whether that still happens. A run that was
-stopped meanwhile and finds another's note when it wakes ends before it writes anything.
+stopped meanwhile and finds another's note when it wakes ends at once.
 """
 
 import contextlib
