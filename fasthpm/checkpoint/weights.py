@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fasthpm.checkpoint import shards
 from fasthpm.checkpoint.channels import in_channels
-from fasthpm.checkpoint.folder import RECIPE, TUNED, damages, newest_valid
+from fasthpm.checkpoint.folder import RECIPE, STATE, TUNED, damages, newest_valid
 from fasthpm.checkpoint.foreign import load_reference, unusable
 from fasthpm.checkpoint.pixels import pixels_of
 from fasthpm.errors import UserError, about, warn
@@ -21,12 +21,14 @@ from fasthpm.recipe import Recipe, load_recipe
 def checkpoint_of(source: Path) -> Path:
     """The checkpoint that `source` means: the newest valid one of a run, or itself.
 
-    **Raises:** `UserError` if there is none, or it is that of a tuning.
+    **Raises:** `UserError` if there is none, the run has saved none yet, or it is that of a tuning.
     """
     run = (source / "checkpoints").is_dir()
     folder = newest_valid(source, warn) if run else source
     if run and folder is None and (damaged := damages(source)):
         raise UserError(f"{source} holds no valid checkpoint: {damaged}; copy one of them again from where it is whole")
+    if (source / RECIPE).is_file() and (folder is None or not holds_weights(folder)):
+        raise UserError(_nothing_saved(source))
     if folder is None or not (folder / RECIPE).is_file():
         raise UserError(
             f"{source} holds no valid checkpoint; expected the output_dir of a run or one of its "
@@ -39,6 +41,21 @@ def checkpoint_of(source: Path) -> Path:
                 f"fasthpm {Path(notes).stem} --evaluate"
             )
     return folder
+
+
+def holds_weights(folder: Path) -> bool:
+    """Whether there is anything of a model in a checkpoint; the folder of a run has a recipe and no weights."""
+    return any((folder / name).exists() for name in (shards.FOLDER, "student.safetensors", "teacher.safetensors"))
+
+
+def _nothing_saved(source: Path) -> str:
+    if (source / STATE).is_file():
+        return f"{source} has lost its weights; copy the checkpoint again from where it is whole, or take another"
+    every = load_recipe(source / RECIPE).save_every
+    return (
+        f"{source} has saved no checkpoint yet; wait for the first (save_every is {every} epochs), or stop the run "
+        f"with SIGTERM, which saves, and start it again later"
+    )
 
 
 def load_weights(source: str | Path, which: str = "student") -> tuple[HPMViT, Recipe]:

@@ -184,15 +184,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     """`fasthpm report`."""
     parser = Parser(prog="fasthpm report", description=__doc__)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="output_dir of a run; several are compared")
-    parser.add_argument("-o", "--output", type=Path, default=Path(), help="folder for a comparison (default: here)")
+    parser.add_argument("-o", "--output", type=Path, help="folder for a comparison (default: here)")
     arguments = parser.parse_args(argv)
     if len(arguments.runs) > 1:
         from fasthpm.pictures import comparison
 
-        path = comparison.write(arguments.runs, arguments.output)
+        path = comparison.write(arguments.runs, arguments.output or Path())
         print(f"{path.read_text()}\nwritten to {path} and {path.with_suffix('.png')}")
         return
     run = arguments.runs[0]
+    if arguments.output is not None:
+        raise UserError(
+            f"output is {arguments.output}, and the report of one run is kept in the run, as {run / 'report.md'}; "
+            f"leave -o out, or name several runs to compare"
+        )
     if tunings.kind_of(run):
         tunings.write(run)
     else:

@@ -15,7 +15,7 @@ from fasthpm.checkpoint import shards, weights
 from fasthpm.checkpoint.weights import has_teacher, load_weights
 from fasthpm.errors import UserError
 from fasthpm.patches import model_of
-from fasthpm.recipe import Recipe
+from fasthpm.recipe import Recipe, save_recipe
 from tests.helpers.published import imported_debug
 from tests.helpers.runs import away, recipe_in, run_of, write
 
@@ -149,6 +149,25 @@ def test_load_weights(tmp_path: Path) -> None:
         weights.load_weights(folder, "teacher")
     with pytest.raises(UserError, match="holds no valid checkpoint"):
         weights.load_weights(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("folders", [(), ("checkpoints",), ("checkpoints/.aside-step-00000008/shards",)])
+def test_a_run_that_has_saved_nothing_yet(tmp_path: Path, folders: tuple[str, ...]) -> None:
+    """Its folder has the recipe, as a checkpoint has, and is none."""
+    save_recipe(dataclasses.replace(recipes.debug(), save_every=7), tmp_path / "recipe.json")
+    for name in folders:
+        (tmp_path / name).mkdir(parents=True)
+    for which in ("student", "teacher", "untrained"):
+        with pytest.raises(UserError, match=r"saved no checkpoint yet; wait for the first \(save_every is 7 epochs\)"):
+            weights.load_weights(tmp_path, which)
+
+
+def test_a_checkpoint_that_has_lost_its_weights(tmp_path: Path) -> None:
+    folder = write(tmp_path, 1)
+    (folder / "student.safetensors").unlink()
+    shutil.rmtree(folder / "shards")
+    with pytest.raises(UserError, match="has lost its weights; copy the checkpoint again"):
+        weights.load_weights(folder)
 
 
 def test_no_run_starts_from_weights_that_are_not_finite(tmp_path: Path) -> None:

@@ -59,6 +59,16 @@ def test_report_of_records_that_not_all_have_every_figure(
     assert not figures or "| difficulty_spearman |  |  |" in text  # neither at the first nor at the last reading
 
 
+def test_the_report_of_one_run_goes_nowhere_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """-o is of comparisons; given with one run it must not be passed over in silence."""
+    run = written_run(tmp_path)
+    with pytest.raises(UserError, match=r"output is .*elsewhere.* and the report of one run is kept in the run"):
+        report.main([str(run), "-o", str(tmp_path / "elsewhere")])
+    assert not (run / "report.md").exists()
+    report.main([str(run)])
+    assert f"written to {run / 'report.md'}" in capsys.readouterr().out
+
+
 def test_report_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"metrics\.jsonl is missing"):
         report.write(tmp_path)
