@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from types import FrameType, MappingProxyType
 from typing import Any, NoReturn, TextIO, cast
@@ -25,6 +25,7 @@ EXIT_USER_ERROR = 2
 Arguments = Sequence[str] | Mapping[str, Any] | None  # a command line, keywords from Python, or the process's own line
 OWNERS: dict[str, str] = {}  # flags that shared code may name, and the command that has them; `recipe` adds its own
 _line: ContextVar[Mapping[str, Any]] = ContextVar("_line", default=MappingProxyType({}))  # flags and values parsed last
+_given: ContextVar[frozenset[str]] = ContextVar("_given", default=frozenset())  # those that stood on that line
 LINGER = 3.0  # seconds: a launcher kills all ranks as soon as one has left, and one of them may not have printed yet
 
 
@@ -35,7 +36,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)  # type: ignore[arg-type]
 
     def parse_args(self, args: Arguments = None, namespace: object = None) -> argparse.Namespace:  # type: ignore[override]
-        values, unknown = self.parse_known_args(self._spelled_out(args) if isinstance(args, Mapping) else args)
+        line = self._spelled_out(args) if isinstance(args, Mapping) else sys.argv[1:] if args is None else list(args)
+        values, unknown = self.parse_known_args(line)
         if unknown:
             flags = [flag for action in self._actions for flag in action.option_strings]
             word = unknown[0].split("=")[0]
@@ -44,6 +46,7 @@ class Parser(argparse.ArgumentParser):
         _line.set(
             {flag: getattr(values, action.dest, None) for action in self._actions for flag in action.option_strings}
         )
+        _given.set(frozenset(word.split("=")[0] for word in line if word.startswith("--")))
         return values
 
     def _check_finite(self, values: argparse.Namespace) -> None:
@@ -83,6 +86,18 @@ def _words(action: argparse.Action, value: Any) -> list[str]:
     if several:
         raise UserError(f"{action.dest} is {value!r}, expected one value")
     return [f"{flag}={value}" if flag else str(value)]
+
+
+def without_effect(flags: Iterable[str], because: str) -> None:
+    """A flag that stands on the command line parsed last and would be passed over in silence is refused.
+
+    - `flags`: names without dashes that have no effect here; `because`: what makes them idle, for the user to read
+
+    **Raises:** `UserError` that names the first of them.
+    """
+    for name in flags:
+        if f"--{name}" in _given.get():
+            raise UserError(f"--{name} has no effect here: {because}; leave it out")
 
 
 class Patient:

@@ -17,7 +17,7 @@ import tarfile
 import types
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,32 @@ def writing(path: Path, remedy: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror or error}); {remedy}") from error
+
+
+def check_place(path: Path, flag: str, *, endings: Sequence[str] = (), sources: Iterable[Path | None] = ()) -> None:
+    """Refuse the name of a file to write before the work that it is for.
+
+    - `flag`: that names it; `endings`: those of what is written, in lower case with their dots
+    - `sources`: what is read: none of these files, and no file inside one of these folders, may be overwritten
+
+    **Raises:** `UserError` with what is in the way.
+    """
+    if endings and path.suffix.lower() not in endings:
+        raise UserError(f"{flag} is {path}, expected a name that ends in {' or '.join(endings)}")
+    if path.is_dir():
+        raise UserError(f"{flag} is {path}, which is a folder; name a file")
+    check_above(path, flag)
+    place = path.resolve()
+    for source in (one.resolve() for one in sources if one is not None):
+        if place == source or (place.exists() and place.is_relative_to(source)):
+            raise UserError(f"{flag} is {path}, and would overwrite what is read or was saved; choose another name")
+
+
+def check_above(path: Path, flag: str) -> None:
+    """**Raises:** `UserError` if a file stands where a folder above `path` has to be."""
+    above = next((one for one in path.parents if one.exists()), None)
+    if above is not None and not above.is_dir():
+        raise UserError(f"{flag} is {path}, which would lie in {above}, and that is a file; choose another")
 
 
 def write_text(path: Path, text: str, *, durable: bool = False) -> None:

@@ -1,5 +1,6 @@
 """How commands and ranks leave: with their status and their last words, whatever threads are still about."""
 
+import contextlib
 import io
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from fasthpm.__main__ import COMMANDS, dispatch
-from fasthpm.cli import Parser, Patient, run_command
+from fasthpm.cli import Parser, Patient, run_command, without_effect
 from fasthpm.errors import UserError
 from tests.helpers.launch import ROOT
 
@@ -149,3 +150,34 @@ def test_no_flag_takes_nan_or_inf(value: str) -> None:
     assert parser.parse_args(["--a", "1e3", "--b", ".5", "-2"]).b == [0.5, -2]
     with pytest.raises(UserError, match="invalid float value: 'x'"):
         parser.parse_args(["--a", "x"])
+
+
+# ------------------------------------------------------------------------------------------------- flags without effect
+@pytest.mark.parametrize(
+    ("line", "idle"),
+    [
+        ([], False),
+        (["--masks", "x"], False),
+        (["--show", "1"], True),
+        (["--show=1"], True),
+        ({"show": 1}, True),
+        ({"show": None}, False),
+    ],
+)
+def test_a_flag_that_would_be_passed_over_is_refused(line: Any, idle: bool) -> None:
+    """Whether it was given counts, not its value."""
+    parser = Parser(prog="fasthpm x")
+    parser.add_argument("--show", type=int, default=1)
+    parser.add_argument("--masks")
+    parser.parse_args(line)
+    words = "--show has no effect here: there are no pictures; leave it out"
+    with pytest.raises(UserError, match=words) if idle else contextlib.nullcontext():
+        without_effect(["overlays", "show"], "there are no pictures")
+
+
+def test_the_line_of_another_command_is_forgotten() -> None:
+    for line in (["--show", "1"], []):
+        parser = Parser(prog="fasthpm x")
+        parser.add_argument("--show", type=int)
+        parser.parse_args(line)
+    without_effect(["show"], "there are no pictures")

@@ -1,6 +1,7 @@
 """Files are written as a whole or not at all, and every file of the package by `fasthpm.files`."""
 
 import ast
+import contextlib
 import errno
 import json
 import os
@@ -170,3 +171,33 @@ def test_files_are_written_and_cores_counted_in_one_place() -> None:
 )
 def test_sizes_have_the_unit_that_fits(count: float, text: str) -> None:
     assert files.size_text(count) == text
+
+
+# ------------------------------------------------------------------------------------------------- before the work
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("free.png", ""),
+        ("new/deep/free.PNG", ""),
+        ("there.png", ""),
+        ("free.jpg", r"expected a name that ends in \.png or \.gif"),
+        ("free", r"expected a name that ends in \.png or \.gif"),
+        ("folder.png", "which is a folder; name a file"),
+        ("there.png/a/b.png", "would lie in .*there.png, and that is a file; choose another"),
+        ("read.png", "would overwrite what is read or was saved; choose another name"),
+        ("link.png", "would overwrite what is read or was saved"),
+        ("folder.png/../read.png", "would overwrite what is read or was saved"),
+        ("saved/a.png", "would overwrite what is read or was saved"),
+        ("saved/new.png", ""),
+    ],
+)
+def test_a_place_to_write_is_looked_at_before_the_work(tmp_path: Path, name: str, words: str) -> None:
+    for folder in ("folder.png", "saved"):
+        (tmp_path / folder).mkdir()
+    for file in ("there.png", "read.png", "saved/a.png"):
+        (tmp_path / file).write_text("kept")
+    (tmp_path / "link.png").symlink_to(tmp_path / "read.png")
+    sources = (tmp_path / "read.png", None, tmp_path / "saved", tmp_path / "missing")
+    with pytest.raises(UserError, match=f"^output is .*{words}") if words else contextlib.nullcontext():
+        files.check_place(tmp_path / name, "output", endings=(".png", ".gif"), sources=sources)
+    assert not (tmp_path / "new").exists()

@@ -28,7 +28,7 @@ from fasthpm.checkpoint.folder import (
 )
 from fasthpm.checkpoint.foreign import load_reference
 from fasthpm.checkpoint.pixels import pixels_note, pixels_of
-from fasthpm.checkpoint.weights import checkpoint_of, has_teacher, initial_model, load_weights
+from fasthpm.checkpoint.weights import checkpoint_of, has_teacher, initial_model, load_weights, run_of, saved_files
 
 __all__ = [
     "BUFFERS",
@@ -60,6 +60,8 @@ __all__ = [
     "read_state",
     "require_space",
     "rotate",
+    "run_of",
+    "saved_files",
     "way_on",
     "ways_on",
 ]

@@ -1,5 +1,6 @@
 """Weights of a run, by name: its checkpoints, imported ones, and what a run starts from."""
 
+import os
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -15,6 +16,8 @@ from fasthpm.model import HPMViT
 from fasthpm.patches import model_of
 from fasthpm.ranks import zero
 from fasthpm.recipe import Recipe, load_recipe
+
+OF_A_RUN = ("checkpoints", RECIPE, "deepspeed.json", "versions.json", "metrics.jsonl", "log.txt")
 
 
 # -------------------------------------------------------------------------------------------------- weights in and out
@@ -41,6 +44,18 @@ def checkpoint_of(source: Path) -> Path:
                 f"fasthpm {Path(notes).stem} --evaluate"
             )
     return folder
+
+
+def run_of(folder: Path) -> Path:
+    """The output_dir that a checkpoint lies in, also where its name is given from within."""
+    return Path(os.path.abspath(folder)).parent.parent
+
+
+def saved_files(source: Path) -> tuple[Path, ...]:
+    """What no output may overwrite, of a run or one of its checkpoints: the checkpoints, and what the run wrote."""
+    is_run = (source / "checkpoints").is_dir()
+    kept = [(source if is_run else run_of(source)) / name for name in OF_A_RUN]
+    return tuple(kept if is_run else [source, *kept])
 
 
 def holds_weights(folder: Path) -> bool:

@@ -178,3 +178,16 @@ def test_no_run_starts_from_weights_that_are_not_finite(tmp_path: Path) -> None:
     save_file(spoilt, folder / "student.safetensors")
     with pytest.raises(UserError, match=r"weights \['norm\.bias'\] are not finite; take an earlier checkpoint"):
         weights.initial_model(dataclasses.replace(recipes.debug(), init_from=str(folder)))
+
+
+def test_the_run_of_a_checkpoint_and_what_nothing_may_overwrite(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint may be named from within its folder."""
+    folder = write(tmp_path, 1)
+    monkeypatch.chdir(folder.parent)
+    assert weights.run_of(Path(folder.name)) == weights.run_of(folder) == tmp_path
+    assert tmp_path / "checkpoints" in weights.saved_files(tmp_path)
+    assert {Path(folder.name), tmp_path / "checkpoints", tmp_path / "recipe.json"} <= {
+        *weights.saved_files(Path(folder.name))
+    }
