@@ -170,10 +170,10 @@ def damage(folder: Path) -> str:
     return shards.weights_not_finite(folder)
 
 
-def newest_valid(output_dir: Path, warn: Callable[[str], None]) -> Path | None:
+def newest_valid(output_dir: Path, warn: Callable[[str], None], look: Callable[[Path], str] = damage) -> Path | None:
     """The newest checkpoint whose files all match their hashes; those passed over are named through `warn`."""
     for folder in _checkpoints(output_dir):
-        problem = damage(folder)
+        problem = look(folder)
         if not problem:
             return folder
         warn(f"checkpoint {folder} is damaged ({problem}); trying the one before")

@@ -1,5 +1,6 @@
 """Weights of a run, by name: its checkpoints, imported ones, and what a run starts from."""
 
+import functools
 import os
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from fasthpm.checkpoint import shards
 from fasthpm.checkpoint.channels import in_channels
-from fasthpm.checkpoint.folder import RECIPE, STATE, TUNED, damages, newest_valid
+from fasthpm.checkpoint.folder import RECIPE, STATE, TUNED, damage, damages, newest_valid
 from fasthpm.checkpoint.foreign import load_reference, unusable
 from fasthpm.checkpoint.pixels import pixels_of
 from fasthpm.errors import UserError, about, warn
@@ -27,7 +28,7 @@ def checkpoint_of(source: Path) -> Path:
     **Raises:** `UserError` if there is none, the run has saved none yet, or it is that of a tuning.
     """
     run = (source / "checkpoints").is_dir()
-    folder = newest_valid(source, warn) if run else source
+    folder = newest_valid(source, warn, _damage) if run else source
     if run and folder is None and (damaged := damages(source)):
         raise UserError(f"{source} holds no valid checkpoint: {damaged}; copy one of them again from where it is whole")
     if (source / RECIPE).is_file() and (folder is None or not holds_weights(folder)):
@@ -37,6 +38,10 @@ def checkpoint_of(source: Path) -> Path:
             f"{source} holds no valid checkpoint; expected the output_dir of a run or one of its "
             f"checkpoints/step-… folders"
         )
+    if not run and (problem := _damage(folder)):
+        raise UserError(
+            f"checkpoint {source} is damaged ({problem}); copy it again from where it is whole, or take another"
+        )
     for notes, what in TUNED.items():
         if (folder / notes).is_file():
             raise UserError(
@@ -44,6 +49,20 @@ def checkpoint_of(source: Path) -> Path:
                 f"fasthpm {Path(notes).stem} --evaluate"
             )
     return folder
+
+
+def _damage(folder: Path) -> str:
+    """`damage`, looked for once as long as the files stay as they are: a command asks for its run's weights often."""
+    try:
+        looks = [(str(path), path.stat()) for path in sorted(folder.rglob("*"))]
+    except OSError:  # its run has just deleted it
+        return damage(folder)
+    return _damage_of(folder, tuple((name, look.st_size, look.st_mtime_ns) for name, look in looks))
+
+
+@functools.lru_cache(maxsize=16)
+def _damage_of(folder: Path, stamps: tuple[tuple[str, int, int], ...]) -> str:
+    return damage(folder)
 
 
 def run_of(folder: Path) -> Path:

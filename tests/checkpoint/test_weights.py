@@ -17,7 +17,7 @@ from fasthpm.errors import UserError
 from fasthpm.patches import model_of
 from fasthpm.recipe import Recipe, save_recipe
 from tests.helpers.published import imported_debug
-from tests.helpers.runs import away, recipe_in, run_of, write
+from tests.helpers.runs import away, recipe_in, run_of, signed, write
 
 
 def test_initial_weights(tmp_path: Path) -> None:
@@ -144,6 +144,7 @@ def test_load_weights(tmp_path: Path) -> None:
     untrained, _ = weights.load_weights(str(folder), "untrained")
     assert torch.equal(untrained.blocks[0].attn.qkv.weight, model_of(recipe).blocks[0].attn.qkv.weight)
     shutil.rmtree(folder / "shards")
+    signed(folder)
     assert not has_teacher(folder)
     with pytest.raises(UserError, match="has no teacher weights; use --weights student"):
         weights.load_weights(folder, "teacher")
@@ -162,6 +163,21 @@ def test_a_run_that_has_saved_nothing_yet(tmp_path: Path, folders: tuple[str, ..
             weights.load_weights(tmp_path, which)
 
 
+@pytest.mark.parametrize("named", ["run", "checkpoint"])
+@pytest.mark.parametrize("spoilt", ["student.safetensors", "shards/part", "state.json", "manifest.json"])
+def test_damaged_weights_are_never_taken(tmp_path: Path, named: str, spoilt: str) -> None:
+    """Neither of a run nor of a checkpoint that is named itself, also not after it was whole and loaded."""
+    folder = write(tmp_path, 1)
+    source = tmp_path if named == "run" else folder
+    weights.load_weights(source)
+    content = bytearray((folder / spoilt).read_bytes())
+    content[-1] ^= 1
+    (folder / spoilt).write_bytes(content)
+    problem = "missing or unreadable" if spoilt == "manifest.json" else f"{spoilt} does not match its hash"
+    with pytest.raises(UserError, match=problem):
+        weights.load_weights(source)
+
+
 def test_a_checkpoint_that_has_lost_its_weights(tmp_path: Path) -> None:
     folder = write(tmp_path, 1)
     (folder / "student.safetensors").unlink()
@@ -176,7 +192,8 @@ def test_no_run_starts_from_weights_that_are_not_finite(tmp_path: Path) -> None:
     spoilt = load_file(folder / "student.safetensors")
     spoilt["norm.bias"][0] = float("nan")
     save_file(spoilt, folder / "student.safetensors")
-    with pytest.raises(UserError, match=r"weights \['norm\.bias'\] are not finite; take an earlier checkpoint"):
+    signed(folder)
+    with pytest.raises(UserError, match=r"not finite: norm\.bias.* take another"):
         weights.initial_model(dataclasses.replace(recipes.debug(), init_from=str(folder)))
 
 
