@@ -3,7 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from fasthpm.data.options import MAX_BAD_SAMPLES
 from fasthpm.errors import UserError
@@ -18,7 +18,16 @@ DROP = 0.1  # of the learning rate at each milestone
 
 @dataclass(frozen=True, kw_only=True)
 class Dense:
-    """One training of an encoder with a dense head. The defaults are a base; recipes say the rest."""
+    """One training of an encoder with a dense head. The defaults are a base; recipes say the rest.
+
+    - `TESTS`: fields that a test without training goes by; the others are the training's
+    - `PLACES`: those that name where data lie, of which one replaces all
+    """
+
+    TESTS: ClassVar[frozenset[str]] = frozenset(
+        {"output_dir", "evaluate", "batch_size", "num_workers", "pictures", "show", "data_path"}
+    )
+    PLACES: ClassVar[tuple[str, ...]] = ("data_path",)
 
     output_dir: str = option("", "folder for results and checkpoints; empty = RUN/segment or RUN/detect", run_only=True)
     weights: str = option("student", "which encoder of the run to start from", choices=("student", "teacher"))
@@ -98,6 +107,10 @@ class Dense:
     def science(self) -> dict[str, Any]:
         """The fields that decide what is learnt."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if not f.metadata["run_only"]}
+
+    def differing(self, other: "Dense") -> set[str]:
+        """The fields of `science` in which this one and `other`, of the same kind, are not alike."""
+        return {name for name, value in self.science.items() if value != getattr(other, name)}
 
     def lr_at(self, update: int) -> float:
         """Learning rate of update `update` (from 0): linear warm-up, then a line down to 0 at the last update (mmseg's

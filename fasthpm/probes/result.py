@@ -13,7 +13,7 @@ from torch import Tensor
 from fasthpm import checkpoint, files, ranks
 from fasthpm.checkpoint.foreign import IMPORT_NOTE
 from fasthpm.data import DatasetInfo, read_info
-from fasthpm.errors import UserError
+from fasthpm.errors import UserError, unlike
 from fasthpm.recipe import Recipe, load_recipe
 from fasthpm.run.records import METRICS_FILE, gpu_hours, read_records
 from fasthpm.run.versions import versions
@@ -41,10 +41,8 @@ def check_sets(train: tuple[str, DatasetInfo], val: tuple[str, DatasetInfo]) -> 
                 f"a folder per class or a list with labels"
             )
     if train[1].classes != val[1].classes:
-        raise UserError(
-            f"{train[0]} has {len(train[1].classes)} classes, {val[0]} has {len(val[1].classes)} or others; expected "
-            f"two splits of the same data set"
-        )
+        what = unlike(train[0], train[1].classes, val[0], val[1].classes)
+        raise UserError(f"{what}; expected two splits of the same data set")
 
 
 def check_labels(labels: Tensor, path: str, num_classes: int, *, several: bool = True) -> None:

@@ -35,7 +35,7 @@ from fasthpm.recipe import Recipe
 from fasthpm.run import state
 from fasthpm.run.lock import FolderLock
 from fasthpm.teacher import EMATeacher
-from fasthpm.tuning.past import Kind, describe, refuse_other
+from fasthpm.tuning.past import Kind, begun_from, describe, refuse_other
 from fasthpm.tuning.run import Tuning, fitting_batch
 from fasthpm.view_fields import PRETRAINING_ALONE
 
@@ -153,17 +153,17 @@ def build(
         plan, loader, val_loader, last_loader = open_data(settings, recipe, image_size, launch)
         data = identity_of(settings.train_path)
         pixels = loader.normalize_by(statistics_of_tuning(settings, model, loader))
-        classes = list(loader.info.classes)
-        notes = describe(arguments.run, settings.science, architecture(model), classes, pixels)
-        refuse_other(KIND, Path(settings.output_dir), notes, data, stored)
+        now = result.provenance(arguments.run, launch)
+        origin = begun_from(KIND, settings, now)
+        notes = describe(origin, settings.science, architecture(model), list(loader.info.classes), pixels)
+        refuse_other(KIND, settings, notes, data, now, stored)
         config = ranks.merge_config(plan.deepspeed_config, plan, launch.world_size)
         vit = network(model, settings, image_size, len(loader.info.classes))
         chooser = choose_tokens(vit, settings, launch.device, pixels=pixels)
-        origin = result.provenance(arguments.run, launch)
     if lock:
         lock.take(Path(settings.output_dir))
         with ranks.in_agreement():  # another one may have ended there since
-            refuse_other(KIND, Path(settings.output_dir), notes, data, stored)
+            refuse_other(KIND, settings, notes, data, now, stored)
     step = ClassifierStep(vit, chooser)
     groups = layer_decay_groups(vit, settings.layer_decay, settings.weight_decay)
     deepspeed_engine = ranks.build_engine(step, plan, config, launch, groups)

@@ -4,7 +4,7 @@ import dataclasses
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -26,7 +26,14 @@ SMALL_SIDE = 96  # pixels: up to here --preset auto means small
 
 @dataclass(frozen=True)
 class FineTune:
-    """One fine-tuning. Defaults are MAE's for ViT-B; `preset` has the others."""
+    """One fine-tuning. Defaults are MAE's for ViT-B; `preset` has the others.
+
+    - `TESTS`: fields that a test without training goes by; the others are the training's
+    """
+
+    TESTS: ClassVar[frozenset[str]] = frozenset(
+        {"val_path", "output_dir", "evaluate", "batch_size", "num_workers", "test_views"}
+    )
 
     train_path: str = option(
         "", "prepared set (.beton), several joined by commas, image folder, or video set to train on"
@@ -163,6 +170,7 @@ BY_VIDEOS = {
 }
 LARGE_K400 = {"epochs": 35, "global_batch_size": 128, "blr": 2e-3, "batch_size": 2}  # the released script for ViT-L
 SCRATCH = {"layer_decay": 1.0}  # no layer knows anything yet
+OF_PRESETS = {name for one in (SMALL, LARGE_K400, *BY_WIDTH.values(), *BY_VIDEOS.values()) for name in one}
 
 
 def preset(name: str, model: HPMViT, from_scratch: bool, flip: bool = True) -> dict[str, Any]:
