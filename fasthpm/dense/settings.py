@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from fasthpm.checkpoint import run_of
 from fasthpm.data.options import MAX_BAD_SAMPLES
 from fasthpm.errors import UserError
 from fasthpm.options import PAPER, RELEASED, option, validate
@@ -126,7 +127,7 @@ class Dense:
 def complete(settings: Any, run: Path, name: str) -> Any:
     """`settings` with the output folder and the DeepSpeed preset filled in; `name`: of the command."""
     folder = f"{name}_scratch" if settings.from_scratch else name
-    run_folder = run if (run / "checkpoints").is_dir() else run.parent.parent
+    run_folder = run if (run / "checkpoints").is_dir() else run_of(run)
     zero1 = "zero1_bf16" if has_bf16() else "zero1_fp32"
     return dataclasses.replace(
         settings,

@@ -81,7 +81,7 @@ def provenance(run: Path, launch: ranks.Launch) -> dict[str, Any]:
         "checkpoint": str(folder),
         "checkpoint_hash": files.file_hash(manifest) if manifest.is_file() else "",
         "effective_epochs": round(effective_epochs(recipe, step), 3),
-        "pretraining_gpu_hours": round(pretraining_gpu_hours(folder.parent.parent, recipe, step), 4),
+        "pretraining_gpu_hours": round(pretraining_gpu_hours(checkpoint.run_of(folder), recipe, step), 4),
         "versions": versions(launch.device, launch.world_size),
     }
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fasthpm import checkpoint, ranks
 from fasthpm.checkpoint.saver import Saver
+from fasthpm.cli import without_effect
 from fasthpm.data import Batch, DatasetInfo, Loader, LoaderOptions, build_loader
 from fasthpm.data.augmented import Augmentation, AugmentedLoader
 from fasthpm.data.device import on_device
@@ -204,6 +205,8 @@ def load_encoder(run: Path, given: dict[str, Any]) -> tuple[HPMViT, Recipe]:
         model.pixels = pixels
     if model.video and given.get("token_policy"):
         raise UserError(f"{run} was trained on video, and --token_policy takes image models; leave it out")
+    if not model.video:
+        without_effect(["sampling_rate", "frame_sampling"], f"{run} was trained on images")
     if not model.video and given.get("test_views", "1x1") != "1x1":
         raise UserError(f"test_views is {given['test_views']!r}, but {run} was trained on images; leave it out")
     return model, recipe
@@ -257,6 +260,8 @@ def open_data(
     plan = checkpoint.continued(plan, launch.world_size)
     plan = dataclasses.replace(plan, accum_iter=plan.accumulation(launch.world_size))
     options = loader_options(settings, recipe, image_size, launch)
+    if settings.aa:
+        without_effect(["color_jitter"], f"aa is {settings.aa}, which changes the colours")
     augmentation = Augmentation(settings.aa, settings.reprob, settings.crop_min, settings.flip, settings.color_jitter)
     val = build_loader(settings.val_path, options)
     last = thorough_loader(settings, options) if settings.views != (1, 1) else val

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from fasthpm import checkpoint, files, ranks
 from fasthpm.checkpoint import shards
-from fasthpm.cli import Arguments, Parser
+from fasthpm.cli import Arguments, Parser, without_effect
 from fasthpm.data.device import on_device
 from fasthpm.data.statistics import PixelStatistics, statistics_from
 from fasthpm.entry import Result
@@ -52,7 +52,16 @@ from fasthpm.probes.finetune.building import (
     network,
     thorough_loader,
 )
-from fasthpm.probes.finetune.settings import OF_PRESETS, PRESETS, FineTune, complete, image_size_of, preset, stored
+from fasthpm.probes.finetune.settings import (
+    BY_DIFFICULTY,
+    OF_PRESETS,
+    PRESETS,
+    FineTune,
+    complete,
+    image_size_of,
+    preset,
+    stored,
+)
 from fasthpm.probes.finetune.testing import test
 from fasthpm.ranks import zero
 from fasthpm.recipe import Recipe
@@ -158,7 +167,23 @@ def parse_arguments(argv: Arguments) -> tuple[argparse.Namespace, dict[str, Any]
     for name in needed:
         if not given.get(name):
             raise UserError(f"--{name} is missing; see fasthpm finetune --help")
+    if not given.get("evaluate"):
+        refuse_idle(given)
     return arguments, given
+
+
+def refuse_idle(given: dict[str, Any]) -> None:
+    """Refuse flags without effect beside the others that were `given`. **Raises:** `UserError`."""
+    policy = given.get("token_policy", "")
+    if not policy:
+        without_effect(["keep_tokens"], "without --token_policy all patches are seen")
+    if policy not in BY_DIFFICULTY:
+        without_effect(
+            ["difficulty_run", "token_difficulty"],
+            f"only --token_policy {' or '.join(BY_DIFFICULTY)} asks what is hard",
+        )
+    if given.get("lr"):
+        without_effect(["blr"], "--lr gives the learning rate itself")
 
 
 def main(argv: Arguments = None) -> FinetuneResult:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from fasthpm.checkpoint import run_of
 from fasthpm.data.video.sampling import FRAME_SAMPLINGS
 from fasthpm.difficulty import DIFFICULTIES
 from fasthpm.errors import UserError
@@ -196,7 +197,7 @@ def preset(name: str, model: HPMViT, from_scratch: bool, flip: bool = True) -> d
 def complete(settings: FineTune, run: Path) -> FineTune:
     """`settings` with every path and preset filled in."""
     folder = "finetune_scratch" if settings.from_scratch else "finetune"
-    run_folder = run if (run / "checkpoints").is_dir() else run.parent.parent
+    run_folder = run if (run / "checkpoints").is_dir() else run_of(run)
     zero1 = "zero1_bf16" if has_bf16() else "zero1_fp32"
     hard = settings.token_policy in BY_DIFFICULTY
     asked = (settings.difficulty_run or str(run)) if hard else ""

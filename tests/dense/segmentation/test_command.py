@@ -156,6 +156,7 @@ WRONG: list[tuple[tuple[object, ...], str]] = [
     (("--input_size", 30, *NEW), "input_size is 30x30, expected a multiple of patch_size 4, at least twice; use e.g."),
     (("--resize_min", 3), "resize_min is 3, expected at most resize_max 1.5"),
     (("--stride", 40), "stride is 40, expected at most the crop's side 28"),
+    (("--stride", 9, "--whole"), "--stride has no effect here: --whole tests whole images, without windows; leave it"),
     (("--relative_positions", "--input_size", "28x32", *NEW), "relative_positions needs square crops"),
     (("--recipe", "upernet_smal"), "unknown recipe 'upernet_smal' (did you mean 'upernet_small'?)"),
     (("--layer_scale", 1, "--deepspeed_config", "zero3_bf16", *NEW), "layer_scale does not train under ZeRO 3"),

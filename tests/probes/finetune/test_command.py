@@ -233,3 +233,21 @@ def test_fine_tuning_refuses_what_does_not_fit(run: Path, tuned: Path, tmp_path:
         assert message in refused(finetune, *words)
     assert {path: path.stat().st_mtime_ns for path in tuned.rglob("*") if path.is_file()} == before
     assert "fine-tuned classifier" in refused(knn, tuned, *DATA)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--difficulty_run", "x"), "--difficulty_run has no effect here: only --token_policy easiest or hardest asks"),
+        (("--token_policy", "random", "--token_difficulty", "paper"), "--token_difficulty has no effect here: only"),
+        (("--keep_tokens", "0.3"), "--keep_tokens has no effect here: without --token_policy all patches are seen"),
+        (("--lr", "1e-3", "--blr", "1e-3"), "--blr has no effect here: --lr gives the learning rate itself"),
+        (("--frame_sampling", "dense"), "--frame_sampling has no effect here: {run} was trained on images; leave it"),
+        (("--sampling_rate", "2"), "--sampling_rate has no effect here: {run} was trained on images; leave it out"),
+        (("--preset", "mae", "--color_jitter", "0.2"), "--color_jitter has no effect here: aa is rand-m9-mstd0.5-inc1"),
+    ],
+)
+def test_flags_without_effect_are_refused(run: Path, tmp_path: Path, words: tuple[str, ...], said: str) -> None:
+    more = ("--batch_size", "8", "--global_batch_size", "16", "--output_dir", tmp_path / "out")
+    assert said.format(run=run) in refused(finetune, run, *DATA, *more, *words)
+    assert not (tmp_path / "out").exists()
