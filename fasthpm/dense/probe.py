@@ -304,8 +304,8 @@ def main(argv: Arguments = None) -> DenseProbeResult:
     with ranks.session() as launch:
         if launch.world_size > 1:
             raise UserError(f"{launch.world_size} ranks, and the dense probe uses one; start it without a launcher")
-        for one in weights:
-            files.check_above(folder_of(run, settings) / one, "output_dir")
+        for name in weights:
+            files.check_above(folder_of(run, settings) / name, "output_dir")
         made = [evaluate(run, one, settings, launch) for one in weights]
     for one in made:
         print(f"{table_of(one)}\n")

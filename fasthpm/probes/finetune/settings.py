@@ -171,7 +171,7 @@ BY_VIDEOS = {
 }
 LARGE_K400 = {"epochs": 35, "global_batch_size": 128, "blr": 2e-3, "batch_size": 2}  # the released script for ViT-L
 SCRATCH = {"layer_decay": 1.0}  # no layer knows anything yet
-OF_PRESETS = {name for one in (SMALL, LARGE_K400, *BY_WIDTH.values(), *BY_VIDEOS.values()) for name in one}
+OF_PRESETS = set[str]().union(SMALL, LARGE_K400, *BY_WIDTH.values(), *BY_VIDEOS.values())
 
 
 def preset(name: str, model: HPMViT, from_scratch: bool, flip: bool = True) -> dict[str, Any]:
