@@ -8,7 +8,7 @@ import torch
 
 from fasthpm import recipes
 from fasthpm.data import DatasetInfo, read_info
-from fasthpm.errors import UserError
+from fasthpm.errors import UserError, unlike
 from fasthpm.probes import finetune, knn, linear, online, result
 from tests.helpers.data_fixtures import picture
 from tests.helpers.finetuning import refused
@@ -52,3 +52,10 @@ def test_unlabelled_samples_are_refused_with_their_number(run: Path, tmp_path: P
     info = read_info(test)
     with pytest.raises(UserError, match=r"2 of 6 samples .* are unlabelled, and an online probe needs labels"):
         online.check(dataclasses.replace(recipes.debug(), online_probe_every=1), info, {})
+
+
+def test_which_classes_differ_is_said() -> None:
+    assert unlike("a", ["x"], "b", ["x", "y"]) == "a has 1 class, b has 2"
+    assert unlike("a", ["x", "y"], "b", ["x", "z"]) == "a has 'y' among its classes where b has 'z'"
+    said = unlike("a", list("uvwxyz"), "b", list("uabcde"))
+    assert said == "a has 'v', 'w', 'x' among its classes where b has 'a', 'b', 'c' (and 2 more differ)"
