@@ -17,6 +17,7 @@ from typing import Any
 
 from fasthpm.cli import Parser, run_command
 from fasthpm.errors import UserError
+from fasthpm.probes.finetune.settings import BY_DIFFICULTY
 from fasthpm.probes.result import write_text
 from fasthpm.probes.tokens import POLICIES
 
@@ -31,7 +32,7 @@ def command(args: Any, policy: str, seed: int, folder: Path) -> list[str]:
         "output_dir": folder,
         "token_policy": policy,
         "keep_tokens": args.keep_tokens,
-        "difficulty_run": args.run,
+        **({"difficulty_run": args.run} if policy in BY_DIFFICULTY else {}),
         "seed": seed,
         "epochs": args.epochs,
         "warmup_epochs": args.epochs / 10,

@@ -4,10 +4,12 @@ import contextlib
 import difflib
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
+
+NAMED = 3  # pairs of names that differ, in one message
 
 
 class UserError(Exception):
@@ -31,6 +33,16 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the known word closest to `word`, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def unlike(one: str, theirs: Sequence[str], other: str, ours: Sequence[str]) -> str:
+    """In what the classes of `one` and those of `other`, which are different, differ: their number, or the first."""
+    if len(theirs) != len(ours):
+        return f"{one} has {len(theirs)} class{'' if len(theirs) == 1 else 'es'}, {other} has {len(ours)}"
+    pairs = [pair for pair in zip(theirs, ours, strict=True) if pair[0] != pair[1]]
+    named = [", ".join(repr(pair[side]) for pair in pairs[:NAMED]) for side in (0, 1)]
+    more = f" (and {len(pairs) - NAMED} more differ)" if len(pairs) > NAMED else ""
+    return f"{one} has {named[0]} among its classes where {other} has {named[1]}{more}"
 
 
 _noted: set[str] = set()

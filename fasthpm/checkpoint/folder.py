@@ -269,12 +269,13 @@ def continued(recipe: Recipe, world_size: int) -> Recipe:
 
 
 def compare_recipes(recipe: Recipe, science: Callable[[Recipe], dict[str, Any]], data: str = "") -> None:
-    """Refuse an output folder that belongs to another recipe, or to other data.
+    """Refuse an output folder that belongs to another recipe, to other data, or to what is no pretraining.
 
     - `data`: what the recipe's data is (`data.identity`): the same under another path is no other data
 
     **Raises:** `UserError` naming the first field that differs, and the ways on.
     """
+    refuse_tuned(recipe)
     past, output_dir = past_of(recipe), Path(recipe.output_dir)
     if past is None or branches_off(recipe):
         return
@@ -295,6 +296,22 @@ def compare_recipes(recipe: Recipe, science: Callable[[Recipe], dict[str, Any]],
             f"now (it was {known[:40]}, it is {data[:40]}); put that back, give it with --data_path, or start a run on "
             f"this data from those weights: --init_from {output_dir} and another --output_dir"
         )
+
+
+def tuned(folder: Path) -> str:
+    """What a checkpoint of a tuning holds, in words; empty for any other."""
+    return next((what for notes, what in TUNED.items() if (folder / notes).is_file()), "")
+
+
+def refuse_tuned(recipe: Recipe) -> None:
+    """**Raises:** `UserError` if a pretraining would go on from a classifier, a segmenter or a detector."""
+    output_dir = Path(recipe.output_dir)
+    folders = [Path(recipe.resume)] if branches_off(recipe) else _checkpoints(output_dir)[:1]
+    for folder in folders:
+        if what := tuned(folder):
+            ours = not branches_off(recipe)
+            where, remedy = (f"output_dir {output_dir}", "--output_dir") if ours else (f"--resume {folder}", "--resume")
+            raise UserError(f"{where} holds {what}; choose another {remedy}")
 
 
 def ways_on(output_dir: Path, name: str) -> str:

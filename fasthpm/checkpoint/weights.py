@@ -9,10 +9,11 @@ from torch import Tensor
 
 from fasthpm.checkpoint import shards
 from fasthpm.checkpoint.channels import in_channels
-from fasthpm.checkpoint.folder import RECIPE, STATE, TUNED, damage, damages, newest_valid
+from fasthpm.checkpoint.folder import RECIPE, STATE, TUNED, damage, damages, newest_valid, tuned
 from fasthpm.checkpoint.foreign import load_reference, unusable
 from fasthpm.checkpoint.pixels import pixels_of
 from fasthpm.errors import UserError, about, warn
+from fasthpm.files import read_json
 from fasthpm.model import HPMViT
 from fasthpm.patches import model_of
 from fasthpm.ranks import zero
@@ -42,12 +43,8 @@ def checkpoint_of(source: Path) -> Path:
         raise UserError(
             f"checkpoint {source} is damaged ({problem}); copy it again from where it is whole, or take another"
         )
-    for notes, what in TUNED.items():
-        if (folder / notes).is_file():
-            raise UserError(
-                f"{source} holds {what}; give the pretraining run that it came from, or evaluate it with "
-                f"fasthpm {Path(notes).stem} --evaluate"
-            )
+    if what := tuned(folder):
+        raise UserError(f"{source} holds {what}; {_how_it_is_tested(source, folder)}")
     return folder
 
 
@@ -80,6 +77,17 @@ def saved_files(source: Path) -> tuple[Path, ...]:
 def holds_weights(folder: Path) -> bool:
     """Whether there is anything of a model in a checkpoint; the folder of a run has a recipe and no weights."""
     return any((folder / name).exists() for name in (shards.FOLDER, "student.safetensors", "teacher.safetensors"))
+
+
+def _how_it_is_tested(source: Path, folder: Path) -> str:
+    """What to give instead of a tuning and its checkpoint `folder`, whose notes may tell the run that it came from."""
+    notes = next(folder / name for name in TUNED if (folder / name).is_file())
+    run = str(read_json(notes).get("run", ""))
+    output_dir = source if (source / "checkpoints").is_dir() else run_of(folder)
+    return (
+        f"give the pretraining run that it came from{f', {run}' if run else ''}, or test it with "
+        f"fasthpm {notes.stem} {run or 'RUN'} --evaluate --output_dir {output_dir}"
+    )
 
 
 def _nothing_saved(source: Path) -> str:

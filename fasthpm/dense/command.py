@@ -60,7 +60,9 @@ def parse_arguments(task: Task, argv: Arguments) -> tuple[argparse.Namespace, di
             f"unknown recipe {arguments.recipe!r}{nearest(arguments.recipe, known)}; expected one of {', '.join(known)}"
         )
     known_fields = {field.name for field in dataclasses.fields(task.settings)}
-    return arguments, {name: value for name, value in vars(arguments).items() if name in known_fields}
+    given = {name: value for name, value in vars(arguments).items() if name in known_fields}
+    task.refuse_idle(given)
+    return arguments, given
 
 
 # -------------------------------------------------------------------------------------------------- training

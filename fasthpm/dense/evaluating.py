@@ -19,14 +19,15 @@ from fasthpm.dense.results import DenseResult, report
 from fasthpm.dense.settings import complete
 from fasthpm.dense.task import Task
 from fasthpm.dense.values import shown_once
-from fasthpm.errors import UserError, note_once, warn
+from fasthpm.errors import UserError, note_once, unlike, warn
 from fasthpm.model import HPMViT
 from fasthpm.probes import result
 from fasthpm.probes.classifier import architecture
 from fasthpm.probes.features import half
 from fasthpm.run.versions import versions
-from fasthpm.tuning.past import differences
+from fasthpm.tuning.past import check_origin, differences, origin_of
 from fasthpm.tuning.run import fitting_batch
+from fasthpm.tuning.testing_again import UNKNOWN, check_set, counting
 
 AUTO, EVALUATED = "auto", "evaluate"
 
@@ -37,12 +38,16 @@ def chosen(task: Task, arguments: argparse.Namespace, given: dict[str, Any], wor
     if name == AUTO:
         model = checkpoint.load_weights(arguments.run, given.get("weights", "student"))[0]
         name = task.recipe_for(model, given)
-    alike = {"layer_decay": 1.0} if given.get("from_scratch") else {}  # no layer knows anything yet
-    settings = dataclasses.replace(task.recipes[name](), **{**alike, **given})
+    settings = dataclasses.replace(scratch_aware(task.recipes[name](), given.get("from_scratch", False)), **given)
     if "batch_size" in given or "accum_iter" in given:
         return settings
     batch_size = fitting_batch(settings.batch_size, settings.global_batch_size, world_size)
     return dataclasses.replace(settings, batch_size=batch_size)
+
+
+def scratch_aware(settings: Any, from_scratch: bool) -> Any:
+    """A recipe's settings; of an encoder from scratch no layer knows anything yet, and all learn alike."""
+    return dataclasses.replace(settings, layer_decay=1.0) if from_scratch else settings
 
 
 @dataclass(frozen=True)
@@ -60,29 +65,46 @@ class Evaluation:
 def evaluate_only(
     task: Task, arguments: argparse.Namespace, given: dict[str, Any], launch: ranks.Launch
 ) -> DenseResult:
-    """Test the newest checkpoint of output_dir on the test set that is given."""
+    """Test the newest checkpoint of output_dir on the test set that is given, or was."""
     with ranks.in_agreement():
         settings = complete(chosen(task, arguments, given, launch.world_size), arguments.run, task.name)
         newest = checkpoint.newest_valid(Path(settings.output_dir), warn)
         if newest is None:
             raise UserError(f"{settings.output_dir} holds no checkpoint; train first, or give another --output_dir")
         notes = tuning.notes_of(task, newest)
-        ours = {name: given[name] for name in given if name not in notes["settings"] or name == "data_path"}
-        settings = dataclasses.replace(settings, **{**notes["settings"], **ours})
+        settings = as_trained(task, arguments.recipe, given, settings, notes["settings"], newest)
         model, _ = tuning.load_encoder(task, arguments.run, settings)
         check_model(newest, notes, model, arguments.run)
+        origin = result.provenance(arguments.run, launch)
+        check_origin(task.kind, newest, origin)
         pixels = statistics_from(notes) or PixelStatistics(tuple(notes["mean"]), tuple(notes["std"]))
         shown_once(pixels, settings.show)
         val, drawn = tuning.test_loaders(task, settings, model.in_chans, launch, pixels)
         if list(val.data.classes) != notes["classes"]:
-            raise UserError(
-                f"the network in {newest} has {len(notes['classes'])} classes, {val.data.source} has "
-                f"{len(val.data.classes)} or others; give the data that it was trained for"
-            )
+            what = unlike(f"the network in {newest}", notes["classes"], val.data.source, val.data.classes)
+            raise UserError(f"{what}; give the data that it was trained for")
         network = restored(task, model, settings, val, newest).to(launch.device).eval()
-        origin = result.provenance(arguments.run, launch)
     seen = Evaluation(task, settings, launch, pixels, val, drawn)
-    return measured(seen, network, Path(settings.output_dir) / EVALUATED, origin)
+    return measured(seen, network, Path(settings.output_dir) / EVALUATED, origin_of(task.kind, newest, origin))
+
+
+def as_trained(
+    task: Task, recipe: str, given: dict[str, Any], settings: Any, stored: dict[str, Any], folder: Path
+) -> Any:
+    """`settings` of a test: those that the network of the checkpoint `folder` was trained by, `stored`, and what of
+    those `given` counts. Where other data is given, none of the places of the former count.
+
+    **Raises:** `UserError` for what is given and is not as it was.
+    """
+    whose = f"the network in {folder}"
+    ours = counting(task.settings, given, stored, whose)
+    if recipe != AUTO:
+        implied = scratch_aware(task.recipes[recipe](), stored.get("from_scratch", False))
+        own = {name for other in task.recipes.values() for name in other().differing(task.settings())} - given.keys()
+        check_set(f"--recipe {recipe}", {name: getattr(implied, name) for name in sorted(own)}, stored, whose)
+    places = task.settings.PLACES
+    nowhere = dict.fromkeys(places, "") if task.settings.TESTS & given.keys() & {*places} else {}
+    return dataclasses.replace(settings, **{**stored, **nowhere, **ours})
 
 
 def evaluate_foreign(
@@ -100,7 +122,9 @@ def evaluate_foreign(
         network, model = foreign.network(found), found.model()
         name = task.recipe_for(model, given) if arguments.recipe == AUTO else arguments.recipe
         folder = str(path.parent / f"{path.stem}_{task.name}")
-        fitting = {"output_dir": folder, "input_size": found.input_size, **given}
+        science = {**dict.fromkeys(task.settings().science, UNKNOWN), "input_size": found.input_size}
+        ours = counting(task.settings, given, science, f"the network in {path}")
+        fitting = {"output_dir": folder, "input_size": found.input_size, **ours}
         settings = dataclasses.replace(task.recipes[name](), **fitting)
         shown_once(found.pixels, settings.show)
         val, drawn = tuning.test_loaders(task, settings, model.in_chans, launch, found.pixels)

@@ -16,6 +16,7 @@ fast_rcnn}.py, configs/common/models/mask_rcnn_{fpn,vitdet}.py). From memory: mm
 D is the width of the encoder, K the number of classes.
 """
 
+import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -88,9 +89,10 @@ def read(path: str | Path) -> Foreign:
     **Raises:** `UserError` for a file that is neither, and for names and values that have no place in our networks.
     """
     path = Path(path)
-    content: Mapping[str, Any] = read_arrays(path) if path.suffix == ".pkl" else read_file(path)[0]
+    content, said = (read_arrays(path), {}) if path.suffix == ".pkl" else read_file(path)
     with about(path):
         state = state_of(content)
+        refuse_ours(path, state, said)
         if any(key.startswith("decode_head.") for key in state):
             return from_mmseg(state)
         if any(key.startswith("roi_heads.") for key in state):
@@ -98,6 +100,17 @@ def read(path: str | Path) -> Foreign:
         raise UserError(
             f"has neither mmseg's decode_head nor detectron2's roi_heads (its names: {some(state)}); an encoder alone "
             f"is taken by fasthpm import"
+        )
+
+
+def refuse_ours(path: Path, state: Mapping[str, Tensor], said: Mapping[str, str]) -> None:
+    """**Raises:** `UserError` for a network that our own command wrote: `said`, the file's metadata, has its notes."""
+    if "notes" in said:
+        command = "detect" if any(key.startswith("roi_heads.") for key in state) else "segment"
+        run = json.loads(said["notes"]).get("run") or "RUN"
+        raise UserError(
+            f"is the network of a training of ours; test it with fasthpm {command} {run} --evaluate --output_dir "
+            f"{path.parent}"
         )
 
 

@@ -37,8 +37,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fasthpm import ranks
-from fasthpm.checkpoint.weights import load_weights
+from fasthpm import files, ranks
+from fasthpm.checkpoint.weights import load_weights, run_of
 from fasthpm.cli import Arguments, Parser
 from fasthpm.data.shown import Shown
 from fasthpm.data.statistics import PixelStatistics
@@ -243,7 +243,7 @@ def _check_labels(train: Patches, val: Patches, train_set: PairSet, val_set: Pai
 
 def folder_of(run: Path, settings: DenseProbe) -> Path:
     """Where results go."""
-    run_folder = run if (run / "checkpoints").is_dir() else run.parent.parent
+    run_folder = run if (run / "checkpoints").is_dir() else run_of(run)
     return Path(settings.output_dir) if settings.output_dir else run_folder / "dense"
 
 
@@ -304,6 +304,8 @@ def main(argv: Arguments = None) -> DenseProbeResult:
     with ranks.session() as launch:
         if launch.world_size > 1:
             raise UserError(f"{launch.world_size} ranks, and the dense probe uses one; start it without a launcher")
+        for name in weights:
+            files.check_above(folder_of(run, settings) / name, "output_dir")
         made = [evaluate(run, one, settings, launch) for one in weights]
     for one in made:
         print(f"{table_of(one)}\n")

@@ -28,7 +28,9 @@ class DenseResult(Result):
 
 def report(task: Task, settings: Any, origin: dict[str, Any], folder: Path, figures: dict[str, Any]) -> DenseResult:
     """Write result.json and result.md, say the figures and where they are."""
-    table, picture = tuning.table_of(folder), folder / tuning.PICTURE_FILE
+    table = tuning.table_of(folder)
+    network, picture = folder / NETWORK_FILE, folder / tuning.PICTURE_FILE
+    drawn = settings.pictures and picture.is_file()  # else it is of an earlier test
     from_scratch = ", from scratch" if settings.from_scratch else ""
     made = {
         "protocol": f"{task.name}, {settings.steps} updates of {settings.global_batch_size}{from_scratch}",
@@ -42,12 +44,10 @@ def report(task: Task, settings: Any, origin: dict[str, Any], folder: Path, figu
     said = ", ".join(f"{name} {figures[name]:.2f} %" for name in task.shown if name in figures)
     print(f"{made['protocol']}: {said}\n{row}")
     print(f"written to {folder / 'result.json'}", file=sys.stderr)
-    if picture.is_file():
+    if drawn:
         print(f"images, truth and prediction: {picture}", file=sys.stderr)
-    network = folder / NETWORK_FILE
-    return DenseResult(
-        folder, True, figures, table, network if network.is_file() else None, picture if picture.is_file() else None
-    )
+    written = network.is_file() and not settings.evaluate
+    return DenseResult(folder, True, figures, table, network if written else None, picture if drawn else None)
 
 
 def per_class(table: list[dict[str, Any]]) -> str:

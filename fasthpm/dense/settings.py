@@ -3,8 +3,9 @@
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from fasthpm.checkpoint import run_of
 from fasthpm.data.options import MAX_BAD_SAMPLES
 from fasthpm.errors import UserError
 from fasthpm.options import PAPER, RELEASED, option, validate
@@ -18,7 +19,16 @@ DROP = 0.1  # of the learning rate at each milestone
 
 @dataclass(frozen=True, kw_only=True)
 class Dense:
-    """One training of an encoder with a dense head. The defaults are a base; recipes say the rest."""
+    """One training of an encoder with a dense head. The defaults are a base; recipes say the rest.
+
+    - `TESTS`: fields that a test without training goes by; the others are the training's
+    - `PLACES`: those that name where data lie, of which one replaces all
+    """
+
+    TESTS: ClassVar[frozenset[str]] = frozenset(
+        {"output_dir", "evaluate", "batch_size", "num_workers", "pictures", "show", "data_path"}
+    )
+    PLACES: ClassVar[tuple[str, ...]] = ("data_path",)
 
     output_dir: str = option("", "folder for results and checkpoints; empty = RUN/segment or RUN/detect", run_only=True)
     weights: str = option("student", "which encoder of the run to start from", choices=("student", "teacher"))
@@ -99,6 +109,10 @@ class Dense:
         """The fields that decide what is learnt."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if not f.metadata["run_only"]}
 
+    def differing(self, other: "Dense") -> set[str]:
+        """The fields of `science` in which this one and `other`, of the same kind, are not alike."""
+        return {name for name, value in self.science.items() if value != getattr(other, name)}
+
     def lr_at(self, update: int) -> float:
         """Learning rate of update `update` (from 0): linear warm-up, then a line down to 0 at the last update (mmseg's
         poly of power 1, counted from the end of the warm-up), or a tenth at each milestone (detectron2's)."""
@@ -113,7 +127,7 @@ class Dense:
 def complete(settings: Any, run: Path, name: str) -> Any:
     """`settings` with the output folder and the DeepSpeed preset filled in; `name`: of the command."""
     folder = f"{name}_scratch" if settings.from_scratch else name
-    run_folder = run if (run / "checkpoints").is_dir() else run.parent.parent
+    run_folder = run if (run / "checkpoints").is_dir() else run_of(run)
     zero1 = "zero1_bf16" if has_bf16() else "zero1_fp32"
     return dataclasses.replace(
         settings,

@@ -81,6 +81,9 @@ class Task(ABC):
         a parameter of the encoder, or empty. **Raises:** `UserError` for a model that cannot be taken.
         """
 
+    def refuse_idle(self, given: Mapping[str, Any]) -> None:  # noqa: B027
+        """Refuse flags without effect beside the others that were `given`. **Raises:** `UserError`."""
+
     def settle(self, network: Any, settings: Any) -> None:  # noqa: B027
         """Tell a network that came from a file how tests ask it; nothing where they ask all alike."""
 

@@ -19,7 +19,7 @@ from fasthpm.dense.loader import DenseBatch, DenseLoader, DenseOptions, DenseSet
 from fasthpm.dense.settings import complete
 from fasthpm.dense.task import Task
 from fasthpm.dense.values import shown_once
-from fasthpm.errors import UserError
+from fasthpm.errors import UserError, unlike
 from fasthpm.files import read_json, write_json
 from fasthpm.model import HPMViT
 from fasthpm.patches import model_of
@@ -30,7 +30,7 @@ from fasthpm.recipe import Recipe
 from fasthpm.run import state
 from fasthpm.run.bad_samples import BadSampleLog
 from fasthpm.run.lock import FolderLock
-from fasthpm.tuning.past import describe, refuse_other
+from fasthpm.tuning.past import begun_from, describe, refuse_other
 from fasthpm.tuning.run import Tuning
 from fasthpm.view_fields import PRETRAINING_ALONE
 
@@ -140,15 +140,16 @@ def build(task: Task, run: Path, settings: Any, launch: ranks.Launch, lock: Fold
         val, drawn = test_loaders(task, settings, model.in_chans, launch, pixels)
         check_classes(data, val.data)
         identity = identity_of_files(task.files(settings, data))
-        notes = describe(run, settings.science, architecture(model), list(data.classes), pixels)
-        refuse_other(task.kind, Path(settings.output_dir), notes, identity)
+        now = result.provenance(run, launch)
+        origin = begun_from(task.kind, settings, now)
+        notes = describe(origin, settings.science, architecture(model), list(data.classes), pixels)
+        refuse_other(task.kind, settings, notes, identity, now)
         config = ranks.merge_config(plan.deepspeed_config, plan, launch.world_size)
         network = task.network(model, settings, data)
-        origin = result.provenance(run, launch)
     if lock:
         lock.take(Path(settings.output_dir))
         with ranks.in_agreement():  # another one may have ended there since
-            refuse_other(task.kind, Path(settings.output_dir), notes, identity)
+            refuse_other(task.kind, settings, notes, identity, now)
     groups = parameter_groups(network, len(model.blocks), settings.layer_decay, settings.weight_decay)
     engine = ranks.build_engine(network, plan, config, launch, groups)
     made = DenseTuning(
@@ -250,10 +251,8 @@ class First:
 def check_classes(train: DenseSet, val: DenseSet) -> None:
     """Both sets have the same classes. **Raises:** `UserError`."""
     if train.classes != val.classes:
-        raise UserError(
-            f"{train.source} has {len(train.classes)} classes, {val.source} has {len(val.classes)} or others; expected "
-            f"two splits of the same data set"
-        )
+        what = unlike(train.source, train.classes, val.source, val.classes)
+        raise UserError(f"{what}; expected two splits of the same data set")
 
 
 def statistics_of(task: Task, settings: Any, model: HPMViT, run: Path) -> PixelStatistics:

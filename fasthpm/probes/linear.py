@@ -34,15 +34,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fasthpm import files, ranks
-from fasthpm.checkpoint.weights import checkpoint_of, load_weights
-from fasthpm.cli import Arguments, Parser
+from fasthpm.checkpoint.weights import checkpoint_of, load_weights, run_of
+from fasthpm.cli import Arguments, Parser, without_effect
 from fasthpm.data import Loader, build_loader, read_info
 from fasthpm.data.device import on_device
 from fasthpm.data.identity import identity_of as data_of
 from fasthpm.data.sampling import sample_order
 from fasthpm.data.statistics import PixelStatistics, statistics_of
 from fasthpm.entry import Result
-from fasthpm.errors import UserError
+from fasthpm.errors import UserError, unlike
+from fasthpm.options import Range
 from fasthpm.patches import statistics_for
 from fasthpm.probes import result
 from fasthpm.probes.clips import add_sampling_rate, at_rate
@@ -56,6 +57,13 @@ HEAD = "head.safetensors"
 PROTOCOLS: dict[str, dict[str, Any]] = {
     "mae": {"epochs": 90, "warmup_epochs": 10.0, "blr": 0.1, "global_batch_size": 16384},
     "moco": {"epochs": 100, "warmup_epochs": 0.0, "blr": 0.1, "global_batch_size": 1024},
+}
+
+LIMITS = {
+    **dict.fromkeys(("epochs", "batch_size", "eval_every", "save_every"), Range(low=1)),
+    **dict.fromkeys(("warmup_epochs", "blr", "lr", "global_batch_size", "num_workers"), Range(low=0)),
+    "stop_after_epoch": Range(low=0),
+    "crop_min": Range(above=0, high=1),
 }
 
 
@@ -237,23 +245,11 @@ def identity_of(
     arguments: argparse.Namespace, dim: int, classes: Sequence[str], pixels: PixelStatistics
 ) -> dict[str, Any]:
     """What must be the same for a probe to go on where another stopped."""
-    names = (
-        "protocol",
-        "weights",
-        "pool",
-        "epochs",
-        "warmup_epochs",
-        "lr",
-        "global_batch_size",
-        "cache_features",
-        "crop_min",
-        "seed",
-        "train_path",
-    )
+    names = "protocol weights pool epochs warmup_epochs lr global_batch_size cache_features crop_min seed train_path"
     manifest = checkpoint_of(arguments.run) / "manifest.json"
     encoder = files.file_hash(manifest) if manifest.is_file() else str(arguments.run)
     return {
-        **{name: getattr(arguments, name) for name in names},
+        **{name: getattr(arguments, name) for name in names.split()},
         "data": data_of(arguments.train_path),
         "encoder": encoder,
         "dim": dim,
@@ -352,10 +348,10 @@ def resume(probe: Probe) -> None:
     theirs.setdefault("pixels", statistics_of(probe.loaders[0].info).as_json())  # older heads' were always these
     for name, ours in probe.identity.items():
         if theirs.get(name) != ours:
-            what = f"{name} {str(theirs.get(name))[:20]}, this probe has {str(ours)[:20]}"
+            what = f"is a head with {name} {str(theirs.get(name))[:20]}, this probe has {str(ours)[:20]}"
             if name == "classes":
-                what = f"{len(theirs[name])} classes, the data has {len(ours)} or others"
-            raise UserError(f"{path} is a head with {what}; choose another --output_dir, or remove it")
+                what = unlike("is a head that", theirs[name], "the data", ours)
+            raise UserError(f"{path} {what}; choose another --output_dir, or remove it")
     probe.head.load_state_dict({n.removeprefix("head."): v for n, v in tensors.items() if n.startswith("head.")})
     for name, parameter in probe.head.named_parameters():
         if f"momentum.{name}" in tensors:
@@ -464,11 +460,15 @@ def parse_arguments(argv: Arguments) -> argparse.Namespace:
             setattr(arguments, name, min(value, arguments.epochs / 10) if name == "warmup_epochs" else value)
             if name == "global_batch_size":
                 arguments.global_batch_size = 0
-    run_folder = arguments.run if (arguments.run / "checkpoints").is_dir() else arguments.run.parent.parent
+    run_folder = arguments.run if (arguments.run / "checkpoints").is_dir() else run_of(arguments.run)
     arguments.output_dir = arguments.output_dir or str(run_folder / f"linear_{arguments.protocol}")
-    for name in ("epochs", "batch_size", "eval_every", "save_every"):
-        if getattr(arguments, name) < 1:
-            raise UserError(f"{name} is {getattr(arguments, name)}, expected 1 or more")
+    for name, limits in LIMITS.items():
+        if getattr(arguments, name) not in limits:
+            raise UserError(f"{name} is {getattr(arguments, name)}, expected {limits}")
+    if arguments.cache_features:
+        without_effect(["crop_min"], "--cache_features takes the features of central crops")
+    if arguments.lr:
+        without_effect(["blr"], "--lr gives the learning rate itself")
     return arguments
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from fasthpm import checkpoint, files, ranks
 from fasthpm.checkpoint.foreign import IMPORT_NOTE
 from fasthpm.data import DatasetInfo, read_info
-from fasthpm.errors import UserError
+from fasthpm.errors import UserError, unlike
 from fasthpm.recipe import Recipe, load_recipe
 from fasthpm.run.records import METRICS_FILE, gpu_hours, read_records
 from fasthpm.run.versions import versions
@@ -41,10 +41,8 @@ def check_sets(train: tuple[str, DatasetInfo], val: tuple[str, DatasetInfo]) -> 
                 f"a folder per class or a list with labels"
             )
     if train[1].classes != val[1].classes:
-        raise UserError(
-            f"{train[0]} has {len(train[1].classes)} classes, {val[0]} has {len(val[1].classes)} or others; expected "
-            f"two splits of the same data set"
-        )
+        what = unlike(train[0], train[1].classes, val[0], val[1].classes)
+        raise UserError(f"{what}; expected two splits of the same data set")
 
 
 def check_labels(labels: Tensor, path: str, num_classes: int, *, several: bool = True) -> None:
@@ -83,7 +81,7 @@ def provenance(run: Path, launch: ranks.Launch) -> dict[str, Any]:
         "checkpoint": str(folder),
         "checkpoint_hash": files.file_hash(manifest) if manifest.is_file() else "",
         "effective_epochs": round(effective_epochs(recipe, step), 3),
-        "pretraining_gpu_hours": round(pretraining_gpu_hours(folder.parent.parent, recipe, step), 4),
+        "pretraining_gpu_hours": round(pretraining_gpu_hours(checkpoint.run_of(folder), recipe, step), 4),
         "versions": versions(launch.device, launch.world_size),
     }
 

@@ -1,6 +1,7 @@
 """The weights of a run: loaded, and those that a run begins with."""
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fasthpm import recipes
+from fasthpm import checkpoint, recipes
 from fasthpm.checkpoint import folder as checkpoint_folder
 from fasthpm.checkpoint import shards, weights
+from fasthpm.checkpoint.folder import TUNED
 from fasthpm.checkpoint.weights import has_teacher, load_weights
 from fasthpm.errors import UserError
 from fasthpm.patches import model_of
@@ -208,3 +210,29 @@ def test_the_run_of_a_checkpoint_and_what_nothing_may_overwrite(
     assert {Path(folder.name), tmp_path / "checkpoints", tmp_path / "recipe.json"} <= {
         *weights.saved_files(Path(folder.name))
     }
+
+
+@pytest.mark.parametrize("run", ["runs/a", ""])
+@pytest.mark.parametrize("notes", TUNED)
+def test_a_tuning_is_no_run_and_how_it_is_tested_is_said(tmp_path: Path, run: str, notes: str) -> None:
+    folder = write(tmp_path, 1)
+    (folder / notes).write_text(json.dumps({"run": run} if run else {}))
+    words = f"or test it with fasthpm {Path(notes).stem} {run or 'RUN'} --evaluate --output_dir {tmp_path}"
+    for source in (tmp_path, folder):
+        with pytest.raises(UserError, match=f"^{source} holds {TUNED[notes]}; give the pretraining .*{words}$"):
+            weights.checkpoint_of(source)
+
+
+@pytest.mark.parametrize("notes", TUNED)
+def test_no_pretraining_goes_on_from_a_tuning(tmp_path: Path, notes: str) -> None:
+    folder = write(tmp_path / "ft", 1)
+    (folder / notes).write_text("{}")
+    for change, words in (
+        (
+            {"output_dir": str(tmp_path / "ft")},
+            f"output_dir {tmp_path}/ft holds {TUNED[notes]}; choose another --output",
+        ),
+        ({"output_dir": str(tmp_path / "a"), "resume": str(folder)}, f"--resume {folder} holds {TUNED[notes]}; choose"),
+    ):
+        with pytest.raises(UserError, match=words):
+            checkpoint.compare_recipes(dataclasses.replace(recipes.debug(), **change), lambda _: {})

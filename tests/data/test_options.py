@@ -109,8 +109,8 @@ def test_linear_probe(
 ) -> None:
     arguments = linear.parse_arguments(
         [str(tmp_path), "--train_path", "synthetic:100", "--val_path", "synthetic:9", "--batch_size", "6"]
-        + ["--global_batch_size", "12", "--num_workers", "2", "--seed", "7", "--crop_min", "0.3"]
-        + ["--cache_features"] * cached
+        + ["--global_batch_size", "12", "--num_workers", "2", "--seed", "7"]
+        + (["--cache_features"] if cached else ["--crop_min", "0.3"])
     )
     model = model_of(recipes.debug())
     monkeypatch.setattr(linear, "load_weights", lambda *_: (model, RECIPE))

@@ -1,5 +1,7 @@
 """What segmentation and detection share, by a toy task: training, resuming, evaluating, and what is refused."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +70,22 @@ def test_evaluate_tests_what_is_there(run: Path, trained: Path) -> None:
     found = start(run, "--data_path", "toy:40", "--evaluate", "--pictures", 3)
     assert found.figures["accuracy"] == 100.0
     assert (trained / "evaluate" / "pictures.png").read_text() == "3"
+
+
+def test_only_the_run_that_it_came_from_is_given_the_credit(run: Path, trained: Path, tmp_path: Path) -> None:
+    """Also where it was moved; in a test as in a training that goes on."""
+    twin, words = tmp_path / "twin", ("--data_path", "toy:40", "--output_dir", trained)
+    shutil.copytree(run / "checkpoints", twin / "checkpoints")
+    assert start(twin, *words, "--evaluate").finished
+    assert read(trained / "evaluate" / "result.json")["run"] == str(twin)
+    manifest = next(twin.glob("checkpoints/*/manifest.json"))
+    manifest.write_text(json.dumps(read(manifest), indent=1))  # another hash
+    before = (trained / "result.json").read_bytes()
+    for more in (("--evaluate",), ()):
+        said = refused(twin, *words, *more)
+        assert f"came from {run} (checkpoint " in said
+        assert f"the run given is {twin} (" in said
+    assert (trained / "result.json").read_bytes() == before
 
 
 def test_stopped_and_resumed_it_ends_with_the_same_bits(run: Path, trained: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """A network that others fine-tuned, tested here from its file."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from fasthpm.dense import detection, segmentation
@@ -74,4 +76,15 @@ def test_files_that_do_not_fit_are_refused(data: Path, file: Path, tmp_path: Pat
     assert "is a network for fasthpm segment" in refused(detection, file, *flags)
     torch.save({"state_dict": {**upernet_state(), "decode_head.mystery": torch.zeros(1)}}, tmp_path / "odd.pth")
     assert "decode_head.mystery" in refused(segmentation, tmp_path / "odd.pth", *flags)
+    for more, said in (
+        (("--steps", 7), "--steps is 7, and the network in"),
+        (("--input_size", 32), f"is tested as it was trained, with '{SIDE}'; leave it out"),
+        (("--resume", file), "--evaluate tests the newest checkpoint"),
+    ):
+        assert said in refused(segmentation, file, *flags, *more)
+    ours = tmp_path / "network.safetensors"
+    for name, command in (("net.weight", "segment"), ("roi_heads.weight", "detect")):
+        save_file({name: torch.zeros(1)}, ours, {"notes": json.dumps({"run": "runs/a"})})
+        said = f"test it with fasthpm {command} runs/a --evaluate --output_dir {tmp_path}"
+        assert said in refused(segmentation, ours, *flags)
     assert not (tmp_path / "out").exists()

@@ -145,6 +145,10 @@ def test_what_does_not_fit_is_one_line(run: Path, easy: Path, tmp_path: Path, mo
     video = run_of(tmp_path / "video", tiny())[0]
     assert "is of videos, and the dense probe is for images" in refused(probe, video, *data)
     assert "--data_path is missing" in refused(probe, run)
+    (tmp_path / "file").write_text("")
+    for place in ("file", "file/deep"):
+        said = refused(probe, run, *data, "--output_dir", tmp_path / place)
+        assert said.endswith(f"would lie in {tmp_path / 'file'}, and that is a file; choose another")
     assert "limit is -1, expected 0 or more" in refused(probe, run, *data, "--limit", "-1")
     assert "has 1 image to train on, expected 2 or more" in refused(probe, run, *data, "--limit", "1")
     half_ignored = tmp_path / "half"

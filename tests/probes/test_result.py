@@ -8,7 +8,7 @@ import torch
 
 from fasthpm import recipes
 from fasthpm.data import DatasetInfo, read_info
-from fasthpm.errors import UserError
+from fasthpm.errors import UserError, unlike
 from fasthpm.probes import finetune, knn, linear, online, result
 from tests.helpers.data_fixtures import picture
 from tests.helpers.finetuning import refused
@@ -20,7 +20,7 @@ def test_wrong_labels_are_refused() -> None:
     result.check_sets(("t", info), ("v", info))
     with pytest.raises(UserError, match=r"t has 1 class \(photos\), expected 2 or more; labels are missing"):
         result.check_sets(("t", one), ("v", info))
-    with pytest.raises(UserError, match="t has 2 classes, v has 3 or others"):
+    with pytest.raises(UserError, match="t has 2 classes, v has 3"):
         result.check_sets(("t", info), ("v", dataclasses.replace(info, classes=("a", "b", "c"))))
     with pytest.raises(UserError, match="has the label -1, expected 0 to 1; labels are missing"):
         result.check_labels(torch.tensor([0, -1]), "t", 2)
@@ -52,3 +52,10 @@ def test_unlabelled_samples_are_refused_with_their_number(run: Path, tmp_path: P
     info = read_info(test)
     with pytest.raises(UserError, match=r"2 of 6 samples .* are unlabelled, and an online probe needs labels"):
         online.check(dataclasses.replace(recipes.debug(), online_probe_every=1), info, {})
+
+
+def test_which_classes_differ_is_said() -> None:
+    assert unlike("a", ["x"], "b", ["x", "y"]) == "a has 1 class, b has 2"
+    assert unlike("a", ["x", "y"], "b", ["x", "z"]) == "a has 'y' among its classes where b has 'z'"
+    said = unlike("a", list("uvwxyz"), "b", list("uabcde"))
+    assert said == "a has 'v', 'w', 'x' among its classes where b has 'a', 'b', 'c' (and 2 more differ)"

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from fasthpm import ranks
-from fasthpm.cli import Arguments
+from fasthpm.cli import Arguments, without_effect
 from fasthpm.data.rasters.files import reader_of
 from fasthpm.data.shown import Shown
 from fasthpm.data.statistics import PixelStatistics
@@ -119,6 +119,18 @@ class Detection(Task):
 
             network.roi_heads = FederatedHeads(network.roi_heads, image_counts(labels_of(data), len(data.classes)))
         return network
+
+    def refuse_idle(self, given: Mapping[str, Any]) -> None:
+        """Files of one's own come before a data_path."""
+        splits = ["val"] if given.get("evaluate") else ["train", "val"]
+        if all(given.get(f"{split}_json") for split in splits):
+            without_effect(["data_path"], f"{' and '.join(f'--{split}_json' for split in splits)} name the files")
+
+    def settle(self, network: Any, settings: Detect) -> None:
+        """By what is asked of detections; else as they are tested where nothing is said."""
+        heads = network.roi_heads
+        heads.score_thresh = settings.score or heads.score_thresh
+        heads.detections_per_img = settings.detections or heads.detections_per_img
 
     def test(self, forward: Any, loader: DenseLoader, pixels: PixelStatistics, launch: ranks.Launch) -> Tested:
         """AP of boxes and masks, of all and of every class."""

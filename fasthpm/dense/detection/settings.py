@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from fasthpm.dense.settings import Dense
 from fasthpm.errors import UserError
@@ -16,6 +17,9 @@ COCO_IMAGES = 118_000  # as ViTDet counts an epoch
 @dataclass(frozen=True, kw_only=True)
 class Detect(Dense):
     """One training of Mask R-CNN. The defaults are a base; recipes say the rest."""
+
+    TESTS: ClassVar[frozenset[str]] = Dense.TESTS | {"val_json", "val_images", "score", "detections"}
+    PLACES: ClassVar[tuple[str, ...]] = ("data_path", "train_json", "train_images", "val_json", "val_images")
 
     # data
     data_path: str = option(

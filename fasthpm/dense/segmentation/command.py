@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from fasthpm import ranks
-from fasthpm.cli import Arguments
+from fasthpm.cli import Arguments, without_effect
 from fasthpm.data.shown import Shown
 from fasthpm.data.statistics import PixelStatistics
 from fasthpm.data.values import Values, are_photographs
@@ -135,6 +135,11 @@ class Segmentation(Task):
         )
         self.settle(network, settings)
         return network
+
+    def refuse_idle(self, given: Mapping[str, Any]) -> None:
+        """Whole images have no windows."""
+        if given.get("whole"):
+            without_effect(["stride"], "--whole tests whole images, without windows")
 
     def settle(self, network: Segmenter, settings: Segment) -> None:
         """By windows, or whole images."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from fasthpm.dense.pairs import PairFiles
 from fasthpm.dense.settings import Dense
@@ -15,6 +16,12 @@ STRIDE = 2 / 3  # of a crop, from one window to the next: 341 of 512
 @dataclass(frozen=True, kw_only=True)
 class Segment(Dense, PairFiles):
     """One training of UPerNet. Defaults are mmseg's for MAE's ViT-B on ADE20K; recipes have the others."""
+
+    TESTS: ClassVar[frozenset[str]] = Dense.TESTS | {
+        *("val_images", "val_masks", "classes", "ignore_index", "background"),
+        *("short_side", "stride", "whole"),
+    }
+    PLACES: ClassVar[tuple[str, ...]] = ("data_path", "train_images", "train_masks", "val_images", "val_masks")
 
     # model
     head_width: int = option(768, "channels of UPerNet's head", low=1, origin=RELEASED)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fasthpm import checkpoint, ranks
 from fasthpm.checkpoint.saver import Saver
+from fasthpm.cli import without_effect
 from fasthpm.data import Batch, DatasetInfo, Loader, LoaderOptions, build_loader
 from fasthpm.data.augmented import Augmentation, AugmentedLoader
 from fasthpm.data.device import on_device
@@ -35,7 +36,7 @@ from fasthpm.recipe import Recipe
 from fasthpm.run import state
 from fasthpm.run.lock import FolderLock
 from fasthpm.teacher import EMATeacher
-from fasthpm.tuning.past import Kind, describe, refuse_other
+from fasthpm.tuning.past import Kind, begun_from, describe, refuse_other
 from fasthpm.tuning.run import Tuning, fitting_batch
 from fasthpm.view_fields import PRETRAINING_ALONE
 
@@ -153,17 +154,17 @@ def build(
         plan, loader, val_loader, last_loader = open_data(settings, recipe, image_size, launch)
         data = identity_of(settings.train_path)
         pixels = loader.normalize_by(statistics_of_tuning(settings, model, loader))
-        classes = list(loader.info.classes)
-        notes = describe(arguments.run, settings.science, architecture(model), classes, pixels)
-        refuse_other(KIND, Path(settings.output_dir), notes, data, stored)
+        now = result.provenance(arguments.run, launch)
+        origin = begun_from(KIND, settings, now)
+        notes = describe(origin, settings.science, architecture(model), list(loader.info.classes), pixels)
+        refuse_other(KIND, settings, notes, data, now, stored)
         config = ranks.merge_config(plan.deepspeed_config, plan, launch.world_size)
         vit = network(model, settings, image_size, len(loader.info.classes))
         chooser = choose_tokens(vit, settings, launch.device, pixels=pixels)
-        origin = result.provenance(arguments.run, launch)
     if lock:
         lock.take(Path(settings.output_dir))
         with ranks.in_agreement():  # another one may have ended there since
-            refuse_other(KIND, Path(settings.output_dir), notes, data, stored)
+            refuse_other(KIND, settings, notes, data, now, stored)
     step = ClassifierStep(vit, chooser)
     groups = layer_decay_groups(vit, settings.layer_decay, settings.weight_decay)
     deepspeed_engine = ranks.build_engine(step, plan, config, launch, groups)
@@ -204,6 +205,8 @@ def load_encoder(run: Path, given: dict[str, Any]) -> tuple[HPMViT, Recipe]:
         model.pixels = pixels
     if model.video and given.get("token_policy"):
         raise UserError(f"{run} was trained on video, and --token_policy takes image models; leave it out")
+    if not model.video:
+        without_effect(["sampling_rate", "frame_sampling"], f"{run} was trained on images")
     if not model.video and given.get("test_views", "1x1") != "1x1":
         raise UserError(f"test_views is {given['test_views']!r}, but {run} was trained on images; leave it out")
     return model, recipe
@@ -257,6 +260,8 @@ def open_data(
     plan = checkpoint.continued(plan, launch.world_size)
     plan = dataclasses.replace(plan, accum_iter=plan.accumulation(launch.world_size))
     options = loader_options(settings, recipe, image_size, launch)
+    if settings.aa:
+        without_effect(["color_jitter"], f"aa is {settings.aa}, which changes the colours")
     augmentation = Augmentation(settings.aa, settings.reprob, settings.crop_min, settings.flip, settings.color_jitter)
     val = build_loader(settings.val_path, options)
     last = thorough_loader(settings, options) if settings.views != (1, 1) else val

@@ -30,17 +30,19 @@ from torch import Tensor
 
 from fasthpm import checkpoint, files, ranks
 from fasthpm.checkpoint import shards
-from fasthpm.cli import Arguments, Parser
+from fasthpm.cli import Arguments, Parser, without_effect
 from fasthpm.data.device import on_device
 from fasthpm.data.statistics import PixelStatistics, statistics_from
 from fasthpm.entry import Result
-from fasthpm.errors import UserError, warn
+from fasthpm.errors import UserError, unlike, warn
+from fasthpm.model import HPMViT
 from fasthpm.options import add_recipe_arguments
 from fasthpm.patches import suited
 from fasthpm.probes import result
 from fasthpm.probes.classifier import architecture
 from fasthpm.probes.features import half
 from fasthpm.probes.finetune.building import (
+    KIND,
     ClassifierStep,
     FineTuning,
     build,
@@ -50,13 +52,24 @@ from fasthpm.probes.finetune.building import (
     network,
     thorough_loader,
 )
-from fasthpm.probes.finetune.settings import PRESETS, FineTune, complete, image_size_of, preset, stored
+from fasthpm.probes.finetune.settings import (
+    BY_DIFFICULTY,
+    OF_PRESETS,
+    PRESETS,
+    FineTune,
+    complete,
+    image_size_of,
+    preset,
+    stored,
+)
 from fasthpm.probes.finetune.testing import test
 from fasthpm.ranks import zero
+from fasthpm.recipe import Recipe
 from fasthpm.run.lock import FolderLock
 from fasthpm.run.records import METRICS_FILE, read_metrics
 from fasthpm.tuning.loop import carry_out
-from fasthpm.tuning.past import differences
+from fasthpm.tuning.past import check_origin, differences, origin_of
+from fasthpm.tuning.testing_again import check_set, counting
 
 CLASSIFIER_FILE = "classifier.safetensors"
 
@@ -154,7 +167,23 @@ def parse_arguments(argv: Arguments) -> tuple[argparse.Namespace, dict[str, Any]
     for name in needed:
         if not given.get(name):
             raise UserError(f"--{name} is missing; see fasthpm finetune --help")
+    if not given.get("evaluate"):
+        refuse_idle(given)
     return arguments, given
+
+
+def refuse_idle(given: dict[str, Any]) -> None:
+    """Refuse flags without effect beside the others that were `given`. **Raises:** `UserError`."""
+    policy = given.get("token_policy", "")
+    if not policy:
+        without_effect(["keep_tokens"], "without --token_policy all patches are seen")
+    if policy not in BY_DIFFICULTY:
+        without_effect(
+            ["difficulty_run", "token_difficulty"],
+            f"only --token_policy {' or '.join(BY_DIFFICULTY)} asks what is hard",
+        )
+    if given.get("lr"):
+        without_effect(["blr"], "--lr gives the learning rate itself")
 
 
 def main(argv: Arguments = None) -> FinetuneResult:
@@ -187,33 +216,20 @@ def evaluate_only(arguments: argparse.Namespace, given: dict[str, Any], launch: 
     """Test the newest checkpoint of a fine-tuning on `val_path`."""
     with ranks.in_agreement():
         model, recipe = load_encoder(arguments.run, given)
-        views = preset(arguments.preset, model, False, recipe.flip).get("test_views", "")
-        settings = complete(FineTune(**{"test_views": views, **given}), arguments.run)
-        folder = checkpoint.newest_valid(Path(settings.output_dir), warn)
-        if folder is None or not (folder / checkpoint.FINETUNE_NOTES).is_file():
-            raise UserError(
-                f"{settings.output_dir} holds no fine-tuned classifier; fine-tune first, or give another --output_dir"
-            )
-        notes = json.loads((folder / checkpoint.FINETUNE_NOTES).read_text())
-        if notes["model"] != architecture(model):
-            raise UserError(
-                f"{folder} is of another architecture than {arguments.run} "
-                f"({differences(notes['model'], architecture(model))}); give the run that it came from"
-            )
-        settings = dataclasses.replace(settings, **stored(notes["settings"]))
+        folder, notes, settings = as_trained(arguments, given, model, recipe)
         image_size = image_size_of(settings, model)
         options = loader_options(settings, recipe, image_size, launch)
         loader = on_device(thorough_loader(settings, options), launch.device)
         if list(loader.info.classes) != notes["classes"]:
-            raise UserError(
-                f"the classifier in {folder} has {len(notes['classes'])} classes, {settings.val_path} has "
-                f"{len(loader.info.classes)} or others; give the data that it was trained for"
-            )
+            what = unlike(f"the classifier in {folder}", notes["classes"], settings.val_path, loader.info.classes)
+            raise UserError(f"{what}; give the data that it was trained for")
         vit = network(model, settings, image_size, len(notes["classes"]))
         saved = shards.SavedState(folder)
         kind: zero.State = "ema" if saved.has("ema") else "master"
         vit.load_state_dict({name.removeprefix("vit."): saved.whole(kind, name) for name in saved.names})
-        origin = result.provenance(arguments.run, launch)
+        run = result.provenance(arguments.run, launch)
+        check_origin(KIND, folder, run)
+        origin = origin_of(KIND, folder, run)
     begin = time.perf_counter()
     begun = statistics_from(notes) or PixelStatistics(tuple(notes["mean"]), tuple(notes["std"]))
     pixels = suited(begun, loader.info, settings.val_path)
@@ -228,3 +244,34 @@ def evaluate_only(arguments: argparse.Namespace, given: dict[str, Any], launch: 
         if launch.rank == 0:
             report(settings, origin, folder, figures)
     return FinetuneResult(folder, True, figures, None)
+
+
+def as_trained(
+    arguments: argparse.Namespace, given: dict[str, Any], model: HPMViT, recipe: Recipe
+) -> tuple[Path, dict[str, Any], FineTune]:
+    """The newest checkpoint of the fine-tuning, its notes, and the settings of a test of it.
+
+    **Raises:** `UserError` if there is none, it is of another architecture, or flags say otherwise than it was trained.
+    """
+    chosen = preset(arguments.preset, model, False, recipe.flip)
+    settings = complete(FineTune(**{"test_views": chosen.get("test_views", ""), **given}), arguments.run)
+    folder = checkpoint.newest_valid(Path(settings.output_dir), warn)
+    if folder is None or not (folder / checkpoint.FINETUNE_NOTES).is_file():
+        raise UserError(
+            f"{settings.output_dir} holds no fine-tuned classifier; fine-tune first, or give another --output_dir"
+        )
+    notes = json.loads((folder / checkpoint.FINETUNE_NOTES).read_text())
+    if notes["model"] != architecture(model):
+        raise UserError(
+            f"{folder} is of another architecture than {arguments.run} "
+            f"({differences(notes['model'], architecture(model))}); give the run that it came from"
+        )
+    past, whose = stored(notes["settings"]), f"the classifier in {folder}"
+    if "difficulty_run" in given and not Path(past["difficulty_run"]).exists():  # it was moved
+        past["difficulty_run"] = given["difficulty_run"]
+    counting(FineTune, given, past, whose)
+    if arguments.preset != "auto":
+        implied = FineTune(**preset(arguments.preset, model, past["from_scratch"], recipe.flip))
+        own = {name: getattr(implied, name) for name in sorted(OF_PRESETS - given.keys() - FineTune.TESTS)}
+        check_set(f"--preset {arguments.preset}", own, past, whose)
+    return folder, notes, dataclasses.replace(settings, **past)

@@ -4,10 +4,11 @@ import dataclasses
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
+from fasthpm.checkpoint import run_of
 from fasthpm.data.video.sampling import FRAME_SAMPLINGS
 from fasthpm.difficulty import DIFFICULTIES
 from fasthpm.errors import UserError
@@ -26,7 +27,14 @@ SMALL_SIDE = 96  # pixels: up to here --preset auto means small
 
 @dataclass(frozen=True)
 class FineTune:
-    """One fine-tuning. Defaults are MAE's for ViT-B; `preset` has the others."""
+    """One fine-tuning. Defaults are MAE's for ViT-B; `preset` has the others.
+
+    - `TESTS`: fields that a test without training goes by; the others are the training's
+    """
+
+    TESTS: ClassVar[frozenset[str]] = frozenset(
+        {"val_path", "output_dir", "evaluate", "batch_size", "num_workers", "test_views"}
+    )
 
     train_path: str = option(
         "", "prepared set (.beton), several joined by commas, image folder, or video set to train on"
@@ -163,6 +171,7 @@ BY_VIDEOS = {
 }
 LARGE_K400 = {"epochs": 35, "global_batch_size": 128, "blr": 2e-3, "batch_size": 2}  # the released script for ViT-L
 SCRATCH = {"layer_decay": 1.0}  # no layer knows anything yet
+OF_PRESETS = set[str]().union(SMALL, LARGE_K400, *BY_WIDTH.values(), *BY_VIDEOS.values())
 
 
 def preset(name: str, model: HPMViT, from_scratch: bool, flip: bool = True) -> dict[str, Any]:
@@ -188,7 +197,7 @@ def preset(name: str, model: HPMViT, from_scratch: bool, flip: bool = True) -> d
 def complete(settings: FineTune, run: Path) -> FineTune:
     """`settings` with every path and preset filled in."""
     folder = "finetune_scratch" if settings.from_scratch else "finetune"
-    run_folder = run if (run / "checkpoints").is_dir() else run.parent.parent
+    run_folder = run if (run / "checkpoints").is_dir() else run_of(run)
     zero1 = "zero1_bf16" if has_bf16() else "zero1_fp32"
     hard = settings.token_policy in BY_DIFFICULTY
     asked = (settings.difficulty_run or str(run)) if hard else ""

@@ -3,6 +3,7 @@
 import functools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from fasthpm.dense.detection import command
+from fasthpm.dense.detection.settings import Detect
 from fasthpm.run.records import read_metrics
 from tests.helpers import finetuning
 from tests.helpers.finetuning import read, same_weights
@@ -162,6 +164,11 @@ def test_lvis_trains_too(run: Path, data: Path, tmp_path: Path) -> None:
             "input_size 30 is not a multiple of the run's patch_size 4; use",
         ),
         (("--data_path", "{data}", "--input_size", "32x48"), "give one side"),
+        (
+            ("--data_path", "x", "--train_json", "a", "--val_json", "b"),
+            "--train_json and --val_json name the files; leave",
+        ),
+        (("--data_path", "x", "--evaluate", "--val_json", "b"), "--data_path has no effect here: --val_json name"),
         (("--data_path", "{data}", "--recipe", "maskrcnn_smal"), "did you mean 'maskrcnn_small'?"),
         (("--data_path", "{data}", "--output_dir", "{run}"), "holds checkpoints of another kind"),
         (("--data_path", "{data}", "--loss", "federated"), "(loss 'softmax', here 'federated')"),
@@ -198,3 +205,11 @@ def test_grey_runs_read_grey_images(run: Path) -> None:
     tensors = load_file(run / "detect" / "network.safetensors")
     assert tensors["backbone.body.patch_embed.proj.weight"].shape[1] == 1
     assert torch.isfinite(tensors["backbone.body.pos_embed"]).all()
+
+
+def test_a_network_of_others_is_asked_for_what_the_flags_say() -> None:
+    network = SimpleNamespace(roi_heads=SimpleNamespace(score_thresh=0.05, detections_per_img=100))
+    command.TASK.settle(network, Detect())
+    assert vars(network.roi_heads) == {"score_thresh": 0.05, "detections_per_img": 100}
+    command.TASK.settle(network, Detect(score=0.3, detections=7))
+    assert vars(network.roi_heads) == {"score_thresh": 0.3, "detections_per_img": 7}

@@ -94,6 +94,32 @@ def test_evaluate_gives_the_figures_of_the_last_test(run: Path, data: Path, trai
     assert 0 < read(trained / "evaluate" / "result.json")["aacc"] <= 100
 
 
+def test_flags_that_say_what_the_test_data_are_replace_those_of_the_training(
+    run: Path, data: Path, trained: Path, tmp_path: Path
+) -> None:
+    """Folders of one's own instead of a data_path, and what a mask's values mean."""
+    own = ("--val_images", data / "val" / "images", "--val_masks", data / "val" / "masks")
+    words = (run, "--output_dir", trained, "--evaluate", "--num_workers", 1, "--pictures", 0)
+    meaning = ("--classes", data / "classes.txt", "--background", "class")
+    (trained / "evaluate" / "pictures.png").parent.mkdir(exist_ok=True)
+    (trained / "evaluate" / "pictures.png").write_bytes(b"of an earlier test")
+    found = start(command, *words, *own, *meaning)
+    assert found.figures["miou"] == read(trained / "result.json")["miou"]
+    assert found.picture is None
+    assert read(trained / "evaluate" / "result.json")["settings"]["data_path"] == ""
+    for more, said in (
+        (("--classes", tmp_path / "none"), "none cannot be read"),
+        (("--background", "ignore"), "has 3 classes, "),
+        (("--ignore_index", 2), "expected 0 (background) to 2 (dark), and 2 (ignored)"),
+        (own, "--classes is missing"),
+        ((*own, *meaning, "--data_path", data), "both --data_path and --val_images are given"),
+        (("--head_width", 9), "--head_width is 9, and the network in"),
+        (("--recipe", "upernet_vit_base_ade20k_80k"), "--recipe upernet_vit_base_ade20k_80k has distort True, and"),
+        (("--resume", trained), "--evaluate tests the newest checkpoint of output_dir; leave it out"),
+    ):
+        assert said in refused(command, *words, *more)
+
+
 def test_two_ranks_stopped_and_resumed_end_with_the_same_bits(run: Path, data: Path, tmp_path: Path) -> None:
     """Norms over both ranks, drop path, dropout, and a test whose images the ranks have not equally many of."""
     words = (run, "--data_path", data, *SHORT, "--drop_path", 0.2, "--relative_positions", "--layer_scale", 1.0)
@@ -130,6 +156,7 @@ WRONG: list[tuple[tuple[object, ...], str]] = [
     (("--input_size", 30, *NEW), "input_size is 30x30, expected a multiple of patch_size 4, at least twice; use e.g."),
     (("--resize_min", 3), "resize_min is 3, expected at most resize_max 1.5"),
     (("--stride", 40), "stride is 40, expected at most the crop's side 28"),
+    (("--stride", 9, "--whole"), "--stride has no effect here: --whole tests whole images, without windows; leave it"),
     (("--relative_positions", "--input_size", "28x32", *NEW), "relative_positions needs square crops"),
     (("--recipe", "upernet_smal"), "unknown recipe 'upernet_smal' (did you mean 'upernet_small'?)"),
     (("--layer_scale", 1, "--deepspeed_config", "zero3_bf16", *NEW), "layer_scale does not train under ZeRO 3"),

@@ -114,7 +114,8 @@ def test_where_mixing_is_off_labels_are_smoothed() -> None:
 
 
 def refuse_other(folder: Path, ours: str, data: str) -> None:
-    past.refuse_other(KIND, folder, ours, data, stored)
+    tuning, run = SimpleNamespace(output_dir=str(folder), resume="auto"), {"checkpoint_hash": ""}
+    past.refuse_other(KIND, tuning, ours, data, run, stored)
 
 
 def notes(**settings: Any) -> str:

@@ -203,12 +203,13 @@ def test_fine_tuning_refuses_what_does_not_fit(run: Path, tuned: Path, tmp_path:
     same = (*TUNE, *FLOAT32, "--preset", "mae", "--ema_decay", "0.5", "--crop_min", "0.5")
     two = prepare(image_folder(tmp_path / "two", 40, grey=True), tmp_path / "two.beton")
     one = prepare(flat_folder(tmp_path / "one"), tmp_path / "one.beton")
-    other = tmp_path / "other"
+    other, twin = tmp_path / "other", tmp_path / "twin"
+    start(pretrain, *SHORT, "--output_dir", twin, "--stop_after", "1", "--seed", "1")
     start(pretrain, *SHORT, "--output_dir", other, "--stop_after", "1", "--model", "hpm_vit_tiny_patch4_28")
     data = ("--train_path", two, "--val_path", two)
     cases: list[tuple[str, Sequence[object]]] = [
         ("the classifier in", (run, *same, *data)),
-        ("has 10 classes, the data has 2 or others", (run, *same, *data)),
+        ("has 10 classes, the data has 2", (run, *same, *data)),
         ("other settings (epochs 2, here 3)", (run, *same, "--epochs", "3")),
         ("another architecture (embed_dim 128, here 192", (other, *same, "--output_dir", tuned)),
         ("holds a fine-tuned classifier; give the pretraining run", (tuned, *same)),
@@ -221,8 +222,32 @@ def test_fine_tuning_refuses_what_does_not_fit(run: Path, tuned: Path, tmp_path:
         ("is of another architecture", (other, "--evaluate", "--val_path", "synthetic:21", "--output_dir", tuned)),
         ("holds no fine-tuned classifier", (run, "--evaluate", *DATA, "--output_dir", tmp_path / "none")),
         ("holds checkpoints of another kind", (run, *same, "--output_dir", run)),
+        (f"came from {run} (checkpoint ", (twin, "--evaluate", "--val_path", "synthetic:21", "--output_dir", tuned)),
+        (f"the run given is {twin} (", (twin, *same, "--output_dir", tuned)),
+        ("--epochs is 3, and the classifier in", (run, "--evaluate", *DATA, "--epochs", "3")),
+        ("--preset small has aa '', and the classifier in", (run, "--evaluate", *DATA, "--preset", "small")),
+        ("--train_path is 'elsewhere', and the", (run, "--evaluate", *DATA, "--train_path", "elsewhere")),
+        ("--evaluate tests the newest checkpoint", (run, "--evaluate", *DATA, "--resume", tuned)),
     ]
     for message, words in cases:
         assert message in refused(finetune, *words)
     assert {path: path.stat().st_mtime_ns for path in tuned.rglob("*") if path.is_file()} == before
     assert "fine-tuned classifier" in refused(knn, tuned, *DATA)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--difficulty_run", "x"), "--difficulty_run has no effect here: only --token_policy easiest or hardest asks"),
+        (("--token_policy", "random", "--token_difficulty", "paper"), "--token_difficulty has no effect here: only"),
+        (("--keep_tokens", "0.3"), "--keep_tokens has no effect here: without --token_policy all patches are seen"),
+        (("--lr", "1e-3", "--blr", "1e-3"), "--blr has no effect here: --lr gives the learning rate itself"),
+        (("--frame_sampling", "dense"), "--frame_sampling has no effect here: {run} was trained on images; leave it"),
+        (("--sampling_rate", "2"), "--sampling_rate has no effect here: {run} was trained on images; leave it out"),
+        (("--preset", "mae", "--color_jitter", "0.2"), "--color_jitter has no effect here: aa is rand-m9-mstd0.5-inc1"),
+    ],
+)
+def test_flags_without_effect_are_refused(run: Path, tmp_path: Path, words: tuple[str, ...], said: str) -> None:
+    more = ("--batch_size", "8", "--global_batch_size", "16", "--output_dir", tmp_path / "out")
+    assert said.format(run=run) in refused(finetune, run, *DATA, *more, *words)
+    assert not (tmp_path / "out").exists()
