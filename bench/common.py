@@ -169,7 +169,8 @@ def files_in(folder: Path) -> list[Path]:
 def prepare_command(source: Path, out: Path, name: str, workers: int) -> list[str]:
     """The command line that prepares `source` as the set `name`."""
     command = [sys.executable, "-m", "data_prep.images", str(source), str(out), *SETS[name], "--overwrite"]
-    return [*command, "--jpeg_quality", str(QUALITY), "--num_workers", str(workers)]
+    quality = [] if "raw" in SETS[name] else ["--jpeg_quality", str(QUALITY)]
+    return [*command, *quality, "--num_workers", str(workers)]
 
 
 def prepared(source: Path, work: Path, name: str, workers: int) -> Path:
