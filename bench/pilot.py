@@ -18,7 +18,7 @@ from typing import Any
 
 from fasthpm.cli import Parser, run_command
 from fasthpm.errors import UserError
-from fasthpm.files import read_json
+from fasthpm.files import check_above, read_json
 from fasthpm.probes.result import write_text
 from fasthpm.probes.tokens import POLICIES
 
@@ -114,6 +114,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--keep_tokens", type=float, default=0.5)
     parser.add_argument("-o", "--out", type=Path, default=Path("runs/pilot"), help="folder (default: runs/pilot)")
     args = parser.parse_args(argv)
+    if args.out.is_file():
+        raise UserError(f"--out is {args.out}, which is a file, and a folder is written; choose another")
+    check_above(args.out, "--out")
     cells = [(seed, policy) for seed in args.seeds for policy in POLICIES]
     for seed, policy in cells:  # results of other settings are refused before hours are spent on the rest
         finished(args, policy, seed)

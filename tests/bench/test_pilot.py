@@ -80,3 +80,13 @@ def test_a_result_that_does_not_say_its_settings_is_refused(tmp_path: Path) -> N
     (tmp_path / "random_0" / "result.json").write_text('{"accuracy": 11.0}')
     with pytest.raises(UserError, match="it does not say which"):
         pilot.main([*ASKED, "-o", str(tmp_path)])
+
+
+@pytest.mark.parametrize("name", ["file", "file/out"])
+def test_a_place_that_is_no_folder_is_refused_before_any_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(pilot.subprocess, "run", never)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"is a file, and a folder is written|and that is a file"):
+        pilot.main([*ASKED, "-o", str(tmp_path / name)])
