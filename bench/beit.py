@@ -18,7 +18,6 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.baselines import EPS, EagerBlock
-from bench.common import ratios, show, table, write_json
+from bench.common import json_file, ratios, show, table, write_json
 from bench.step import ALPHA, CONFIGS, INFO, SIZES, measure, pixels
 from fasthpm import ranks, recipes
 from fasthpm.cli import Parser, run_command
@@ -243,7 +242,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=1, help="updates per round and variant")
     parser.add_argument("--products", type=int, default=0, help="updates in which products are timed by themselves")
-    parser.add_argument("-o", "--output", type=Path, default=None, help="write the raw figures here as JSON")
+    parser.add_argument("-o", "--output", type=json_file, default=None, help="write the raw figures here as JSON")
     arguments = parser.parse_args(argv)
     if min(arguments.batch_size, arguments.rounds, arguments.repeats) < 1:
         raise UserError("batch_size, rounds and repeats must be 1 or more")

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from bench.common import files_in, machine, say, show, spread, table, work_folder, write_json
+from bench.common import files_in, json_file, machine, say, show, spread, table, work_folder, write_json
 from fasthpm import checkpoint, pretrain, ranks, recipes
 from fasthpm.cli import Parser, run_command
 from fasthpm.errors import UserError
@@ -153,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--work", type=Path, default=None, help="where checkpoints are written; base: 3 GB, large: 8 GB"
     )
-    parser.add_argument("-o", "--output", type=Path, default=None, help="write the raw figures here as JSON")
+    parser.add_argument("-o", "--output", type=json_file, default=None, help="write the raw figures here as JSON")
     arguments = parser.parse_args(argv)
     if arguments.batch_size < 1 or arguments.rounds < 1:
         raise UserError("batch_size and rounds must be 1 or more")

@@ -17,9 +17,11 @@ import psutil
 import torch
 
 from fasthpm import files
+from fasthpm.cli import Parser
 from fasthpm.data.ffcv.beton import read_sidecar
 from fasthpm.data.pixels import list_images
 from fasthpm.errors import UserError
+from fasthpm.files import check_place
 from fasthpm.machine import count_cores
 from fasthpm.probes.finetune.settings import has_bf16
 from fasthpm.run.versions import versions
@@ -94,12 +96,31 @@ def work_folder(chosen: Path | None) -> Iterator[Path]:
         yield work
 
 
+def json_file(text: str) -> Path:
+    """The type of --output: where figures and, of some benches, a .md beside them go once all is measured.
+
+    **Raises:** `UserError` for a name that is no .json, or cannot be written.
+    """
+    check_place(Path(text), "--output", endings=(".json",))
+    check_place(Path(text).with_suffix(".md"), "--output's Markdown")
+    return Path(text)
+
+
+def parse_quickly(parser: Parser, argv: Sequence[str] | None, **quick: Any) -> argparse.Namespace:
+    """The command line; with --quick, `quick` takes the place of the defaults, and what is given there still counts."""
+    arguments = parser.parse_args(argv)
+    if arguments.quick:
+        parser.set_defaults(**quick)
+        arguments = parser.parse_args(argv)
+    return arguments
+
+
 def add_device_arguments(parser: argparse.ArgumentParser, rounds: int) -> None:
     """`--device`, `--threads`, `--rounds` and `--output` of a bench of tensor code."""
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch on the CPU")
     parser.add_argument("--rounds", type=int, default=rounds, help="measured rounds")
-    parser.add_argument("-o", "--output", type=Path, default=None, help="write the raw figures here as JSON")
+    parser.add_argument("-o", "--output", type=json_file, default=None, help="write the raw figures here as JSON")
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -112,7 +133,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--updates", type=int, default=40, help="per run")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--extra", default="", help="further flags of fasthpm pretrain, in one string")
-    parser.add_argument("-o", "--output", type=Path, default=None, help="write the raw figures here as JSON")
+    parser.add_argument("-o", "--output", type=json_file, default=None, help="write the raw figures here as JSON")
 
 
 def use_device(arguments: argparse.Namespace) -> torch.device:
@@ -169,7 +190,8 @@ def files_in(folder: Path) -> list[Path]:
 def prepare_command(source: Path, out: Path, name: str, workers: int) -> list[str]:
     """The command line that prepares `source` as the set `name`."""
     command = [sys.executable, "-m", "data_prep.images", str(source), str(out), *SETS[name], "--overwrite"]
-    return [*command, "--jpeg_quality", str(QUALITY), "--num_workers", str(workers)]
+    quality = [] if "raw" in SETS[name] else ["--jpeg_quality", str(QUALITY)]
+    return [*command, *quality, "--num_workers", str(workers)]
 
 
 def prepared(source: Path, work: Path, name: str, workers: int) -> Path:

@@ -29,7 +29,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import MultiScaleRoIAlign
 
-from bench.common import machine, ratios, say, show, spread, table, write_json
+from bench.common import json_file, machine, ratios, say, show, spread, table, write_json
 from bench.step import CONFIGS, INFO, Update, measure
 from fasthpm import ranks, recipes
 from fasthpm.cli import Parser, run_command
@@ -329,7 +329,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5, help="measured rounds")
     parser.add_argument("--repeats", type=int, default=2, help="updates per round and side")
     parser.add_argument("--threads", type=int, default=0, help="threads of torch on the CPU (0: all cores)")
-    parser.add_argument("-o", "--output", type=Path, default=None, help="write the raw figures here as JSON")
+    parser.add_argument("-o", "--output", type=json_file, default=None, help="write the raw figures here as JSON")
     arguments = parser.parse_args(argv)
     if arguments.batch_size < 2 or arguments.rounds < 1 or arguments.repeats < 1:
         raise UserError("rounds and repeats must be 1 or more, batch_size 2 or more")

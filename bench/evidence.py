@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import evidence_finetune
-from bench.common import fast_config, machine, say, table, write_json
+from bench.common import fast_config, json_file, machine, say, table, write_json
 from fasthpm.checkpoint.weights import load_weights
 from fasthpm.cli import Parser, run_command
 from fasthpm.data import build_loader
@@ -462,7 +462,7 @@ def build_parser() -> Parser:
     parser.add_argument("--threads", type=int, default=1, help="threads of torch in a run")
     parser.add_argument("--deepspeed_config", default=fast_config())
     parser.add_argument("--one", default="", help=argparse.SUPPRESS)  # METHOD:SEED, in the process started for it
-    parser.add_argument("-o", "--output", type=Path, default=Path("bench/results/evidence_images.json"))
+    parser.add_argument("-o", "--output", type=json_file, default=Path("bench/results/evidence_images.json"))
     return parser
 
 

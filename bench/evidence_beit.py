@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.common import fast_config, machine, table, write_json
+from bench.common import fast_config, json_file, machine, table, write_json
 from bench.evidence import RESULT, fill_table, flag, ran_one, require_positive, start, train, write_both
 from bench.evidence_difficulty import LENGTHS, SETS, TRUTH, mean_and_spread, probe
 from data_prep import codebook
@@ -187,7 +187,7 @@ def build_parser(name: str, about: str | None, methods: Mapping[str, Method]) ->
     parser.add_argument("--deepspeed_config", default=fast_config())
     parser.add_argument("--one", default="", help=argparse.SUPPRESS)  # METHOD:SEED, in the process started for it
     default = f"default: bench/results/{name}_fashion_….json"
-    parser.add_argument("-o", "--output", type=Path, default=None, help=default)
+    parser.add_argument("-o", "--output", type=json_file, default=None, help=default)
     return parser
 
 

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.common import fast_config, machine, table, write_json
+from bench.common import fast_config, json_file, machine, table, write_json
 from bench.evidence import RESULT, fill_table, ran_one, require_positive, start, summary_of, write_both
 from fasthpm import pretrain
 from fasthpm.cli import Parser, run_command
@@ -142,7 +142,7 @@ def build_parser() -> Parser:
     parser.add_argument("--steps", type=int, default=0, help="updates of every task (default: its small recipe's)")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch in a run")
     parser.add_argument("--one", default="", help=argparse.SUPPRESS)  # METHOD:SEED, in the process started for it
-    parser.add_argument("-o", "--output", type=Path, default=Path("bench/results/dense_scenes.json"))
+    parser.add_argument("-o", "--output", type=json_file, default=Path("bench/results/dense_scenes.json"))
     return parser
 
 

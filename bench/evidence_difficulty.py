@@ -32,7 +32,7 @@ from PIL import Image
 from torch import Tensor
 
 from bench import evidence_finetune
-from bench.common import fast_config, machine, table, write_json
+from bench.common import fast_config, json_file, machine, table, write_json
 from bench.difficulty_rows import CONTROLS, KEPT, LENGTHS, METHODS, PAPER, SETS, SLOTS
 from bench.evidence import (
     FINETUNE,
@@ -393,7 +393,7 @@ def build_parser() -> Parser:
         "--finished", action="store_true", help="run nothing; write the table of the runs that are there"
     )
     parser.add_argument("--one", default="", help=argparse.SUPPRESS)  # METHOD:SEED, in the process started for it
-    parser.add_argument("-o", "--output", type=Path, default=None, help="default: bench/results/difficulty_….json")
+    parser.add_argument("-o", "--output", type=json_file, default=None, help="default: bench/results/difficulty_….json")
     return parser
 
 

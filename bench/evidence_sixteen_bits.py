@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from bench.common import cpu_seconds, machine, say, table
+from bench.common import cpu_seconds, json_file, machine, say, table
 from bench.evidence import require_positive, write_both
 from data_prep import fashion_mnist, images
 from fasthpm import pretrain
@@ -94,7 +94,7 @@ def build_parser() -> Parser:
     parser.add_argument("--val", type=int, default=1000, help="pictures that are classified")
     parser.add_argument("--epochs", type=int, default=3, help="of the pretrainings")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch")
-    parser.add_argument("-o", "--output", type=Path, default=Path("bench/results/sixteen_bits.json"))
+    parser.add_argument("-o", "--output", type=json_file, default=Path("bench/results/sixteen_bits.json"))
     return parser
 
 

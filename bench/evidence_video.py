@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.common import fast_config, machine, table, write_json
+from bench.common import fast_config, json_file, machine, table, write_json
 from bench.evidence import (
     PAPERS,
     RESULT,
@@ -187,7 +187,7 @@ def build_parser() -> Parser:
     parser.add_argument("--threads", type=int, default=1, help="threads of torch in a run")
     parser.add_argument("--deepspeed_config", default=fast_config())
     parser.add_argument("--one", default="", help=argparse.SUPPRESS)  # METHOD:SEED, in the process started for it
-    parser.add_argument("-o", "--output", type=Path, default=Path("bench/results/evidence_video.json"))
+    parser.add_argument("-o", "--output", type=json_file, default=Path("bench/results/evidence_video.json"))
     return parser
 
 

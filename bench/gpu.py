@@ -28,7 +28,7 @@ from bench import gpu_parts
 from bench.common import say, table, write_json
 from bench.gpu_parts import AbsentError, Found, Settings
 from fasthpm import files, ranks
-from fasthpm.cli import Parser, run_command
+from fasthpm.cli import Parser, run_command, without_effect
 from fasthpm.errors import UserError
 
 EXIT_AGAIN = 75  # the process had to end in a part: start it again for the rest
@@ -244,6 +244,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--table", action="store_true", help="run nothing: print the tables of what is there")
     arguments = parser.parse_args(argv)
     if arguments.table:
+        without_effect(
+            ["parts", "rehearse"], "--table runs nothing"
+        )  # --seconds is from gpu.sh, whatever else is given
         if not read(arguments.out)["parts"]:
             raise UserError(f"{arguments.out} holds no {RESULTS}; give a folder that bench/gpu.sh has written")
         print(page(read(arguments.out)))

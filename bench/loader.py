@@ -20,7 +20,9 @@ from bench.common import (
     SETS,
     choose_photos,
     files_in,
+    json_file,
     machine,
+    parse_quickly,
     prepared,
     ratios,
     say,
@@ -191,7 +193,7 @@ def wait_report(waits: dict[str, Any]) -> str:
     return f"{head}\n\n" + table(("loader", "cores per GPU", "their load", "data wait with them, emulated"), rows)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The command line."""
     parser = Parser(prog="python -m bench.loader", description=__doc__)
     parser.add_argument("photos", type=Path, metavar="PHOTOS", help="folder of class folders, e.g. from bench.photos")
@@ -208,19 +210,17 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--wait_seconds", type=float, default=10, help="length of each data-wait measurement")
     parser.add_argument("--work", type=Path, default=None, help="folder that keeps the prepared sets; none = temporary")
     parser.add_argument("--quick", action="store_true", help="seconds, to see that it runs: its figures mean nothing")
-    parser.add_argument("-o", "--output", type=Path, default=None, help="write the raw figures here as JSON")
+    parser.add_argument("-o", "--output", type=json_file, default=None, help="write the raw figures here as JSON")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """`python -m bench.loader`."""
-    arguments = build_parser().parse_args(argv)
+    few = {"images": QUICK_IMAGES, "rounds": QUICK_ROUNDS, "batch_size": 8}
+    arguments = parse_quickly(build_parser(), argv, **few, sets=["256"], starts=1, wait_seconds=0.5)
     for name in ("rounds", "batch_size", "starts", "gpu_tflops", "mfu", "wait_seconds"):
         if getattr(arguments, name) <= 0:
             raise UserError(f"{name} is {getattr(arguments, name)}, expected more than 0")
-    if arguments.quick:
-        arguments.images, arguments.rounds, arguments.batch_size = QUICK_IMAGES, QUICK_ROUNDS, 8
-        arguments.sets, arguments.starts, arguments.wait_seconds = ["256"], 1, 0.5
     arguments.workers = count_workers(arguments.workers)
     with work_folder(arguments.work) as work:
         result = bench(arguments, work)

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bench.common import machine, say, show, table, work_folder, write_json
+from bench.common import json_file, machine, parse_quickly, say, show, table, work_folder, write_json
 from bench.loader import measure, summarise
 from bench.variants import CROP_MIN, SIDE, Spec, epoch, started, torch_epochs
 from fasthpm.cli import Parser, run_command
@@ -191,7 +191,7 @@ def report(result: dict[str, Any]) -> str:
     )
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The command line."""
     parser = Parser(prog="python -m bench.loader_arrays", description=__doc__)
     parser.add_argument("--images", type=int, default=256, help="samples of an epoch (default 256)")
@@ -199,18 +199,16 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch_size", type=int, default=32, help="samples per batch (default 32)")
     parser.add_argument("--work", type=Path, default=None, help="folder that keeps files and sets; none = temporary")
     parser.add_argument("--quick", action="store_true", help="seconds, to see that it runs: its figures mean nothing")
-    parser.add_argument("-o", "--output", type=Path, default=None, help="write the raw figures here as JSON")
+    parser.add_argument("-o", "--output", type=json_file, default=None, help="write the raw figures here as JSON")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """`python -m bench.loader_arrays`."""
-    arguments = build_parser().parse_args(argv)
+    arguments = parse_quickly(build_parser(), argv, images=QUICK_IMAGES, rounds=QUICK_ROUNDS, batch_size=8)
     for name in ("images", "rounds", "batch_size"):
         if getattr(arguments, name) <= 0:
             raise UserError(f"{name} is {getattr(arguments, name)}, expected more than 0")
-    if arguments.quick:
-        arguments.images, arguments.rounds, arguments.batch_size = QUICK_IMAGES, QUICK_ROUNDS, 8
     with work_folder(arguments.work) as work:
         result = bench(arguments, work)
     write_json(arguments.output, result)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from bench.common import machine, ratios, say, show, spread, table, work_folder, write_json
+from bench.common import json_file, machine, parse_quickly, ratios, say, show, spread, table, work_folder, write_json
 from fasthpm.cli import Parser, run_command
 from fasthpm.errors import UserError
 
@@ -135,10 +135,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5, help="measured rounds (default 5)")
     parser.add_argument("--work", type=Path, default=None, help="folder for what is written; none = temporary")
     parser.add_argument("--quick", action="store_true", help="seconds, to see that it runs: its figures mean nothing")
-    parser.add_argument("-o", "--output", type=Path, default=None, help="write the raw figures here as JSON")
-    arguments = parser.parse_args(argv)
-    if arguments.quick:
-        arguments.images, arguments.rounds = QUICK_IMAGES, QUICK_ROUNDS
+    parser.add_argument("-o", "--output", type=json_file, default=None, help="write the raw figures here as JSON")
+    arguments = parse_quickly(parser, argv, images=QUICK_IMAGES, rounds=QUICK_ROUNDS)
     if arguments.rounds < 1 or arguments.images < 8:
         raise UserError(f"rounds {arguments.rounds} must be 1 or more, images {arguments.images} 8 or more")
     if not (arguments.old / "fasthpm").is_dir():

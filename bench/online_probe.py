@@ -14,12 +14,11 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.common import machine, table, write_json
+from bench.common import json_file, machine, table, write_json
 from fasthpm import pretrain, ranks, recipes
 from fasthpm.cli import Parser, run_command
 from fasthpm.errors import UserError
@@ -109,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch_size", type=int, default=16, help="images per update")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--deepspeed_config", default="zero1_bf16")
-    parser.add_argument("-o", "--output", type=Path, default=None, help="write the raw figures here as JSON")
+    parser.add_argument("-o", "--output", type=json_file, default=None, help="write the raw figures here as JSON")
     arguments = parser.parse_args(argv)
     if arguments.batch_size < 1 or arguments.rounds < 1:
         raise UserError("batch_size and rounds must be 1 or more")

@@ -4,10 +4,11 @@
 
 A small ViT is trained from scratch on half the patches of every image, which a pretrained model's predicted difficulty
 chooses: at random, the easiest, or the hardest; everything else is the same. One process per training; what is done
-already is not done again, so that a killed bench goes on. Writes OUT/pilot.json and pilot.md.
+already with the same settings is not done again, so that a killed bench goes on. Writes OUT/pilot.json and pilot.md.
 """
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 
 from fasthpm.cli import Parser, run_command
 from fasthpm.errors import UserError
+from fasthpm.files import check_above, read_json
 from fasthpm.probes.finetune.settings import BY_DIFFICULTY
 from fasthpm.probes.result import write_text
 from fasthpm.probes.tokens import POLICIES
@@ -24,12 +26,11 @@ from fasthpm.probes.tokens import POLICIES
 PAPER = {"easiest": 78.7, "random": 79.1, "hardest": 79.8}  # ViT-B/16, ImageNet-1K, 100 epochs
 
 
-def command(args: Any, policy: str, seed: int, folder: Path) -> list[str]:
-    """The command of one training."""
-    flags = {
+def settings_of(args: Any, policy: str, seed: int) -> dict[str, Any]:
+    """What one training is asked for, by the names of `fasthpm finetune`'s flags; all but where it writes."""
+    return {
         "train_path": args.train_path,
         "val_path": args.val_path,
-        "output_dir": folder,
         "token_policy": policy,
         "keep_tokens": args.keep_tokens,
         **({"difficulty_run": args.run} if policy in BY_DIFFICULTY else {}),
@@ -44,19 +45,51 @@ def command(args: Any, policy: str, seed: int, folder: Path) -> list[str]:
         "global_batch_size": args.batch_size,
         "log_every": 100,
     }
+
+
+def command(args: Any, policy: str, seed: int, folder: Path) -> list[str]:
+    """The command of one training."""
+    flags = {**settings_of(args, policy, seed), "output_dir": folder}
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     return [sys.executable, "-m", "fasthpm", "finetune", str(args.run), "--from_scratch", *words]
+
+
+def finished(args: Any, policy: str, seed: int) -> float | None:
+    """Top-1 accuracy in percent of a training that an earlier call did; None if it has to run.
+
+    **Raises:** `UserError` if its result is of other settings, or does not say of which.
+    """
+    path = args.out / f"{policy}_{seed}" / "result.json"
+    if not path.is_file():
+        return None
+    result = read_json(path)
+    made = result.get("settings", {})
+    for name, value in {**settings_of(args, policy, seed), "from_scratch": True}.items():
+        if not _same(made.get(name), value):
+            raise UserError(
+                f"{path} was made with {name} {made.get(name, '(it does not say which)')}, not {value}; use "
+                f"another --out, or the same settings"
+            )
+    return float(result["accuracy"])
+
+
+def _same(made: Any, asked: Any) -> bool:
+    """Whether two settings are equal; a path is, however it was spelled."""
+    if isinstance(made, str) and isinstance(asked, str | Path):
+        return made == str(asked) or os.path.realpath(made) == os.path.realpath(asked)
+    return bool(made == asked)
 
 
 def measure(args: Any, policy: str, seed: int) -> float:
     """Top-1 accuracy in percent of one training, which an earlier call may have done."""
     folder = args.out / f"{policy}_{seed}"
-    if not (folder / "result.json").is_file():
+    if (accuracy := finished(args, policy, seed)) is None:
         print(f"training on the {policy} {args.keep_tokens:.0%}, seed {seed}", file=sys.stderr, flush=True)
-        finished = subprocess.run(command(args, policy, seed, folder), stdout=subprocess.DEVNULL, check=False)
-        if finished.returncode:
-            raise UserError(f"the training in {folder} failed with status {finished.returncode}, see above")
-    return float(json.loads((folder / "result.json").read_text())["accuracy"])
+        status = subprocess.run(command(args, policy, seed, folder), stdout=subprocess.DEVNULL, check=False).returncode
+        accuracy = finished(args, policy, seed)
+        if status or accuracy is None:
+            raise UserError(f"the training in {folder} failed with status {status}, see above")
+    return accuracy
 
 
 def table(found: dict[str, list[float]]) -> str:
@@ -82,13 +115,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--keep_tokens", type=float, default=0.5)
     parser.add_argument("-o", "--out", type=Path, default=Path("runs/pilot"), help="folder (default: runs/pilot)")
     args = parser.parse_args(argv)
+    if args.out.is_file():
+        raise UserError(f"--out is {args.out}, which is a file, and a folder is written; choose another")
+    check_above(args.out, "--out")
+    cells = [(seed, policy) for seed in args.seeds for policy in POLICIES]
+    for seed, policy in cells:  # results of other settings are refused before hours are spent on the rest
+        finished(args, policy, seed)
     found: dict[str, list[float]] = {policy: [] for policy in POLICIES}
-    for seed in args.seeds:
-        for policy in POLICIES:
-            found[policy].append(measure(args, policy, seed))
-            done = {name: values for name, values in found.items() if values}
-            write_text(args.out / "pilot.json", json.dumps({"seeds": args.seeds, "accuracy": done}, indent=2) + "\n")
-            write_text(args.out / "pilot.md", table(done))
+    for seed, policy in cells:
+        found[policy].append(measure(args, policy, seed))
+        done = {name: values for name, values in found.items() if values}
+        write_text(args.out / "pilot.json", json.dumps({"seeds": args.seeds, "accuracy": done}, indent=2) + "\n")
+        write_text(args.out / "pilot.md", table(done))
     print(table(found))
 
 

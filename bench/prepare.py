@@ -23,7 +23,9 @@ from bench.common import (
     SETS,
     choose_photos,
     files_in,
+    json_file,
     machine,
+    parse_quickly,
     prepare_command,
     ratios,
     run,
@@ -191,7 +193,7 @@ def report(result: dict[str, Any]) -> str:
     return f"{head}\n\n{table(columns, rows)}"
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The command line."""
     parser = Parser(prog="python -m bench.prepare", description=__doc__)
     parser.add_argument("photos", type=Path, metavar="PHOTOS", help="folder of class folders, e.g. from bench.photos")
@@ -201,7 +203,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS), help="prepared sets to write")
     parser.add_argument("--work", type=Path, default=None, help="folder for what is written; none = temporary")
     parser.add_argument("--quick", action="store_true", help="seconds, to see that it runs: its figures mean nothing")
-    parser.add_argument("-o", "--output", type=Path, default=None, help="write the raw figures here as JSON")
+    parser.add_argument("-o", "--output", type=json_file, default=None, help="write the raw figures here as JSON")
     return parser
 
 
@@ -211,11 +213,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if words[:1] == ["--ffcv"]:
         write_with_ffcv(Path(words[1]), Path(words[2]), words[3], int(words[4]))
         return
-    arguments = build_parser().parse_args(words)
+    arguments = parse_quickly(build_parser(), words, images=QUICK_IMAGES, rounds=QUICK_ROUNDS, sets=["256"])
     if arguments.rounds < 1 or arguments.images < 0:
         raise UserError(f"rounds {arguments.rounds} must be 1 or more, images {arguments.images} 0 or more")
-    if arguments.quick:
-        arguments.images, arguments.rounds, arguments.sets = QUICK_IMAGES, QUICK_ROUNDS, ["256"]
     arguments.workers = count_workers(arguments.workers)
     with work_folder(arguments.work) as work:
         result = bench(arguments, work)

@@ -16,7 +16,19 @@ from typing import Any
 
 import numpy as np
 
-from bench.common import files_in, machine, ratios, say, show, spread, table, work_folder, write_json
+from bench.common import (
+    files_in,
+    json_file,
+    machine,
+    parse_quickly,
+    ratios,
+    say,
+    show,
+    spread,
+    table,
+    work_folder,
+    write_json,
+)
 from bench.prepare import time_command
 from fasthpm.cli import Parser, run_command
 from fasthpm.errors import UserError
@@ -112,10 +124,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=3, help="measured rounds (default 3)")
     parser.add_argument("--work", type=Path, default=None, help="folder for what is written; none = temporary")
     parser.add_argument("--quick", action="store_true", help="seconds, to see that it runs: its figures mean nothing")
-    parser.add_argument("-o", "--output", type=Path, default=None, help="write the raw figures here as JSON")
-    arguments = parser.parse_args(words)
-    if arguments.quick:
-        arguments.tiles, arguments.rounds = QUICK_TILES, QUICK_ROUNDS
+    parser.add_argument("-o", "--output", type=json_file, default=None, help="write the raw figures here as JSON")
+    arguments = parse_quickly(parser, words, tiles=QUICK_TILES, rounds=QUICK_ROUNDS)
     if arguments.rounds < 1 or arguments.tiles < 2:
         raise UserError(f"rounds {arguments.rounds} must be 1 or more, tiles {arguments.tiles} 2 or more")
     with work_folder(arguments.work) as work:

@@ -2,10 +2,12 @@
 
     python -m bench.report bench/results [-o bench/results/report.md]
 
-Every `*.json` of step, roofline, end_to_end, scaling, losses and masking that is found becomes a section; others are
-named. A speed-up appears only where its baseline was timed in the same run, and beside it the run's machine and commit.
+Every `*.json` of step, roofline, end_to_end, scaling, losses and masking that is found becomes a section; others, and
+those of an older form, are named. A speed-up appears only where its baseline was timed in the same run, and beside it
+the run's machine and commit.
 """
 
+import contextlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +17,7 @@ from bench import end_to_end, losses, masking, roofline, scaling, step
 from bench.common import say
 from fasthpm.cli import Parser, run_command
 from fasthpm.errors import UserError
+from fasthpm.files import check_place, replacing, write_text, writing
 
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "step": step.report,
@@ -36,6 +39,8 @@ TITLES = {
 
 def load(folder: Path) -> dict[str, dict[str, Any]]:
     """All results by file name. **Raises:** `UserError` if there are none, or one cannot be read."""
+    if folder.is_file():
+        raise UserError(f"{folder} is a file, expected the folder of raw results that it lies in")
     found = {}
     for path in sorted(folder.glob("*.json")):
         try:
@@ -48,10 +53,19 @@ def load(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def kind_of(result: Any) -> str:
-    """Which bench wrote it; empty for one that has no section here or an older form."""
+    """Which bench wrote it; empty for one that has no section here."""
     kind = result.get("bench", "") if isinstance(result, dict) else ""
-    older = kind == "step" and "precisions" not in result
-    return kind if kind in SECTIONS and not older else ""
+    return kind if kind in SECTIONS else ""
+
+
+def drawn_up(results: dict[str, Any]) -> dict[str, str]:
+    """The section of every result that has one, by file name; those of an older form, which lack figures, have none."""
+    found = {}
+    for name, result in results.items():
+        if kind := kind_of(result):
+            with contextlib.suppress(LookupError, TypeError, ValueError, AttributeError):  # of files of any age
+                found[name] = SECTIONS[kind](result)
+    return found
 
 
 def origin(result: dict[str, Any]) -> str:
@@ -64,16 +78,16 @@ def origin(result: dict[str, Any]) -> str:
     return "; ".join([*shape, *parts])
 
 
-def page(results: dict[str, dict[str, Any]], picture: str) -> str:
-    """The Markdown."""
+def page(results: dict[str, dict[str, Any]], sections: dict[str, str], picture: str) -> str:
+    """The Markdown. `sections`: of `drawn_up`; `picture`: its name, empty for none."""
     lines = ["# Benchmarks", "", "Median (lowest to highest round). Ratios are of runs that took turns.", ""]
     if picture:
         lines += [f"![Time of a step over that of our MAE]({picture})", ""]
     for kind, title in TITLES.items():
-        for name, result in results.items():
-            if kind_of(result) == kind:
-                lines += [f"## {title}: {name}", "", origin(result), "", SECTIONS[kind](result), ""]
-    rest = [name for name, result in results.items() if not kind_of(result)]
+        for name, section in sections.items():
+            if kind_of(results[name]) == kind:
+                lines += [f"## {title}: {name}", "", origin(results[name]), "", section, ""]
+    rest = [name for name in results if name not in sections]
     return "\n".join([*lines, *([f"Raw results without a section here: {', '.join(rest)}.", ""] if rest else [])])
 
 
@@ -99,7 +113,8 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> bool:
         axis.bar_label(bars, fmt="%.2f")
         axis.set(title=title, xlabel="time over MAE's")
         axis.invert_yaxis()
-    figure.savefig(path, dpi=120)
+    with replacing(path) as aside:
+        figure.savefig(aside, dpi=120, format="png")
     return True
 
 
@@ -109,12 +124,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("folder", type=Path, help="folder of raw results")
     parser.add_argument("-o", "--output", type=Path, default=None, help="Markdown (default: FOLDER/report.md)")
     arguments = parser.parse_args(argv)
-    results = load(arguments.folder)
     output = arguments.output or arguments.folder / "report.md"
     picture = output.with_suffix(".png")
-    drawn = draw(results, picture)
-    output.write_text(page(results, picture.name if drawn else ""))
+    check_place(output, "--output", endings=(".md",))
+    check_place(picture, "--output's picture")
+    results = load(arguments.folder)
+    sections = drawn_up(results)
+    with writing(output, "make room, or choose another --output"):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        drawn = draw({name: results[name] for name in sections}, picture)
+        write_text(output, page(results, sections, picture.name if drawn else ""))
     say(f"wrote {output}{f' and {picture}' if drawn else ''}")
+    if older := [name for name, result in results.items() if kind_of(result) and name not in sections]:
+        say(f"passed over {', '.join(older)}: of an older form, without figures that its section has")
 
 
 if __name__ == "__main__":

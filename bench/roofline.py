@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.common import table, write_json
+from bench.common import json_file, table, write_json
 from bench.methods import METHODS
 from fasthpm.cli import Parser, run_command
 from fasthpm.difficulty import HEAD_SHARE
@@ -247,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tflops", type=float, default=790.0, help="dense 16-bit matrix products, TFLOP/s")
     parser.add_argument("--bandwidth", type=float, default=4.3, help="memory, TB/s")
     parser.add_argument("--results", type=Path, nargs="*", default=[], help="results of bench.step to put beside it")
-    parser.add_argument("-o", "--output", type=Path, default=None, help="write the figures here as JSON")
+    parser.add_argument("-o", "--output", type=json_file, default=None, help="write the figures here as JSON")
     arguments: argparse.Namespace = parser.parse_args(argv)
     if arguments.tflops <= 0 or arguments.bandwidth <= 0:
         raise UserError("tflops and bandwidth must be more than 0")

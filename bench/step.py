@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench.common import ratios, say, show, table, write_json
+from bench.common import json_file, ratios, say, show, table, write_json
 from bench.eager import eager_update
 from bench.methods import METHODS
 from bench.overhead import loop_share
@@ -322,7 +322,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=0, help="updates per round and variant (0: 1 on CPU, 10 on GPU)")
     parser.add_argument("--threads", type=int, default=0, help="threads of torch on the CPU (0: all cores)")
     parser.add_argument("--compile", action="store_true", help="compile our steps with torch.compile")
-    parser.add_argument("-o", "--output", type=Path, default=None, help="write the raw figures here as JSON")
+    parser.add_argument("-o", "--output", type=json_file, default=None, help="write the raw figures here as JSON")
     parser.set_defaults(loop=True, fields={})  # bench.gpu has others
     arguments = parser.parse_args(argv)
     if arguments.batch_size < 1 or arguments.rounds < 1:

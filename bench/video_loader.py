@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.common import files_in, machine, show, table, work_folder, write_json
+from bench.common import files_in, json_file, machine, show, table, work_folder, write_json
 from bench.loader import measure, summarise
 from bench.variants import Spec, started
 from data_prep import videos
@@ -131,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=0, help="threads or workers of each loader; 0 = all cores")
     parser.add_argument("--batch_size", type=int, default=8, help="clips per batch (default 8)")
     parser.add_argument("--work", type=Path, default=None, help="folder that keeps the videos; none = temporary")
-    parser.add_argument("-o", "--output", type=Path, default=None, help="write the raw figures here as JSON")
+    parser.add_argument("-o", "--output", type=json_file, default=None, help="write the raw figures here as JSON")
     arguments = parser.parse_args(argv)
     for name in ("videos", "rounds", "batch_size"):
         if getattr(arguments, name) < 1:

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from bench.common import machine, say, table, write_json
+from bench.common import json_file, machine, say, table, write_json
 from bench.step import INFO
 from fasthpm import recipes
 from fasthpm.cli import Parser, run_command
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1, help="threads of torch")
     parser.add_argument("--only", type=int, choices=(0, 1), default=None, help=argparse.SUPPRESS)
-    parser.add_argument("-o", "--output", type=Path, default=None, help="write the raw figures here as JSON")
+    parser.add_argument("-o", "--output", type=json_file, default=None, help="write the raw figures here as JSON")
     arguments = parser.parse_args(argv)
     if min(arguments.batch_size, arguments.rounds, arguments.threads) < 1:
         raise UserError("batch_size, rounds and threads must be 1 or more")

@@ -12,7 +12,6 @@ processor seconds, which a busy machine disturbs least.
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from bench.baselines import EPS, EagerBlock
-from bench.common import machine, ratios, say, show, table, write_json
+from bench.common import json_file, machine, ratios, say, show, table, write_json
 from bench.eager import average
 from bench.step import INFO, measure
 from fasthpm import ranks, recipes, schedule
@@ -229,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--local_crops", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("-o", "--output", type=Path, help="JSON with all figures")
+    parser.add_argument("-o", "--output", type=json_file, help="JSON with all figures")
     arguments = parser.parse_args(argv)
     shape = (arguments.size, arguments.batch_size, arguments.local_crops)
     with ranks.session() as launch:

@@ -22,7 +22,7 @@ from fasthpm.data.ffcv.codec import compress
 from fasthpm.data.labels import number_labels
 from fasthpm.data.rasters.channels import ALPHAS, bands_of, channels_of, numbers_of
 from fasthpm.data.rasters.containers import ARRAYS, Kind, blob_of, container_of, kind_of
-from fasthpm.data.rasters.raster import PAGES, AmbiguousPages, Reading
+from fasthpm.data.rasters.raster import PAGES, AmbiguousPages, Blob, Reading
 from fasthpm.data.rasters.stores import read_array
 from fasthpm.data.sampling import Array
 from fasthpm.data.values import are_photographs
@@ -32,6 +32,11 @@ LOOKED_AT = 64
 VALUES = ("auto", "keep", "8bit")
 MOST = 32  # samples that a process makes at a time
 FOR_VALUES = ("clip_percentiles", "log", "nodata", "bands", "band_files")
+USERS = {  # containers that a flag of reading is for, and names by which such files are found among many others
+    "axes": (("npy", "npz", "HDF5", "zarr"), (".npy", ".npz", ".h5", ".hdf5", ".zarr")),
+    "key": (("npz", "HDF5", "zarr"), (".npz", ".h5", ".hdf5", ".zarr")),
+    "level": (("TIFF",), (".tif", ".tiff", ".svs", ".ndpi", ".scn", ".btf")),
+}
 FOR_PHOTOGRAPHS = ("jpeg_quality", "keep_jpeg", "grey", "channels")
 
 
@@ -153,8 +158,11 @@ def look(source: Source, cutting: Cutting) -> list[Looked]:
 
 
 def _kind(source: Source, index: int, cutting: Cutting) -> Kind:
-    path = source.where(index)
-    return kind_of(blob_of(path, None if isinstance(source, Files) else source.sample(index)[0]), cutting.reading)
+    return kind_of(_blob(source, index), cutting.reading)
+
+
+def _blob(source: Source, index: int) -> Blob:
+    return blob_of(source.where(index), None if isinstance(source, Files) else source.sample(index)[0])
 
 
 def _kind_of_files(units: Cuts, index: int, cutting: Cutting) -> Kind:
@@ -201,6 +209,7 @@ def arrange(source: Source, args: argparse.Namespace) -> tuple[Source, ArrayOpti
     **Raises:** `UserError` for flags that contradict the files, or each other.
     """
     cutting = _cutting(args)
+    _refuse_idle(source, cutting.reading)
     if isinstance(source, SingleFile):
         cutting = _of_array(source, args, cutting)
     looked = look(source, cutting) if args.values != "8bit" else []
@@ -212,6 +221,35 @@ def arrange(source: Source, args: argparse.Namespace) -> tuple[Source, ArrayOpti
             raise UserError(f"no file of {args.source} can be read, so that it is open what there is to keep")
         return _arrays(source, args, cutting, looked)
     return _photographs(source, args, cutting, looked)
+
+
+def _refuse_idle(source: Source, reading: Reading) -> None:
+    """**Raises:** `UserError` for --axes, --key or --level if no file of the source can use it, by names and looks."""
+    given = [flag for flag in USERS if getattr(reading, flag)]
+    if not given:
+        return
+    families = {_family(source, index) for index in _evenly(source)}
+    for flag in given:
+        known, endings = USERS[flag]
+        named = any(source.where(index).lower().endswith(endings) for index in range(len(source)))
+        if not (named or families & {*known, ""}):
+            because = f"it is for {', '.join(known)}, and the files are of {', '.join(sorted(families))}"
+            raise UserError(f"--{flag} has no effect here: {because}; leave it out")
+    if reading.key and isinstance(source, SingleFile) and _blob(source, 0).key:
+        raise UserError(f"--key has no effect here: {source.names[0]} names the array; leave one of them out")
+
+
+def _family(source: Source, index: int) -> str:
+    """The name of a sample's container; empty if it cannot be read."""
+    try:
+        return container_of(_blob(source, index)).name
+    except Exception:  # preparing it says why
+        return ""
+
+
+def _evenly(source: Source) -> list[int]:
+    """Evenly spaced samples of a source, `LOOKED_AT` at most."""
+    return np.unique(np.linspace(0, len(source) - 1, min(LOOKED_AT, len(source))).astype(int)).tolist()
 
 
 def _of_array(source: Files, args: argparse.Namespace, cutting: Cutting) -> Cutting:
@@ -238,16 +276,21 @@ def _photographs(
     cutting = replace(cutting, window=tuple(args.window) if args.window else None)
     plain = not (cutting.enumerates or cutting.window or cutting.band_files or cutting.bands or cutting.reading.pages)
     if plain and cutting.alpha == "white" and not _needs_reader(source, cutting):
+        unread = [flag for flag in USERS if getattr(cutting.reading, flag)]
+        unread += ["label_column"] if args.label_column and isinstance(source, Files) else []
+        if unread:
+            raise UserError(f"--{unread[0]} has no effect here: these photographs are read as they are; leave it out")
         return source, None, []
-    return Cuts(source, cutting), None, []
+    cuts = Cuts(source, cutting)
+    _label(cuts, args)
+    return cuts, None, []
 
 
 def _needs_reader(source: Source, cutting: Cutting) -> bool:
     """Whether some files are of kinds that Pillow does not read, by names and first bytes."""
     if not isinstance(source, Files):
         return False
-    some = np.unique(np.linspace(0, len(source) - 1, min(LOOKED_AT, len(source))).astype(int))
-    for index in some.tolist():
+    for index in _evenly(source):
         try:
             if own_reader(blob_of(source.where(index)), cutting):
                 return True

@@ -19,7 +19,7 @@ from fasthpm.cli import Parser, run_command
 from fasthpm.data import build_loader, read_info
 from fasthpm.data.sources import is_video_set
 from fasthpm.errors import UserError
-from fasthpm.files import replacing, writing
+from fasthpm.files import check_place, replacing, writing
 from fasthpm.rules import patches_fill_image, sides_of
 from fasthpm.tokenizers import Codebook, nearest, save_codebook
 
@@ -156,6 +156,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         raise UserError(f"patches {arguments.patches} are fewer than the {arguments.size} codes; use more --patches")
     if arguments.out.suffix != ".safetensors":
         raise UserError(f"{arguments.out} is no .safetensors file; give a name that ends so")
+    check_place(arguments.out, "the codebook")
     return arguments
 
 
@@ -167,8 +168,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     book = Codebook(found.codes, empty.patch_size, empty.mean, empty.std)
     notes = {"tokens": arguments.size, "channels": arguments.channels, "data": str(arguments.data)}
     notes |= {"patches": len(rows), "seed": arguments.seed, "perplexity": found.perplexity}
-    with writing(arguments.out, "make room, or choose another name"), replacing(arguments.out) as aside:
-        save_codebook(book, aside, notes)
+    with writing(arguments.out, "make room, or choose another name"):
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(arguments.out) as aside:
+            save_codebook(book, aside, notes)
     print(
         f"{arguments.out}: {arguments.size} codes of {len(rows)} patches, "
         f"mean square distance {found.distance:.3f}, used as {found.perplexity:.0f} would be that are used alike\n"

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.sets import byte_bar, members, notes_path, read_index, rejected_path
+from data_prep.sets import byte_bar, check_folder, members, notes_path, read_index, rejected_path, require_set
 from fasthpm.cli import Parser, run_command
 from fasthpm.data.ffcv.beton import files_path, read_sidecar, sidecar_path
 from fasthpm.errors import UserError
@@ -40,10 +40,11 @@ def plan(path: Path) -> list[Item]:
 
     **Raises:** `UserError` if one is missing or does not fit its sidecar.
     """
+    require_set(path)
     data, small, last = [], [], []
     for member in members(path):
         if not member.is_file():
-            raise UserError(f"{member} is not there; expected a prepared set")
+            raise UserError(f"{member}, a shard of {path}, is not there; prepare the set again, or copy all of it")
         sidecar = read_sidecar(member)
         if member.stat().st_size != sidecar["bytes"]:
             raise UserError(f"{member} has {member.stat().st_size} bytes, its sidecar says {sidecar['bytes']}")
@@ -61,6 +62,7 @@ def copy_sets(paths: Sequence[Path], folder: Path) -> tuple[int, int]:
 
     **Raises:** `UserError` for sets that are incomplete, that do not fit, or whose content does not match its hash.
     """
+    check_folder(folder, "DEST_DIR")
     items = [item for path in paths for item in plan(path)]
     _check_names(items, folder)
     try:

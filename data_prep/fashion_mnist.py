@@ -6,6 +6,7 @@ package dataset-fashion-mnist, from `--source`, or else from torchvision's downl
 
 import argparse
 import gzip
+import itertools
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 
 from data_prep.encode import WriteOptions
 from data_prep.images import summary
-from data_prep.sets import make_folder
+from data_prep.sets import check_folder, make_folder
 from data_prep.writer import write_beton
 from fasthpm.cli import Parser, run_command
 from fasthpm.data.ffcv.beton import open_beton
@@ -40,16 +41,30 @@ class Arrays:
         return self.images[index], int(self.labels[index])
 
 
+def find_idx(folder: Path, name: str) -> Path:
+    """`name`.gz or `name`. **Raises:** `UserError` if neither is there."""
+    for path in (folder / f"{name}.gz", folder / name):
+        if path.is_file():
+            return path
+    raise UserError(f"{folder} has no {name}.gz; apt-get install dataset-fashion-mnist, or name a folder that has it")
+
+
+def check_source(asked: Path | None, kinds: Sequence[str] = ("images-idx3", "labels-idx1")) -> None:
+    """Refuse a folder that the user names and that lacks one of the idx files, also where nothing is to be read.
+
+    **Raises:** `UserError` with the first file that is not there.
+    """
+    if asked is not None:
+        for stem, kind in itertools.product(SPLITS.values(), kinds):
+            find_idx(asked, f"{stem}-{kind}-ubyte")
+
+
 def read_idx(folder: Path, name: str, magic: int) -> Array:
     """The array in `name` or `name`.gz: uint8 [N, ...].
 
     **Raises:** `UserError` if neither is there, or it is no idx file of this kind.
     """
-    path = next((p for p in (folder / f"{name}.gz", folder / name) if p.is_file()), None)
-    if path is None:
-        raise UserError(
-            f"{folder} has no {name}.gz; apt-get install dataset-fashion-mnist, or name a folder that has it"
-        )
+    path = find_idx(folder, name)
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError) as error:
@@ -118,6 +133,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--source", type=Path, help=f"folder with the idx files (default {DEBIAN}, else a download)")
     parser.add_argument("--num_workers", type=int, default=0, metavar="N", help="processes; 0 = all cores (default)")
     args = parser.parse_args(argv)
+    check_folder(args.out, "OUT_DIR")
+    check_source(args.source)
     missing = [split for split in SPLITS if not is_prepared(args.out / f"{split}.beton")]
     if not missing:
         print(f"{args.out} has train.beton and val.beton already; nothing to do", flush=True)

@@ -57,7 +57,7 @@ from data_prep.plan import plan_outputs, stored_order
 from data_prep.sets import notes_path, rejected_path, validation_path
 from data_prep.sources import Source, open_source
 from data_prep.writer import check_output, prepare
-from fasthpm.cli import Parser, run_command
+from fasthpm.cli import Parser, run_command, without_effect
 from fasthpm.data.ffcv.beton import sidecar_path
 from fasthpm.data.keys import Stream
 from fasthpm.data.sampling import Array, sample_order
@@ -185,6 +185,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if getattr(args, name) < 0:
             raise UserError(f"{name} {getattr(args, name):g} is negative, expected 0 or more")
     _options(args)  # wrong ones are refused before anything is read
+    _refuse_idle(args)
     started = time.monotonic()
     check_output(args.out, [args.out])
     source = open_source(args.source, num_workers=args.num_workers, label_column=args.label_column)
@@ -222,10 +223,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"      {validation_path(args.out)}: {int(validation.sum())} images set aside", flush=True)
 
 
+def _refuse_idle(args: argparse.Namespace) -> None:
+    """**Raises:** `UserError` for a flag of another --write_mode than the one that is asked for."""
+    mode = args.write_mode or _preset(args)["write_mode"]
+    idle = {"smart": ["smart_threshold"], "proportion": ["compress_probability"]}
+    for other in idle.keys() - {mode}:
+        without_effect(idle[other], f"it is for --write_mode {other}, and that is {mode}")
+    if mode == "raw":
+        without_effect(["jpeg_quality", "keep_jpeg"], "--write_mode raw stores no JPEG")
+
+
+def _preset(args: argparse.Namespace) -> dict[str, Any]:
+    return PRESETS[args.preset if args.preset in PRESETS else f"imagenet_{args.preset}"]
+
+
 def _options(args: argparse.Namespace) -> WriteOptions:
     if args.grey and args.channels == 3:
         raise UserError("--grey and --channels 3 contradict each other; leave one of them out")
-    preset = PRESETS[args.preset if args.preset in PRESETS else f"imagenet_{args.preset}"]
+    preset = _preset(args)
     given = {name: value for name in preset if (value := getattr(args, name)) not in (None, "lz4")}
     return WriteOptions(
         **(preset | given),

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from data_prep import videos
-from data_prep.fashion_mnist import IMAGES_MAGIC, SPLITS, find_source, read_idx
+from data_prep.fashion_mnist import IMAGES_MAGIC, SPLITS, check_source, find_source, read_idx
 from data_prep.ffmpeg import check_tools
-from data_prep.sets import make_folder, progress_bar
+from data_prep.sets import check_folder, make_folder, progress_bar
 from fasthpm.cli import Parser, run_command
 from fasthpm.data.keys import Stream
 from fasthpm.data.sampling import Array, key_of, uniforms
@@ -135,6 +135,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Make both splits, unless they are there."""
     args = build_parser().parse_args(argv)
     _check(args)
+    check_folder(args.out, "OUT_DIR")
+    check_source(args.source, ["images-idx3"])
     check_tools()
     make_folder(args.out)
     asked = {n: getattr(args, n) for n in ("train", "val", "size", "num_frames", "directions", "speeds", "seed")}

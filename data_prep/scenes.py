@@ -37,19 +37,19 @@ from PIL import Image
 
 from data_prep.coco_form import annotation, coco, file_name
 from data_prep.encode import check_opencv
-from data_prep.fashion_mnist import CLASSES, find_source
+from data_prep.fashion_mnist import CLASSES, check_source, find_source
 from data_prep.grounds import BOX, TRIES, draw_ground, read_photographs
 from data_prep.pasting import SOFT_EDGE, paste
 from data_prep.photographs import photographs, sources
 from data_prep.pool import AHEAD, asked_to_stop, become_worker, fork, in_order
 from data_prep.sets import progress_bar
-from data_prep.things import CLIPARTS, LOOKS, OPENCLIPART, Things, read_cliparts, read_garments
-from fasthpm.cli import Parser, run_command
+from data_prep.things import CLIPARTS, LOOKS, OPENCLIPART, Things, check_cliparts, read_cliparts, read_garments
+from fasthpm.cli import Parser, run_command, without_effect
 from fasthpm.data.keys import Stream
 from fasthpm.data.options import count_workers
 from fasthpm.data.sampling import Array, key_of, uniforms
 from fasthpm.errors import UserError
-from fasthpm.files import replacing, write_text, writing
+from fasthpm.files import check_above, replacing, write_text, writing
 
 MOST, PLACES = 10, 8  # things of an image; places tried for one, of which the one that hides least is taken
 DRAWN = 1 + LOOKS + 2 * PLACES  # numbers drawn per thing: its class, how it looks, and places
@@ -295,6 +295,13 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"objects are {low} to {high}, expected LOW and HIGH with 1 <= LOW <= HIGH <= {MOST}")
     if args.out.exists():
         raise UserError(f"{args.out} is there already; choose another OUT, or remove it")
+    check_above(args.out, "OUT")
+    if args.source == "garments":
+        without_effect(["cliparts"], "--source garments pastes Fashion-MNIST's")
+        check_source(args.garments)
+    else:
+        without_effect(["garments"], "--source clipart pastes cliparts")
+        check_cliparts(args.cliparts)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

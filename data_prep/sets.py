@@ -9,8 +9,9 @@ from tqdm import tqdm
 
 from fasthpm.data.ffcv.beton import AGAIN, sidecar_path
 from fasthpm.data.listing import NOTES, REJECTED
+from fasthpm.data.sources import is_video_set
 from fasthpm.errors import UserError
-from fasthpm.files import read_json
+from fasthpm.files import check_above, read_json
 
 SHARDED = "ffcv-shards"  # the "format" of an index
 INDEX_TYPES = {"shards": list, "num_samples": int, "channels": int, "mean": list, "std": list, "classes": list}
@@ -57,6 +58,29 @@ def members(path: Path) -> list[Path]:
     """The `.beton` files of a set: its shards, or itself."""
     index = read_index(path)
     return [path] if index is None else [path.with_name(name) for name in index["shards"]]
+
+
+def check_folder(path: Path, flag: str) -> None:
+    """Refuse a folder to write, before any work. **Raises:** `UserError` if a file is there, or above it.
+
+    - `flag`: what the command line calls it
+    """
+    if path.is_file():
+        raise UserError(f"{flag} is {path}, which is a file, and a folder is written; choose another")
+    check_above(path, flag)
+
+
+def require_set(path: Path) -> None:
+    """**Raises:** `UserError` that says what is at `path`, if that is no file of images that were prepared."""
+    expected = "expected a prepared set, the .beton that data_prep.images writes"
+    if path.is_dir():
+        kinds = {
+            "a set of videos": is_video_set(path),
+            "the folder of a run": (path / "checkpoints").is_dir() or (path / "recipe.json").is_file(),
+        }
+        raise UserError(f"{path} is {next((kind for kind, is_so in kinds.items() if is_so), 'a folder')}, {expected}")
+    if not path.is_file() and read_index(path) is None:
+        raise UserError(f"{path} is not there; {expected}")
 
 
 def make_folder(path: Path) -> None:

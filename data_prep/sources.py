@@ -38,14 +38,20 @@ def open_source(source: str, *, num_workers: int = 0, label_column: str | None =
 
     **Raises:** `UserError` if there is nothing, it is ambiguous, or it cannot be listed.
     """
-    if source.endswith(CLASS_FOLDERS) and os.path.isdir(source.removesuffix(CLASS_FOLDERS) or "."):
-        return _open_images(Path(source.removesuffix(CLASS_FOLDERS) or "."))
-    files = _packed_files(source)
-    if not files:
-        return _open_single(source) or _open_images(Path(source))
-    if files[0].endswith(TAR):
-        return open_tars(files, num_workers)
-    return open_parquet(files, label_column)
+    folder = source.removesuffix(CLASS_FOLDERS) or "."
+    if source.endswith(CLASS_FOLDERS) and os.path.isdir(folder):
+        files, single, source = [], None, folder
+    else:
+        files = _packed_files(source)
+        single = None if files else _open_single(source)
+    if files and files[0].endswith(PARQUET):
+        return open_parquet(files, label_column)
+    if label_column is not None and single is None:
+        raise UserError(
+            f"--label_column has no effect here: it is for parquet files and for one file of arrays, and {source} is "
+            f"neither; leave it out"
+        )
+    return open_tars(files, num_workers) if files else single or _open_images(Path(source))
 
 
 def _packed_files(source: str) -> list[str]:

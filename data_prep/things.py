@@ -99,6 +99,16 @@ def scaled(picture: Array, longest: int) -> Array:
     return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC))
 
 
+def check_cliparts(folder: Path) -> None:
+    """**Raises:** `UserError` if the folder is not there, or a class has no files."""
+    missing = [name for name in CLIPARTS if next((folder / name).rglob("*.png"), None) is None]
+    if missing:
+        raise UserError(
+            f"{folder} has no cliparts of {missing[0]}; apt-get install openclipart-png (131 MB), or name another "
+            f"folder with --cliparts"
+        )
+
+
 def read_cliparts(folder: Path, size: int) -> dict[str, Cliparts]:
     """train's and val's cliparts for images of side `size`.
 
@@ -107,13 +117,8 @@ def read_cliparts(folder: Path, size: int) -> dict[str, Cliparts]:
 
     **Raises:** `UserError` if the folder is not there, or a class has too few on one side.
     """
+    check_cliparts(folder)
     files = {name: sorted((folder / name).rglob("*.png")) for name in CLIPARTS}
-    missing = [name for name, paths in files.items() if not paths]
-    if missing:
-        raise UserError(
-            f"{folder} has no cliparts of {missing[0]}; apt-get install openclipart-png (131 MB), or name another "
-            f"folder with --cliparts"
-        )
     found: dict[str, list[list[Array]]] = {split: [[] for _ in CLIPARTS] for split in ("train", "val")}
     sides, known = sides_of(files), _Known(sum(map(len, files.values())))
     with progress_bar(len(known.small), "look", "clipart") as bar:

@@ -21,7 +21,7 @@ from data_prep import images
 from data_prep.encode import WriteOptions
 from data_prep.fashion_mnist import Arrays
 from data_prep.images import summary
-from data_prep.sets import make_folder
+from data_prep.sets import check_folder, make_folder
 from data_prep.writer import write_beton
 from fasthpm.cli import Parser, run_command
 from fasthpm.data.ffcv.beton import open_beton
@@ -223,6 +223,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("out", type=Path, metavar="OUT_DIR", help="folder for train.beton and val.beton")
     parser.add_argument("--num_workers", type=int, default=0, metavar="N", help="processes; 0 = all cores (default)")
     args = parser.parse_args(argv)
+    check_folder(args.out, "OUT_DIR")
     if args.name == "tiny_imagenet":
         with tempfile.TemporaryDirectory() as lists:
             paths = list_tiny_imagenet(args.source, Path(lists))

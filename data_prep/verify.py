@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.cuts import BOX_COLUMNS
-from data_prep.sets import byte_bar, members, progress_bar, read_csv, read_index
+from data_prep.sets import byte_bar, members, progress_bar, read_csv, read_index, require_set
 from data_prep.verify_pixels import decode_array, decode_jpeg
 from data_prep.video_verify import compared_copies, verify_videos
 from fasthpm.cli import Parser, run_command
@@ -40,6 +40,7 @@ def verify(path: Path, num_workers: int = 0) -> list[Beton]:
 
     **Raises:** `UserError` at the first thing that does not match.
     """
+    require_set(path)
     betons = [open_beton(member) for member in members(path)]
     index = read_index(path)
     if index is not None:

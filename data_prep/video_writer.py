@@ -38,7 +38,7 @@ from fasthpm.data.sources import is_video_set
 from fasthpm.data.video import prepared
 from fasthpm.data.video.prepared import FORMAT, LAYOUT, MANIFEST, VIDEO
 from fasthpm.errors import UserError
-from fasthpm.files import file_hash, fsync, read_json, write_json
+from fasthpm.files import check_above, file_hash, fsync, read_json, write_json
 
 FEWEST_FRAMES = 2
 COPIES = "videos"
@@ -284,6 +284,7 @@ def _describe(source: Files, options: VideoOptions, ffmpeg: str) -> dict[str, An
 
 
 def _check_output(out: Path) -> None:
+    check_above(out, "output")
     if not out.parent.is_dir():
         raise UserError(f"folder {out.parent} of output {out.name} does not exist; create it")
     if out.suffix == ".beton" or (out.exists() and not out.is_dir()):

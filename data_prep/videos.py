@@ -36,7 +36,7 @@ from typing import Any
 from data_prep.images import add_check_content, read_classes
 from data_prep.video_sources import open_videos
 from data_prep.video_writer import VideoOptions, prepare
-from fasthpm.cli import Parser, run_command
+from fasthpm.cli import Parser, run_command, without_effect
 from fasthpm.errors import UserError
 
 
@@ -111,6 +111,8 @@ def _add_limits(parser: argparse.ArgumentParser, default: VideoOptions) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Prepare a set and say what was written."""
     args = build_parser().parse_args(argv)
+    if args.source.is_dir():
+        without_effect(["video_root"], f"{args.source} is a folder, in which the videos lie")
     for name in ("max_rejected", "num_workers"):
         if getattr(args, name) < 0:
             raise UserError(f"{name} {getattr(args, name):g} is negative, expected 0 or more")

@@ -39,7 +39,7 @@ from fasthpm.data.keys import Stream
 from fasthpm.data.options import count_workers
 from fasthpm.data.sampling import Array, key_of, uniforms
 from fasthpm.errors import UserError
-from fasthpm.files import LONGEST_NAME, file_hash, fsync, read_json, write_json
+from fasthpm.files import LONGEST_NAME, check_above, file_hash, fsync, read_json, write_json
 
 CHUNK, SMALL_CHUNK, LARGE_SIDE = 32, 4, 1024  # samples handed to a process at a time; fewer where they may be large
 
@@ -184,6 +184,7 @@ def check_output(out: Path, paths: Sequence[Path]) -> None:
     """Refuse an output that cannot be written, before any work is done."""
     if out.suffix != ".beton":
         raise UserError(f"output {out} does not end in .beton; use e.g. {out.with_suffix('.beton')}")
+    check_above(out, "output")
     if not out.parent.is_dir():
         raise UserError(f"folder {out.parent} of output {out.name} does not exist; create it")
     if not os.access(out.parent, os.W_OK):

@@ -30,7 +30,7 @@ from typing import Any
 import psutil
 
 from fasthpm import recipes
-from fasthpm.cli import Parser
+from fasthpm.cli import Parser, without_effect
 from fasthpm.machine import count_cores, processor_name
 from fasthpm.options import add_recipe_arguments
 from fasthpm.recipe import Recipe, build_recipe
@@ -446,6 +446,10 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[Recipe, float, bool]:
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_SECONDS:g} s for each part, not {SECONDS:g}")
     add_recipe_arguments(parser, Recipe)
     given = vars(parser.parse_args(argv))
+    if not given["recipe"] and not given.get("data_path"):
+        fields = [field.name for field in dataclasses.fields(Recipe) if field.name not in ("recipe", "data_path")]
+        idle = ["quick", *fields, *(f"no-{name}" for name in fields)]
+        without_effect(idle, "nothing is measured without --recipe or --data_path")
     seconds = QUICK_SECONDS if given.pop("quick") else SECONDS
     name = given.pop("recipe")
     base = recipes.from_name(name or RECIPE)

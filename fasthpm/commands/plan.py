@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fasthpm import entry, ranks, recipes
-from fasthpm.cli import Arguments, Parser
+from fasthpm.cli import Arguments, Parser, without_effect
 from fasthpm.commands.dry_run import DryRun, dry_run
 from fasthpm.data import read_info
 from fasthpm.errors import UserError, nearest
@@ -233,6 +233,13 @@ def main(argv: Arguments = None) -> PlanResult:
     for name in ("gpus", "gpus_per_machine", "network"):
         if not getattr(arguments, name) > 0:
             raise UserError(f"{name} is {getattr(arguments, name)}, expected more than 0")
+    for name in ("num_samples", "batch_size", "global_batch_size", "epochs", "price"):
+        if getattr(arguments, name) < 0:
+            raise UserError(f"{name} is {getattr(arguments, name)}, expected 0 or more")
+    if arguments.num_samples:
+        without_effect(["data_path"], "--num_samples says how many samples there are")
+    if arguments.json:
+        without_effect(["price"], "--json prints GPU-hours and no price")
     if arguments.gpu not in GPUS:
         raise UserError(f"gpu is {arguments.gpu!r}{nearest(arguments.gpu, GPUS)}; expected one of {', '.join(GPUS)}")
     recipe, gpu = _recipe(arguments), GPUS[arguments.gpu]

@@ -48,6 +48,7 @@ from fasthpm.checkpoint.pixels import metadata_statistics
 from fasthpm.cli import Parser
 from fasthpm.data.statistics import PixelStatistics
 from fasthpm.errors import UserError, about
+from fasthpm.exchange.asked import check_folder, check_given
 from fasthpm.model_names import SIZES, VIDEO_FRAMES, is_video, model_names
 from fasthpm.patches import model_of, target_width
 from fasthpm.recipe import Recipe, build_recipe
@@ -102,19 +103,23 @@ def import_weights(
         source = source or detect_source(found["student"])
         check_source(source)
         fields = {k: v for k, v in (given or {}).items() if v is not None}
-        assumed, stored = list[str](), stored_arguments(content)
-        told = list[str]()
+        assumed, told = list[str](), list[str]()
         if base is None and EMBEDDED_RECIPE in metadata and not encoder_only:
             own = build_recipe(json.loads(metadata[EMBEDDED_RECIPE]), source="the recipe in it")
+            decodes = not own.uses_views and own.target != "tokens"
+            check_given(fields, video=is_video(own.model), pixels=decodes, encoder_only=False)
             recipe = dataclasses.replace(own, **fields)
-        elif base:
-            recipe = dataclasses.replace(base, **fields)
-            check_recipe(recipe, measured(found["student"], encoder_only, source, target_width(recipe)))
         else:
-            shape = measured(found["student"], encoder_only, source)
-            recipe, assumed = recipe_for(shape, source, fields, stored)
-            said = told_by(stored, bool(shape.tubelet_size))
-            told = [f"{name} {value}" for name, value in said.items() if name not in fields]
+            shape = measured(found["student"], encoder_only, source, target_width(base) if base else 0)
+            video, decodes = bool(shape.tubelet_size), encoder_only or bool(shape.decoder_dim)
+            check_given(fields, video=video, pixels=decodes, encoder_only=encoder_only)
+            if base:
+                recipe = dataclasses.replace(base, **fields)
+                check_recipe(recipe, shape)
+            else:
+                stored = stored_arguments(content)
+                recipe, assumed = recipe_for(shape, source, fields, stored)
+                told = [f"{name} {value}" for name, value in told_by(stored, video).items() if name not in fields]
         states, reports = {}, {}
         for name, state in found.items():
             model = model_of(recipe)
@@ -348,10 +353,9 @@ def write_run(output_dir: Path, imported: Imported, made_of: dict[str, Any]) -> 
 
     - `made_of`: what import.json says about the file
 
-    **Raises:** `UserError` if there are checkpoints already, or the folder cannot be written.
+    **Raises:** `UserError` if the folder is a run's already, or cannot be written.
     """
-    if any((output_dir / "checkpoints").glob("step-*")):
-        raise UserError(f"output {output_dir} holds checkpoints already; choose another --output")
+    check_folder(output_dir)
     with files.writing(output_dir, "choose another --output"):
         aside = checkpoint.begin(output_dir, 0, checkpoint.pixels_note(imported.pixels) if imported.pixels else None)
         try:
@@ -457,6 +461,7 @@ def _pixels_given(arguments: argparse.Namespace) -> PixelStatistics | None:
 def main(argv: Sequence[str] | None = None) -> None:
     """`fasthpm import`."""
     arguments = _parser().parse_args(argv)
+    check_folder(arguments.output)  # before the file is read
     imported = import_weights(
         arguments.checkpoint,
         source=arguments.source,

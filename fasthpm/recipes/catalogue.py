@@ -27,6 +27,12 @@ def from_name(name: str) -> Recipe:
     """
     if name.endswith(".json"):
         return load_recipe(Path(name))
+    if name not in RECIPES and Path(name).is_dir():
+        found = [Path(name) / "recipe.json", *sorted(Path(name).glob("checkpoints/step-*/recipe.json"), reverse=True)]
+        lies = next((str(path) for path in found if path.is_file()), "")
+        raise UserError(
+            f"{name} is a folder{f'; give {lies}' if lies else ' without a recipe.json; give the name of a recipe'}"
+        )
     if name not in RECIPES:
         raise UserError(
             f"unknown recipe {name!r}{nearest(name, RECIPES)}; expected one of {', '.join(RECIPES)}, or "

@@ -42,6 +42,9 @@ def test_a_rehearsal_runs_to_the_end_and_is_read_as_tables(
         assert line in text
     gpu.main([str(tmp_path), "--table"])
     assert capsys.readouterr().out == text
+    for idle in (["--rehearse"], ["--parts", "steps"]):
+        with pytest.raises(UserError, match=f"{idle[0]} has no effect here: --table runs nothing"):
+            gpu.main([str(tmp_path), "--table", *idle])
     with pytest.raises(UserError, match=r"holds no results\.json"):
         gpu.main([str(tmp_path / "none"), "--table"])
 

@@ -295,6 +295,16 @@ def test_wrong_flags_are_one_line() -> None:
         doctor.main(["--recipe", "hpm_vit_bas"])
 
 
+@pytest.mark.parametrize("words", ["--quick", "--batch_size 7", "--input_size=32", "--no-flip", "--norm_pix_loss"])
+def test_flags_of_what_is_not_measured_are_refused(words: str, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before anything is looked at; with a recipe or data they say what is measured."""
+    with pytest.raises(UserError, match=r"has no effect here: nothing is measured without --recipe or --data_path"):
+        doctor.main(words.split())
+    assert capsys.readouterr().out == ""
+    for more in (["--recipe", "debug"], ["--data_path", str(data / "set.beton")]):
+        doctor.parse_arguments([*words.split(), *more])
+
+
 @pytest.fixture(autouse=True)
 def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in doctor.LAUNCHER_NAMES:

@@ -11,6 +11,7 @@ from fasthpm.commands import plan
 from fasthpm.errors import UserError
 from fasthpm.speed.gpus import GIB, GPUS
 
+NUMBERS = ("num_samples", "batch_size", "global_batch_size", "epochs", "price", "gpus", "gpus_per_machine", "network")
 DEBUG = ("debug", "--num_samples", "60000", "--global_batch_size", "1024")
 
 
@@ -55,6 +56,9 @@ def test_the_largest_batch_that_fits_is_taken(monkeypatch: pytest.MonkeyPatch) -
         (["hpm_demo"], "how many samples hpm_demo trains on is not known; give --num_samples or --data_path"),
         (["hpm_vit_bas", "--gpus", "1"], "did you mean 'hpm_vit_base_"),
         ([*DEBUG, "--batch_size", "100"], "100"),
+        *((["debug", f"--{name}", "-5"], f"{name} is -5") for name in NUMBERS),
+        ([*DEBUG, "--data_path", "/nowhere"], "--data_path has no effect here: --num_samples says"),
+        ([*DEBUG, "--price", "2", "--json"], "--price has no effect here: --json prints"),
     ],
 )
 def test_wrong_input_is_one_line(arguments: list[str], message: str) -> None:

@@ -1,12 +1,15 @@
 """Photographs or arrays: what flags and a look at the files decide, and what contradicts itself."""
 
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.arranging import Looked, keeps_values
+from data_prep import images
+from data_prep.arranging import Looked, arrange, keeps_values
+from data_prep.sources import open_source
 from fasthpm.data.ffcv.beton import open_beton
 from fasthpm.data.rasters.containers import Kind
 from fasthpm.errors import UserError
@@ -176,3 +179,72 @@ def test_zarr_folders_are_samples_of_class_folders(tmp_path: Path, capsys: pytes
     zarr.open(str(stores[0]), mode="r+")[0, 0, 0] = 1
     with pytest.raises(UserError, match="changed"):
         prepare(*words)
+
+
+# ------------------------------------------------------------------------------------------------------- idle flags
+READ_BY = {  # what a flag of reading has an effect on
+    ("--axes", "YX"): {"npy", "npz"},
+    ("--key", "arr_0"): {"npz"},
+    ("--level", "1"): {"tif"},
+}
+
+
+def files_of(folder: Path, kind: str) -> Path:
+    """Three files of a kind, of 16 bits but for JPEG."""
+    folder.mkdir(exist_ok=True)
+    values = np.arange(40 * 48, dtype=np.uint16).reshape(40, 48)
+    for k in range(3):
+        path = folder / f"{k}.{kind}"
+        if kind in ("npy", "npz"):
+            (np.save if kind == "npy" else np.savez)(path, values)
+        else:
+            Image.fromarray(values if kind in ("png", "tif") else (values % 256).astype(np.uint8)).save(path)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["png", "jpg", "tif", "npy", "npz"])
+@pytest.mark.parametrize("flag", READ_BY)
+def test_flags_of_reading_are_refused_where_no_file_can_use_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: tuple[str, str], kind: str
+) -> None:
+    """Every flag with every kind of file; among others, one file that can is enough."""
+    args = images.build_parser().parse_args(["in", "a.beton", *flag])
+    monkeypatch.setattr("data_prep.arranging.look", lambda *_: (_ for _ in ()).throw(LookupError("looked at")))
+    for name in ("in", "mixed"):
+        files_of(tmp_path / name, kind)
+    for number in range(100):
+        picture(number).save(tmp_path / "mixed" / f"a{number}.jpg")
+    for source in (tmp_path / "in", tmp_path / "mixed"):
+        expected = LookupError if kind in READ_BY[flag] else UserError
+        with pytest.raises(expected, match=f"looked at|{flag[0]} has no effect here: it is for"):
+            arrange(open_source(str(source)), args)
+
+
+def test_flags_of_reading_are_refused_for_photographs_that_are_read_as_they_are(tmp_path: Path) -> None:
+    picture(0).save(tmp_path / "a.tif")
+    with pytest.raises(UserError, match="--level has no effect here: these photographs are read as they are"):
+        prepare(tmp_path / "a.tif", tmp_path / "a.beton", *ONE, "--level", "1")
+    np.savez(tmp_path / "b.npz", images=np.ones((3, 20, 24), np.uint16))
+    with pytest.raises(UserError, match=r"--key has no effect here: b\.npz::images names the array"):
+        prepare(Path(f"{tmp_path / 'b.npz'}::images"), tmp_path / "b.beton", *ONE, "--key", "images")
+
+
+@pytest.mark.parametrize("kind", ["folder", "list", "folders", "file", "tar"])
+def test_a_label_column_is_refused_where_there_are_none(tmp_path: Path, kind: str) -> None:
+    """All sources but parquet files and a file of arrays."""
+    folder = image_folder(tmp_path / "in", 2)
+    (tmp_path / "list.txt").write_text("".join(f"{path}\n" for path in folder.rglob("*.png")))
+    with tarfile.open(tmp_path / "a.tar", "w") as packed:
+        packed.add(next(folder.rglob("*.png")), "0.png")
+    sources = {"folder": folder, "list": tmp_path / "list.txt", "file": next(folder.rglob("*.png"))}
+    source = str({**sources, "tar": tmp_path / "a.tar"}.get(kind, f"{folder}/*/"))
+    with pytest.raises(UserError, match="--label_column has no effect here"):
+        images.main([source, str(tmp_path / "a.beton"), *ONE, "--label_column", "label"])
+
+
+def test_labels_beside_an_array_of_photographs_are_taken(tmp_path: Path) -> None:
+    """As of values that are kept."""
+    np.savez(tmp_path / "b.npz", images=np.zeros((4, 9, 11, 3), np.uint8), labels=np.array([0, 1, 1, -1]))
+    out = prepare(Path(f"{tmp_path / 'b.npz'}::images"), tmp_path / "b.beton", *ONE, "--label_column", "labels")
+    assert "dtype" not in open_beton(out).sidecar
+    assert read_json(tmp_path / "b.json")["counts"] == [1, 2]

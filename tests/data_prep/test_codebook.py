@@ -56,3 +56,20 @@ def test_wrong_numbers_are_refused(tmp_path: Path, flags: list[str], problem: st
     with pytest.raises(UserError, match=r"is no \.safetensors file"):
         codebook.main(["synthetic:64", str(tmp_path / "x.pt"), *FLAGS])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_does_not_do_is_refused_before_any_image_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(codebook, "take_patches", lambda _: pytest.fail("images were read"))
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.safetensors").mkdir()
+    for name, problem in (("file/x.safetensors", "and that is a file"), ("folder.safetensors", "which is a folder")):
+        with pytest.raises(UserError, match=problem):
+            codebook.main(["synthetic:64", str(tmp_path / name), *FLAGS])
+
+
+def test_folders_above_it_are_made(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "folder" / "x.safetensors"
+    codebook.main(["synthetic:64", str(out), *FLAGS, "--size", "2", "--patches", "100", "--passes", "1"])
+    assert out.is_file()

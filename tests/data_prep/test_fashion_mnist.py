@@ -2,12 +2,13 @@
 
 import gzip
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from data_prep import fashion_mnist
+from data_prep import fashion_mnist, moving_fashion, torchvision_sets
 from fasthpm.data import read_info
 from fasthpm.data.ffcv.beton import open_beton
 from fasthpm.errors import UserError
@@ -60,3 +61,27 @@ def test_bad_fashion_mnist_sources_are_refused(tmp_path: Path) -> None:
     path.write_bytes(gzip.compress(gzip.decompress(whole)[:-50]))
     with pytest.raises(UserError, match="truncated"):
         fashion_mnist.main(flags)
+
+
+def test_a_source_that_is_not_there_is_refused_even_if_all_is_prepared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By both sets that are made of it; nothing is left where nothing was, either."""
+    for module in (fashion_mnist, moving_fashion):
+        with pytest.raises(UserError, match=r"nowhere has no train-images-idx3-ubyte\.gz"):
+            module.main([str(tmp_path / "out"), "--source", str(tmp_path / "nowhere")])
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(fashion_mnist, "is_prepared", lambda _: True)
+    with pytest.raises(UserError, match=r"nowhere has no train-images-idx3-ubyte\.gz"):
+        fashion_mnist.main([str(tmp_path / "out"), "--source", str(tmp_path / "nowhere")])
+
+
+@pytest.mark.parametrize("make", [fashion_mnist.main, moving_fashion.main, torchvision_sets.main])
+@pytest.mark.parametrize(("name", "problem"), [("file", "is a file, and a folder"), ("file/out", "would lie in")])
+def test_folders_that_cannot_be_made_are_refused_first(
+    tmp_path: Path, make: Callable[[list[str]], None], name: str, problem: str
+) -> None:
+    (tmp_path / "file").touch()
+    words = ["cifar10", "nowhere"] if make is torchvision_sets.main else []
+    with pytest.raises(UserError, match=problem):
+        make([*words, str(tmp_path / name)])

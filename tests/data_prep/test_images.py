@@ -178,6 +178,32 @@ def test_an_output_within_the_source_is_never_read(tmp_path: Path, capsys: pytes
     assert "nothing to do" in shown
 
 
+MODES = {"jpg": [], "raw": ["--write_mode", "raw"], "raw256": ["--preset", "raw256"]}
+MODES |= {mode: ["--write_mode", mode] for mode in ("smart", "proportion")}
+FOR_MODES = {  # where a flag of storage has an effect
+    "--smart_threshold 9": {"smart"},
+    "--compress_probability .3": {"proportion"},
+    "--jpeg_quality 80": {"jpg", "smart", "proportion"},
+    "--keep_jpeg": {"jpg", "smart", "proportion"},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("words", FOR_MODES)
+def test_flags_of_another_write_mode_are_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, words: str
+) -> None:
+    """Every flag of storage with every mode: where it is refused nothing is listed, elsewhere it goes on."""
+    monkeypatch.setattr(images, "open_source", lambda *_, **__: (_ for _ in ()).throw(LookupError("listed")))
+    flags = [str(tmp_path), str(tmp_path / "a.beton"), *MODES[mode], *words.split()]
+    if mode in FOR_MODES[words]:
+        with pytest.raises(LookupError, match="listed"):
+            images.main(flags)
+    else:
+        with pytest.raises(UserError, match=f"{words.split()[0]} has no effect here: "):
+            images.main(flags)
+
+
 # ------------------------------------------------------------------------------------------------------- presets
 @pytest.mark.parametrize(
     ("flags", "expected"),
@@ -187,7 +213,7 @@ def test_an_output_within_the_source_is_never_read(tmp_path: Path, capsys: pytes
         (("--preset", "256"), (256, 90, "jpg")),
         (("--preset", "raw256"), (256, 90, "raw")),
         (("--preset", "raw256", "--max_resolution", "0"), (0, 90, "raw")),
-        (("--preset", "400", "--write_mode", "raw", "--jpeg_quality", "70"), (400, 70, "raw")),
+        (("--preset", "400", "--write_mode", "smart", "--jpeg_quality", "70"), (400, 70, "smart")),
     ],
 )
 def test_presets_and_flags_that_override_them(flags: tuple[str, ...], expected: tuple[int, int, str]) -> None:

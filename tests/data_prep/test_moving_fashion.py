@@ -40,5 +40,5 @@ def test_where_garments_begin_says_nothing_about_the_class() -> None:
 
 def test_an_output_that_is_a_file_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"file cannot be made \(File exists\); choose another"):
+    with pytest.raises(UserError, match=r"file, which is a file, and a folder is written; choose another"):
         moving_fashion.main([str(tmp_path / "file")])

@@ -262,19 +262,31 @@ def garments_of(part: scenes.Material) -> np.ndarray:
         (["--objects", "1"], "expected 2 arguments"),
         (["--number", "many"], "invalid int value: 'many'"),
         (["--garments", "nowhere"], "nowhere has no train-images-idx3-ubyte.gz; apt-get install"),
+        (["--cliparts", "nowhere"], "--cliparts has no effect here: --source garments"),
+        (["--source", "clipart"], "--garments has no effect here: --source clipart"),
     ],
 )
-def test_wrong_inputs_are_one_line(ready: list[str], tmp_path: Path, flags: list[str], message: str) -> None:
+def test_wrong_inputs_are_one_line(
+    ready: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], message: str
+) -> None:
+    """Before a photograph is looked at."""
+    monkeypatch.setattr(scenes, "sources", lambda: pytest.fail("photographs were looked for"))
     with pytest.raises(UserError, match=message) as caught:
         scenes.main([str(tmp_path / "out"), *ready, *flags])
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_there_stays(ready: list[str], tmp_path: Path) -> None:
+def test_what_is_there_stays(ready: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="is there already; choose another OUT, or remove it"):
         scenes.main([str(tmp_path), *ready])
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(scenes, "sources", lambda: pytest.fail("photographs were looked for"))
+    with pytest.raises(UserError, match=r"OUT is .*out, which would lie in .*file, and that is a file"):
+        scenes.main([str(tmp_path / "file" / "out"), *ready])
+    with pytest.raises(UserError, match="nowhere has no cliparts of recreation"):
+        scenes.main([str(tmp_path / "out"), *FLAGS, "--source", "clipart", "--cliparts", "nowhere"])
 
 
 def test_bad_photographs_are_named(ready: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,11 +3,12 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from data_prep import verify
+from data_prep import copy, verify
 from data_prep.sets import read_index
 from fasthpm.data.ffcv.beton import files_path, open_beton
 from fasthpm.errors import UserError
@@ -80,3 +81,16 @@ def test_verify_checks_the_list_of_files(tmp_path: Path) -> None:
             verify.main([str(out)])
     files_path(out).unlink()  # older sets have none
     verify.main([str(out)])
+
+
+@pytest.mark.parametrize("command", [lambda path: verify.main([path]), lambda path: copy.main([path, f"{path}-copy"])])
+def test_what_is_no_prepared_set_is_called_what_it_is(tmp_path: Path, command: Callable[[str], None]) -> None:
+    """By verify and copy alike, which have no --data_path to advise."""
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    image_folder(tmp_path / "images", 2)
+    kinds = {"run": "is the folder of a run, expected a prepared set", "images": "is a folder, expected a prepared set"}
+    for name, message in {**kinds, "nothing": "is not there; expected a prepared set"}.items():
+        with pytest.raises(UserError, match=message) as caught:
+            command(str(tmp_path / name))
+        assert "--data_path" not in str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "run"]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from data_prep import videos
 from data_prep.video_sources import open_videos as list_videos
 from fasthpm.errors import UserError
 
@@ -48,3 +49,10 @@ def test_lists_cannot_leave_their_root(source: Path, tmp_path: Path, name: str) 
     (tmp_path / "train.json").write_text(json.dumps([{"id": "../9", "template": "Dropping [something]"}]))
     with pytest.raises(UserError, match=r"names '\.\./9\.webm', which lies outside"):
         list_videos(tmp_path / "train.json", source)
+
+
+def test_a_root_for_the_names_of_a_folder_is_refused(tmp_path: Path) -> None:
+    """Its names begin in itself; a list's and a JSON's begin at --video_root."""
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match=r"--video_root has no effect here: .*folder is a folder"):
+        videos.main([str(tmp_path / "folder"), str(tmp_path / "out"), "--video_root", str(tmp_path)])

@@ -351,7 +351,7 @@ def test_an_import_never_overwrites(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds checkpoints already; choose another --output"):
         write_run(tmp_path / "run", imported, {})
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(UserError, match="is a file, and a folder is written"):
         write_run(tmp_path / "file", imported, {})
 
 

@@ -144,6 +144,8 @@ def open_beton(path: Path) -> Beton:
 
     **Raises:** `UserError` for a file that is missing, truncated, foreign or does not belong to its sidecar.
     """
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, expected a prepared set, a .beton file")
     if not path.is_file():
         raise UserError(f"{path} does not exist; give --data_path a prepared .beton, an image folder, or synthetic:N")
     sidecar = read_sidecar(path)
