@@ -35,7 +35,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fasthpm import files
-from fasthpm.checkpoint import RECIPE, checkpoint_of
+from fasthpm.checkpoint import NO_DECODER, RECIPE, checkpoint_of, lacks_decoder
 from fasthpm.cli import Arguments, Parser
 from fasthpm.data import Loader, build_loader
 from fasthpm.data.listing import files_below
@@ -425,16 +425,20 @@ def fit_head(arguments: argparse.Namespace) -> HeadResult:
 def main(argv: Arguments = None) -> MapsResult | HeadResult:
     """`fasthpm maps` and `fasthpm.maps`; with `fit_head` and without `output` the result is the head's."""
     arguments = parse_arguments(argv)
-    trained = load_recipe(checkpoint_of(arguments.run) / RECIPE)
+    source = checkpoint_of(arguments.run)
+    trained = load_recipe(source / RECIPE)
     if is_video(trained.model) and arguments.output is not None:
         raise UserError(f"maps are of images, and {arguments.run} was trained on videos; use fasthpm visualize")
+    if arguments.true_loss and lacks_decoder(source):
+        raise UserError(f"{arguments.run} {NO_DECODER}")
     head = fit_head(arguments) if arguments.fit_head else None
     if head and arguments.output is None:
         print(f"from now on: {answers.load_asked(arguments.run)[2].line}")
         return head
     model, recipe, asked = answers.load_asked(arguments.run, arguments.difficulty, arguments.weights)
     if asked.problem and not arguments.true_loss:
-        raise UserError(f"{arguments.run} {asked.problem}, or add --true_loss 10 for the loss alone")
+        instead = "" if lacks_decoder(source) else ", or add --true_loss 10 for the loss alone"
+        raise UserError(f"{arguments.run} {asked.problem}{instead}")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     with files.replacing(arguments.output) as aside:
         count, asked = write_maps(model, recipe, arguments, aside, asked)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fasthpm import checkpoint
 from fasthpm.cli import Parser
 from fasthpm.data.pixels import luminance, render
 from fasthpm.data.plain import read_pixels
@@ -26,6 +27,7 @@ from fasthpm.model import HPMViT
 from fasthpm.patches import Statistics, statistics_for
 from fasthpm.pictures import drawing, panels
 from fasthpm.probes import answers
+from fasthpm.probes.answers import Answers
 from fasthpm.probes.clips import add_sampling_rate, at_rate
 from fasthpm.recipe import Recipe
 
@@ -100,13 +102,37 @@ def check_model(model: HPMViT, recipe: Recipe, arguments: argparse.Namespace, co
         )
 
 
+def columns_of(model: HPMViT, recipe: Recipe, arguments: argparse.Namespace, asked: Answers) -> list[str]:
+    """What is drawn, each column once: as the command line asks, or all that is true of this model.
+
+    **Raises:** `UserError` for columns asked for that a decoder of random weights would make up.
+    """
+    usual, untrue = list(panels.columns_of(recipe)), untrue_columns(arguments.run, recipe, asked)
+    if untrue:
+        usual = [name for name in (*usual, *([] if model.video else ["attention"])) if name not in untrue]
+    columns = [*dict.fromkeys([*(arguments.columns or usual), *(["attention"] if arguments.attention else [])])]
+    if wrong := [name for name in columns if name in untrue]:
+        raise UserError(
+            f"columns {', '.join(wrong)} need a decoder, and {arguments.run} was imported without its own; leave them "
+            f"out, or import all of the checkpoint"
+        )
+    return columns
+
+
+def untrue_columns(run: Path, recipe: Recipe, asked: Answers) -> set[str]:
+    """The columns that an untrained decoder makes up; none of a model that has all its weights."""
+    if not checkpoint.lacks_decoder(checkpoint.checkpoint_of(run)):
+        return set()
+    by_difficulty = {"predicted_loss", "hardest", *(["mask"] if recipe.masks_by_difficulty else [])}
+    return {"reconstruction", "true_loss"} | (set() if asked.way else by_difficulty)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """`fasthpm visualize`."""
     arguments = parse_arguments(argv)
     model, recipe, asked_by = answers.load_asked(arguments.run, arguments.difficulty, arguments.weights)
     recipe = at_rate(recipe, arguments.sampling_rate)
-    asked = arguments.columns or panels.columns_of(recipe)
-    columns = [*asked, *(["attention"] if arguments.attention else [])]
+    columns = columns_of(model, recipe, arguments, asked_by)
     check_model(model, recipe, arguments, columns)
     images, statistics, shown = chosen_images(model, recipe, arguments)
     alpha = recipe.alpha_end if arguments.alpha < 0 else arguments.alpha

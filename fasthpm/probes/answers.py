@@ -115,8 +115,8 @@ def _best(model: HPMViT, own: str) -> str:
 
 def _nobody(folder: Path, model: HPMViT, recipe: Recipe, own: str) -> str:
     """Why the model cannot be asked at all: the rest of a sentence; empty if it can."""
-    if difficulty_head.lacks_decoder(folder):
-        return difficulty_head.NO_DECODER
+    if checkpoint.lacks_decoder(folder):
+        return checkpoint.NO_DECODER
     if all(refusal(model, name) for name in (own, *BEST_AFTER_OWN)):
         what = recipe.target if recipe.uses_views else f"{recipe.target} features"
         return f"has no loss predictor, and its losses are of {what}; fit a head: {HOW}"

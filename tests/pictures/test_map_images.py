@@ -29,7 +29,7 @@ from fasthpm.recipe import Recipe
 from tests.helpers import reference
 from tests.helpers.data_fixtures import picture, prepare
 from tests.helpers.reference_views import cross_entropy
-from tests.helpers.runs import away, run_of
+from tests.helpers.runs import away, lone_encoder, run_of
 from tests.helpers.videos import video_run
 
 
@@ -130,6 +130,15 @@ def test_the_loss_alone_of_a_run_that_nobody_can_ask(folder: Path, tmp_path: Pat
     result = fasthpm.maps(run, true_loss=2, **flags)
     assert (result.difficulty, result.difficulty_spearman) == ("", None)
     assert list(np.load(tmp_path / "out" / "maps.npz")) == ["names", "ids", "true_loss"]
+
+
+@pytest.mark.parametrize("flags", [{}, {"true_loss": 3}, {"fit_head": 1}, {"true_loss": 1, "difficulty": "measured"}])
+def test_no_maps_of_a_decoder_that_was_never_trained(flags: dict[str, Any], folder: Path, tmp_path: Path) -> None:
+    """Nor are they advised."""
+    run = lone_encoder(tmp_path / "run", recipes.debug(), 1)
+    with pytest.raises(UserError, match=r"was imported without its decoder, .*; import all of the checkpoint$"):
+        fasthpm.maps(run, data_path=folder, output=tmp_path / "out", **flags)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 IBOT: dict[str, Any] = {
