@@ -92,7 +92,9 @@ def evaluate(arguments: argparse.Namespace, weights: str, launch: ranks.Launch) 
     """Accuracy per k of the model with these `weights` for every bank size, all ranks together."""
     sizes = arguments.bank_size
     with ranks.in_agreement():
-        result.check_sets(*((path, read_info(path)) for path in (arguments.train_path, arguments.val_path)))
+        sets = [(path, read_info(path)) for path in (arguments.train_path, arguments.val_path)]
+        result.check_sets(*sets)
+        _check_voters(arguments, sets[0][1].num_samples)
         model, recipe = load_weights(arguments.run, weights)
         recipe = at_rate(recipe, arguments.sampling_rate)
         model = model.to(launch.device)
@@ -101,7 +103,6 @@ def evaluate(arguments: argparse.Namespace, weights: str, launch: ranks.Launch) 
         bank, info = _side(arguments, arguments.train_path, model, recipe, launch, largest)
         queries, val_info = _side(arguments, arguments.val_path, model, recipe, launch)
         result.check_sets((arguments.train_path, info), (arguments.val_path, val_info))
-        _check_neighbours(arguments, info.num_samples)
         result.check_labels(queries.labels, arguments.val_path, len(info.classes), several=False)
     bank = Features(*(gather_rows(column, launch.world_size) for column in bank))
     with ranks.in_agreement():
@@ -115,9 +116,14 @@ def evaluate(arguments: argparse.Namespace, weights: str, launch: ranks.Launch) 
     return results
 
 
-def _check_neighbours(arguments: argparse.Namespace, num_samples: int) -> None:
-    """A k that was asked for and that the bank cannot serve is an error; the usual ones are left out then."""
-    smallest = min(min(size or num_samples, num_samples) for size in arguments.bank_size)
+def _check_voters(arguments: argparse.Namespace, num_samples: int) -> None:
+    """A bank, or a k that was asked for, of more than there are is an error; the usual k are left out then."""
+    if (largest := max(arguments.bank_size)) > num_samples:
+        raise UserError(
+            f"bank_size is {largest}, more than the {num_samples} training images of {arguments.train_path}; use 0 for "
+            f"all, or a smaller --bank_size"
+        )
+    smallest = min(size or num_samples for size in arguments.bank_size)
     for k in arguments.k if arguments.k_given else ():
         if k > smallest:
             raise UserError(
