@@ -79,7 +79,7 @@ def load_asked(source: Path, asked: str = AUTO, weights: str = AUTO) -> tuple[HP
     **Raises:** `UserError` as `load_weights`, for a way that the run does not have, and for a head of another encoder.
     """
     folder = checkpoint.checkpoint_of(source)
-    run, recipe = folder.parent.parent, load_recipe(folder / checkpoint.RECIPE)
+    run, recipe = checkpoint.run_of(folder), load_recipe(folder / checkpoint.RECIPE)
     own, step = recipe.question.name, checkpoint.read_state(folder).step
     kept = None
     if asked == "in_place" or (asked == AUTO and (own == "paper" or not recipe.answers_difficulty)):

@@ -270,6 +270,7 @@ def fit_beside(
         raise UserError(f"{source} has a difficulty head already, which learnt as it trained; leave out --fit_head")
     if checkpoint.lacks_decoder(folder):
         raise UserError(f"{source} {checkpoint.NO_DECODER}")
+    step = checkpoint.read_state(folder).step
     model.requires_grad_(False).to("cuda" if torch.cuda.is_available() else "cpu")
     statistics = statistics_for(model, read_info(data_path, recipe.channels), data_path)
     fitting = Fitting(model, recipe, statistics, data_path, batch_size, num_workers, folder)
@@ -279,7 +280,6 @@ def fit_beside(
     found = fitting.measure(head)
     after = found.pop(HEAD)
     others = {name: figures.difficulty_spearman for name, figures in found.items()}
-    step = checkpoint.read_state(folder).step
     notes = HeadNotes(
         **shape_of(model),
         weights=chosen,
@@ -290,7 +290,7 @@ def fit_beside(
         **after._asdict(),
         others=others,
     )
-    path = keep(folder.parent.parent, head, notes)
+    path = keep(checkpoint.run_of(folder), head, notes)
     return HeadResult(path, updates, *after, before.difficulty_spearman, others)
 
 

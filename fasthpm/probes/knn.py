@@ -210,13 +210,14 @@ def main(argv: Arguments = None) -> KnnResult:
     arguments = parse_arguments(argv)
     accuracies: dict[tuple[str, int], dict[int, float]] = {}
     with ranks.session() as launch:
+        with ranks.in_agreement():  # before the work: it fails where the checkpoint is not whole
+            origin = result.provenance(arguments.run, launch) if launch.rank == 0 else {}
         for weights in arguments.weights:
             begin = time.perf_counter()
             results = evaluate(arguments, weights, launch)
             accuracies |= {(weights, size): accuracy for size, accuracy in results.items()}
             with ranks.in_agreement():
                 if launch.rank == 0:
-                    origin = result.provenance(arguments.run, launch)
                     for size, accuracy in results.items():
                         _report(arguments, weights, size, accuracy, time.perf_counter() - begin, origin)
     first_of_all = next(iter(accuracies.values()))

@@ -72,6 +72,8 @@ def provenance(run: Path, launch: ranks.Launch) -> dict[str, Any]:
 
     - `checkpoint_hash`: sha256 of the checkpoint's manifest, which holds the hashes of all its files
     - `effective_epochs`: see `effective_epochs`; `pretraining_gpu_hours`: devices times hours, of the run's own log
+
+    **Raises:** `UserError` for a checkpoint that does not say its update; ask before the work.
     """
     folder = checkpoint.checkpoint_of(run)
     recipe = load_recipe(folder / checkpoint.RECIPE)
@@ -83,7 +85,7 @@ def provenance(run: Path, launch: ranks.Launch) -> dict[str, Any]:
         "checkpoint": str(folder),
         "checkpoint_hash": files.file_hash(manifest) if manifest.is_file() else "",
         "effective_epochs": round(effective_epochs(recipe, step), 3),
-        "pretraining_gpu_hours": round(pretraining_gpu_hours(folder.parent.parent, recipe, step), 4),
+        "pretraining_gpu_hours": round(pretraining_gpu_hours(checkpoint.run_of(folder), recipe, step), 4),
         "versions": versions(launch.device, launch.world_size),
     }
 
