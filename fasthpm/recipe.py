@@ -178,7 +178,7 @@ def recipe_text(recipe: Recipe) -> str:
 
 
 def load_recipe(path: Path) -> Recipe:
-    """Read what `save_recipe` wrote. **Raises:** `UserError` for a missing or unreadable file, and other fields or values."""
+    """Read what `save_recipe` wrote. **Raises:** `UserError` for a file that is missing, unreadable or no recipe."""
     try:
         values = json.loads(path.read_text())
     except (OSError, ValueError) as error:

@@ -18,7 +18,7 @@ import torch
 
 from fasthpm import files
 from fasthpm.checkpoint.pixels import EXPORTED as EXPORTED
-from fasthpm.checkpoint.weights import checkpoint_of, lacks_decoder, load_weights
+from fasthpm.checkpoint.weights import checkpoint_of, lacks_decoder, load_weights, saved_files
 from fasthpm.cli import Arguments, Parser
 from fasthpm.entry import Result
 from fasthpm.errors import UserError, nearest
@@ -147,6 +147,8 @@ def main(argv: Arguments = None) -> ExportResult:
     )
     parser.add_argument("-o", "--output", type=Path, help="file, or folder for hf_… (default: encoder.safetensors, …)")
     arguments = parser.parse_args(argv)
+    if arguments.output and not arguments.output.is_dir():  # of a folder, the form tells more
+        files.check_place(arguments.output, "output", sources=saved_files(arguments.run))
     model, recipe = load_weights(arguments.run, arguments.weights)
     form = named_form(arguments.format or default_form(model))
     path = arguments.output or Path(form.default)

@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from fasthpm import files
 from fasthpm.checkpoint import NO_DECODER, RECIPE, checkpoint_of, lacks_decoder
-from fasthpm.cli import Arguments, Parser
+from fasthpm.cli import Arguments, Parser, without_effect
 from fasthpm.data import Loader, build_loader
 from fasthpm.data.names import known_places, sample_names
 from fasthpm.data.sampling import Array
@@ -336,6 +336,11 @@ def parse_arguments(argv: Arguments) -> argparse.Namespace:
         raise UserError("-o is missing; say where the maps go, or use --fit_head N to train a head only")
     if arguments.output is not None and arguments.output.exists():
         raise UserError(f"output {arguments.output} is there already; choose another -o, or remove it")
+    if arguments.output is not None:
+        files.check_above(arguments.output, "output")
+    else:
+        idle = ["true_loss", "masks", "show", "overlays", "difficulty"]
+        without_effect(idle, "no maps are made without -o, and --fit_head alone trains a head")
     return arguments
 
 

@@ -22,12 +22,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fasthpm import ranks
-from fasthpm.checkpoint.weights import load_weights
+from fasthpm.checkpoint.weights import load_weights, saved_files
 from fasthpm.cli import Arguments, Parser
 from fasthpm.data import DatasetInfo, build_loader, read_info
 from fasthpm.data.device import on_device
+from fasthpm.data.names import stored_in
 from fasthpm.entry import Result
 from fasthpm.errors import UserError
+from fasthpm.files import check_place
 from fasthpm.model import HPMViT
 from fasthpm.probes import result
 from fasthpm.probes.clips import add_sampling_rate, at_rate
@@ -194,6 +196,10 @@ def parse_arguments(argv: Arguments) -> argparse.Namespace:
     count = len(arguments.bank_size) * len(arguments.weights)
     if arguments.output and count > 1:
         raise UserError(f"--output {arguments.output} names one file for {count} results; leave it out")
+    if arguments.output:
+        paths = (arguments.train_path, arguments.val_path)
+        sources = [place for path in paths for place in stored_in(path, arguments.output)]
+        check_place(arguments.output, "output", endings=(".json",), sources=[*sources, *saved_files(arguments.run)])
     arguments.k_given, arguments.k = bool(arguments.k), arguments.k or list(NEIGHBOURS)
     if min(arguments.k) < 1:
         raise UserError(f"k is {min(arguments.k)}, expected 1 or more")

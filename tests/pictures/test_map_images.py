@@ -231,6 +231,18 @@ def test_arguments_that_are_refused(run: Path, folder: Path, flags: list[str], m
         map_images.main([str(run), "--data_path", str(folder), *flags])
 
 
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("true_loss", 0), ("masks", "objects"), ("show", "1"), ("overlays", -1), ("difficulty", "measured")],
+)
+def test_a_head_alone_has_no_maps_to_say_anything_of(run: Path, flag: str, value: object, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"--{flag} has no effect here: no maps are made without -o"):
+        fasthpm.maps(run, data_path="synthetic:90", fit_head=1, **{flag: value})
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"output is .*/file/a/m, which would lie in .*/file, and that is a file"):
+        fasthpm.maps(run, data_path="synthetic:90", output=tmp_path / "file" / "a" / "m")
+
+
 def test_maps_of_videos_are_refused_before_a_head_is_fitted(tmp_path: Path) -> None:
     run, _ = video_run(tmp_path)
     with pytest.raises(UserError, match=r"maps are of images, and .* was trained on videos; use fasthpm visualize"):

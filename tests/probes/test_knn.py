@@ -134,6 +134,31 @@ def test_what_the_sets_cannot_serve_is_told_before_the_features(run: Path, monke
             knn.main([str(run), *DATA, *flags])
 
 
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("set.json", "would overwrite what is read or was saved"),
+        ("run/deepspeed.json", "would overwrite what is read or was saved"),
+        ("z.csv", r"expected a name that ends in \.json"),
+        ("z", r"expected a name that ends in \.json"),
+        ("folder.json", "which is a folder; name a file"),
+        ("set.beton/z.json", "and that is a file"),
+    ],
+)
+def test_a_place_that_cannot_be_is_told_before_the_features(
+    output: str, message: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("set.beton", "set.json"):
+        (tmp_path / name).touch()
+    (tmp_path / "folder.json").mkdir()
+    (tmp_path / "run").symlink_to(run)
+    monkeypatch.setattr(knn, "evaluate", None)
+    for side in ("--train_path", "--val_path"):
+        sets = [*DATA, side, str(tmp_path / "set.beton")]
+        with pytest.raises(UserError, match=rf"^output is {tmp_path / output}.*{message}"):
+            knn.main([str(run), *sets, "-o", str(tmp_path / output)])
+
+
 def test_every_weights_and_bank_have_figures_of_their_own(run: Path) -> None:
     """Against the vote on features of whole, undistorted sets."""
     found = knn.main([str(run), *DATA, "--k", "5", "--bank_size", "0", "8", "--weights", "student", "untrained"])
