@@ -58,7 +58,7 @@ from fasthpm.data.sampling import Array
 from fasthpm.errors import UserError
 from fasthpm.model import HPMViT
 from fasthpm.patches import patches_for
-from fasthpm.pictures.map_images import Saliency
+from fasthpm.pictures.saliency import Saliency
 from fasthpm.probes import knn
 from fasthpm.recipe import Recipe
 from fasthpm.speed.flops import cost_over_mae
@@ -228,7 +228,7 @@ def saliency(model: HPMViT, recipe: Recipe, arguments: argparse.Namespace) -> fl
     loader = build_loader(path, recipe.loader_options(batch_size=ENCODE_BATCH, train=False, num_workers=1))
     patches_of = patches_for(model, recipe, loader)
     names = sample_names(str(path), loader.info.num_samples)
-    scores = Saliency(arguments.data / "val" / "objects", recipe.image_size)
+    scores = Saliency(arguments.data / "val" / "objects", recipe.image_size, names)
     seen = 0
     try:
         for batch in loader:

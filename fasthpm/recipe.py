@@ -16,7 +16,7 @@ from fasthpm import rules
 from fasthpm.cli import OWNERS
 from fasthpm.data.options import LoaderOptions
 from fasthpm.difficulty import DIFFICULTIES, Difficulty, question_of
-from fasthpm.errors import UserError, nearest, note_once
+from fasthpm.errors import UserError, about, nearest, note_once
 from fasthpm.files import write_text
 from fasthpm.mask import POLICIES, MaskPlan
 from fasthpm.options import validate
@@ -178,12 +178,15 @@ def recipe_text(recipe: Recipe) -> str:
 
 
 def load_recipe(path: Path) -> Recipe:
-    """Read what `save_recipe` wrote. **Raises:** `UserError` for a missing or unreadable file, and unknown fields."""
+    """Read what `save_recipe` wrote. **Raises:** `UserError` for a file that is missing, unreadable or no recipe."""
     try:
         values = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"recipe file {path} cannot be read ({error}); expected the recipe.json of a run") from error
-    return build_recipe(values, source=str(path))
+    if not isinstance(values, dict):
+        raise UserError(f"recipe file {path} holds a {type(values).__name__}; expected the recipe.json of a run")
+    with about(path):
+        return build_recipe(values, source=str(path))
 
 
 def build_recipe(values: dict[str, Any], *, source: str) -> Recipe:

@@ -28,12 +28,22 @@ from fasthpm.checkpoint.folder import (
 )
 from fasthpm.checkpoint.foreign import load_reference
 from fasthpm.checkpoint.pixels import pixels_note, pixels_of
-from fasthpm.checkpoint.weights import checkpoint_of, has_teacher, initial_model, load_weights, run_of, saved_files
+from fasthpm.checkpoint.weights import (
+    NO_DECODER,
+    checkpoint_of,
+    has_teacher,
+    initial_model,
+    lacks_decoder,
+    load_weights,
+    run_of,
+    saved_files,
+)
 
 __all__ = [
     "BUFFERS",
     "FINETUNE_NOTES",
     "MANIFEST",
+    "NO_DECODER",
     "RECIPE",
     "RunState",
     "begin",
@@ -50,6 +60,7 @@ __all__ = [
     "has_checkpoints",
     "has_teacher",
     "initial_model",
+    "lacks_decoder",
     "load_reference",
     "load_weights",
     "newest_valid",

@@ -240,8 +240,15 @@ def with_training_state(folder: Path | None) -> Path | None:
 
 
 def read_state(folder: Path) -> RunState:
-    """Position of a checkpoint."""
-    return RunState(**json.loads((folder / STATE).read_text()))
+    """Position of a checkpoint. **Raises:** `UserError` for a file that is missing or damaged."""
+    try:
+        return RunState(**json.loads((folder / STATE).read_text()))
+    except (OSError, TypeError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is damaged"
+        raise UserError(
+            f"{folder / STATE} cannot be read ({reason}); copy the checkpoint again from where it is whole, or take "
+            f"another"
+        ) from error
 
 
 def continued(recipe: Recipe, world_size: int) -> Recipe:

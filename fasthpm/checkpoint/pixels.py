@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -30,8 +31,9 @@ def pixels_of(folder: Path, recipe: Recipe) -> PixelStatistics | None:
     that is still what it was, as far as sizes tell.
     """
     found = statistics_from(read_json(folder / PIXELS))
-    if found is None and folder.parent.name == "checkpoints":
-        found = _of_export(folder.parent.parent)
+    place = Path(os.path.abspath(folder))  # a checkpoint may be named from within
+    if found is None and place.parent.name == "checkpoints":
+        found = _of_export(place.parent.parent)
     if found is None and recipe.data_path:
         found = _of_data(recipe)
     return found if found is None else found.in_channels(recipe.channels)

@@ -10,7 +10,7 @@ from torch import Tensor
 from fasthpm.checkpoint import shards
 from fasthpm.checkpoint.channels import in_channels
 from fasthpm.checkpoint.folder import RECIPE, STATE, TUNED, damage, damages, newest_valid, tuned
-from fasthpm.checkpoint.foreign import load_reference, unusable
+from fasthpm.checkpoint.foreign import IMPORT_NOTE, load_reference, unusable
 from fasthpm.checkpoint.pixels import pixels_of
 from fasthpm.errors import UserError, about, warn
 from fasthpm.files import read_json
@@ -19,6 +19,7 @@ from fasthpm.patches import model_of
 from fasthpm.ranks import zero
 from fasthpm.recipe import Recipe, load_recipe
 
+NO_DECODER = "was imported without its decoder, so it has no losses to predict or measure; import all of the checkpoint"
 OF_A_RUN = ("checkpoints", RECIPE, "deepspeed.json", "versions.json", "metrics.jsonl", "log.txt")
 
 
@@ -72,6 +73,11 @@ def saved_files(source: Path) -> tuple[Path, ...]:
     is_run = (source / "checkpoints").is_dir()
     kept = [(source if is_run else run_of(source)) / name for name in OF_A_RUN]
     return tuple(kept if is_run else [source, *kept])
+
+
+def lacks_decoder(folder: Path) -> bool:
+    """Whether a checkpoint is an import of an encoder alone, whose decoder is untrained."""
+    return bool(read_json(folder / IMPORT_NOTE).get("encoder_only"))
 
 
 def holds_weights(folder: Path) -> bool:

@@ -4,12 +4,14 @@ import csv
 from pathlib import Path
 from typing import NamedTuple
 
-from fasthpm.data.ffcv.beton import files_path
+from fasthpm.data.ffcv.beton import files_path, sidecar_path
 from fasthpm.data.ffcv.prepared import open_set
 from fasthpm.data.pixels import list_images
-from fasthpm.data.sources import is_beton, is_video_set
+from fasthpm.data.sources import is_beton, is_video_set, split_sources
 from fasthpm.data.video.prepared import MANIFEST, MANIFEST_FILE
+from fasthpm.files import read_json
 
+LISTS = (".txt", ".csv")
 PLACE = ("path", "top", "left", "height", "width")  # columns of the files of a set of tiles
 
 
@@ -61,6 +63,26 @@ def known_places(data_path: str, count: int) -> list[Place]:
 def sample_names(data_path: str, count: int) -> list[str]:
     """The same, with numbers for names that are not known."""
     return known_names(data_path, count) or [f"sample-{number:08d}" for number in range(count)]
+
+
+def stored_in(data_path: str, output: Path) -> list[Path]:
+    """What of a data set an `output` may not overwrite, for `files.check_place`: its files, and its folder.
+
+    A folder of images holds none in .json, which may lie there.
+    """
+    if not data_path or data_path.startswith("synthetic:"):
+        return []
+    found: list[Path] = []
+    for name in map(Path, split_sources(data_path)):
+        if name.suffix == ".beton":
+            shards = read_json(sidecar_path(name)).get("shards", [])
+            for one in (name, *(name.parent / str(shard) for shard in shards)):
+                found += [one, sidecar_path(one), files_path(one)]
+        elif name.is_file():  # a list, or what is no data at all
+            found += [name, *(map(Path, list_images(name).paths) if name.suffix.lower() in LISTS else ())]
+        elif is_video_set(name) or output.suffix.lower() != ".json":
+            found.append(name)
+    return found
 
 
 def _column(path: Path, place: int | str) -> list[str]:

@@ -17,9 +17,8 @@ from typing import Any
 import torch
 
 from fasthpm import files
-from fasthpm.checkpoint.foreign import IMPORT_NOTE
 from fasthpm.checkpoint.pixels import EXPORTED as EXPORTED
-from fasthpm.checkpoint.weights import load_weights
+from fasthpm.checkpoint.weights import checkpoint_of, lacks_decoder, load_weights, saved_files
 from fasthpm.cli import Arguments, Parser
 from fasthpm.entry import Result
 from fasthpm.errors import UserError, nearest
@@ -127,11 +126,14 @@ def _check(form: Form, model: HPMViT, path: Path) -> None:
         raise UserError(f"weights {broken[:3]} are not finite; export an earlier checkpoint")
 
 
-def _refuse_missing_decoder(run: Path, form: Form) -> None:
+def _refuse_missing_decoder(run: Path, model: HPMViT, form: Form) -> None:
     """An encoder that was imported alone has a decoder of random weights, which nobody wants to receive."""
-    for note in (run / IMPORT_NOTE, *run.glob(f"checkpoints/*/{IMPORT_NOTE}")):
-        if form.whole and note.is_file() and json.loads(note.read_text())["encoder_only"]:
-            raise UserError(f"{run} was imported without a decoder and --format {form.name} takes it along; use timm")
+    if form.whole and lacks_decoder(checkpoint_of(run)):
+        kind = "video" if model.video else "image"
+        others = ", ".join(name for name, other in FORMS.items() if kind in other.takes and not other.whole)
+        raise UserError(
+            f"{run} was imported without a decoder and --format {form.name} takes it along; use one of {others}"
+        )
 
 
 def main(argv: Arguments = None) -> ExportResult:
@@ -145,10 +147,12 @@ def main(argv: Arguments = None) -> ExportResult:
     )
     parser.add_argument("-o", "--output", type=Path, help="file, or folder for hf_… (default: encoder.safetensors, …)")
     arguments = parser.parse_args(argv)
+    if arguments.output and not arguments.output.is_dir():  # of a folder, the form tells more
+        files.check_place(arguments.output, "output", sources=saved_files(arguments.run))
     model, recipe = load_weights(arguments.run, arguments.weights)
     form = named_form(arguments.format or default_form(model))
     path = arguments.output or Path(form.default)
-    _refuse_missing_decoder(arguments.run, form)
+    _refuse_missing_decoder(arguments.run, model, form)
     info = {"weights": arguments.weights, **(model.pixels.as_json() if model.pixels else {})}
     difference = export_weights(model, recipe, path, form.name, info)
     what = "model" if form.whole else "encoder"

@@ -1,18 +1,26 @@
 """Several runs side by side, as `fasthpm report A B …` writes them: accuracies against epochs and GPU-hours, losses.
 
 Reads what runs left (recipe.json, metrics.jsonl) and every evaluation beside them: knn_*.json and *result*.json, dicts
-with at least "accuracy" (a number, or {k: number}); whatever else is missing stays empty.
+with at least "accuracy" (a number, or {k: number}); whatever else is missing stays empty. Two evaluations are in one
+column if they had the same protocol, to the last word.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fasthpm import files
+from fasthpm.errors import UserError, warn
+from fasthpm.pictures import tunings
+from fasthpm.pictures.written import read_figures, read_object
 from fasthpm.recipe import Recipe, load_recipe
-from fasthpm.run.records import gpu_hours, latest, read_metrics
+from fasthpm.run.records import gpu_hours, latest
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+LOSSES = ("reconstruction_loss", "loss")  # the first that a run has is drawn
 AGREEMENT = ("teacher_spearman", "difficulty_spearman", "difficulty_auc")
 
 
@@ -33,32 +41,46 @@ class RunSummary:
 
 
 def read_run(run: Path) -> RunSummary:
-    """**Raises:** `UserError` if `run` is no output_dir of a run that has logged something."""
-    records, recipe = read_metrics(run), load_recipe(run / "recipe.json")
-    world_size = files.read_json(run / "versions.json").get("world_size", 1)
+    """**Raises:** `UserError` if `run` is no output_dir of a run that has logged something, or is damaged."""
+    if kind := tunings.kind_of(run):
+        raise UserError(
+            f"{run} is what fasthpm {kind} wrote, and runs of pretraining are compared; give the run that it came "
+            f"from, in whose row its result stands if it lies there, or report it alone"
+        )
+    records, recipe, versions = read_figures(run), load_recipe(run / "recipe.json"), run / "versions.json"
+    world_size = read_object(versions, {"world_size": int})["world_size"] if versions.is_file() else 1
     name = run.name or run.resolve().name
     hours = gpu_hours(records, recipe.global_batch_size, int(world_size))
     return RunSummary(name, recipe, records, hours, read_results(run))
 
 
 def read_results(run: Path) -> dict[str, float]:
-    """{evaluation: top-1 in percent} of the evaluations in `run` and in its folders; of several k the best."""
-    found: dict[str, float] = {}
+    """{evaluation: top-1 in percent} of the evaluations in `run` and in its folders; of several k the best.
+
+    Those that share a protocol have their files' names, too.
+    """
+    found: dict[str, dict[Path, float]] = {}
     patterns = [folder + name for folder in ("", "*/") for name in ("*result*.json", "knn_*.json")]
     for path in sorted({path for pattern in patterns for path in run.glob(pattern)}):
         result = files.read_json(path)
+        if not result:
+            warn(f"{path} is damaged or empty, and left out of the comparison")
         accuracy = result.get("accuracy")
         values = accuracy.values() if isinstance(accuracy, dict) else [accuracy]
         numbers = [float(value) for value in values if isinstance(value, int | float)]
         if numbers:
-            found[label_of(result, path)] = max(numbers)
-    return found
+            found.setdefault(label_of(result, path), {})[path.relative_to(run)] = max(numbers)
+    return {
+        label if len(scores) == 1 else f"{label} ({path})": score
+        for label, scores in found.items()
+        for path, score in scores.items()
+    }
 
 
 def label_of(result: dict[str, Any], path: Path) -> str:
-    """A short name of an evaluation: its protocol, and what else tells it from others of the same protocol."""
-    protocol = str(result.get("protocol") or path.stem).split(",")[0]
-    voters = f"{result['bank_size']:,} voters" if result.get("bank_size") else ""
+    """The name of an evaluation: its whole protocol, and what else tells it from others of the same protocol."""
+    protocol, size = str(result.get("protocol") or path.stem), result.get("bank_size")
+    voters = f"{size:,} voters" if size and isinstance(size, int) else ""
     return ", ".join(str(part) for part in (protocol, result.get("weights"), result.get("pool"), voters) if part)
 
 
@@ -89,8 +111,11 @@ def row_of(run: RunSummary, evaluations: Sequence[str]) -> list[str]:
     return [run.name, run.recipe.recipe, mask, f"{run.epochs:.2f}", f"{run.gpu_hours[-1]:.3g}", *figures, *scores]
 
 
-def draw(runs: Sequence[RunSummary], path: Path) -> None:
-    """Losses and accuracies, against epochs (left) and GPU-hours (right)."""
+def draw(runs: Sequence[RunSummary]) -> "Figure":
+    """Losses and accuracies, against epochs (left) and GPU-hours (right).
+
+    Runs that reconstruct nothing show the loss that they have.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 8), layout="constrained")
@@ -99,8 +124,11 @@ def draw(runs: Sequence[RunSummary], path: Path) -> None:
         loss, accuracy = axes[0][column], axes[1][column]
         for number, run in enumerate(runs):
             places = [record["epoch"] for record in run.records] if unit == "epochs" else run.gpu_hours
-            losses = [record["reconstruction_loss"] for record in run.records]
-            loss.plot(places, losses, label=run.name, color=f"C{number}", linewidth=1.2)
+            name = next((name for name in LOSSES if any(name in record for record in run.records)), "")
+            pairs = zip(places, run.records, strict=True)
+            if points := [(place, record[name]) for place, record in pairs if name in record]:
+                label = run.name if name == LOSSES[0] else f"{run.name}: {name}"
+                loss.plot(*zip(*points, strict=True), label=label, color=f"C{number}", linewidth=1.2)
             for marker, (name, value) in zip("osD^v<>pP*X" * len(run.results), run.results.items(), strict=False):
                 accuracy.scatter(places[-1], value, color=f"C{number}", marker=marker, label=f"{run.name}: {name}")
         for axis, what in ((loss, "reconstruction loss"), (accuracy, "top-1, percent")):
@@ -109,19 +137,23 @@ def draw(runs: Sequence[RunSummary], path: Path) -> None:
             axis.grid(alpha=0.3)
             if axis.get_legend_handles_labels()[0]:
                 axis.legend(fontsize=6)
-    figure.savefig(path, dpi=100, format="png")
+    return figure
 
 
 def write(folders: Sequence[Path], output: Path) -> Path:
-    """Write comparison.md and comparison.png into `output`. **Returns:** the path of the former."""
+    """Write comparison.md and comparison.png into `output`. **Returns:** the path of the former.
+
+    **Raises:** `UserError` for a folder that is no run of pretraining, for damaged files, and if the disk refuses.
+    """
     runs = [read_run(folder) for folder in folders]
     if len({run.name for run in runs}) < len(runs):  # runs of the same name in different folders
         runs = [
             RunSummary(str(f), r.recipe, r.records, r.gpu_hours, r.results) for f, r in zip(folders, runs, strict=True)
         ]
+    figure, text = draw(runs), markdown(runs)  # all of it before the first file
     with files.writing(output, "choose another -o"):
         output.mkdir(parents=True, exist_ok=True)
         with files.replacing(output / "comparison.png") as aside:
-            draw(runs, aside)
-        files.write_text(output / "comparison.md", markdown(runs))
+            figure.savefig(aside, dpi=100, format="png")
+        files.write_text(output / "comparison.md", text)
     return output / "comparison.md"

@@ -35,13 +35,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fasthpm import files
-from fasthpm.checkpoint import RECIPE, checkpoint_of
-from fasthpm.cli import Arguments, Parser
+from fasthpm.checkpoint import NO_DECODER, RECIPE, checkpoint_of, lacks_decoder
+from fasthpm.cli import Arguments, Parser, without_effect
 from fasthpm.data import Loader, build_loader
-from fasthpm.data.listing import files_below
 from fasthpm.data.names import known_places, sample_names
-from fasthpm.data.plain import read_pixels
-from fasthpm.data.sampling import Array, area_resize
+from fasthpm.data.sampling import Array
 from fasthpm.data.shown import Shown, shown_of
 from fasthpm.difficulty import averaged, refusal
 from fasthpm.entry import Result
@@ -50,6 +48,7 @@ from fasthpm.model import HPMViT
 from fasthpm.model_names import is_video
 from fasthpm.patches import NormalizedPatches, Statistics, statistics_for
 from fasthpm.pictures import drawing, panels, scenes
+from fasthpm.pictures.saliency import Saliency
 from fasthpm.probes import answers
 from fasthpm.probes.answers import Answers
 from fasthpm.probes.difficulty_head import HeadResult, agreement, fit_beside, target_features
@@ -57,7 +56,6 @@ from fasthpm.recipe import Recipe, load_recipe
 
 EMPTY_PATCH, CONSTANT_IMAGE = 4.0, 8.0  # standard deviation of grey levels, 0..255, below which there is nothing to see
 LOOKS = 4  # sets of looks at an image that `measured` difficulties are averaged over
-BETA_SQUARED, THRESHOLDS = 0.3, 256  # of the F-measure, as the saliency literature has them
 
 
 @dataclass(frozen=True, repr=False)
@@ -164,69 +162,6 @@ def emptiness(images: Array, patch_size: int) -> tuple[Array, Array]:
     return (patches.std(axis=(2, 4)) < EMPTY_PATCH).mean(axis=(1, 2)), grey.std(axis=(1, 2))
 
 
-# ------------------------------------------------------------------------------------------------------ saliency
-def auc(values: Array, inside: Array) -> float:
-    """Chance that a random pixel inside has a higher value than one outside (ties count half); NaN if one is missing.
-
-    - `values`: [K]; `inside`: bool [K]
-    """
-    distinct, place = np.unique(values, return_inverse=True)
-    counts = [np.bincount(place[side], minlength=len(distinct)).astype(float) for side in (inside, ~inside)]
-    pairs = counts[0].sum() * counts[1].sum()
-    below = np.cumsum(counts[1]) - counts[1]
-    return float((counts[0] * (below + counts[1] / 2)).sum() / pairs) if pairs else float("nan")
-
-
-def precision_recall(values: Array, inside: Array) -> Array:
-    """Precision and recall at `THRESHOLDS` levels of the values scaled to [0, 1]: float64 [2, THRESHOLDS]."""
-    level = (drawing.from_0_to_1(values) * (THRESHOLDS - 1)).astype(int)
-    hits, chosen = (np.bincount(level[side], minlength=THRESHOLDS)[::-1].cumsum() for side in (inside, slice(None)))
-    return np.stack([hits / np.maximum(chosen, 1), hits / max(int(inside.sum()), 1)])
-
-
-class Saliency:
-    """Scores maps against object masks: files of `folder` named like the images, brighter than half = object."""
-
-    def __init__(self, folder: Path, size: tuple[int, int]) -> None:
-        if not folder.is_dir():
-            raise UserError(f"masks {folder} is no folder; give one whose files are named like the images")
-        self._files = {path.stem: path for path in files_below(folder)}
-        self._size = size
-        self._areas: dict[str, list[float]] = {}
-        self._curves: dict[str, list[Array]] = {}
-
-    def add(self, name: str, maps: dict[str, Array]) -> None:
-        """Take in the maps [R, C] of one image, if it has a mask that is neither empty nor everything."""
-        path = self._files.get(Path(name).stem)
-        if path is None:
-            return
-        inside = area_resize(read_pixels(str(path)), self._size)[:, :, 0].ravel() > 127
-        if inside.all() or not inside.any():
-            return
-        for kind, values in maps.items():
-            pixels = drawing.per_pixel(values, self._size).ravel()
-            known = ~np.isnan(pixels)
-            if inside[known].all() or not inside[known].any():
-                continue
-            self._areas.setdefault(kind, []).append(auc(pixels[known], inside[known]))
-            self._curves.setdefault(kind, []).append(precision_recall(pixels[known], inside[known]))
-
-    def scores(self) -> dict[str, dict[str, float]]:
-        """{kind: {"auc", "max_f", "images"}}. **Raises:** `UserError` if no image had a mask."""
-        if not self._areas:
-            raise UserError("no file of --masks is named like an image (or all are empty); expected masks/NAME.png")
-        return {
-            kind: {"auc": float(np.mean(areas)), "max_f": max_f(self._curves[kind]), "images": len(areas)}
-            for kind, areas in self._areas.items()
-        }
-
-
-def max_f(curves: list[Array]) -> float:
-    """The best F-measure over thresholds, of precision and recall averaged over images."""
-    precision, recall = np.mean(curves, axis=0)
-    return float(((1 + BETA_SQUARED) * precision * recall / np.maximum(BETA_SQUARED * precision + recall, 1e-12)).max())
-
-
 # ------------------------------------------------------------------------------------------------------ output
 def overlay(picture: Array, size: tuple[int, int], maps: Sequence[Array]) -> Array:
     """The picture, and each map [R, C] as colours over it, side by side: uint8 [H, W * (groups + maps), 3].
@@ -263,14 +198,14 @@ def write_maps(
 
     **Returns:** the number of images, and `asked` with what was measured here.
     """
-    saliency = Saliency(arguments.masks, recipe.image_size) if arguments.masks else None
     loader = whole_images(recipe, arguments)
     try:
         count = loader.info.num_samples
         places = known_places(arguments.data_path, count)
-        if places and saliency:
+        if places and arguments.masks:
             raise UserError(f"--masks are of whole images, and {arguments.data_path} holds tiles; leave out --masks")
         names = sample_names(arguments.data_path, count)
+        saliency = Saliency(arguments.masks, recipe.image_size, names, arguments.data_path) if arguments.masks else None
         shown = shown_of(loader.info.values, loader.info.channels, arguments.show)
         with _output(arguments):
             (out / "overlays").mkdir(parents=True)
@@ -401,6 +336,11 @@ def parse_arguments(argv: Arguments) -> argparse.Namespace:
         raise UserError("-o is missing; say where the maps go, or use --fit_head N to train a head only")
     if arguments.output is not None and arguments.output.exists():
         raise UserError(f"output {arguments.output} is there already; choose another -o, or remove it")
+    if arguments.output is not None:
+        files.check_above(arguments.output, "output")
+    else:
+        idle = ["true_loss", "masks", "show", "overlays", "difficulty"]
+        without_effect(idle, "no maps are made without -o, and --fit_head alone trains a head")
     return arguments
 
 
@@ -425,16 +365,20 @@ def fit_head(arguments: argparse.Namespace) -> HeadResult:
 def main(argv: Arguments = None) -> MapsResult | HeadResult:
     """`fasthpm maps` and `fasthpm.maps`; with `fit_head` and without `output` the result is the head's."""
     arguments = parse_arguments(argv)
-    trained = load_recipe(checkpoint_of(arguments.run) / RECIPE)
+    source = checkpoint_of(arguments.run)
+    trained = load_recipe(source / RECIPE)
     if is_video(trained.model) and arguments.output is not None:
         raise UserError(f"maps are of images, and {arguments.run} was trained on videos; use fasthpm visualize")
+    if arguments.true_loss and lacks_decoder(source):
+        raise UserError(f"{arguments.run} {NO_DECODER}")
     head = fit_head(arguments) if arguments.fit_head else None
     if head and arguments.output is None:
         print(f"from now on: {answers.load_asked(arguments.run)[2].line}")
         return head
     model, recipe, asked = answers.load_asked(arguments.run, arguments.difficulty, arguments.weights)
     if asked.problem and not arguments.true_loss:
-        raise UserError(f"{arguments.run} {asked.problem}, or add --true_loss 10 for the loss alone")
+        instead = "" if lacks_decoder(source) else ", or add --true_loss 10 for the loss alone"
+        raise UserError(f"{arguments.run} {asked.problem}{instead}")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     with files.replacing(arguments.output) as aside:
         count, asked = write_maps(model, recipe, arguments, aside, asked)

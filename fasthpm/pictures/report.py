@@ -4,7 +4,6 @@ fasthpm report RUN                        # or RUN/finetune, RUN/segment, RUN/de
 fasthpm report RUN RUN … [-o FOLDER]      # comparison.md, comparison.png: accuracy against epochs and GPU-hours
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,9 @@ from fasthpm import files
 from fasthpm.cli import Parser
 from fasthpm.errors import UserError
 from fasthpm.pictures import tunings
+from fasthpm.pictures.written import VERSIONS, read_figures, read_knn, read_object
 from fasthpm.recipe import Recipe, load_recipe
-from fasthpm.run.records import latest, read_metrics
+from fasthpm.run.records import latest
 
 CURVES = (
     ("loss", ("reconstruction_loss", "cls_loss", "patch_loss", "difficulty_loss")),
@@ -64,9 +64,9 @@ EXPLAINED = {
 def write(run: Path) -> Path:
     """Write RUN/report.md and RUN/curves.png. **Returns:** the report's path.
 
-    **Raises:** `UserError` if the disk does not take them.
+    **Raises:** `UserError` if what the run wrote is damaged, or the disk does not take them.
     """
-    records = read_metrics(run)
+    records = read_figures(run)
     if not (run / "versions.json").is_file():
         raise UserError(f"{run} has metrics and no versions.json: it is no output_dir of a run; give one")
     panels = sorted((run / "panels").glob("*.png"))
@@ -105,7 +105,7 @@ def draw_curves(records: list[dict[str, float]], path: Path) -> None:
 
 def _head(run: Path, records: list[dict[str, float]]) -> str:
     recipe = load_recipe(run / "recipe.json")
-    versions = json.loads((run / "versions.json").read_text())
+    versions = read_object(run / "versions.json", VERSIONS)
     last = records[-1]
     return (
         f"# {recipe.recipe}\n\n"
@@ -147,7 +147,7 @@ def _cell(record: dict[str, float], name: str) -> str:
 
 
 def _probes(run: Path) -> str:
-    results: list[dict[str, Any]] = [json.loads(path.read_text()) for path in sorted(run.glob("knn_*.json"))]
+    results: list[dict[str, Any]] = [read_knn(path) for path in sorted(run.glob("knn_*.json"))]
     if not results:
         return ""
     results.sort(key=lambda result: (result["bank_size"], result["pool"], result["weights"]))

@@ -5,8 +5,7 @@ from typing import Any
 
 from fasthpm import files
 from fasthpm.checkpoint.folder import TUNED
-from fasthpm.files import read_json
-from fasthpm.run.records import read_metrics
+from fasthpm.pictures.written import read_figures, read_object
 
 SPEED = ("images_per_second", "data_wait", "seconds")
 NO_FIGURES = {"step", "epoch", "time", "lr", "bad_samples", *SPEED}
@@ -21,20 +20,21 @@ def kind_of(folder: Path) -> str:
 def write(folder: Path) -> Path:
     """Write FOLDER/report.md and FOLDER/curves.png. **Returns:** the report's path.
 
-    **Raises:** `UserError` if nothing was logged yet, or the disk does not take them.
+    **Raises:** `UserError` if nothing was logged yet, what was written is damaged, or the disk does not take them.
     """
-    records = read_metrics(folder)
-    path = folder / "report.md"
+    records = read_figures(folder)
+    path, parts = folder / "report.md", sections(folder, records)
     with files.writing(path, "make room and try again"):
         with files.replacing(folder / "curves.png") as aside:
             draw_curves(records, aside)
-        files.write_text(path, "\n".join(section for section in sections(folder, records) if section))
+        files.write_text(path, "\n".join(section for section in parts if section))
     return path
 
 
 def sections(folder: Path, records: list[dict[str, Any]]) -> list[str]:
     """What the report says, part by part."""
-    last, made, result = records[-1], read_json(folder / "result.json"), folder / "result.md"
+    last, result, kept = records[-1], folder / "result.md", folder / "result.json"
+    made = read_object(kept, {"run": str, "recipe": str}) if kept.is_file() else {}
     what = made.get("protocol") or f"{kind_of(folder)}, not finished: update {last['step']:.0f}"
     head = f"# {what}\n\nOf {made['run']}, recipe {made['recipe']}.\n" if made else f"# {what}\n"
     names = [name for name in last if name not in ("step", "epoch", "time")]

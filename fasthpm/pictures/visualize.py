@@ -13,19 +13,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fasthpm.cli import Parser
+from fasthpm import checkpoint
+from fasthpm.cli import Parser, without_effect
+from fasthpm.data.names import stored_in
 from fasthpm.data.pixels import luminance, render
 from fasthpm.data.plain import read_pixels
 from fasthpm.data.shown import Shown, shown_of
 from fasthpm.data.statistics import measured
 from fasthpm.data.values import Values, are_photographs
 from fasthpm.errors import UserError
-from fasthpm.files import writing
+from fasthpm.files import check_place, writing
 from fasthpm.frozen import build_frozen
 from fasthpm.model import HPMViT
 from fasthpm.patches import Statistics, statistics_for
 from fasthpm.pictures import drawing, panels
 from fasthpm.probes import answers
+from fasthpm.probes.answers import Answers
 from fasthpm.probes.clips import add_sampling_rate, at_rate
 from fasthpm.recipe import Recipe
 
@@ -65,10 +68,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     answers.add_flags(parser)
     add_sampling_rate(parser)
     parser.add_argument(
-        "--alpha",
-        type=float,
-        default=-1.0,
-        help="share of the mask chosen by difficulty (default: the recipe's alpha_end)",
+        "--alpha", type=float, help="share of the mask chosen by difficulty, 0 to 1 (default: the recipe's alpha_end)"
     )
     parser.add_argument("-o", "--output", type=Path, default=Path("panel.png"), help="PNG, or GIF of a video model")
     arguments = parser.parse_args(argv)
@@ -76,11 +76,46 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         raise UserError(f"num_images is {arguments.num_images}, expected 1 or more")
     if arguments.images and arguments.data_path:
         raise UserError("--images and --data_path both say what to draw; leave one of them out")
+    if arguments.alpha is not None and not 0 <= arguments.alpha <= 1:
+        raise UserError(f"alpha is {arguments.alpha}, expected 0 to 1")
+    if arguments.images:
+        without_effect(["num_images"], "every file of --images is drawn")
+    check_output(arguments, arguments.data_path)
     return arguments
+
+
+def check_output(arguments: argparse.Namespace, data_path: str) -> None:
+    """**Raises:** `UserError` for a picture that would overwrite what is read, or cannot be where it is to be."""
+    out = arguments.output
+    sources = [*map(Path, arguments.images), *stored_in(data_path, out), *checkpoint.saved_files(arguments.run)]
+    check_place(out, "output", endings=(".png", ".gif"), sources=sources)
+
+
+def check_effects(recipe: Recipe, columns: Sequence[str]) -> None:
+    """**Raises:** `UserError` for a flag that none of these columns shows."""
+    drawn, names = {*columns}, ", ".join(columns)
+    masked = bool(drawn & {"mask", "reconstruction"})
+    asks = bool(drawn & {"predicted_loss", "hardest"}) or (masked and follows_anything(recipe))
+    if not (masked and recipe.masks_by_difficulty):
+        policy = f"mask_policy {recipe.mask_policy} has no share of hard patches"
+        without_effect(["alpha"], policy if masked else f"no column of {names} has a mask")
+    if not asks:
+        without_effect(["difficulty"], f"no column of {names} follows the difficulty")
+    if not (asks or drawn & {"true_loss", "reconstruction", "attention"}):
+        without_effect(["weights"], f"no column of {names} follows the weights")
+    if not drawn & {"image", "reconstruction", "mask", "hardest"}:
+        without_effect(["show"], f"no column of {names} shows channels")
+
+
+def follows_anything(recipe: Recipe) -> bool:
+    """Whether the masks are not drawn at random alone."""
+    return bool(recipe.mask_plan.record.follows)
 
 
 def check_model(model: HPMViT, recipe: Recipe, arguments: argparse.Namespace, columns: Sequence[str]) -> None:
     """**Raises:** `UserError` for pictures that cannot be drawn of this model."""
+    if not (arguments.images or arguments.data_path):
+        check_output(arguments, recipe.data_path)
     if arguments.output.suffix.lower() == ".gif" and not model.video:
         raise UserError(f"output {arguments.output}: animations are of videos, and this model takes images; use a .png")
     if model.video and arguments.images:
@@ -100,16 +135,41 @@ def check_model(model: HPMViT, recipe: Recipe, arguments: argparse.Namespace, co
         )
 
 
+def columns_of(model: HPMViT, recipe: Recipe, arguments: argparse.Namespace, asked: Answers) -> list[str]:
+    """What is drawn, each column once: as the command line asks, or all that is true of this model.
+
+    **Raises:** `UserError` for columns asked for that a decoder of random weights would make up.
+    """
+    usual, untrue = list(panels.columns_of(recipe)), untrue_columns(arguments.run, recipe, asked)
+    if untrue:
+        usual = [name for name in (*usual, *([] if model.video else ["attention"])) if name not in untrue]
+    columns = [*dict.fromkeys([*(arguments.columns or usual), *(["attention"] if arguments.attention else [])])]
+    if wrong := [name for name in columns if name in untrue]:
+        raise UserError(
+            f"columns {', '.join(wrong)} need a decoder, and {arguments.run} was imported without its own; leave them "
+            f"out, or import all of the checkpoint"
+        )
+    return columns
+
+
+def untrue_columns(run: Path, recipe: Recipe, asked: Answers) -> set[str]:
+    """The columns that an untrained decoder makes up; none of a model that has all its weights."""
+    if not checkpoint.lacks_decoder(checkpoint.checkpoint_of(run)):
+        return set()
+    by_difficulty = {"predicted_loss", "hardest", *(["mask"] if follows_anything(recipe) else [])}
+    return {"reconstruction", "true_loss"} | (set() if asked.way else by_difficulty)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """`fasthpm visualize`."""
     arguments = parse_arguments(argv)
     model, recipe, asked_by = answers.load_asked(arguments.run, arguments.difficulty, arguments.weights)
     recipe = at_rate(recipe, arguments.sampling_rate)
-    asked = arguments.columns or panels.columns_of(recipe)
-    columns = [*asked, *(["attention"] if arguments.attention else [])]
+    columns = columns_of(model, recipe, arguments, asked_by)
+    check_effects(recipe, columns)
     check_model(model, recipe, arguments, columns)
     images, statistics, shown = chosen_images(model, recipe, arguments)
-    alpha = recipe.alpha_end if arguments.alpha < 0 else arguments.alpha
+    alpha = recipe.alpha_end if arguments.alpha is None else arguments.alpha
     frozen = build_frozen(recipe, torch.device("cpu"), torch.float32)
     pictures = panels.pictures(model, recipe, statistics, images, alpha, frozen, columns, asked_by.spearman, shown)
     with writing(arguments.output, "make room, or choose another -o"):

@@ -79,7 +79,7 @@ def load_asked(source: Path, asked: str = AUTO, weights: str = AUTO) -> tuple[HP
     **Raises:** `UserError` as `load_weights`, for a way that the run does not have, and for a head of another encoder.
     """
     folder = checkpoint.checkpoint_of(source)
-    run, recipe = folder.parent.parent, load_recipe(folder / checkpoint.RECIPE)
+    run, recipe = checkpoint.run_of(folder), load_recipe(folder / checkpoint.RECIPE)
     own, step = recipe.question.name, checkpoint.read_state(folder).step
     kept = None
     if asked == "in_place" or (asked == AUTO and (own == "paper" or not recipe.answers_difficulty)):
@@ -115,8 +115,8 @@ def _best(model: HPMViT, own: str) -> str:
 
 def _nobody(folder: Path, model: HPMViT, recipe: Recipe, own: str) -> str:
     """Why the model cannot be asked at all: the rest of a sentence; empty if it can."""
-    if difficulty_head.lacks_decoder(folder):
-        return difficulty_head.NO_DECODER
+    if checkpoint.lacks_decoder(folder):
+        return checkpoint.NO_DECODER
     if all(refusal(model, name) for name in (own, *BEST_AFTER_OWN)):
         what = recipe.target if recipe.uses_views else f"{recipe.target} features"
         return f"has no loss predictor, and its losses are of {what}; fit a head: {HOW}"

@@ -23,7 +23,6 @@ from tqdm import tqdm
 
 from fasthpm import checkpoint, files
 from fasthpm import loss as losses
-from fasthpm.checkpoint.foreign import IMPORT_NOTE
 from fasthpm.data import Batch, build_loader, read_info
 from fasthpm.difficulty import DIFFICULTIES, HEAD, refusal
 from fasthpm.entry import Result
@@ -42,7 +41,6 @@ NOTES = f"fasthpm_{HEAD}"  # in the file's metadata, as JSON
 HELD_OUT = 64  # the last samples of the set, on which it is measured and not trained
 LR, WEIGHT_DECAY = 1e-3, 0.05
 HOW = "fasthpm maps RUN --fit_head 1000 --data_path SET"
-NO_DECODER = "was imported without its decoder, so it has no losses to predict or measure; import all of the checkpoint"
 
 
 class Agreement(NamedTuple):
@@ -270,8 +268,9 @@ def fit_beside(
     model, recipe = checkpoint.load_weights(folder, chosen)
     if recipe.question.head:
         raise UserError(f"{source} has a difficulty head already, which learnt as it trained; leave out --fit_head")
-    if lacks_decoder(folder):
-        raise UserError(f"{source} {NO_DECODER}")
+    if checkpoint.lacks_decoder(folder):
+        raise UserError(f"{source} {checkpoint.NO_DECODER}")
+    step = checkpoint.read_state(folder).step
     model.requires_grad_(False).to("cuda" if torch.cuda.is_available() else "cpu")
     statistics = statistics_for(model, read_info(data_path, recipe.channels), data_path)
     fitting = Fitting(model, recipe, statistics, data_path, batch_size, num_workers, folder)
@@ -281,7 +280,6 @@ def fit_beside(
     found = fitting.measure(head)
     after = found.pop(HEAD)
     others = {name: figures.difficulty_spearman for name, figures in found.items()}
-    step = checkpoint.read_state(folder).step
     notes = HeadNotes(
         **shape_of(model),
         weights=chosen,
@@ -292,7 +290,7 @@ def fit_beside(
         **after._asdict(),
         others=others,
     )
-    path = keep(folder.parent.parent, head, notes)
+    path = keep(checkpoint.run_of(folder), head, notes)
     return HeadResult(path, updates, *after, before.difficulty_spearman, others)
 
 
@@ -311,11 +309,6 @@ def teacher_distributions(recipe: Recipe, folder: Path, device: torch.device) ->
         return patch_distributions(teacher, patches, centre, recipe.temperature)
 
     return targets
-
-
-def lacks_decoder(folder: Path) -> bool:
-    """Whether a checkpoint is an import of an encoder alone, whose decoder is untrained."""
-    return bool(files.read_json(folder / IMPORT_NOTE).get("encoder_only"))
 
 
 def target_features(model: HPMViT, recipe: Recipe, folder: Path) -> Callable[[Tensor, Tensor], Tensor | None]:

@@ -35,9 +35,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fasthpm import files
+from fasthpm.checkpoint import saved_files
 from fasthpm.cli import Arguments, Parser
 from fasthpm.data import DatasetInfo, Loader, build_loader
-from fasthpm.data.names import known_names
+from fasthpm.data.names import known_names, stored_in
 from fasthpm.entry import Result
 from fasthpm.errors import UserError
 from fasthpm.probes import encoders
@@ -166,6 +167,9 @@ def parse_arguments(argv: Arguments) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.output.suffix not in (ARCHIVE, ARRAY):
         raise UserError(f"output is {arguments.output}, expected a name that ends in {ARCHIVE} or {ARRAY}")
+    kept = [arguments.run] if arguments.run.is_file() else saved_files(arguments.run)
+    for path in {arguments.output, info_path(arguments.output)}:
+        files.check_place(path, "output", sources=[*kept, *stored_in(arguments.data_path, path)])
     if arguments.timm and not arguments.run.is_file():
         raise UserError(f"--timm {arguments.timm} needs its weights, and {arguments.run} is no file; give a checkpoint")
     if arguments.weights and arguments.run.is_file():

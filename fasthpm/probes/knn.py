@@ -22,12 +22,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fasthpm import ranks
-from fasthpm.checkpoint.weights import load_weights
+from fasthpm.checkpoint.weights import load_weights, saved_files
 from fasthpm.cli import Arguments, Parser
 from fasthpm.data import DatasetInfo, build_loader, read_info
 from fasthpm.data.device import on_device
+from fasthpm.data.names import stored_in
 from fasthpm.entry import Result
 from fasthpm.errors import UserError
+from fasthpm.files import check_place
 from fasthpm.model import HPMViT
 from fasthpm.probes import result
 from fasthpm.probes.clips import add_sampling_rate, at_rate
@@ -92,7 +94,9 @@ def evaluate(arguments: argparse.Namespace, weights: str, launch: ranks.Launch) 
     """Accuracy per k of the model with these `weights` for every bank size, all ranks together."""
     sizes = arguments.bank_size
     with ranks.in_agreement():
-        result.check_sets(*((path, read_info(path)) for path in (arguments.train_path, arguments.val_path)))
+        sets = [(path, read_info(path)) for path in (arguments.train_path, arguments.val_path)]
+        result.check_sets(*sets)
+        _check_voters(arguments, sets[0][1].num_samples)
         model, recipe = load_weights(arguments.run, weights)
         recipe = at_rate(recipe, arguments.sampling_rate)
         model = model.to(launch.device)
@@ -101,7 +105,6 @@ def evaluate(arguments: argparse.Namespace, weights: str, launch: ranks.Launch) 
         bank, info = _side(arguments, arguments.train_path, model, recipe, launch, largest)
         queries, val_info = _side(arguments, arguments.val_path, model, recipe, launch)
         result.check_sets((arguments.train_path, info), (arguments.val_path, val_info))
-        _check_neighbours(arguments, info.num_samples)
         result.check_labels(queries.labels, arguments.val_path, len(info.classes), several=False)
     bank = Features(*(gather_rows(column, launch.world_size) for column in bank))
     with ranks.in_agreement():
@@ -115,9 +118,14 @@ def evaluate(arguments: argparse.Namespace, weights: str, launch: ranks.Launch) 
     return results
 
 
-def _check_neighbours(arguments: argparse.Namespace, num_samples: int) -> None:
-    """A k that was asked for and that the bank cannot serve is an error; the usual ones are left out then."""
-    smallest = min(min(size or num_samples, num_samples) for size in arguments.bank_size)
+def _check_voters(arguments: argparse.Namespace, num_samples: int) -> None:
+    """A bank, or a k that was asked for, of more than there are is an error; the usual k are left out then."""
+    if (largest := max(arguments.bank_size)) > num_samples:
+        raise UserError(
+            f"bank_size is {largest}, more than the {num_samples} training images of {arguments.train_path}; use 0 for "
+            f"all, or a smaller --bank_size"
+        )
+    smallest = min(size or num_samples for size in arguments.bank_size)
     for k in arguments.k if arguments.k_given else ():
         if k > smallest:
             raise UserError(
@@ -188,6 +196,10 @@ def parse_arguments(argv: Arguments) -> argparse.Namespace:
     count = len(arguments.bank_size) * len(arguments.weights)
     if arguments.output and count > 1:
         raise UserError(f"--output {arguments.output} names one file for {count} results; leave it out")
+    if arguments.output:
+        paths = (arguments.train_path, arguments.val_path)
+        sources = [place for path in paths for place in stored_in(path, arguments.output)]
+        check_place(arguments.output, "output", endings=(".json",), sources=[*sources, *saved_files(arguments.run)])
     arguments.k_given, arguments.k = bool(arguments.k), arguments.k or list(NEIGHBOURS)
     if min(arguments.k) < 1:
         raise UserError(f"k is {min(arguments.k)}, expected 1 or more")
@@ -204,13 +216,14 @@ def main(argv: Arguments = None) -> KnnResult:
     arguments = parse_arguments(argv)
     accuracies: dict[tuple[str, int], dict[int, float]] = {}
     with ranks.session() as launch:
+        with ranks.in_agreement():  # before the work: it fails where the checkpoint is not whole
+            origin = result.provenance(arguments.run, launch) if launch.rank == 0 else {}
         for weights in arguments.weights:
             begin = time.perf_counter()
             results = evaluate(arguments, weights, launch)
             accuracies |= {(weights, size): accuracy for size, accuracy in results.items()}
             with ranks.in_agreement():
                 if launch.rank == 0:
-                    origin = result.provenance(arguments.run, launch)
                     for size, accuracy in results.items():
                         _report(arguments, weights, size, accuracy, time.perf_counter() - begin, origin)
     first_of_all = next(iter(accuracies.values()))

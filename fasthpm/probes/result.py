@@ -70,6 +70,8 @@ def provenance(run: Path, launch: ranks.Launch) -> dict[str, Any]:
 
     - `checkpoint_hash`: sha256 of the checkpoint's manifest, which holds the hashes of all its files
     - `effective_epochs`: see `effective_epochs`; `pretraining_gpu_hours`: devices times hours, of the run's own log
+
+    **Raises:** `UserError` for a checkpoint that does not say its update; ask before the work.
     """
     folder = checkpoint.checkpoint_of(run)
     recipe = load_recipe(folder / checkpoint.RECIPE)

@@ -41,7 +41,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
         with suppress(ValueError, TypeError, KeyError):
             record = json.loads(line)
-            records[record["step"]] = record
+            records[record["step"] + 0] = record  # that of a damaged line may be no number
     return [records[step] for step in sorted(records)]
 
 

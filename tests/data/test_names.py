@@ -9,7 +9,7 @@ import pytest
 from data_prep.fashion_mnist import Arrays
 from data_prep.writer import write_beton
 from fasthpm.data.ffcv.beton import files_path
-from fasthpm.data.names import Place, known_names, known_places, sample_names
+from fasthpm.data.names import Place, known_names, known_places, sample_names, stored_in
 
 
 @pytest.fixture
@@ -50,3 +50,23 @@ def test_other_lists_are_no_tiles(tiles: Path, rows: list[list[object]]) -> None
 def test_nothing_is_known_of_drawn_images(tmp_path: Path) -> None:
     assert known_places("synthetic:4", 4) == known_names("synthetic:4", 4) == []
     assert sample_names("synthetic:2", 2) == ["sample-00000000", "sample-00000001"]
+
+
+def test_what_a_data_set_keeps_where(tiles: Path, tmp_path: Path) -> None:
+    """Of prepared sets all that lies beside them, shards too; of lists their images; folders whole."""
+    other = tmp_path / "other.beton"
+    other.with_suffix(".json").write_text('{"shards": ["other-0.beton"]}')
+    (tmp_path / "images").mkdir()
+    (tmp_path / "list.txt").write_text("images/a.png\t0\n")
+    (tmp_path / "images" / "a.png").touch()
+
+    def names(source: str, output: str = "x.png") -> set[str]:
+        return {path.name for path in stored_in(source, Path(output))}
+
+    beside = {"tiles.beton", "tiles.json", "tiles.files.csv"}
+    assert names(str(tiles)) == beside
+    shard = {"other-0.beton", "other-0.json", "other-0.files.csv", "other.beton", "other.json", "other.files.csv"}
+    assert names(f"{tiles},{other}") == beside | shard
+    assert names(str(tmp_path / "list.txt")) == {"list.txt", "a.png"}
+    assert names(str(tmp_path / "images")) == names(str(tmp_path / "images"), "x.npz") == {"images"}
+    assert names(str(tmp_path / "images"), "x.json") == names("synthetic:9") == names("") == set()

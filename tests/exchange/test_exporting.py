@@ -390,3 +390,20 @@ def test_a_difficulty_head_without_its_recipe_is_left_in_the_file(
     run_import(tmp_path / "some.safetensors", tmp_path / "again", "--decoder_heads", "4")
     assert "a difficulty head, which the model lacks" in capsys.readouterr().out
     assert load_weights(tmp_path / "again")[1].difficulty == "paper"
+
+
+@pytest.mark.parametrize("form", ["timm", "hf_vit"])
+def test_nothing_of_the_run_is_overwritten(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is anything looked for below a file; from the run, from its checkpoint, and from within that."""
+    run, _ = run_with(tmp_path / "run")
+    folder = weights.checkpoint_of(run)
+    monkeypatch.chdir(folder)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    monkeypatch.setattr(exporting, "load_weights", None)
+    for source in (run, folder, Path(".")):
+        for name in ("student.safetensors", "recipe.json", "state.json"):
+            with pytest.raises(UserError, match=rf"output is {name}, and would overwrite what is read or was saved"):
+                exporting.main([str(source), "--format", form, "-o", name])
+        with pytest.raises(UserError, match=r"would lie in state.json, and that is a file"):
+            exporting.main([str(source), "--format", form, "-o", "state.json/x.safetensors"])
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before

@@ -12,6 +12,7 @@ from torch import Tensor
 from fasthpm import recipes
 from fasthpm.checkpoint import folder as checkpoint_folder
 from fasthpm.checkpoint.folder import RunState
+from fasthpm.checkpoint.foreign import ENCODER_PREFIXES, IMPORT_NOTE
 from fasthpm.files import file_hash
 from fasthpm.model import HPMViT
 from fasthpm.patches import model_of
@@ -56,6 +57,20 @@ def run_of(
         save_file(buffers, aside / checkpoint_folder.BUFFERS)
     checkpoint_folder.commit(aside, recipe, checkpoint_folder.RunState(3, {}, 1, 1))
     return folder, model
+
+
+def lone_encoder(output: Path, recipe: Recipe, decoder: int) -> Path:
+    """An import of an encoder alone; `decoder`: seed of all other weights, which are random."""
+    model, generator = away(recipe), torch.Generator().manual_seed(decoder)
+    weights = {
+        name: value.contiguous() if name.startswith(ENCODER_PREFIXES) else torch.randn(value.shape, generator=generator)
+        for name, value in model.state_dict().items()
+    }
+    aside = checkpoint_folder.begin(output, 0)
+    save_file(weights, aside / "student.safetensors")
+    (aside / IMPORT_NOTE).write_text(json.dumps({"encoder_only": True}))
+    checkpoint_folder.commit(aside, recipe, RunState(0, {}, 1, 1))
+    return output
 
 
 def recipe_in(folder: Path, **changes: object) -> Recipe:

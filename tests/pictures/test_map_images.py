@@ -29,7 +29,7 @@ from fasthpm.recipe import Recipe
 from tests.helpers import reference
 from tests.helpers.data_fixtures import picture, prepare
 from tests.helpers.reference_views import cross_entropy
-from tests.helpers.runs import away, run_of
+from tests.helpers.runs import away, lone_encoder, run_of
 from tests.helpers.videos import video_run
 
 
@@ -132,6 +132,15 @@ def test_the_loss_alone_of_a_run_that_nobody_can_ask(folder: Path, tmp_path: Pat
     assert list(np.load(tmp_path / "out" / "maps.npz")) == ["names", "ids", "true_loss"]
 
 
+@pytest.mark.parametrize("flags", [{}, {"true_loss": 3}, {"fit_head": 1}, {"true_loss": 1, "difficulty": "measured"}])
+def test_no_maps_of_a_decoder_that_was_never_trained(flags: dict[str, Any], folder: Path, tmp_path: Path) -> None:
+    """Nor are they advised."""
+    run = lone_encoder(tmp_path / "run", recipes.debug(), 1)
+    with pytest.raises(UserError, match=r"was imported without its decoder, .*; import all of the checkpoint$"):
+        fasthpm.maps(run, data_path=folder, output=tmp_path / "out", **flags)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
 IBOT: dict[str, Any] = {
     "input_size": "12",
     "patch_size": 4,
@@ -222,6 +231,18 @@ def test_arguments_that_are_refused(run: Path, folder: Path, flags: list[str], m
         map_images.main([str(run), "--data_path", str(folder), *flags])
 
 
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("true_loss", 0), ("masks", "objects"), ("show", "1"), ("overlays", -1), ("difficulty", "measured")],
+)
+def test_a_head_alone_has_no_maps_to_say_anything_of(run: Path, flag: str, value: object, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"--{flag} has no effect here: no maps are made without -o"):
+        fasthpm.maps(run, data_path="synthetic:90", fit_head=1, **{flag: value})
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"output is .*/file/a/m, which would lie in .*/file, and that is a file"):
+        fasthpm.maps(run, data_path="synthetic:90", output=tmp_path / "file" / "a" / "m")
+
+
 def test_maps_of_videos_are_refused_before_a_head_is_fitted(tmp_path: Path) -> None:
     run, _ = video_run(tmp_path)
     with pytest.raises(UserError, match=r"maps are of images, and .* was trained on videos; use fasthpm visualize"):
@@ -253,40 +274,32 @@ def test_names_of_any_kind(run: Path, tmp_path: Path) -> None:
             assert os.fsdecode(drawn[number]).count("\udcc3") == 0  # no half a character
 
 
-def test_a_failure_leaves_nothing(run: Path, folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "masks").mkdir()
-    arguments = [str(run), "--data_path", str(folder), "-o", str(tmp_path / "out"), "--overlays", "0"]
-    with pytest.raises(UserError, match="named like an image"):
-        map_images.main([*arguments, "--masks", str(tmp_path / "masks")])
+def test_masks_that_fit_nothing_are_told_before_the_work(
+    run: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nothing is left behind."""
+
+    def work(*_: object) -> None:
+        raise RuntimeError("work was done")
+
+    monkeypatch.setattr(map_images, "map_batches", work)
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    flags: dict[str, Any] = {"data_path": folder, "output": tmp_path / "out", "masks": masks}
+    Image.new("L", (9, 9)).save(masks / "half.png")
+    Image.new("L", (9, 9), 255).save(masks / "noise.png")
+    with pytest.raises(UserError, match=r"all 2 masks of .*masks are empty, or nothing but object"):
+        fasthpm.maps(run, **flags)
+    mask = Image.new("L", (9, 9))
+    mask.paste(255, (0, 0, 4, 4))
+    mask.save(masks / "small.png")
+    with pytest.raises(RuntimeError, match="work was done"):
+        fasthpm.maps(run, **flags)
+    for left in masks.iterdir():
+        left.unlink()
+    with pytest.raises(UserError, match="no file of --masks is named like an image: there are images, and no masks"):
+        fasthpm.maps(run, **flags)
+    mask.save(masks / "zzz.png")
+    with pytest.raises(UserError, match=r"there are .*broken.png, and masks like .*zzz.png; expected .*/NAME.png"):
+        fasthpm.maps(run, **flags)
     assert [path.name for path in tmp_path.iterdir()] == ["masks"]
-
-
-def test_a_map_that_is_the_mask_scores_best(tmp_path: Path) -> None:
-    inside = np.zeros((28, 28), np.uint8)
-    inside[4:12, 8:20] = 255
-    Image.fromarray(inside).save(tmp_path / "a.png")
-    for maps, area, best in (
-        (inside[::4, ::4] / 255.0, 1.0, 1.0),
-        (1 - inside[::4, ::4] / 255.0, 0.0, None),
-        (np.zeros((7, 7)), 0.5, None),
-    ):
-        saliency = map_images.Saliency(tmp_path, (28, 28))
-        saliency.add("x/a.jpg", {"predicted": maps})
-        saliency.add("unknown.jpg", {"predicted": maps})
-        scores = saliency.scores()["predicted"]
-        assert scores["auc"] == area
-        assert scores["images"] == 1
-        assert best is None or scores["max_f"] == pytest.approx(best)
-
-
-def test_auc_counts_pairs() -> None:
-    numbers = np.random.default_rng(3)
-    values, inside = numbers.integers(0, 6, 40).astype(float), numbers.random(40) < 0.4
-    pairs = [(a > b) + (a == b) / 2 for a in values[inside] for b in values[~inside]]
-    assert map_images.auc(values, inside) == pytest.approx(np.mean(pairs))
-    curve = map_images.precision_recall(values, inside)
-    for level in range(1, 6):
-        chosen = values >= level
-        want = (inside & chosen).sum() / chosen.sum(), (inside & chosen).sum() / inside.sum()
-        place = 255 - int((level - values.min()) / (values.max() - values.min()) * 255)
-        np.testing.assert_allclose(curve[:, place], want)

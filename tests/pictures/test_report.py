@@ -69,6 +69,40 @@ def test_the_report_of_one_run_goes_nowhere_else(tmp_path: Path, capsys: pytest.
     assert f"written to {run / 'report.md'}" in capsys.readouterr().out
 
 
+KNN = {"weights": "student", "pool": "cls", "bank_size": 0, "accuracy": {"10": 50.0}}
+DAMAGES: list[tuple[str, str, bool]] = [  # file, what it holds, whether a comparison reads it
+    *((name, text, True) for name in ("versions.json", "recipe.json") for text in ("", '{"world', "[1]", "3", "null")),
+    ("recipe.json", '{"epochs": "many"}', True),
+    ("recipe.json", '{"epoch": 3}', True),
+    ("versions.json", "{}", True),
+    ("versions.json", '{"world_size": "two"}', True),
+    ("versions.json", '{"world_size": 1}', False),
+    *(("knn_student_cls.json", json.dumps(KNN)[:cut], False) for cut in (0, 9, 60)),
+    *(("knn_student_cls.json", json.dumps({k: v for k, v in KNN.items() if k != name}), False) for name in KNN),
+    *(("knn_student_cls.json", json.dumps({**KNN, "accuracy": wrong}), False) for wrong in ({}, 3, {"10": "x"})),
+    ("metrics.jsonl", '{"step": 1, "loss": 3}', True),
+    ("metrics.jsonl", '{"step": 1, "epoch": null, "loss": 3}', True),
+    ("metrics.jsonl", '{"step": 1, "epoch": 1, "loss": "3"}', True),
+    ("metrics.jsonl", '{"step": "1", "epoch": 1}\n{"epoch": 1}\n[1]\n', True),
+]
+
+
+@pytest.mark.parametrize(("name", "text", "compared"), DAMAGES)
+def test_a_damaged_file_is_named_in_one_line(name: str, text: str, compared: bool, tmp_path: Path) -> None:
+    """Whatever of it is wrong; and no report is begun."""
+    runs = [tmp_path / "one", tmp_path / "two"]
+    for run in runs:
+        run.mkdir()
+        written_run(run)
+    (runs[0] / name).write_text(text)
+    for line in ([runs[0]], [*runs, "-o", tmp_path / "out"])[: 1 + compared]:
+        with pytest.raises(UserError) as caught:
+            report.main(list(map(str, line)))
+        assert str(runs[0] / name) in str(caught.value)
+        assert "\n" not in str(caught.value)
+    assert not [path for path in tmp_path.rglob("*") if path.name in ("report.md", "curves.png", "out")]
+
+
 def test_report_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"metrics\.jsonl is missing"):
         report.write(tmp_path)

@@ -60,3 +60,21 @@ def test_a_folder_of_neither_kind_is_one_line(tmp_path: Path) -> None:
     (folder / "segment.json").unlink()
     with pytest.raises(UserError, match=r"no output_dir of a run"):
         dispatch(["report", str(folder)])
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("result.json", '{"protocol'),
+        ("result.json", "[1]"),
+        ("result.json", '{"protocol": "segment"}'),
+        ("metrics.jsonl", '{"step": 1, "loss": 3}'),
+        ("metrics.jsonl", '{"step": 1, "epoch": 1, "loss": []}'),
+    ],
+)
+def test_a_damaged_file_of_a_tuning_is_named_in_one_line(name: str, text: str, tmp_path: Path) -> None:
+    folder = wrote(tmp_path / "out", "segment", finished=True)
+    (folder / name).write_text(text)
+    with pytest.raises(UserError, match=rf"^{folder / name} "):
+        dispatch(["report", str(folder)])
+    assert not [one for one in ("report.md", "curves.png") if (folder / one).exists()]

@@ -10,13 +10,15 @@ import torch
 from safetensors.torch import save_file
 
 from fasthpm import recipes
-from fasthpm.checkpoint.weights import load_weights
+from fasthpm.checkpoint.weights import checkpoint_of, load_weights
+from fasthpm.data.statistics import PixelStatistics
 from fasthpm.difficulty import HEAD
 from fasthpm.errors import UserError
 from fasthpm.layers import DifficultyHead
 from fasthpm.patches import model_of
-from fasthpm.probes import difficulty_head
+from fasthpm.probes import difficulty_head, knn, result
 from fasthpm.probes.answers import load_asked
+from fasthpm.ranks import Launch
 from fasthpm.recipe import Recipe
 from tests.helpers.published import published, run_import
 from tests.helpers.runs import away, run_of
@@ -127,6 +129,54 @@ def test_ways_that_a_run_does_not_have(tmp_path: Path, changes: dict[str, Any], 
         load_asked(run, asked)
     assert str(caught.value).startswith(f"{run}: difficulty")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("place", "name"), [("..", "step-00000003"), (".", "."), (".", "../step-00000003")])
+def test_a_checkpoint_knows_its_run_from_within(
+    place: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However its name is given: the run's figures, costs and pixels, and the head that is kept beside it."""
+    run = run_with(tmp_path)
+    records = [{"step": 1, "images_per_second": 5.0, **FIGURES}]
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
+    (run / "versions.json").write_text(json.dumps({"world_size": 2}))
+    save_file({"x": torch.zeros(1)}, run / "encoder.safetensors", {"mean": "[0.4]", "std": "[0.1]"})
+    folder = checkpoint_of(run)
+    monkeypatch.chdir(folder / place)
+    launch = Launch(0, 0, 1, 1, torch.device("cpu"))
+    with monkeypatch.context() as patched:
+        patched.setattr(result, "gpu_hours", lambda records, batch, devices: [float(devices)])
+        found = result.provenance(Path(name), launch)
+        assert found["pretraining_gpu_hours"] == result.provenance(folder, launch)["pretraining_gpu_hours"] == 2.0
+    model, _, asked = load_asked(Path(name), "paper")
+    assert (asked.spearman, asked.auc) == (0.25, 0.75)
+    assert model.pixels == PixelStatistics((0.4,), (0.1,))
+    head = difficulty_head.fit_beside(Path(name), "synthetic:70", 1, weights="student", batch_size=4)
+    assert (head.path, head.path.parent) == (run / difficulty_head.FILE, run)
+    assert load_asked(Path(name), "in_place")[2].source.startswith("when difficulty_head.safetensors was fitted")
+
+
+@pytest.mark.parametrize("text", ["", '{"step": 3', "[3]", '{"steps": 3}', None])
+def test_a_checkpoint_without_its_position_is_told_before_the_work(
+    text: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_with(tmp_path)
+    state = checkpoint_of(run) / "state.json"
+    state.unlink() if text is None else state.write_text(text)
+
+    def work(*_: object) -> None:
+        raise RuntimeError("features were computed")
+
+    monkeypatch.setattr(knn, "_side", work)
+    monkeypatch.setattr(difficulty_head, "Fitting", work)
+    message = rf"^{state} cannot be read \((No such file.*|it is damaged)\); copy the checkpoint again"
+    for asked in (
+        lambda: load_asked(state.parent),
+        lambda: difficulty_head.fit_beside(state.parent, "synthetic:70", 1),
+        lambda: knn.main([str(state.parent), "--train_path", "synthetic:48", "--val_path", "synthetic:21"]),
+    ):
+        with pytest.raises(UserError, match=message):
+            asked()
 
 
 def test_a_run_that_nobody_can_ask(tmp_path: Path) -> None:

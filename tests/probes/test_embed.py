@@ -223,6 +223,29 @@ def test_wrong_input_is_one_line_and_leaves_nothing(
     assert not list(tmp_path.glob("out/*"))
 
 
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("folder.npz", "which is a folder; name a file"),
+        ("a.info.npz/b.npy", "and that is a file"),
+        ("images/a.npy", "would overwrite what is read"),
+        ("images/a.npz", "would overwrite what is read"),
+        ("images/b.npy", "would overwrite what is read"),  # what lies beside it
+        ("folder.npy", "which is a folder; name a file"),
+    ],
+)
+def test_a_place_that_cannot_be_is_told_before_the_work(
+    output: str, message: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("images", "folder.npz", "folder.info.npz"):
+        (tmp_path / folder).mkdir()
+    for name in ("images/a.npy", "images/a.npz", "images/b.info.npz", "a.info.npz"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(embed, "encoder_of", None)
+    with pytest.raises(UserError, match=message):
+        fasthpm.embed(run, data_path=tmp_path / "images", output=tmp_path / output)
+
+
 def test_a_launcher_is_refused(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="one process"):

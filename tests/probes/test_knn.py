@@ -15,6 +15,7 @@ from torch import Tensor
 from fasthpm import recipes
 from fasthpm.checkpoint.weights import load_weights
 from fasthpm.data import build_loader
+from fasthpm.errors import UserError
 from fasthpm.patches import model_of
 from fasthpm.probes import features, knn
 from tests.helpers.data_fixtures import prepare
@@ -109,12 +110,53 @@ def test_knn_refuses_what_does_not_fit_and_says_where_it_comes_from(run: Path, t
     one = prepare(flat_folder(tmp_path / "one"), tmp_path / "one.beton")
     assert "k is 50, more than the 48 training images that vote" in refused(knn, run, *DATA, "--k", "5", "50")
     assert "k is 9, more than the 8 training" in refused(knn, run, *DATA, "--k", "9", "--bank_size", "0", "8")
+    assert "bank_size is 49, more than the 48 training images of synthetic:48; use 0 for all" in refused(
+        knn, run, *DATA, "--bank_size", "8", "49"
+    )
     assert "labels are missing" in refused(knn, run, "--train_path", one, "--val_path", one)
     start(knn, run, *DATA, "--k", "5", "7", "-o", tmp_path / "knn.json")
     found = read(tmp_path / "knn.json")
     assert list(found["accuracy"]) == ["5", "7"]
     assert found["effective_epochs"] == 1.0
     assert len(found["checkpoint_hash"]) == 64
+
+
+def test_what_the_sets_cannot_serve_is_told_before_the_features(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(*_: object) -> None:
+        raise RuntimeError("features were computed")
+
+    monkeypatch.setattr(knn, "_side", work)
+    for flags in (["--k", "49"], ["--k", "9", "--bank_size", "8"], ["--bank_size", "49"]):
+        with pytest.raises(UserError, match="more than the"):
+            knn.main([str(run), *DATA, *flags])
+    for flags in ([], ["--k", "48", "--bank_size", "48", "0"]):
+        with pytest.raises(RuntimeError, match="features were computed"):
+            knn.main([str(run), *DATA, *flags])
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("set.json", "would overwrite what is read or was saved"),
+        ("run/deepspeed.json", "would overwrite what is read or was saved"),
+        ("z.csv", r"expected a name that ends in \.json"),
+        ("z", r"expected a name that ends in \.json"),
+        ("folder.json", "which is a folder; name a file"),
+        ("set.beton/z.json", "and that is a file"),
+    ],
+)
+def test_a_place_that_cannot_be_is_told_before_the_features(
+    output: str, message: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("set.beton", "set.json"):
+        (tmp_path / name).touch()
+    (tmp_path / "folder.json").mkdir()
+    (tmp_path / "run").symlink_to(run)
+    monkeypatch.setattr(knn, "evaluate", None)
+    for side in ("--train_path", "--val_path"):
+        sets = [*DATA, side, str(tmp_path / "set.beton")]
+        with pytest.raises(UserError, match=rf"^output is {tmp_path / output}.*{message}"):
+            knn.main([str(run), *sets, "-o", str(tmp_path / output)])
 
 
 def test_every_weights_and_bank_have_figures_of_their_own(run: Path) -> None:

@@ -44,7 +44,7 @@ def test_unlabelled_samples_are_refused_with_their_number(run: Path, tmp_path: P
     words = f"2 of 6 samples of {test} are unlabelled (label -1), and a probe needs labels"
     for command in (knn, linear, finetune):
         for paths in ((whole, test), (test, whole)):
-            out = ("-o" if command is knn else "--output_dir", tmp_path / "out")
+            out = ("-o", tmp_path / "out.json") if command is knn else ("--output_dir", tmp_path / "out")
             flags = ("--global_batch_size", "2", "--batch_size", "2") * (command is not knn)
             assert words in refused(command, run, "--train_path", paths[0], "--val_path", paths[1], *flags, *out)
     with pytest.raises(UserError, match=r"has the label -1, .* \(2 of 6 samples\)"):
