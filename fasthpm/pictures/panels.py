@@ -106,7 +106,7 @@ def pictures(
     mute = bool(refusal(model, model.difficulty, targets=True))
     predicted = torch.zeros_like(patches[:, :, 0]) if mute else model.predict_loss(patches, target=target)
     valid = patches_of.valid(images)
-    mask = masks.draw_sets(plan, noise, predicted, alpha, valid)[0]
+    mask = masks.draw_sets(plan, noise, followed(model, recipe, patches, predicted), alpha, valid)[0]
     original = images.cpu().numpy().reshape(len(images), model.num_frames, *images.shape[-3:])
     shown = shown or shown_of(Values(str(original.dtype)), model.in_chans)
     seen = shown(original)
@@ -128,6 +128,13 @@ def pictures(
     known["image"] = "clip" if model.video else "image"
     drawn = ((titles_of(name, known, shown), draw[name]()) for name in names or columns_of(recipe))
     return {title: picture for titles, found in drawn for title, picture in zip(titles, found, strict=True)}
+
+
+def followed(model: HPMViT, recipe: Recipe, patches: Tensor, predicted: Tensor) -> Tensor:
+    """What the run's masks follow: attention (AMT), or the `predicted` loss, which others do not look at: [N, L]."""
+    if recipe.mask_plan.record.follows != "attention":
+        return predicted
+    return attention_weights(cls_attention(model, patches), per_head=recipe.map_per_head)
 
 
 def true_loss(model: HPMViT, recipe: Recipe, patches: Tensor, target: Tensor | None) -> Tensor:

@@ -95,13 +95,13 @@ def check_effects(recipe: Recipe, columns: Sequence[str]) -> None:
     """**Raises:** `UserError` for a flag that none of these columns shows."""
     drawn, names = {*columns}, ", ".join(columns)
     masked = bool(drawn & {"mask", "reconstruction"})
-    asks = bool(drawn & {"predicted_loss", "hardest"}) or (masked and follows_anything(recipe))
+    asks = bool(drawn & {"predicted_loss", "hardest"}) or (masked and recipe.masks_by_difficulty)
     if not (masked and recipe.masks_by_difficulty):
         policy = f"mask_policy {recipe.mask_policy} has no share of hard patches"
         without_effect(["alpha"], policy if masked else f"no column of {names} has a mask")
     if not asks:
         without_effect(["difficulty"], f"no column of {names} follows the difficulty")
-    if not (asks or drawn & {"true_loss", "reconstruction", "attention"}):
+    if not (asks or drawn & {"true_loss", "reconstruction", "attention"} or (masked and follows_anything(recipe))):
         without_effect(["weights"], f"no column of {names} follows the weights")
     if not drawn & {"image", "reconstruction", "mask", "hardest"}:
         without_effect(["show"], f"no column of {names} shows channels")

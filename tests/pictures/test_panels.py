@@ -106,6 +106,28 @@ def test_panel_has_a_row_per_image_and_a_column_per_name(changes: dict[str, Any]
     assert np.array_equal(first, np.broadcast_to(images[0].numpy(), (height, width, 3)))
 
 
+@pytest.mark.parametrize(("policy", "moves"), [("attention", False), ("hpm", True)])
+def test_the_mask_that_is_drawn_follows_what_the_run_follows(policy: str, moves: bool) -> None:
+    """Another loss predictor changes the masks of HPM, and none of AMT."""
+    recipe = dataclasses.replace(recipes.debug(), mask_policy=policy)
+    model = model_of(recipe).eval()
+    images = torch.randint(0, 256, (4, 28, 28, 1), dtype=torch.uint8)
+
+    def drawn() -> Any:
+        (picture,) = panels.pictures(model, recipe, INFO, images, 1.0, names=["mask"]).values()
+        return picture
+
+    before = drawn()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "loss" in name:
+                parameter.add_(torch.randn_like(parameter))
+    assert (not np.array_equal(before, drawn())) == moves
+    with torch.no_grad():
+        model.blocks[-1].attn.qkv.weight.add_(torch.randn_like(model.blocks[-1].attn.qkv.weight))
+    assert not np.array_equal(before, drawn())
+
+
 def test_columns_are_what_was_asked_for() -> None:
     recipe = recipes.debug()
     model = model_of(recipe).eval()
