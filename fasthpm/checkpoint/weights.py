@@ -63,16 +63,16 @@ def _damage_of(folder: Path, stamps: tuple[tuple[str, int, int], ...]) -> str:
     return damage(folder)
 
 
-def run_of(folder: Path) -> Path:
-    """The output_dir that a checkpoint lies in, also where its name is given from within."""
-    return Path(os.path.abspath(folder)).parent.parent
+def run_of(source: Path) -> Path:
+    """The output_dir of a checkpoint, also where its name is given from within; of a run itself."""
+    return source if (source / "checkpoints").is_dir() else Path(os.path.abspath(source)).parent.parent
 
 
 def saved_files(source: Path) -> tuple[Path, ...]:
     """What no output may overwrite, of a run or one of its checkpoints: the checkpoints, and what the run wrote."""
-    is_run = (source / "checkpoints").is_dir()
-    kept = [(source if is_run else run_of(source)) / name for name in OF_A_RUN]
-    return tuple(kept if is_run else [source, *kept])
+    run = run_of(source)
+    kept = [run / name for name in OF_A_RUN]
+    return tuple(kept if run == source else [source, *kept])
 
 
 def lacks_decoder(folder: Path) -> bool:
@@ -89,7 +89,7 @@ def _how_it_is_tested(source: Path, folder: Path) -> str:
     """What to give instead of a tuning and its checkpoint `folder`, whose notes may tell the run that it came from."""
     notes = next(folder / name for name in TUNED if (folder / name).is_file())
     run = str(read_json(notes).get("run", ""))
-    output_dir = source if (source / "checkpoints").is_dir() else run_of(folder)
+    output_dir = run_of(source)
     return (
         f"give the pretraining run that it came from{f', {run}' if run else ''}, or test it with "
         f"fasthpm {notes.stem} {run or 'RUN'} --evaluate --output_dir {output_dir}"

@@ -243,8 +243,7 @@ def _check_labels(train: Patches, val: Patches, train_set: PairSet, val_set: Pai
 
 def folder_of(run: Path, settings: DenseProbe) -> Path:
     """Where results go."""
-    run_folder = run if (run / "checkpoints").is_dir() else run_of(run)
-    return Path(settings.output_dir) if settings.output_dir else run_folder / "dense"
+    return Path(settings.output_dir) if settings.output_dir else run_of(run) / "dense"
 
 
 # -------------------------------------------------------------------------------------------------- files

@@ -127,10 +127,9 @@ class Dense:
 def complete(settings: Any, run: Path, name: str) -> Any:
     """`settings` with the output folder and the DeepSpeed preset filled in; `name`: of the command."""
     folder = f"{name}_scratch" if settings.from_scratch else name
-    run_folder = run if (run / "checkpoints").is_dir() else run_of(run)
     zero1 = "zero1_bf16" if has_bf16() else "zero1_fp32"
     return dataclasses.replace(
         settings,
-        output_dir=settings.output_dir or str(run_folder / folder),
+        output_dir=settings.output_dir or str(run_of(run) / folder),
         deepspeed_config=settings.deepspeed_config or zero1,
     )

@@ -460,8 +460,7 @@ def parse_arguments(argv: Arguments) -> argparse.Namespace:
             setattr(arguments, name, min(value, arguments.epochs / 10) if name == "warmup_epochs" else value)
             if name == "global_batch_size":
                 arguments.global_batch_size = 0
-    run_folder = arguments.run if (arguments.run / "checkpoints").is_dir() else run_of(arguments.run)
-    arguments.output_dir = arguments.output_dir or str(run_folder / f"linear_{arguments.protocol}")
+    arguments.output_dir = arguments.output_dir or str(run_of(arguments.run) / f"linear_{arguments.protocol}")
     for name, limits in LIMITS.items():
         if getattr(arguments, name) not in limits:
             raise UserError(f"{name} is {getattr(arguments, name)}, expected {limits}")

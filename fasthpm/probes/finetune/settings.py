@@ -197,14 +197,13 @@ def preset(name: str, model: HPMViT, from_scratch: bool, flip: bool = True) -> d
 def complete(settings: FineTune, run: Path) -> FineTune:
     """`settings` with every path and preset filled in."""
     folder = "finetune_scratch" if settings.from_scratch else "finetune"
-    run_folder = run if (run / "checkpoints").is_dir() else run_of(run)
     zero1 = "zero1_bf16" if has_bf16() else "zero1_fp32"
     hard = settings.token_policy in BY_DIFFICULTY
     asked = (settings.difficulty_run or str(run)) if hard else ""
     way = load_asked(Path(asked), settings.token_difficulty or AUTO)[2].way if asked else ""
     return dataclasses.replace(
         settings,
-        output_dir=settings.output_dir or str(run_folder / folder),
+        output_dir=settings.output_dir or str(run_of(run) / folder),
         deepspeed_config=settings.deepspeed_config or zero1,
         difficulty_run=asked,
         token_difficulty=way,
