@@ -158,7 +158,7 @@ def damage(folder: Path) -> str:
         return f"{MANIFEST} is missing or unreadable"
     for name, (size, digest) in manifest.items():
         path = folder / name
-        if ".." in path.parts or not path.is_relative_to(folder):  # it may be someone else's
+        if ".." in Path(name).parts or not path.is_relative_to(folder):  # it may be someone else's
             return f"{MANIFEST} leads out of the checkpoint, to {name}"
         if not path.is_file():
             return f"{name} is missing"

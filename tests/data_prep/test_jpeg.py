@@ -46,7 +46,7 @@ def upside_down() -> Image.Exif:
         ({}, ()),
         ({}, (*KEEP, "--grey")),
         ({}, (*KEEP, "--max_resolution", "79")),
-        ({}, (*KEEP, "--write_mode", "raw")),
+        ({}, ("--write_mode", "raw")),
     ],
 )
 def test_jpegs_that_do_not_fit_are_encoded_anew(

@@ -21,7 +21,7 @@ from fasthpm.probes.answers import load_asked
 from fasthpm.ranks import Launch
 from fasthpm.recipe import Recipe
 from tests.helpers.published import published, run_import
-from tests.helpers.runs import away, run_of
+from tests.helpers.runs import away, run_of, signed
 
 MAE: dict[str, Any] = {"mask_policy": "random", "predict_loss": "none"}
 SIMMIM: dict[str, Any] = {**MAE, "model": "simmim_vit_nano_patch4_28"}
@@ -163,6 +163,7 @@ def test_a_checkpoint_without_its_position_is_told_before_the_work(
     run = run_with(tmp_path)
     state = checkpoint_of(run) / "state.json"
     state.unlink() if text is None else state.write_text(text)
+    signed(state.parent)  # else it is damaged, whatever is in it
 
     def work(*_: object) -> None:
         raise RuntimeError("features were computed")
