@@ -256,7 +256,7 @@ register(
     Difficulty(
         "in_place",
         "a small head on the teacher's features, which learns from the step's losses (ours)",
-        likely="0.5 to 0.7",
+        likely="0.5 to 0.8",
         read=_in_place,
         head=True,
     )
@@ -265,7 +265,7 @@ register(
     Difficulty(
         "measured",
         "the teacher reconstructs every patch where it is masked, and the loss is measured (ours)",
-        likely="0.8 to 0.9",
+        likely="0.7 to 0.9",
         look=_measured,
     )
 )
