@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from types import FrameType, MappingProxyType
 from typing import Any, NoReturn, TextIO, cast
@@ -88,15 +88,17 @@ def _words(action: argparse.Action, value: Any) -> list[str]:
     return [f"{flag}={value}" if flag else str(value)]
 
 
-def without_effect(flags: Iterable[str], because: str) -> None:
-    """A flag that stands on the command line parsed last and would be passed over in silence is refused.
+def without_effect(flags: Iterable[str], because: str, given: Container[str] | None = None) -> None:
+    """A flag that was given and would be passed over in silence is refused.
 
     - `flags`: names without dashes that have no effect here; `because`: what makes them idle, for the user to read
+    - `given`: the names that were given; None: those on the command line parsed last, which only a command's own `main`
+      may ask about
 
     **Raises:** `UserError` that names the first of them.
     """
     for name in flags:
-        if f"--{name}" in _given.get():
+        if f"--{name}" in _given.get() if given is None else name in given:
             raise UserError(f"--{name} has no effect here: {because}; leave it out")
 
 

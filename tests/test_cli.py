@@ -181,3 +181,12 @@ def test_the_line_of_another_command_is_forgotten() -> None:
         parser.add_argument("--show", type=int)
         parser.parse_args(line)
     without_effect(["show"], "there are no pictures")
+
+
+def test_who_is_called_without_a_command_line_says_what_was_given() -> None:
+    parser = Parser(prog="fasthpm x")
+    parser.add_argument("--show", type=int)
+    parser.parse_args(["--show", "1"])
+    without_effect(["show"], "there are no pictures", given={"masks": 1})
+    with pytest.raises(UserError, match="--masks has no effect here"):
+        without_effect(["show", "masks"], "there are no pictures", given={"masks": 1})

@@ -147,6 +147,8 @@ def build(
         model, recipe = load_encoder(arguments.run, given)
         chosen = preset(arguments.preset, model, bool(given.get("from_scratch")), recipe.flip)
         settings = complete(FineTune(**{**chosen, **given}), arguments.run)
+        if settings.aa:
+            without_effect(["color_jitter"], f"aa is {settings.aa}, which changes the colours", given)
         if not {"batch_size", "accum_iter"} & given.keys():
             fitting = fitting_batch(settings.batch_size, settings.global_batch_size, launch.world_size)
             settings = dataclasses.replace(settings, batch_size=fitting)
@@ -206,7 +208,7 @@ def load_encoder(run: Path, given: dict[str, Any]) -> tuple[HPMViT, Recipe]:
     if model.video and given.get("token_policy"):
         raise UserError(f"{run} was trained on video, and --token_policy takes image models; leave it out")
     if not model.video:
-        without_effect(["sampling_rate", "frame_sampling"], f"{run} was trained on images")
+        without_effect(["sampling_rate", "frame_sampling"], f"{run} was trained on images", given)
     if not model.video and given.get("test_views", "1x1") != "1x1":
         raise UserError(f"test_views is {given['test_views']!r}, but {run} was trained on images; leave it out")
     return model, recipe
@@ -260,8 +262,6 @@ def open_data(
     plan = checkpoint.continued(plan, launch.world_size)
     plan = dataclasses.replace(plan, accum_iter=plan.accumulation(launch.world_size))
     options = loader_options(settings, recipe, image_size, launch)
-    if settings.aa:
-        without_effect(["color_jitter"], f"aa is {settings.aa}, which changes the colours")
     augmentation = Augmentation(settings.aa, settings.reprob, settings.crop_min, settings.flip, settings.color_jitter)
     val = build_loader(settings.val_path, options)
     last = thorough_loader(settings, options) if settings.views != (1, 1) else val
