@@ -244,9 +244,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--table", action="store_true", help="run nothing: print the tables of what is there")
     arguments = parser.parse_args(argv)
     if arguments.table:
-        without_effect(
-            ["parts", "rehearse"], "--table runs nothing"
-        )  # --seconds is from gpu.sh, whatever else is given
+        # --seconds is from gpu.sh, whatever else is given
+        without_effect(["parts", "rehearse"], "--table runs nothing")
         if not read(arguments.out)["parts"]:
             raise UserError(f"{arguments.out} holds no {RESULTS}; give a folder that bench/gpu.sh has written")
         print(page(read(arguments.out)))

@@ -18,6 +18,7 @@ from data_prep.changes import CODECS, LOGS, ArrayOptions
 from data_prep.cuts import Cuts, Cutting, own_reader
 from data_prep.encode import WRITE_MODES
 from data_prep.samples import Files, SingleFile, Source
+from fasthpm.cli import without_effect
 from fasthpm.data.ffcv.codec import compress
 from fasthpm.data.labels import number_labels
 from fasthpm.data.rasters.channels import ALPHAS, bands_of, channels_of, numbers_of
@@ -233,8 +234,9 @@ def _refuse_idle(source: Source, reading: Reading) -> None:
         known, endings = USERS[flag]
         named = any(source.where(index).lower().endswith(endings) for index in range(len(source)))
         if not (named or families & {*known, ""}):
-            because = f"it is for {', '.join(known)}, and the files are of {', '.join(sorted(families))}"
-            raise UserError(f"--{flag} has no effect here: {because}; leave it out")
+            without_effect(
+                [flag], f"it is for {', '.join(known)}, and the files are of {', '.join(sorted(families))}", given
+            )
     if reading.key and isinstance(source, SingleFile) and _blob(source, 0).key:
         raise UserError(f"--key has no effect here: {source.names[0]} names the array; leave one of them out")
 
@@ -278,8 +280,7 @@ def _photographs(
     if plain and cutting.alpha == "white" and not _needs_reader(source, cutting):
         unread = [flag for flag in USERS if getattr(cutting.reading, flag)]
         unread += ["label_column"] if args.label_column and isinstance(source, Files) else []
-        if unread:
-            raise UserError(f"--{unread[0]} has no effect here: these photographs are read as they are; leave it out")
+        without_effect(unread, "these photographs are read as they are", given=unread)
         return source, None, []
     cuts = Cuts(source, cutting)
     _label(cuts, args)

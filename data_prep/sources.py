@@ -17,6 +17,7 @@ import numpy as np
 
 from data_prep.samples import Files, SingleFile, Source
 from data_prep.tars import open_tars, webdataset
+from fasthpm.cli import without_effect
 from fasthpm.data.labels import UNLABELLED, number_labels
 from fasthpm.data.listing import STORE, is_helper, scan
 from fasthpm.data.lists import LISTS
@@ -47,10 +48,8 @@ def open_source(source: str, *, num_workers: int = 0, label_column: str | None =
     if files and files[0].endswith(PARQUET):
         return open_parquet(files, label_column)
     if label_column is not None and single is None:
-        raise UserError(
-            f"--label_column has no effect here: it is for parquet files and for one file of arrays, and {source} is "
-            f"neither; leave it out"
-        )
+        idle = ["label_column"]
+        without_effect(idle, f"it is for parquet files and for one file of arrays, and {source} is neither", given=idle)
     return open_tars(files, num_workers) if files else single or _open_images(Path(source))
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from fasthpm.checkpoint.weights import OF_A_RUN
+from fasthpm.cli import without_effect
 from fasthpm.errors import UserError
 from fasthpm.files import check_above
 
@@ -23,8 +24,7 @@ def check_given(given: dict[str, Any], *, video: bool, pixels: bool, encoder_onl
     reasons |= dict.fromkeys(() if pixels else OF_PIXELS, "the file has no decoder of pixels")
     reasons |= dict.fromkeys((*OF_PIXELS, "mask_ratio") if encoder_only else (), "the encoder alone is taken")
     for name, because in reasons.items():
-        if name in given:
-            raise UserError(f"--{name} has no effect here: {because}; leave it out")
+        without_effect([name], because, given)
 
 
 def check_folder(output_dir: Path) -> None:

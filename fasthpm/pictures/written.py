@@ -10,8 +10,8 @@ from fasthpm.run.records import METRICS_FILE, read_metrics
 
 Kinds = type | tuple[type, ...]
 NUMBER = (int, float)
-VERSIONS: dict[str, Kinds] = {"world_size": int, **dict.fromkeys(("device", "torch", "deepspeed", "fasthpm"), str)}
-VERSIONS["commit"] = str
+OF_VERSIONS = ("device", "torch", "deepspeed", "fasthpm", "commit")
+VERSIONS: dict[str, Kinds] = {"world_size": int, **dict.fromkeys(OF_VERSIONS, str)}
 KNN: dict[str, Kinds] = {"bank_size": int, "pool": str, "weights": str, "accuracy": dict}
 
 

@@ -124,7 +124,8 @@ class Detection(Task):
         """Files of one's own come before a data_path."""
         splits = ["val"] if given.get("evaluate") else ["train", "val"]
         if all(given.get(f"{split}_json") for split in splits):
-            without_effect(["data_path"], f"{' and '.join(f'--{split}_json' for split in splits)} name the files")
+            files = " and ".join(f"--{split}_json" for split in splits)
+            without_effect(["data_path"], f"{files} name the files", given)
 
     def settle(self, network: Any, settings: Detect) -> None:
         """By what is asked of detections; else as they are tested where nothing is said."""

@@ -139,7 +139,7 @@ class Segmentation(Task):
     def refuse_idle(self, given: Mapping[str, Any]) -> None:
         """Whole images have no windows."""
         if given.get("whole"):
-            without_effect(["stride"], "--whole tests whole images, without windows")
+            without_effect(["stride"], "--whole tests whole images, without windows", given)
 
     def settle(self, network: Segmenter, settings: Segment) -> None:
         """By windows, or whole images."""

@@ -176,14 +176,15 @@ def refuse_idle(given: dict[str, Any]) -> None:
     """Refuse flags without effect beside the others that were `given`. **Raises:** `UserError`."""
     policy = given.get("token_policy", "")
     if not policy:
-        without_effect(["keep_tokens"], "without --token_policy all patches are seen")
+        without_effect(["keep_tokens"], "without --token_policy all patches are seen", given)
     if policy not in BY_DIFFICULTY:
         without_effect(
             ["difficulty_run", "token_difficulty"],
             f"only --token_policy {' or '.join(BY_DIFFICULTY)} asks what is hard",
+            given,
         )
     if given.get("lr"):
-        without_effect(["blr"], "--lr gives the learning rate itself")
+        without_effect(["blr"], "--lr gives the learning rate itself", given)
 
 
 def main(argv: Arguments = None) -> FinetuneResult:
