@@ -64,15 +64,20 @@ def _damage_of(folder: Path, stamps: tuple[tuple[str, int, int], ...]) -> str:
 
 
 def run_of(source: Path) -> Path:
-    """The output_dir of a checkpoint, also where its name is given from within; of a run itself."""
-    return source if (source / "checkpoints").is_dir() else Path(os.path.abspath(source)).parent.parent
+    """The output_dir of a checkpoint, also where its name is given from within; of a run itself.
+
+    A checkpoint that was copied out of its run has only its own folder: what lies above may be another run's.
+    """
+    if (source / "checkpoints").is_dir():
+        return source
+    places = (Path(os.path.abspath(source)).parent, source.resolve().parent)  # the second: behind a link
+    return next((above.parent for above in places if above.name == "checkpoints"), source)
 
 
 def saved_files(source: Path) -> tuple[Path, ...]:
     """What no output may overwrite, of a run or one of its checkpoints: the checkpoints, and what the run wrote."""
-    run = run_of(source)
-    kept = [run / name for name in OF_A_RUN]
-    return tuple(kept if run == source else [source, *kept])
+    kept = [run_of(source) / name for name in OF_A_RUN]
+    return tuple(kept if (source / "checkpoints").is_dir() else [source, *kept])
 
 
 def lacks_decoder(folder: Path) -> bool:

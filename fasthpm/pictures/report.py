@@ -16,6 +16,8 @@ from fasthpm.pictures.written import VERSIONS, read_figures, read_knn, read_obje
 from fasthpm.recipe import Recipe, load_recipe
 from fasthpm.run.records import latest
 
+EPOCHS = "effective_epochs"  # older results lack it
+KNN_ORDER = ("bank_size", "pool", "weights")
 CURVES = (
     ("loss", ("reconstruction_loss", "cls_loss", "patch_loss", "difficulty_loss")),
     ("collapse", ("teacher_entropy", "mean_entropy", "teacher_kl")),
@@ -150,11 +152,11 @@ def _probes(run: Path) -> str:
     results: list[dict[str, Any]] = [read_knn(path) for path in sorted(run.glob("knn_*.json"))]
     if not results:
         return ""
-    results.sort(key=lambda result: (result["bank_size"], result["pool"], result["weights"]))
+    results.sort(key=lambda result: (*(result[name] for name in KNN_ORDER), result.get(EPOCHS, 0)))
     neighbours = list(results[0]["accuracy"])
     head = " | ".join(f"k = {k}" for k in neighbours)
     rows = "\n".join(_probe_row(result, neighbours) for result in results)
-    table = f"| voters | weights | pool | {head} |\n|---|---|---|{'---|' * len(neighbours)}\n{rows}\n"
+    table = f"| voters | weights | epochs | pool | {head} |\n|---|---|---|---|{'---|' * len(neighbours)}\n{rows}\n"
     return f"## k-NN top-1, percent\n\n{table}" + _gains(results)
 
 
@@ -164,11 +166,15 @@ def _voters(result: dict[str, Any]) -> str:
 
 def _probe_row(result: dict[str, Any], neighbours: list[str]) -> str:
     figures = " | ".join(f"{result['accuracy'].get(k, float('nan')):.2f}" for k in neighbours)
-    return f"| {_voters(result)} | {result['weights']} | {result['pool']} | {figures} |"
+    epochs = f"{result[EPOCHS]:.4g}" if EPOCHS in result else ""
+    return f"| {_voters(result)} | {result['weights']} | {epochs} | {result['pool']} | {figures} |"
 
 
 def _gains(results: list[dict[str, Any]]) -> str:
-    """Best accuracy of the student over that of the untrained encoder, wherever both were probed alike."""
+    """Best accuracy of the student over that of the untrained encoder, wherever both were probed alike.
+
+    `results` are sorted by epochs: of several checkpoints the last counts.
+    """
     best: dict[tuple[str, str], dict[str, float]] = {}
     for result in results:
         best.setdefault((_voters(result), result["pool"]), {})[result["weights"]] = max(result["accuracy"].values())

@@ -40,6 +40,8 @@ def read_knn(path: Path) -> dict[str, Any]:
     accuracy = found["accuracy"]
     if not accuracy or not all(isinstance(value, NUMBER) for value in accuracy.values()):
         raise UserError(_damaged(path, f"accuracy is {accuracy!r}"))
+    if not isinstance(epochs := found.get("effective_epochs", 0), NUMBER):
+        raise UserError(_damaged(path, f"effective_epochs is {epochs!r}"))
     return found
 
 

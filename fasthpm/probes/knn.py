@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fasthpm import ranks
-from fasthpm.checkpoint.weights import load_weights, saved_files
+from fasthpm.checkpoint.weights import load_weights, run_of, saved_files
 from fasthpm.cli import Arguments, Parser
 from fasthpm.data import DatasetInfo, build_loader, read_info
 from fasthpm.data.device import on_device
@@ -190,7 +190,10 @@ def parse_arguments(argv: Arguments) -> argparse.Namespace:
     add_sampling_rate(parser)
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument(
-        "-o", "--output", type=Path, default=None, help="JSON result (default: RUN/knn_WEIGHTS_POOL[_N].json)"
+        *("-o", "--output"),
+        type=Path,
+        default=None,
+        help="JSON result (default: RUN/knn_WEIGHTS_POOL[_N][_CHECKPOINT].json)",
     )
     arguments = parser.parse_args(argv)
     count = len(arguments.bank_size) * len(arguments.weights)
@@ -237,8 +240,10 @@ def best_of(accuracy: dict[int, float]) -> int:
 
 
 def _file(arguments: argparse.Namespace, weights: str, size: int) -> Path:
-    name = f"knn_{weights}_{arguments.pool}{f'_{size}' if size else ''}.json"
-    return arguments.output or arguments.run / name
+    run, name = run_of(arguments.run), f"knn_{weights}_{arguments.pool}{f'_{size}' if size else ''}"
+    if run != arguments.run:  # of several checkpoints, beside each other
+        name += f"_{arguments.run.resolve().name}"
+    return arguments.output or run / f"{name}.json"
 
 
 def _report(

@@ -49,16 +49,12 @@ from fasthpm.probes import result
 from fasthpm.probes.clips import add_sampling_rate, at_rate
 from fasthpm.probes.features import PooledEncoder, pool_of
 from fasthpm.probes.head import LinearHead, build_optimizer, lr_at
+from fasthpm.probes.linear_protocols import PROTOCOLS, accumulation, fit_batch, updates_of
 from fasthpm.ranks.signals import StopSignals
 from fasthpm.recipe import Recipe
 from fasthpm.run.lock import FolderLock
 
 HEAD = "head.safetensors"
-PROTOCOLS: dict[str, dict[str, Any]] = {
-    "mae": {"epochs": 90, "warmup_epochs": 10.0, "blr": 0.1, "global_batch_size": 16384},
-    "moco": {"epochs": 100, "warmup_epochs": 0.0, "blr": 0.1, "global_batch_size": 1024},
-}
-
 LIMITS = {
     **dict.fromkeys(("epochs", "batch_size", "eval_every", "save_every"), Range(low=1)),
     **dict.fromkeys(("warmup_epochs", "blr", "lr", "global_batch_size", "num_workers"), Range(low=0)),
@@ -217,39 +213,18 @@ def cached_batches(
     return CachedBatches(rows, labels, arguments.batch_size, arguments.seed, launch)
 
 
-def updates_of(arguments: argparse.Namespace, num_samples: int) -> int:
-    """Updates of one epoch. **Raises:** `UserError` if the samples do not fill one."""
-    if num_samples < arguments.global_batch_size:
-        raise UserError(
-            f"{arguments.train_path} has {num_samples} samples, fewer than one global batch of "
-            f"{arguments.global_batch_size}; use a smaller --global_batch_size"
-        )
-    return num_samples // arguments.global_batch_size
-
-
-def accumulation(arguments: argparse.Namespace, world_size: int) -> int:
-    """Micro-steps per update.
-
-    **Raises:** `UserError` if batch_size x devices does not divide global_batch_size.
-    """
-    per_step = arguments.batch_size * world_size
-    if arguments.global_batch_size % per_step:
-        raise UserError(
-            f"global_batch_size {arguments.global_batch_size} is not a multiple of batch_size {arguments.batch_size} x "
-            f"{world_size} devices; choose numbers that are"
-        )
-    return arguments.global_batch_size // per_step
-
-
 def identity_of(
     arguments: argparse.Namespace, dim: int, classes: Sequence[str], pixels: PixelStatistics
 ) -> dict[str, Any]:
     """What must be the same for a probe to go on where another stopped."""
-    names = "protocol weights pool epochs warmup_epochs lr global_batch_size cache_features crop_min seed train_path"
+    names = (
+        *("protocol", "weights", "pool", "epochs", "warmup_epochs", "lr", "global_batch_size"),
+        *("cache_features", "crop_min", "seed", "train_path"),
+    )
     manifest = checkpoint_of(arguments.run) / "manifest.json"
     encoder = files.file_hash(manifest) if manifest.is_file() else str(arguments.run)
     return {
-        **{name: getattr(arguments, name) for name in names.split()},
+        **{name: getattr(arguments, name) for name in names},
         "data": data_of(arguments.train_path),
         "encoder": encoder,
         "dim": dim,
@@ -469,20 +444,6 @@ def parse_arguments(argv: Arguments) -> argparse.Namespace:
     if arguments.lr:
         without_effect(["blr"], "--lr gives the learning rate itself")
     return arguments
-
-
-def fit_batch(arguments: argparse.Namespace, num_samples: int, world_size: int) -> None:
-    """Fill in `global_batch_size`, `batch_size` and `lr`: the protocol's batch, for small sets at most a 16th of them.
-
-    The learning rate follows the batch.
-    """
-    if not arguments.global_batch_size:
-        wanted = PROTOCOLS[arguments.protocol]["global_batch_size"]
-        while wanted > 64 and wanted * 16 > num_samples:
-            wanted //= 2
-        arguments.global_batch_size = wanted
-        arguments.batch_size = max(min(arguments.batch_size, wanted // world_size), 1)
-    arguments.lr = arguments.lr or arguments.blr * arguments.global_batch_size / 256
 
 
 def main(argv: Arguments = None) -> LinearResult:

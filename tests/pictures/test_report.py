@@ -21,9 +21,13 @@ def test_report_tells_first_last_and_gain(tmp_path: Path) -> None:
     for weights, best in (("untrained", 60.0), ("student", 77.5)):
         result = {"weights": weights, "pool": "mean", "bank_size": 1000, "accuracy": {"10": best, "20": 50.0}}
         (run / f"knn_{weights}_mean.json").write_text(json.dumps(result))
+    for epochs, accuracy in ((12, 77.5), (3, 65.25)):  # whichever is found first
+        aside = {**result, "effective_epochs": epochs, "accuracy": {"10": accuracy, "20": 50.0}}
+        (run / f"knn_student_mean_{epochs}.json").write_text(json.dumps(aside))
     text = report.write(run).read_text()
     assert "| loss | 9 | 7 |" in text
-    assert "| 1,000 | student | mean | 77.50 | 50.00 |" in text
+    rows = ["| 1,000 | student |  | mean | 77.50 | 50.00 |", "| 1,000 | student | 3 | mean | 65.25 | 50.00 |"]
+    assert "\n".join([*rows, "| 1,000 | student | 12 | mean | 77.50 | 50.00 |"]) in text
     assert "+17.50 points over the untrained encoder with 1,000 labelled" in text
     with Image.open(run / "curves.png") as curves:
         assert curves.size == (1200, 600)
@@ -80,6 +84,7 @@ DAMAGES: list[tuple[str, str, bool]] = [  # file, what it holds, whether a compa
     *(("knn_student_cls.json", json.dumps(KNN)[:cut], False) for cut in (0, 9, 60)),
     *(("knn_student_cls.json", json.dumps({k: v for k, v in KNN.items() if k != name}), False) for name in KNN),
     *(("knn_student_cls.json", json.dumps({**KNN, "accuracy": wrong}), False) for wrong in ({}, 3, {"10": "x"})),
+    *(("knn_student_cls.json", json.dumps({**KNN, "effective_epochs": wrong}), False) for wrong in ("3", None)),
     ("metrics.jsonl", '{"step": 1, "loss": 3}', True),
     ("metrics.jsonl", '{"step": 1, "epoch": null, "loss": 3}', True),
     ("metrics.jsonl", '{"step": 1, "epoch": 1, "loss": "3"}', True),

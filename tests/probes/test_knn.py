@@ -1,6 +1,7 @@
 """The k-NN probe: DINO's vote against plain loops, ranks that hold different shares of the data, and the command."""
 
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
 from fasthpm import recipes
-from fasthpm.checkpoint.weights import load_weights
+from fasthpm.checkpoint.weights import checkpoint_of, load_weights
 from fasthpm.data import build_loader
 from fasthpm.errors import UserError
 from fasthpm.patches import model_of
@@ -186,3 +187,21 @@ def test_every_weights_and_bank_have_figures_of_their_own(run: Path) -> None:
         "knn_untrained_cls.json": 0,
         "knn_untrained_cls_8.json": 0,
     }
+
+
+def test_a_result_lies_beside_the_run_of_a_checkpoint_and_in_one_that_has_none(run: Path, tmp_path: Path) -> None:
+    """`report` looks in the run; what lies above a checkpoint that was copied out may be somebody else's."""
+    kept = checkpoint_of(run)
+    lone = shutil.copytree(kept, tmp_path / "another_run" / "folder" / "copied")
+    (tmp_path / "link").symlink_to(kept)
+    (lone.parent.parent / "metrics.jsonl").write_text('{"step": 1, "epoch": 1, "images_per_second": 1e-9}\n')
+    (lone.parent.parent / "versions.json").write_text('{"world_size": 1}')
+    beside = run / f"knn_student_cls_{kept.name}.json"
+    for source, place in ((kept, beside), (tmp_path / "link", beside), (lone, lone / "knn_student_cls.json")):
+        found = knn.main([str(source), *DATA, "--k", "5"])
+        assert [path.resolve() for path in found.files] == [place.resolve()]
+        assert read(place)["checkpoint_hash"] == read(beside)["checkpoint_hash"]
+    assert read(lone / "knn_student_cls.json")["pretraining_gpu_hours"] == 0
+    with pytest.raises(UserError, match="would overwrite what is read or was saved"):
+        knn.main([str(lone), *DATA, "-o", str(lone / "manifest.json")])
+    beside.unlink()
