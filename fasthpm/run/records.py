@@ -35,13 +35,14 @@ def append_line(path: Path, line: str) -> None:
 def read_records(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl in order, the last of each update number: a resumed run repeats some.
 
-    Lines that a killed run left unfinished are passed over; without a file there are no records.
+    Lines that a killed run left unfinished are passed over, and damaged ones; without a file there are no records.
     """
     records = {}
     for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
-        with suppress(ValueError, TypeError, KeyError):
+        with suppress(ValueError):
             record = json.loads(line)
-            records[record["step"] + 0] = record  # that of a damaged line may be no number
+            if isinstance(record, dict) and isinstance(record.get("step"), int | float):
+                records[record["step"]] = record
     return [records[step] for step in sorted(records)]
 
 
