@@ -235,7 +235,7 @@ register(
     Difficulty(
         "paper",
         "the loss predictor reads every patch where it is visible (HPM)",
-        likely="-0.2 to 0.3",
+        likely="-0.4 to 0.5",
         read=_paper,
         predictor=True,
         scales=True,
