@@ -190,7 +190,8 @@ def parse_arguments(argv: Arguments) -> argparse.Namespace:
     add_sampling_rate(parser)
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument(
-        *("-o", "--output"),
+        "-o",
+        "--output",
         type=Path,
         default=None,
         help="JSON result (default: RUN/knn_WEIGHTS_POOL[_N][_CHECKPOINT].json)",

@@ -202,8 +202,13 @@ def test_no_run_starts_from_weights_that_are_not_finite(tmp_path: Path) -> None:
 def test_the_run_of_a_checkpoint_and_what_nothing_may_overwrite(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A checkpoint may be named from within its folder."""
+    """A checkpoint may be named from within its folder, or by a link; one that was copied out has no run above it."""
     folder = write(tmp_path, 1)
+    lone = shutil.copytree(folder, tmp_path / "elsewhere" / "copied")
+    (tmp_path / "link").symlink_to(folder)
+    assert weights.run_of(tmp_path / "link") == tmp_path.resolve()
+    assert weights.run_of(lone) == lone
+    assert lone in weights.saved_files(lone)
     monkeypatch.chdir(folder.parent)
     assert weights.run_of(Path(folder.name)) == weights.run_of(folder) == tmp_path
     assert tmp_path / "checkpoints" in weights.saved_files(tmp_path)
